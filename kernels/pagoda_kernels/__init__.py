@@ -1,0 +1,1 @@
+"""Pagoda's kernels: one folder per operation."""

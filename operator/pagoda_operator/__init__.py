@@ -1,0 +1,1 @@
+"""Pagoda's operator: turns LLMService objects into running engines."""

@@ -1,0 +1,1 @@
+"""Pagoda's paged inference engine and its OpenAI-compatible server."""

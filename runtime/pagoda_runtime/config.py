@@ -1,0 +1,56 @@
+"""What a user can set, as frozen values. `cli` maps flags to these one to one.
+
+A field `max_model_len` is the flag `--max-model-len` and the keyword `LLM(max_model_len=...)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything the engine process needs. None means: derived from the model and the machine."""
+
+    model: str
+    """A folder in Hugging Face layout, `hf://org/name`, or `org/name` when no such folder exists."""
+    revision: str | None = None
+    dtype: str = "auto"
+    """auto, bfloat16, float16, float32; auto is the checkpoint's dtype."""
+    device: str = "auto"
+    """auto, cpu, cuda; auto is cuda where it is available."""
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    """Tokens per KV block; 16 on a GPU, 32 on a CPU."""
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    """Bytes of KV cache; on a CPU a quarter of the free memory (as the cgroup allows) by default."""
+    num_threads: int | None = None
+    """Threads of the engine's tensor operations; by default the cores that the cgroup allows."""
+    max_num_waiting: int = 1024
+    """Bound of the waiting queue; a request beyond it is refused with 429."""
+    seed: int = 0
+    stall_seconds: float = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Everything the API process needs beside the engine."""
+
+    engine: EngineConfig
+    host: str = "0.0.0.0"
+    port: int = 8000
+    served_model_name: tuple[str, ...] = ()
+    """Names a request may use; the first one is shown in responses. Default: the model as given."""
+    api_key: tuple[str, ...] = field(default=(), repr=False)
+    chat_template: str | None = None
+    """Path of a Jinja chat template that replaces the tokenizer's own."""
+    drain_delay_seconds: float = 5.0
+    drain_seconds: float = 30.0
+    log_level: str = "info"

@@ -1,0 +1,78 @@
+"""The exceptions of the runtime, and the reasons of its last words.
+
+    PagodaError
+    ├── FatalError(reason, message)     the process cannot serve: it ends non-zero with this message
+    └── RequestError(message, param)    one request is wrong: HTTP 400 in OpenAI's error shape
+        ├── PromptTooLong               the prompt does not fit the context or the KV cache
+        └── ModelNotServed              the request names a model that is not served here: HTTP 404
+
+    QueueFull(retry_after_seconds)      too many requests wait: HTTP 429; nothing of the request is kept
+    EngineDead(message)                 the engine process is gone: HTTP 503, and the server ends
+
+A message names what was wrong, the limit, and the remedy in the user's words (a flag or a file).
+"""
+
+from __future__ import annotations
+
+# Contract with the operator (`tests/contract`): a fatal error ends with one JSON line
+# {"reason": ..., "message": ...} in the termination log, and reason is one of these.
+FATAL_REASONS = (
+    "ModelNotFound",
+    "ModelAccessDenied",
+    "UnsupportedArchitecture",
+    "CorruptWeights",
+    "QuantizationMismatch",
+    "InvalidModelConfig",
+    "DoesNotFit",
+    "OutOfMemory",
+    "GpuOutOfMemory",
+    "KvCacheTooSmall",
+    "NcclInitFailed",
+    "RankDied",
+    "DiskFull",
+    "InvalidFlags",
+)
+
+
+class PagodaError(Exception):
+    """Root of every error that Pagoda raises on purpose."""
+
+
+class FatalError(PagodaError):
+    """The engine cannot start or go on. `reason` is one of FATAL_REASONS."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        assert reason in FATAL_REASONS, reason
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
+class RequestError(PagodaError):
+    """One request is wrong; `param` names the field that is to blame, if one is."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class PromptTooLong(RequestError):
+    """The prompt, or prompt and max_tokens together, exceed what this engine can hold."""
+
+
+class ModelNotServed(RequestError):
+    """The request names a model that this server does not serve."""
+
+
+class QueueFull(PagodaError):
+    """The waiting queue is at its bound; the client may try again later."""
+
+    def __init__(self, message: str, retry_after_seconds: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_seconds = retry_after_seconds
+
+
+class EngineDead(PagodaError):
+    """The engine process ended; no request can be served by this server any more."""
