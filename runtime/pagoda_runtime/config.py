@@ -13,7 +13,7 @@ class EngineConfig:
     """Everything the engine process needs. None means: derived from the model and the machine."""
 
     model: str
-    """A folder in Hugging Face layout, `hf://org/name`, or `org/name` when no such folder exists."""
+    """A folder in Hugging Face layout, `hf://org/name`, or `org/name` if no such folder exists."""
     revision: str | None = None
     dtype: str = "auto"
     """auto, bfloat16, float16, float32; auto is the checkpoint's dtype."""
@@ -30,7 +30,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
-    """Bytes of KV cache; on a CPU a quarter of the free memory (as the cgroup allows) by default."""
+    """Bytes of KV cache; on a CPU by default a quarter of the free memory (cgroup included)."""
     num_threads: int | None = None
     """Threads of the engine's tensor operations; by default the cores that the cgroup allows."""
     max_num_waiting: int = 1024

@@ -4,9 +4,9 @@
     ├── FatalError(reason, message)     the process cannot serve: it ends non-zero with this message
     └── RequestError(message, param)    one request is wrong: HTTP 400 in OpenAI's error shape
         ├── PromptTooLong               the prompt does not fit the context or the KV cache
-        └── ModelNotServed              the request names a model that is not served here: HTTP 404
+        └── ModelNotServed              the named model is not served here: HTTP 404
 
-    QueueFull(retry_after_seconds)      too many requests wait: HTTP 429; nothing of the request is kept
+    QueueFull(retry_after_seconds)      too many requests wait: HTTP 429; nothing is kept
     EngineDead(message)                 the engine process is gone: HTTP 503, and the server ends
 
 A message names what was wrong, the limit, and the remedy in the user's words (a flag or a file).
