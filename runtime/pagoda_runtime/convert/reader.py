@@ -1,0 +1,60 @@
+"""Opening a GGUF file, and reading its fields with a type that is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from pagoda_runtime.errors import FatalError
+
+
+class GgufFile:
+    """A GGUF file that could be opened: its fields, and its memory-mapped tensors by name."""
+
+    def __init__(self, path: Path, raw: gguf.GGUFReader) -> None:
+        self.path = path
+        self._fields = raw.fields
+        self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in raw.tensors}
+
+    @property
+    def architecture(self) -> str:
+        return str(self.get("general.architecture", required=True))
+
+    def get(self, key: str, default: Any = None, *, required: bool = False) -> Any:
+        """The value of a field; `{arch}` in the key stands for the file's architecture."""
+        key = key.replace("{arch}", self.architecture) if "{arch}" in key else key
+        if key in self._fields:
+            return self._fields[key].contents()
+        if required:
+            raise FatalError("InvalidModelConfig", f"{self.path}: the field {key} is missing.")
+        return default
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Open one GGUF file.
+
+    Raises:
+        FatalError: ModelNotFound, ModelAccessDenied, CorruptWeights, InvalidModelConfig (a part of
+            a split file).
+    """
+    try:
+        raw = gguf.GGUFReader(path)
+    except FileNotFoundError as error:
+        raise FatalError("ModelNotFound", f"{path}: no such file.") from error
+    except OSError as error:
+        message = f"{path} cannot be read: {error.strerror}."
+        raise FatalError("ModelAccessDenied", message) from error
+    except Exception as error:  # the reader raises whatever its numpy views raise
+        message = f"{path} is not a whole GGUF file ({error}). Download it again."
+        raise FatalError("CorruptWeights", message) from error
+    file = GgufFile(path, raw)
+    num_parts = file.get("split.count", 0)
+    if num_parts > 1:
+        raise FatalError(
+            "InvalidModelConfig",
+            f"{path} is one of {num_parts} parts; merge them into one file first "
+            "(llama-gguf-split --merge).",
+        )
+    return file
