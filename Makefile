@@ -1,0 +1,49 @@
+# Every target can be run again: what did not change is not built anew.
+# CONTEXT=… REGISTRY=… make demo: use that cluster and a registry that it can pull from.
+
+PYTHON ?= .venv/bin/python
+
+.PHONY: demo demo-down test check lint types unit venv model kubeconfig bench-cpu lock gpu-check
+
+demo:           ## the main job: cluster, images, operator, a model, an answer
+	@python3 e2e/phases.py demo
+
+demo-down:      ## stop the local cluster and leave nothing of it behind
+	@python3 e2e/cluster down
+
+test:           ## everything: units, engine, server, operator, and the system on a real cluster
+	@python3 e2e/phases.py test
+
+check: venv     ## lint, types, unit tests: under three minutes
+	@$(MAKE) --no-print-directory lint types unit
+
+lint:
+	@$(PYTHON) -m ruff format --check . && $(PYTHON) -m ruff check .
+
+types:
+	@$(PYTHON) -m mypy operator/pagoda_operator kernels/pagoda_kernels runtime/pagoda_runtime
+
+unit:
+	@$(PYTHON) -m pytest -q tests -m "not model and not slow"
+
+venv:           ## .venv with everything, the project editable
+	@python3 e2e/phases.py venv
+
+model: venv     ## Gemma 3 270M, converted into the cache folder
+	@$(PYTHON) e2e/model.py
+
+kubeconfig:     ## the path of the local cluster's kubeconfig
+	@python3 e2e/cluster kubeconfig
+
+bench-cpu: model ## decode speed against transformers: make bench-cpu OUT=FILE
+	@$(PYTHON) benchmarks/cpu.py --out $(or $(OUT),out/bench-cpu.json)
+
+gpu-check:      ## on a machine with a CUDA device: every test that needs one
+	@$(or $(PYTHON),python3) -m pytest -q tests -m gpu
+
+lock:           ## renew requirements/*.txt from pyproject.toml
+	@for extra in operator router runtime; do \
+	  uv pip compile -q pyproject.toml --extra $$extra --generate-hashes --no-header --no-annotate \
+	    --python-version 3.11 -o requirements/$$extra.txt; done
+	@uv pip compile -q pyproject.toml --all-extras --group dev --generate-hashes --no-header \
+	  --no-annotate --python-version 3.11 -o requirements/dev.txt
