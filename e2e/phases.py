@@ -1,4 +1,4 @@
-"""The set-up behind `make demo`, `make test` and `make venv`: phases in order, each with its seconds.
+"""The set-up behind `make demo`, `make test` and `make venv`: phases in order, with seconds.
 
 Runs on a bare machine: standard library only, Python 3.11 or newer.
 """
@@ -26,7 +26,7 @@ class PhaseFailed(Exception):
 
 
 def main(argv: Sequence[str]) -> int:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (this file is what says so)
         print("Pagoda needs Python 3.11 or newer as python3.", file=sys.stderr)
         return 1
     target = argv[0] if argv else ""
