@@ -1,0 +1,319 @@
+"""Every metric of the server: name, labels, unit and help.
+
+The names and buckets are vLLM's, so that its dashboards, scalers and endpoint pickers work. Every
+series exists at 0 from the start. What the engine counts itself is read when somebody scrapes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+
+from pagoda_runtime.engine.messages import EngineReady, RequestDelta, StepOutput
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+FIRST_TOKEN_SECONDS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+TOKEN_SECONDS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0),
+)
+REQUEST_SECONDS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+HTTP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+# 1-2-5 up to contexts of a million tokens: the real bound is known only when the model is.
+TOKEN_COUNTS = tuple(digit * 10**exponent for exponent in range(6) for digit in (1, 2, 5))
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+FINISHED_REASONS = ("stop", "length", "abort", "error")
+STATUS_CLASSES = ("2xx", "4xx", "5xx")
+
+
+class LoadSource(Protocol):
+    """What the gauges show: the server's state, read at the time of a scrape."""
+
+    @property
+    def ready(self) -> EngineReady | None: ...
+
+    def engine_counts(self) -> EngineCounts: ...
+
+
+class EngineCounts(Protocol):
+    """The part of `engine.messages.EngineStats` that is shown as metrics."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def kv_usage(self) -> float: ...
+    @property
+    def preemptions_total(self) -> int: ...
+    @property
+    def prefix_cache_queries(self) -> int: ...
+    @property
+    def prefix_cache_hits(self) -> int: ...
+
+
+class EngineCollector:
+    """Shows the engine's own gauges and counters, current at each scrape."""
+
+    def __init__(self, model_name: str, source: LoadSource) -> None:
+        self.model_name = model_name
+        self.source = source
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self.source.engine_counts()
+        kv_help = "Used part of the KV cache's blocks, 0 to 1."
+        gauges = (
+            ("num_requests_running", "Requests that the engine runs.", counts.running),
+            (
+                "num_requests_waiting",
+                "Accepted requests that do not run, those being tokenized included.",
+                counts.waiting,
+            ),
+            ("kv_cache_usage_perc", kv_help, counts.kv_usage),
+            (
+                "gpu_cache_usage_perc",
+                f"Old name of kv_cache_usage_perc. {kv_help}",
+                counts.kv_usage,
+            ),
+        )
+        for name, help_text, value in gauges:
+            gauge = GaugeMetricFamily(f"vllm:{name}", help_text, labels=["model_name"])
+            gauge.add_metric([self.model_name], value)
+            yield gauge
+        counters = (
+            (
+                "prefix_cache_queries",
+                "Prompt tokens looked up in the prefix cache.",
+                counts.prefix_cache_queries,
+            ),
+            (
+                "prefix_cache_hits",
+                "Prompt tokens found in the prefix cache.",
+                counts.prefix_cache_hits,
+            ),
+            (
+                "num_preemptions",
+                "Times that a running request gave up its blocks.",
+                counts.preemptions_total,
+            ),
+        )
+        for name, help_text, value in counters:
+            counter = CounterMetricFamily(f"vllm:{name}", help_text, labels=["model_name"])
+            counter.add_metric([self.model_name], value)
+            yield counter
+        yield self._cache_config()
+
+    def _cache_config(self) -> Metric:
+        ready = self.source.ready
+        labels = {
+            "model_name": self.model_name,
+            "block_size": str(ready.block_size) if ready else "0",
+            "num_gpu_blocks": str(ready.num_blocks) if ready else "0",
+            "cache_dtype": ready.dtype if ready else "",
+        }
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "1, with the KV cache's facts as labels; 0 until the model is loaded.",
+            labels=list(labels),
+        )
+        info.add_metric(list(labels.values()), 1 if ready else 0)
+        return info
+
+
+class Metrics:
+    """The registry of one server and the few calls that feed it."""
+
+    def __init__(self, model_name: str, source: LoadSource, handlers: Iterable[str] = ()) -> None:
+        self.model_name = model_name
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(EngineCollector(model_name, source))
+        ProcessCollector(registry=self.registry)
+        self._add_counters()
+        self._add_histograms()
+        self._add_http(handlers)
+
+    def _add_counters(self) -> None:
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began.")
+        self.generation_tokens = self._counter("generation_tokens", "Generated tokens.")
+        success = Counter(
+            "vllm:request_success",
+            "Requests that ended, by reason.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self.finished = {
+            reason: success.labels(self.model_name, reason) for reason in FINISHED_REASONS
+        }
+
+    def _add_histograms(self) -> None:
+        histogram = self._histogram
+        self.first_token = histogram(
+            "time_to_first_token_seconds",
+            "Seconds from a request's arrival to its first token.",
+            FIRST_TOKEN_SECONDS,
+        )
+        self.inter_token = histogram(
+            "inter_token_latency_seconds",
+            "Seconds between two tokens of a request.",
+            TOKEN_SECONDS,
+        )
+        self.per_output_token = histogram(
+            "request_time_per_output_token_seconds",
+            "Seconds per token after the first, mean of a request.",
+            TOKEN_SECONDS,
+        )
+        self.e2e = histogram(
+            "e2e_request_latency_seconds",
+            "Seconds from a request's arrival to its last token.",
+            REQUEST_SECONDS,
+        )
+        self.queue = histogram(
+            "request_queue_time_seconds",
+            "Seconds from a request's arrival to its first step.",
+            REQUEST_SECONDS,
+        )
+        self.inference = histogram(
+            "request_inference_time_seconds",
+            "Seconds from a request's first step to its last token.",
+            REQUEST_SECONDS,
+        )
+        self.prefill = histogram(
+            "request_prefill_time_seconds",
+            "Seconds from a request's first step to its first token.",
+            REQUEST_SECONDS,
+        )
+        self.decode = histogram(
+            "request_decode_time_seconds",
+            "Seconds from a request's first token to its last.",
+            REQUEST_SECONDS,
+        )
+        self.request_prompt_tokens = histogram(
+            "request_prompt_tokens", "Prompt tokens of a request.", TOKEN_COUNTS
+        )
+        self.request_generation_tokens = histogram(
+            "request_generation_tokens", "Generated tokens of a request.", TOKEN_COUNTS
+        )
+        self.request_max_tokens = histogram(
+            "request_params_max_tokens", "max_tokens of a request.", TOKEN_COUNTS
+        )
+        self.iteration_tokens = histogram(
+            "iteration_tokens_total", "Tokens that one step computes.", STEP_TOKENS
+        )
+
+    def _add_http(self, handlers: Iterable[str]) -> None:
+        self.http_requests = Counter(
+            "http_requests",
+            "HTTP requests by method, class of status, and route.",
+            ["method", "status", "handler"],
+            registry=self.registry,
+        )
+        self.http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "Seconds from an HTTP request's arrival to the end of its answer.",
+            ["method", "handler"],
+            buckets=HTTP_SECONDS,
+            registry=self.registry,
+        )
+        for route in handlers:
+            method, handler = route.split(" ")
+            self.http_seconds.labels(method, handler)
+            for status in STATUS_CLASSES:
+                self.http_requests.labels(method, status, handler)
+
+    def _counter(self, name: str, help_text: str) -> Counter:
+        counter = Counter(f"vllm:{name}", help_text, ["model_name"], registry=self.registry)
+        return counter.labels(self.model_name)
+
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(
+            f"vllm:{name}", help_text, ["model_name"], buckets=buckets, registry=self.registry
+        )
+        return histogram.labels(self.model_name)
+
+    def observe_step(self, output: StepOutput) -> None:
+        """Take what the engine tells after each step."""
+        if output.stats.num_scheduled_tokens:
+            self.iteration_tokens.observe(output.stats.num_scheduled_tokens)
+
+    def observe_http(self, method: str, status: int, handler: str, elapsed: float) -> None:
+        self.http_requests.labels(method, f"{status // 100}xx", handler).inc()
+        self.http_seconds.labels(method, handler).observe(elapsed)
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class RequestClock:
+    """Measures one engine request; `finish` must be called once, whatever its end was."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        arrival: float,
+        *,
+        num_prompt_tokens: int,
+        max_tokens: int,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.metrics = metrics
+        self.arrival = arrival
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_tokens = max_tokens
+        self.num_tokens = 0
+        self.now = now
+        self._queue_seconds = 0.0
+        self._first = self._last = arrival
+
+    def observe(self, delta: RequestDelta) -> None:
+        """Count the tokens of a delta that just came."""
+        num_new = len(delta.new_token_ids)
+        if delta.queue_seconds is not None:
+            self._queue_seconds = delta.queue_seconds
+            self.metrics.prompt_tokens.inc(self.num_prompt_tokens)
+        if not num_new:
+            return
+        now, metrics = self.now(), self.metrics
+        metrics.generation_tokens.inc(num_new)
+        if self.num_tokens == 0:
+            self._first = now
+            metrics.first_token.observe(now - self.arrival)
+            num_gaps = num_new - 1
+        else:
+            num_gaps = num_new
+        # Tokens that came in one delta share the time since the last one.
+        for _ in range(num_gaps):
+            metrics.inter_token.observe((now - self._last) / num_new if self.num_tokens else 0.0)
+        self.num_tokens += num_new
+        self._last = now
+
+    def finish(self, reason: str) -> None:
+        """Record the whole request; reason is one of FINISHED_REASONS."""
+        metrics = self.metrics
+        metrics.finished[reason].inc()
+        metrics.request_prompt_tokens.observe(self.num_prompt_tokens)
+        metrics.request_generation_tokens.observe(self.num_tokens)
+        metrics.request_max_tokens.observe(self.max_tokens)
+        if self.num_tokens == 0:
+            return
+        e2e, decode = self._last - self.arrival, self._last - self._first
+        metrics.e2e.observe(e2e)
+        metrics.decode.observe(decode)
+        metrics.queue.observe(self._queue_seconds)
+        metrics.inference.observe(max(0.0, e2e - self._queue_seconds))
+        metrics.prefill.observe(max(0.0, e2e - decode - self._queue_seconds))
+        if self.num_tokens > 1:
+            metrics.per_output_token.observe(decode / (self.num_tokens - 1))
