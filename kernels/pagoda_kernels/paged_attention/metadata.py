@@ -1,0 +1,178 @@
+"""What one step's attention needs to know about its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBucket:
+    """Decode rows of similar length, whose keys are gathered and attended to in one call."""
+
+    first: int
+    last: int
+    """Sequences first … last - 1 of the step."""
+    slots: torch.Tensor
+    """[rows * width] int64: cache slots; past the end of a row a slot of that row is repeated."""
+    mask: torch.Tensor
+    """[rows, 1, 1, width] in the dtype of the queries: 0 or -inf, added to the scores."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillGather:
+    """The keys that one prefill chunk may see."""
+
+    first: int
+    last: int
+    """Query tokens first … last - 1 of the step."""
+    slots: torch.Tensor
+    """[num_keys] int64: cache slots of the keys, oldest first."""
+    mask: torch.Tensor | None
+    """[num_queries, num_keys] bool, or None for the plain lower triangle."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatherPlan:
+    """How the CPU path reads the cache in one step, for one sliding window."""
+
+    buckets: tuple[DecodeBucket, ...]
+    prefills: tuple[PrefillGather, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """The sequences of one step. Those with one query token come first, shortest first.
+
+    query_start_loc: [num_seqs + 1] int32, first query token of each sequence, then the total.
+    seq_lens: [num_seqs] int32, tokens in the cache including this step's.
+    block_table: [num_seqs, max_blocks] int32; entries past the last used block are not read.
+    plans: for the CPU path, by sliding window (0: none); empty on other devices.
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    num_decodes: int
+    plans: dict[int, GatherPlan] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls,
+        query_lens: Sequence[int],
+        seq_lens: Sequence[int],
+        block_table: np.ndarray,
+        *,
+        block_size: int,
+        windows: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> AttentionMetadata:
+        """Lay out one step.
+
+        Args:
+            query_lens, seq_lens: per sequence; sequences with one query token must come first,
+                in ascending order of seq_lens.
+            block_table: [num_seqs, max_blocks] int32 on the host.
+            windows: the sliding windows of the model's layers, 0 for full attention.
+            dtype: of the queries.
+        """
+        num_decodes = 0
+        while num_decodes < len(query_lens) and query_lens[num_decodes] == 1:
+            num_decodes += 1
+        if 1 in query_lens[num_decodes:]:
+            raise ValueError("Sequences with one query token must come before the others.")
+        starts = np.zeros(len(query_lens) + 1, dtype=np.int32)
+        np.cumsum(query_lens, out=starts[1:])
+        plans = {}
+        if device.type == "cpu":
+            layout = _Layout(query_lens, seq_lens, starts, block_table, block_size, num_decodes)
+            plans = {window: _plan(layout, window, dtype) for window in windows}
+        return cls(
+            query_start_loc=torch.from_numpy(starts).to(device),
+            seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
+            block_table=torch.from_numpy(block_table).to(device),
+            num_decodes=num_decodes,
+            plans=plans,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    query_lens: Sequence[int]
+    seq_lens: Sequence[int]
+    starts: np.ndarray
+    block_table: np.ndarray
+    block_size: int
+    num_decodes: int
+
+    def slots(self, seq: slice | int, positions: np.ndarray) -> np.ndarray:
+        """Cache slots of positions ([..., n]) of one sequence, or row by row of a range of them."""
+        blocks, offsets = np.divmod(positions, self.block_size)
+        if isinstance(seq, slice):
+            table = np.take_along_axis(self.block_table[seq], blocks, axis=1)
+        else:
+            table = self.block_table[seq, blocks]
+        return table.astype(np.int64) * self.block_size + offsets
+
+
+def _plan(layout: _Layout, window: int, dtype: torch.dtype) -> GatherPlan:
+    return GatherPlan(
+        buckets=tuple(_decode_buckets(layout, window, dtype)),
+        prefills=tuple(
+            _prefill_gather(layout, window, seq)
+            for seq in range(layout.num_decodes, len(layout.query_lens))
+        ),
+    )
+
+
+_SMALLEST_BUCKET = 256
+
+
+def _decode_buckets(layout: _Layout, window: int, dtype: torch.dtype) -> list[DecodeBucket]:
+    """Cut the decode rows where the number of visible keys passes a power of two.
+
+    So at most half of what is gathered is padding, and the number of calls does not depend on
+    the number of rows.
+    """
+    lens = np.asarray(layout.seq_lens[: layout.num_decodes], dtype=np.int64)
+    visible = np.minimum(lens, window) if window else lens
+    buckets = []
+    first = 0
+    while first < len(lens):
+        limit = max(_SMALLEST_BUCKET, 1 << int(visible[first] - 1).bit_length())
+        last = int(np.searchsorted(visible, limit, side="right"))
+        seqs = slice(first, last)
+        width = int(visible[last - 1])
+        offsets = np.arange(width)
+        # Past the end the last position is repeated: a slot that was written, so whatever unused
+        # slots contain (even NaN, which no mask can hide) is never read.
+        within = np.minimum(offsets, visible[seqs, None] - 1)
+        slots = layout.slots(seqs, lens[seqs, None] - visible[seqs, None] + within)
+        padding = torch.from_numpy(offsets >= visible[seqs, None])[:, None, None]
+        mask = torch.zeros(padding.shape, dtype=dtype).masked_fill_(padding, -torch.inf)
+        buckets.append(DecodeBucket(first, last, torch.from_numpy(slots).flatten(), mask))
+        first = last
+    return buckets
+
+
+def _prefill_gather(layout: _Layout, window: int, seq: int) -> PrefillGather:
+    num_queries, seq_len = layout.query_lens[seq], layout.seq_lens[seq]
+    start = seq_len - num_queries
+    oldest = max(0, start - window + 1) if window else 0
+    keys = np.arange(oldest, seq_len)
+    queries = np.arange(start, seq_len)[:, None]
+    is_windowed = bool(window) and seq_len > window
+    mask = None
+    if start or is_windowed:
+        visible = keys <= queries
+        if is_windowed:
+            visible &= keys > queries - window
+        mask = torch.from_numpy(visible)
+    first = int(layout.starts[seq])
+    return PrefillGather(
+        first, first + num_queries, torch.from_numpy(layout.slots(seq, keys)), mask
+    )

@@ -1,0 +1,237 @@
+"""Load a model and run the scheduler's steps on it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.engine.messages import EngineReady, ScheduledRow
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.execution import machine
+from pagoda_runtime.execution.kv_cache import (
+    CPU_DEFAULT_SHARE,
+    MemoryBudget,
+    allocate_kv_caches,
+    format_bytes,
+    size_kv_cache,
+)
+from pagoda_runtime.execution.sampler import sample
+from pagoda_runtime.execution.step_input import prepare_step
+from pagoda_runtime.models.decoder import Decoder
+from pagoda_runtime.models.registry import load_model_config
+from pagoda_runtime.models.source import resolve_model
+from pagoda_runtime.models.weights import OnProgress, load_weights
+from pagoda_runtime.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+def no_progress(phase: str, percent: float, bytes_per_second: float) -> None:
+    """The listener of those who do not care."""
+
+
+class ModelRunner:
+    """A loaded model with its KV cache.
+
+    Raises: FatalError when the model cannot be loaded or does not fit.
+    """
+
+    def __init__(self, config: EngineConfig, on_progress: OnProgress = no_progress) -> None:
+        require_supported(config)
+        self.device = choose_device(config.device)
+        configure_threads(config, self.device)
+        with _timed("Finding the model"):
+            folder = resolve_model(config.model, config.revision, on_progress)
+        self.model_config = load_model_config(folder, quantization=config.quantization)
+        dtype_name = self.model_config.dtype if config.dtype == "auto" else config.dtype
+        self.dtype = _DTYPES[dtype_name]
+        with _timed("Loading the weights"), torch.inference_mode():
+            self.model = self._load_model(folder, on_progress)
+        self.block_size = config.block_size or (16 if self.device.type == "cuda" else 32)
+        self.windows = sorted(set(self.model_config.sliding_windows))
+        budget = self._memory_budget(config)
+        size = size_kv_cache(
+            self.model_config,
+            budget,
+            block_size=self.block_size,
+            element_bytes=self.dtype.itemsize,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+        )
+        self.num_blocks = size.num_blocks
+        self.max_model_len = size.max_model_len
+        self._log_size(size.total_bytes, config)
+        with torch.inference_mode():
+            self.kv_caches = allocate_kv_caches(
+                self.model_config, size, dtype=self.dtype, device=self.device
+            )
+        on_progress("warmup", 0.0, 0.0)
+        with _timed("Warming up"):
+            self._warm_up()
+        on_progress("warmup", 100.0, 0.0)
+        self.ready_facts = EngineReady(
+            max_model_len=self.max_model_len,
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            vocab_size=self.model_config.vocab_size,
+            eos_token_ids=list(self.model_config.eos_token_ids),
+            dtype=dtype_name,
+            device=self.device.type,
+            default_sampling=dict(self.model_config.default_sampling),
+        )
+
+    @torch.inference_mode()
+    def execute(self, rows: Sequence[ScheduledRow]) -> list[int]:
+        """Compute the rows' tokens; return one token id for each row with sampling_params.
+
+        Afterwards the cache holds each row's positions 0 … start + len(token_ids) - 1.
+        """
+        prepared = prepare_step(
+            rows,
+            block_size=self.block_size,
+            windows=self.windows,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        hidden = self.model(prepared.step_input, self.kv_caches)
+        if not prepared.sample_rows:
+            return []
+        logits = self.model.logits(hidden.index_select(0, prepared.sampled_tokens))
+        return sample(logits, prepared.sample_rows)
+
+    def _load_model(self, folder: Path, on_progress: OnProgress) -> Decoder:
+        on_progress("load", 0.0, 0.0)
+        try:
+            model = Decoder(self.model_config, dtype=self.dtype, device=self.device)
+            ignored = ("lm_head.weight",) if self.model_config.tie_word_embeddings else ()
+            num_bytes = load_weights(
+                model.targets(), folder, ignored=ignored, on_progress=on_progress
+            )
+            model.after_loading()
+        except torch.OutOfMemoryError as error:
+            raise FatalError(
+                "GpuOutOfMemory" if self.device.type == "cuda" else "OutOfMemory",
+                f"The weights in {folder} do not fit the memory of {self.device}: {error}. "
+                "Use a smaller model or a larger device.",
+            ) from error
+        logger.info("Read %s of weights", format_bytes(num_bytes))
+        return model
+
+    def _memory_budget(self, config: EngineConfig) -> MemoryBudget:
+        if config.kv_cache_memory_bytes is not None:
+            return MemoryBudget(config.kv_cache_memory_bytes, "--kv-cache-memory-bytes")
+        if self.device.type == "cuda":
+            return self._profile_cuda(config)
+        free = machine.free_memory_bytes()
+        return MemoryBudget(int(free * CPU_DEFAULT_SHARE), "the memory limit (resources.memory)")
+
+    def _profile_cuda(self, config: EngineConfig) -> MemoryBudget:
+        """What gpu_memory_utilization leaves beside the weights and the largest step."""
+        num_tokens = config.max_num_batched_tokens or 2048
+        # Logits dominate: one row for each sequence, in the model's dtype, and once more in fp32.
+        rows = min(config.max_num_seqs, num_tokens)
+        vocabulary = rows * self.model_config.vocab_size * (self.dtype.itemsize + 4)
+        widest = 2 * self.model_config.intermediate_size + 4 * self.model_config.hidden_size
+        activations = num_tokens * widest * (self.dtype.itemsize + 4)
+        free, total = torch.cuda.mem_get_info(self.device)
+        available = int(free - (1.0 - config.gpu_memory_utilization) * total)
+        return MemoryBudget(
+            available - vocabulary - activations,
+            "--gpu-memory-utilization (engine.gpuMemoryPercent)",
+        )
+
+    def _log_size(self, total_bytes: int, config: EngineConfig) -> None:
+        logger.info(
+            "KV cache: %d blocks of %d tokens, %s",
+            self.num_blocks,
+            self.block_size,
+            format_bytes(total_bytes),
+        )
+        if config.max_model_len is None and (
+            self.max_model_len < self.model_config.max_position_embeddings
+        ):
+            logger.warning(
+                "max_model_len is %d: the KV cache holds no more of the model's %d. "
+                "Raise --kv-cache-memory-bytes for longer contexts.",
+                self.max_model_len,
+                self.model_config.max_position_embeddings,
+            )
+
+    def _warm_up(self) -> None:
+        """Run one prefill and one decode step, so that the first request pays for no set-up."""
+        num_tokens = min(self.block_size, self.max_model_len - 1)
+        params = SamplingParams(temperature=0.0)
+        for start, token_ids in ((0, [0] * num_tokens), (num_tokens, [0])):
+            num_blocks = -(-(start + len(token_ids)) // self.block_size)
+            self.execute(
+                [
+                    ScheduledRow(
+                        request_id="warmup",
+                        token_ids=token_ids,
+                        start=start,
+                        # Block 0 holds padding: nothing of the warm-up can be seen by a request.
+                        block_table=[0] * num_blocks,
+                        sampling_params=params,
+                    )
+                ]
+            )
+
+
+def require_supported(config: EngineConfig) -> None:
+    """Refuse flags that today's engine cannot serve."""
+    if config.tensor_parallel_size != 1:
+        raise FatalError(
+            "InvalidFlags",
+            f"--tensor-parallel-size (engine.tensorParallelSize) is {config.tensor_parallel_size}; "
+            "this version runs on one device only. Set it to 1.",
+        )
+    if config.kv_cache_dtype != "auto":
+        raise FatalError(
+            "InvalidFlags",
+            f"--kv-cache-dtype (engine.kvCacheDtype) is {config.kv_cache_dtype}; this version "
+            "keeps the KV cache in the model's dtype only. Set it to auto.",
+        )
+    if config.dtype not in ("auto", *_DTYPES):
+        raise FatalError(
+            "InvalidFlags",
+            f"--dtype (engine.dtype) is {config.dtype}; it must be auto, {', '.join(_DTYPES)}.",
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise FatalError(
+            "InvalidFlags",
+            f"--device is {name}, and torch sees no such device here. Use cpu, or auto.",
+        )
+    return torch.device(name)
+
+
+def configure_threads(config: EngineConfig, device: torch.device) -> None:
+    """Set torch's threads and log what the engine computes with."""
+    num_threads = config.num_threads or machine.allowed_cores()
+    if torch.get_num_threads() != num_threads:
+        torch.set_num_threads(num_threads)
+    logger.info("Device %s, instructions %s", device.type, machine.instruction_set())
+    logger.info("%d threads", num_threads)
+
+
+@contextmanager
+def _timed(phase: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    logger.info("%s took %.2f s", phase, time.monotonic() - started)

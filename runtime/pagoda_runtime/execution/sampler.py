@@ -1,0 +1,109 @@
+"""Choose one token per row from its logits.
+
+A draw depends on the row's logits, parameters, seed and position alone, so a request gets the same
+tokens whatever else is in the batch, and again after a preemption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pagoda_runtime.sampling_params import SamplingParams
+
+# Candidates looked at first when only top_p limits them: sorting the whole vocabulary costs far
+# more, and is done only for rows where these do not reach top_p.
+_FIRST_CANDIDATES = 1024
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What one row's draw depends on, beside its logits."""
+
+    params: SamplingParams
+    seed: int
+    position: int
+    """Position in the sequence of the token that is drawn."""
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    """One token id per row.
+
+    Order: temperature, top-k, top-p, draw. Greedy rows take the largest logit, the first of equals.
+
+    Args:
+        logits: [num_rows, vocab_size], any float dtype.
+    """
+    random_rows = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+    if not random_rows:
+        return _argmax(logits)
+    token_ids = [-1] * len(rows)
+    greedy_rows = [index for index, row in enumerate(rows) if row.params.is_greedy]
+    if greedy_rows:
+        for index, token_id in zip(greedy_rows, _argmax(logits[greedy_rows]), strict=True):
+            token_ids[index] = token_id
+    # Row by row: a vocabulary of fp32 in the processor's cache beats a batch in memory, and no
+    # row's rounding depends on its neighbours.
+    for index in random_rows:
+        token_ids[index] = _draw(logits[index], rows[index])
+    return token_ids
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number from 0 to below 1, made from (seed, position) alone.
+
+    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014 (SplitMix64).
+    """
+    state = (_mix(seed & _MASK64) + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64
+    return (_mix(state) >> 11) / (1 << 53)
+
+
+def _mix(value: int) -> int:
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def _argmax(logits: torch.Tensor) -> list[int]:
+    # max is much faster than argmax on a CPU in bf16, and both return the first of equals.
+    return [int(token_id) for token_id in logits.max(dim=-1).indices.tolist()]
+
+
+def _draw(logits: torch.Tensor, row: SampleRow) -> int:
+    """Invert the cumulative distribution at this row's uniform number."""
+    params = row.params
+    scaled = logits.float() / params.temperature
+    target = uniform(row.seed, row.position)
+    if params.top_k <= 0 and params.top_p >= 1.0:
+        return _invert(scaled.softmax(-1), target)
+    probabilities, token_ids = _candidates(scaled, params)
+    return int(token_ids[_invert(probabilities, target)])
+
+
+def _candidates(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights, largest first, and ids of the tokens that top-k and top-p leave."""
+    vocab_size = len(scaled)
+    if params.top_k > 0:
+        values, token_ids = scaled.topk(min(params.top_k, vocab_size))
+        probabilities = values.softmax(-1)
+    else:
+        values, token_ids = scaled.topk(min(_FIRST_CANDIDATES, vocab_size))
+        probabilities = (values - scaled.logsumexp(-1)).exp_()
+        if float(probabilities.sum()) < params.top_p:
+            probabilities, token_ids = scaled.softmax(-1).sort(descending=True)
+    before = probabilities.cumsum(-1, dtype=torch.float64) - probabilities
+    # The token that crosses top_p stays, so at least one always does.
+    kept = max(1, int((before < params.top_p).sum()))
+    return probabilities[:kept], token_ids[:kept]
+
+
+def _invert(weights: torch.Tensor, target: float) -> int:
+    """The first index whose cumulative weight exceeds target × the total."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    wanted = target * float(cumulative[-1])
+    index = int(torch.searchsorted(cumulative, wanted, right=True))
+    # Rounding may leave the last sum below the target; the last token with any weight is meant.
+    return min(index, int(weights.nonzero()[-1]))

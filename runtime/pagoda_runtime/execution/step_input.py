@@ -1,0 +1,85 @@
+"""Turn the scheduler's rows into the tensors of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pagoda_kernels.paged_attention import AttentionMetadata
+from pagoda_runtime.engine.messages import ScheduledRow
+from pagoda_runtime.execution.sampler import SampleRow
+from pagoda_runtime.models.decoder import StepInput
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedStep:
+    """A step's tensors, and which of its tokens are sampled."""
+
+    step_input: StepInput
+    sampled_tokens: torch.Tensor
+    """[num_sampled] int64: indices of the tokens whose logits are wanted, in the callers' order."""
+    sample_rows: list[SampleRow]
+
+
+def prepare_step(
+    rows: Sequence[ScheduledRow],
+    *,
+    block_size: int,
+    windows: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreparedStep:
+    """Lay out the rows' tokens one after the other, decode rows first, shortest first."""
+    order = sorted(
+        range(len(rows)),
+        key=lambda index: (len(rows[index].token_ids) > 1, rows[index].start),
+    )
+    ordered = [rows[index] for index in order]
+    query_lens = [len(row.token_ids) for row in ordered]
+    seq_lens = [row.start + len(row.token_ids) for row in ordered]
+    block_table = _block_table([row.block_table for row in ordered])
+    token_ids = np.fromiter((t for row in ordered for t in row.token_ids), dtype=np.int64)
+    seqs = np.repeat(np.arange(len(ordered)), query_lens)
+    first_tokens = np.cumsum(query_lens) - query_lens
+    starts = np.array([row.start for row in ordered], dtype=np.int64)
+    positions = np.arange(len(token_ids)) + (starts - first_tokens)[seqs]
+    blocks, offsets = np.divmod(positions, block_size)
+    slot_mapping = block_table[seqs, blocks].astype(np.int64) * block_size + offsets
+    metadata = AttentionMetadata.build(
+        query_lens,
+        seq_lens,
+        block_table,
+        block_size=block_size,
+        windows=windows,
+        dtype=dtype,
+        device=device,
+    )
+    last_tokens = np.empty(len(rows), dtype=np.int64)
+    last_tokens[order] = first_tokens + query_lens - 1
+    sampled = [index for index, row in enumerate(rows) if row.sampling_params is not None]
+    return PreparedStep(
+        StepInput(
+            torch.from_numpy(token_ids).to(device),
+            torch.from_numpy(positions).to(device),
+            torch.from_numpy(slot_mapping).to(device),
+            metadata,
+        ),
+        torch.from_numpy(last_tokens[sampled]).to(device),
+        [_sample_row(rows[index]) for index in sampled],
+    )
+
+
+def _sample_row(row: ScheduledRow) -> SampleRow:
+    assert row.sampling_params is not None
+    return SampleRow(row.sampling_params, row.seed, row.start + len(row.token_ids))
+
+
+def _block_table(tables: Sequence[Sequence[int]]) -> np.ndarray:
+    """[num_rows, longest] int32, padded with block 0."""
+    padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+    for row, table in enumerate(tables):
+        padded[row, : len(table)] = table
+    return padded

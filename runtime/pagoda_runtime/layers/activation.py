@@ -1,0 +1,23 @@
+"""Gated activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.nn.functional import gelu, silu
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_pytorch_tanh": partial(gelu, approximate="tanh"),
+}
+
+
+def gated_activation(
+    gate_up: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """activation(gate) * up, where gate_up is [num_tokens, 2 * size]: gate, then up."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activation(gate).mul_(up)

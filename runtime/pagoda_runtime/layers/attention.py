@@ -1,0 +1,102 @@
+"""Self-attention over the paged KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pagoda_kernels.paged_attention import AttentionMetadata, paged_attention
+from pagoda_kernels.write_kv_cache import write_kv_cache
+from pagoda_runtime.layers.linear import Linear
+from pagoda_runtime.layers.norm import rms_norm
+from pagoda_runtime.layers.rotary import RotaryAngles, apply_rotary
+from pagoda_runtime.models.config import ModelConfig
+
+
+class SelfAttention(nn.Module):
+    """q, k and v in one product; k and v go to the cache; the heads' results through o_proj."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.scale = config.attention_scale or config.head_dim**-0.5
+        self.sliding_window = config.sliding_windows[layer]
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv_proj = Linear(
+            config.hidden_size,
+            {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
+            bias=config.qkv_bias,
+            dtype=dtype,
+            device=device,
+        )
+        self.o_proj = Linear(
+            q_size,
+            {"o_proj": config.hidden_size},
+            bias=config.attention_output_bias,
+            dtype=dtype,
+            device=device,
+        )
+        self.qk_norm: QKNorm | None = None
+        if config.qk_norm:
+            self.qk_norm = QKNorm(config, dtype=dtype, device=device)
+
+    def targets(self, prefix: str) -> dict[str, torch.Tensor]:
+        targets = self.qkv_proj.targets(prefix) | self.o_proj.targets(prefix)
+        if self.qk_norm is not None:
+            targets |= self.qk_norm.targets(prefix)
+        return targets
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        angles: RotaryAngles,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """x: [num_tokens, hidden_size]; kv_cache: this layer's, written at slot_mapping."""
+        num_qk_heads = self.num_heads + self.num_kv_heads
+        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
+        qk = qkv[:, :num_qk_heads]
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk)
+        qk = apply_rotary(qk, angles)
+        qkv[:, self.num_heads : num_qk_heads] = qk[:, self.num_heads :]
+        kv = qkv[:, self.num_heads :].unflatten(1, (2, self.num_kv_heads))
+        write_kv_cache(kv, kv_cache, slot_mapping)
+        attended = paged_attention(
+            qk[:, : self.num_heads],
+            kv_cache,
+            metadata,
+            scale=self.scale,
+            sliding_window=self.sliding_window,
+        )
+        return self.o_proj(attended.flatten(1))
+
+
+class QKNorm(nn.Module):
+    """The norms of q's and k's heads in one pass."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight_offset = config.norm_weight_offset
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.q_weight = torch.empty(config.head_dim, dtype=dtype, device=device)
+        self.k_weight = torch.empty_like(self.q_weight)
+        self.weight = torch.empty(0)
+
+    def targets(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {f"{prefix}q_norm.weight": self.q_weight, f"{prefix}k_norm.weight": self.k_weight}
+
+    def after_loading(self) -> None:
+        rows = [self.q_weight] * self.num_heads + [self.k_weight] * self.num_kv_heads
+        self.weight = torch.stack(rows).float() + self.weight_offset
+
+    def forward(self, qk: torch.Tensor) -> torch.Tensor:
+        """qk: [num_tokens, num_heads + num_kv_heads, head_dim]"""
+        return rms_norm(qk, self.weight, self.eps)

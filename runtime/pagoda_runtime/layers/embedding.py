@@ -1,0 +1,67 @@
+"""Token embedding and the projection back to the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import embedding
+
+from pagoda_runtime.layers.linear import LinearMethod, PlainLinear, make_linear_method
+
+
+class Embedding(nn.Module):
+    """Rows of a table by token id, times a scale.
+
+    Args:
+        scale: rounded to the table's dtype first, as transformers does.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        scale: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
+        self.scale = torch.tensor(scale, dtype=dtype).item()
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        rows = embedding(token_ids, self.weight)
+        return rows if self.scale == 1.0 else rows * self.scale
+
+
+class LanguageModelHead(nn.Module):
+    """Logits over the vocabulary: hidden @ weight.T.
+
+    A tied head multiplies by the embedding's table. A packed layout cannot serve as a table, so
+    packing keeps a second copy of a tied weight.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        tied_to: Embedding | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.is_tied = tied_to is not None
+        self.weight = (
+            torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
+            if tied_to is None
+            else tied_to.weight
+        )
+        self.method: LinearMethod = PlainLinear(self.weight)
+
+    def after_loading(self) -> None:
+        self.method = make_linear_method(self.weight)
+        del self.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.method.apply(hidden, None)

@@ -1,0 +1,248 @@
+"""What the engine knows about a model, read from its config.json and generation_config.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pagoda_runtime.errors import FatalError
+
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
+SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding of a layer. Fields after `factor` belong to llama3 alone."""
+
+    theta: float
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """One decoder, as data. The families of `models/` differ in these values only."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    max_position_embeddings: int
+    activation: str
+    """silu, gelu or gelu_pytorch_tanh"""
+    tie_word_embeddings: bool
+    rope: tuple[RopeConfig, ...]
+    """One for each layer."""
+    sliding_windows: tuple[int, ...]
+    """Tokens that each layer sees, itself included; 0: all."""
+    dtype: str = "bfloat16"
+    """dtype of the checkpoint"""
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sandwich_norms: bool = False
+    """A norm after attention and after the feed-forward too, before each is added back."""
+    norm_weight_offset: float = 0.0
+    """Gemma stores the weights of its norms minus one."""
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    """Factor on q·k; None: head_dim ** -0.5."""
+    eos_token_ids: tuple[int, ...] = ()
+    default_sampling: Mapping[str, float | int] = field(default_factory=dict)
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Numbers that the KV cache holds for one token, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+class ConfigFile:
+    """A JSON object on disk, read with types; every error names file, key and value."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    @classmethod
+    def read(cls, path: Path) -> ConfigFile:
+        """Raises FatalError: ModelNotFound, ModelAccessDenied or InvalidModelConfig."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise FatalError(
+                "ModelNotFound",
+                f"{path} does not exist. The model must be a folder in Hugging Face layout: "
+                "config.json, tokenizer.json and *.safetensors.",
+            ) from error
+        except OSError as error:
+            raise FatalError(
+                "ModelAccessDenied",
+                f"{path} cannot be read: {error.strerror}. "
+                "Give the user that runs the engine read access to the model folder.",
+            ) from error
+        except ValueError as error:
+            raise FatalError(
+                "InvalidModelConfig",
+                f"{path} is not valid JSON: {error}. Copy or download the file again.",
+            ) from error
+        if not isinstance(values, dict):
+            raise FatalError("InvalidModelConfig", f"{path} must contain a JSON object.")
+        return cls(path, values)
+
+    def invalid(self, key: str, value: object, expected: str) -> FatalError:
+        return FatalError(
+            "InvalidModelConfig",
+            f"{self.path}: {key} is {value!r}; it must be {expected}. "
+            "Correct the file, or download the model again.",
+        )
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A positive integer; without a default the key is required."""
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.invalid(key, value, "a positive integer")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A positive finite number."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not is_number(value) or not 0 < value < math.inf:
+            raise self.invalid(key, value, "a positive number")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.invalid(key, value, "true or false")
+        return value
+
+    def choice(self, key: str, default: str, choices: tuple[str, ...]) -> str:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if value not in choices:
+            raise self.invalid(key, value, f"one of {', '.join(choices)}")
+        return str(value)
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        value = self.values.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self.invalid(key, value, "an object")
+        return value
+
+    def require_absent(self, *keys: str) -> None:
+        """Refuse settings that change the result and that this engine does not compute."""
+        for key in keys:
+            if self.values.get(key):
+                raise self.invalid(key, self.values[key], "absent: this engine does not support it")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_rope(
+    file: ConfigFile, layer_type: str = "full_attention", *, default_theta: float = 10_000.0
+) -> RopeConfig:
+    """The rope of one layer type.
+
+    Both spellings are read: `rope_parameters` (one for all layers or one for each layer type), and
+    the older `rope_theta` with `rope_scaling`.
+    """
+    parameters = dict(file.mapping("rope_parameters"))
+    key = "rope_parameters"
+    if isinstance(parameters.get(layer_type), dict):
+        key = f"rope_parameters.{layer_type}"
+        parameters = parameters[layer_type]
+    elif not parameters or all(isinstance(value, dict) for value in parameters.values()):
+        key = "rope_scaling"
+        parameters = dict(file.mapping("rope_scaling"))
+    parameters.setdefault("rope_theta", file.number("rope_theta", default_theta))
+    parameters.setdefault("rope_type", parameters.get("type", "default"))
+    return _parse_rope(file, key, parameters)
+
+
+def _parse_rope(file: ConfigFile, key: str, parameters: Mapping[str, Any]) -> RopeConfig:
+    rope_type = parameters["rope_type"]
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        raise FatalError(
+            "InvalidModelConfig",
+            f"{file.path}: {key} has the rope type {rope_type!r}, which this engine does not "
+            f"support. Supported: {', '.join(SUPPORTED_ROPE_TYPES)}. "
+            "Serve a checkpoint with one of these.",
+        )
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise file.invalid(
+            f"{key}.partial_rotary_factor", parameters["partial_rotary_factor"], "1.0 or absent"
+        )
+
+    def value(name: str) -> float:
+        number = parameters.get(name)
+        if not is_number(number) or not 0 < float(number) < math.inf:  # type: ignore[arg-type]
+            raise file.invalid(f"{key}.{name}", number, "a positive number")
+        return float(number)  # type: ignore[arg-type]
+
+    theta = value("rope_theta")
+    if rope_type == "default":
+        return RopeConfig(theta)
+    if rope_type == "linear":
+        return RopeConfig(theta, "linear", value("factor"))
+    if parameters.get("original_max_position_embeddings") is None:
+        parameters = {
+            **parameters,
+            "original_max_position_embeddings": file.integer("max_position_embeddings"),
+        }
+    low, high = value("low_freq_factor"), value("high_freq_factor")
+    if low >= high:
+        raise file.invalid(f"{key}.high_freq_factor", high, f"above low_freq_factor, {low}")
+    original = int(value("original_max_position_embeddings"))
+    return RopeConfig(theta, "llama3", value("factor"), low, high, original)
+
+
+def common_fields(file: ConfigFile) -> dict[str, Any]:
+    """The fields of ModelConfig that all families of Llama's kind spell in the same way."""
+    num_heads = file.integer("num_attention_heads")
+    num_kv_heads = file.integer("num_key_value_heads", num_heads)
+    hidden_size = file.integer("hidden_size")
+    if num_heads % num_kv_heads:
+        raise file.invalid("num_key_value_heads", num_kv_heads, f"a divisor of {num_heads}")
+    if file.values.get("head_dim") is None and hidden_size % num_heads:
+        raise file.invalid("hidden_size", hidden_size, f"a multiple of {num_heads} heads")
+    head_dim = file.integer("head_dim", hidden_size // num_heads)
+    if head_dim % 2:
+        raise file.invalid("head_dim", head_dim, "even")
+    dtype_key = "dtype" if file.values.get("dtype") is not None else "torch_dtype"
+    return {
+        "vocab_size": file.integer("vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": file.integer("intermediate_size"),
+        "num_layers": file.integer("num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "norm_eps": file.number("rms_norm_eps", 1e-6),
+        "max_position_embeddings": file.integer("max_position_embeddings"),
+        "dtype": file.choice(dtype_key, "float32", SUPPORTED_DTYPES),
+    }

@@ -1,0 +1,157 @@
+"""The decoder: one for all families, which differ in the values of ModelConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pagoda_kernels.paged_attention import AttentionMetadata
+from pagoda_runtime.layers.attention import SelfAttention
+from pagoda_runtime.layers.embedding import Embedding, LanguageModelHead
+from pagoda_runtime.layers.mlp import GatedMLP
+from pagoda_runtime.layers.norm import RMSNorm
+from pagoda_runtime.layers.rotary import RotaryAngles, inverse_frequencies
+from pagoda_runtime.models.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """The tokens of one step: ids, positions and cache slots, each [num_tokens] int64."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    metadata: AttentionMetadata
+
+
+class DecoderLayer(nn.Module):
+    """Norm, attention, add; norm, feed-forward, add; with sandwich norms before each add too."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config, layer, dtype=dtype, device=device)
+        self.mlp = GatedMLP(config, dtype=dtype, device=device)
+        self.attention_norm = make_norm(config, dtype, device)
+        self.mlp_norm = make_norm(config, dtype, device)
+        self.after_attention_norm: RMSNorm | None = None
+        self.after_mlp_norm: RMSNorm | None = None
+        if config.sandwich_norms:
+            self.after_attention_norm = make_norm(config, dtype, device)
+            self.after_mlp_norm = make_norm(config, dtype, device)
+
+    def targets(self, prefix: str) -> dict[str, torch.Tensor]:
+        norms = {"input_layernorm": self.attention_norm, "post_attention_layernorm": self.mlp_norm}
+        if self.after_attention_norm is not None and self.after_mlp_norm is not None:
+            # With sandwich norms post_attention_layernorm is what its name says.
+            norms = {
+                "input_layernorm": self.attention_norm,
+                "post_attention_layernorm": self.after_attention_norm,
+                "pre_feedforward_layernorm": self.mlp_norm,
+                "post_feedforward_layernorm": self.after_mlp_norm,
+            }
+        return (
+            self.self_attn.targets(f"{prefix}self_attn.")
+            | self.mlp.targets(f"{prefix}mlp.")
+            | {f"{prefix}{name}.weight": norm.weight for name, norm in norms.items()}
+        )
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        angles: RotaryAngles,
+        kv_cache: torch.Tensor,
+        step: StepInput,
+    ) -> torch.Tensor:
+        attended = self.self_attn(
+            self.attention_norm(hidden), angles, kv_cache, step.slot_mapping, step.metadata
+        )
+        if self.after_attention_norm is not None:
+            attended = self.after_attention_norm(attended)
+        hidden = hidden + attended
+        fed_forward = self.mlp(self.mlp_norm(hidden))
+        if self.after_mlp_norm is not None:
+            fed_forward = self.after_mlp_norm(fed_forward)
+        return hidden.add_(fed_forward)
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states, and hidden states to logits."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.embed_tokens = Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            scale=config.embedding_scale,
+            dtype=dtype,
+            device=device,
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, dtype=dtype, device=device)
+            for layer in range(config.num_layers)
+        )
+        self.norm = make_norm(config, dtype, device)
+        self.lm_head = LanguageModelHead(
+            config.vocab_size,
+            config.hidden_size,
+            tied_to=self.embed_tokens if config.tie_word_embeddings else None,
+            dtype=dtype,
+            device=device,
+        )
+        self.frequencies = {
+            rope: inverse_frequencies(rope, config.head_dim).to(device) for rope in config.rope
+        }
+
+    def targets(self) -> dict[str, torch.Tensor]:
+        """Where each tensor of the checkpoint goes: its name → a view of a parameter."""
+        targets = {
+            "model.embed_tokens.weight": self.embed_tokens.weight,
+            "model.norm.weight": self.norm.weight,
+        }
+        if not self.lm_head.is_tied:
+            targets["lm_head.weight"] = self.lm_head.weight
+        for index, layer in enumerate(self.layers):
+            targets |= layer.targets(f"model.layers.{index}.")
+        return targets
+
+    def after_loading(self) -> None:
+        """Bring every layer into the form it computes with."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "after_loading"):
+                module.after_loading()
+
+    def forward(self, step: StepInput, kv_caches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Hidden states before the last norm, [num_tokens, hidden_size].
+
+        Args:
+            kv_caches: one for each layer, [num_blocks, block_size, 2, num_kv_heads, head_dim].
+        """
+        angles = {
+            rope: RotaryAngles.compute(step.positions, frequencies, self.dtype)
+            for rope, frequencies in self.frequencies.items()
+        }
+        hidden = self.embed_tokens(step.token_ids)
+        for layer, rope, kv_cache in zip(self.layers, self.config.rope, kv_caches, strict=True):
+            hidden = layer(hidden, angles[rope], kv_cache, step)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_rows, vocab_size], for the rows of `forward`'s result that are sampled."""
+        return self.lm_head(self.norm(hidden))
+
+
+def make_norm(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> RMSNorm:
+    return RMSNorm(
+        config.hidden_size,
+        eps=config.norm_eps,
+        weight_offset=config.norm_weight_offset,
+        dtype=dtype,
+        device=device,
+    )

@@ -1,0 +1,24 @@
+"""Llama: the plain decoder. Other families are told by their difference from it."""
+
+from __future__ import annotations
+
+from pagoda_runtime.models.config import ConfigFile, ModelConfig, common_fields, read_rope
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+
+
+def llama(file: ConfigFile) -> ModelConfig:
+    """LlamaForCausalLM"""
+    common = common_fields(file)
+    bias = file.boolean("attention_bias", False)
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        **common,
+        activation=file.choice("hidden_act", "silu", ACTIVATIONS),
+        tie_word_embeddings=file.boolean("tie_word_embeddings", False),
+        rope=(read_rope(file),) * common["num_layers"],
+        sliding_windows=(0,) * common["num_layers"],
+        qkv_bias=bias,
+        attention_output_bias=bias,
+        mlp_bias=file.boolean("mlp_bias", False),
+    )

@@ -1,0 +1,23 @@
+"""Qwen3: Llama with a norm on each head of q and k."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pagoda_runtime.models.config import ConfigFile, ModelConfig
+from pagoda_runtime.models.llama import llama
+from pagoda_runtime.models.qwen2 import qwen_sliding_windows
+
+
+def qwen3(file: ConfigFile) -> ModelConfig:
+    """Qwen3ForCausalLM"""
+    config = llama(file)
+    return replace(
+        config,
+        architecture="Qwen3ForCausalLM",
+        # Not hidden_size / num_attention_heads: the published checkpoints use 128 throughout.
+        head_dim=file.integer("head_dim", 128),
+        sliding_windows=qwen_sliding_windows(file, config.num_layers),
+        mlp_bias=False,
+        qk_norm=True,
+    )

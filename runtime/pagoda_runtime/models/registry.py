@@ -1,0 +1,94 @@
+"""The architectures that are served, and the way from a model folder to its ModelConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.models.config import ConfigFile, ModelConfig, is_number
+from pagoda_runtime.models.gemma3 import gemma3
+from pagoda_runtime.models.llama import llama
+from pagoda_runtime.models.mistral import mistral
+from pagoda_runtime.models.qwen2 import qwen2
+from pagoda_runtime.models.qwen3 import qwen3
+
+ARCHITECTURES: Mapping[str, Callable[[ConfigFile], ModelConfig]] = MappingProxyType(
+    {
+        "LlamaForCausalLM": llama,
+        "MistralForCausalLM": mistral,
+        "Qwen2ForCausalLM": qwen2,
+        "Qwen3ForCausalLM": qwen3,
+        "Gemma3ForCausalLM": gemma3,
+    }
+)
+
+
+def load_model_config(folder: Path, *, quantization: str | None = None) -> ModelConfig:
+    """Read config.json and, if there is one, generation_config.json.
+
+    Args:
+        quantization: what the flag --quantization says; None or "none" is all that is served.
+    Raises: FatalError: ModelNotFound, ModelAccessDenied, InvalidModelConfig,
+        UnsupportedArchitecture or QuantizationMismatch.
+    """
+    if not folder.is_dir():
+        raise FatalError(
+            "ModelNotFound",
+            f"The model folder {folder} does not exist. "
+            "Give --model (model.uri) a folder in Hugging Face layout, or hf://org/name.",
+        )
+    file = ConfigFile.read(folder / "config.json")
+    _require_unquantized(file, quantization)
+    architectures = file.values.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise file.invalid("architectures", architectures, "a list with the name of a class")
+    for name in architectures:
+        if name in ARCHITECTURES:
+            config = ARCHITECTURES[name](file)
+            return _with_generation_config(config, file, folder / "generation_config.json")
+    raise FatalError(
+        "UnsupportedArchitecture",
+        f"{file.path}: the architecture {architectures[0]} is not supported. "
+        f"Supported: {', '.join(ARCHITECTURES)}. Serve a model of one of these.",
+    )
+
+
+def _require_unquantized(file: ConfigFile, quantization: str | None) -> None:
+    stored = file.mapping("quantization_config").get("quant_method")
+    if file.mapping("quantization_config"):
+        raise FatalError(
+            "QuantizationMismatch",
+            f"{file.path}: the checkpoint is quantized (quant_method {stored!r}); this version "
+            "serves unquantized checkpoints only. Use the bf16 checkpoint of the model.",
+        )
+    if quantization not in (None, "none"):
+        raise FatalError(
+            "QuantizationMismatch",
+            f"--quantization {quantization} (engine.quantization) was given, but {file.path} has "
+            "no quantization_config and this version serves unquantized checkpoints only. "
+            "Remove the flag or set it to none.",
+        )
+
+
+def _with_generation_config(config: ModelConfig, file: ConfigFile, path: Path) -> ModelConfig:
+    """Add the end tokens and the sampling defaults."""
+    generation = ConfigFile.read(path) if path.exists() else ConfigFile(path, {})
+    source = generation if generation.values.get("eos_token_id") is not None else file
+    eos = source.values.get("eos_token_id")
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
+        raise source.invalid("eos_token_id", eos, "a token id or a list of them")
+    sampling: dict[str, float | int] = {}
+    # transformers samples only if do_sample says so; otherwise the other values are leftovers.
+    if generation.values.get("do_sample"):
+        for key in ("temperature", "top_p", "top_k"):
+            value = generation.values.get(key)
+            if value is None:
+                continue
+            if not is_number(value):
+                raise generation.invalid(key, value, "a number")
+            sampling[key] = value
+    return replace(config, eos_token_ids=tuple(ids), default_sampling=sampling)

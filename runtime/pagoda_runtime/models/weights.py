@@ -1,0 +1,134 @@
+"""Stream safetensors files into a model, and account for every tensor."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.models.config import ConfigFile
+
+OnProgress = Callable[[str, float, float], None]
+"""Called with a phase, percent done and bytes per second."""
+
+# Tensors that some checkpoints carry and that every engine computes itself.
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+_NAMES_SHOWN = 4
+
+
+def load_weights(
+    targets: Mapping[str, torch.Tensor],
+    folder: Path,
+    *,
+    ignored: Iterable[str] = (),
+    on_progress: OnProgress,
+) -> int:
+    """Copy each tensor of a checkpoint into its target, converting its dtype; return bytes read.
+
+    Args:
+        targets: name in the checkpoint → where it goes.
+        folder: has model.safetensors, or model.safetensors.index.json and the files it names.
+        ignored: names that may be present and are not needed, as lm_head.weight of a tied model.
+    Raises: FatalError: ModelNotFound if there are no weights; ModelAccessDenied; CorruptWeights
+        if a file is damaged, or one message with all tensors that are missing, unexpected,
+        mis-shaped or stored twice.
+    """
+    faults: dict[str, list[str]] = {"missing": [], "unexpected": [], "mis-shaped": [], "twice": []}
+    seen: set[str] = set()
+    ignored = set(ignored)
+    started = time.monotonic()
+    bytes_done = 0
+    files = find_weight_files(folder)
+    bytes_total = sum(_file_bytes(path) for path in files)
+    for path in files:
+        for name, tensor in read_tensors(path):
+            bytes_done += tensor.nbytes
+            target = targets.get(name)
+            if target is None:
+                if name not in ignored and not name.endswith(_IGNORED_SUFFIXES):
+                    faults["unexpected"].append(name)
+            elif name in seen:
+                faults["twice"].append(name)
+            elif target.shape != tensor.shape:
+                shapes = f"{list(tensor.shape)} instead of {list(target.shape)}"
+                faults["mis-shaped"].append(f"{name} ({shapes})")
+            else:
+                target.copy_(tensor)
+            seen.add(name)
+            speed = bytes_done / max(time.monotonic() - started, 1e-9)
+            on_progress("load", 100.0 * bytes_done / max(bytes_total, bytes_done), speed)
+    faults["missing"] = [name for name in targets if name not in seen]
+    _raise_faults(folder, faults)
+    return bytes_done
+
+
+def find_weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, each once, in a fixed order."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.exists() or not index.exists():
+        if not single.exists():
+            raise FatalError(
+                "ModelNotFound",
+                f"{folder} has neither model.safetensors nor model.safetensors.index.json. "
+                "Convert the weights to safetensors, or check model.uri.",
+            )
+        return [single]
+    file = ConfigFile.read(index)
+    weight_map = file.mapping("weight_map")
+    if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise file.invalid("weight_map", weight_map, "an object of tensor names and file names")
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    for path in files:
+        if path.parent != folder or not path.exists():
+            raise FatalError(
+                "CorruptWeights",
+                f"{path} does not exist, but {index} names it. Download the model again.",
+            )
+    return files
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of one file in the order in which they lie there, mapped, not copied."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.offset_keys():
+                yield name, file.get_tensor(name)
+    except PermissionError as error:
+        raise FatalError(
+            "ModelAccessDenied",
+            f"{path} cannot be read: {error.strerror}. "
+            "Give the user that runs the engine read access to the model folder.",
+        ) from error
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise FatalError(
+            "CorruptWeights",
+            f"{path} is truncated or damaged: {error}. Copy or download the file again.",
+        ) from error
+
+
+def _file_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _raise_faults(folder: Path, faults: Mapping[str, list[str]]) -> None:
+    parts = []
+    for kind, names in faults.items():
+        if names:
+            shown = ", ".join(names[:_NAMES_SHOWN])
+            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+            parts.append(f"{len(names)} {kind}: {shown}{more}")
+    if parts:
+        raise FatalError(
+            "CorruptWeights",
+            f"The weights in {folder} do not fit its config.json: {'; '.join(parts)}. "
+            "Download the model again, or correct config.json.",
+        )
