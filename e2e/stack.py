@@ -1,0 +1,220 @@
+"""What the demo and the end-to-end tests put on a cluster: images, operator, model volume."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import model
+from kube import Kubectl, KubectlError, wait_until
+
+ROOT = Path(__file__).resolve().parent.parent
+CHART = ROOT / "charts" / "pagoda"
+OPERATOR_NAMESPACE = "pagoda-system"
+LOADER = "pagoda-model-loader"
+
+
+class StackError(Exception):
+    """A part could not be put in place; the message says why and what helps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The cluster to use: the local one, or the one that CONTEXT and REGISTRY name."""
+
+    kubectl: Kubectl
+    helm: str
+    registry: str | None
+
+    @property
+    def is_local(self) -> bool:
+        return self.registry is None
+
+    @staticmethod
+    def from_environment() -> Target:
+        context, registry = os.environ.get("CONTEXT"), os.environ.get("REGISTRY")
+        if bool(context) != bool(registry):
+            raise StackError(
+                "CONTEXT and REGISTRY go together: the cluster to use, and a registry that both "
+                "this machine can push to and the cluster can pull from."
+            )
+        if context:
+            kubectl, helm = shutil.which("kubectl"), shutil.which("helm")
+            if not kubectl or not helm:
+                raise StackError("With CONTEXT, kubectl and helm must be on the PATH.")
+            return Target(Kubectl(kubectl, context=context), helm, registry)
+        paths = cluster_paths()
+        return Target(
+            Kubectl(paths["kubectl"], kubeconfig=paths["kubeconfig"]), paths["helm"], None
+        )
+
+
+def cluster_paths() -> dict[str, str]:
+    """Where the local cluster's kubectl, helm and kubeconfig are."""
+    text = _cluster_tool("paths")
+    paths: dict[str, str] = json.loads(text.strip().splitlines()[-1])
+    return paths
+
+
+def build_images(target: Target) -> dict[str, str]:
+    """Build and push what changed; returns the references of the runtime's and operator's image."""
+    arguments = ["images"] + ([] if target.registry is None else ["--registry", target.registry])
+    images: dict[str, str] = json.loads(_cluster_tool(*arguments).strip().splitlines()[-1])
+    return images
+
+
+def install_operator(target: Target, images: dict[str, str]) -> None:
+    """Install or upgrade the chart, and wait until the operator is ready."""
+    kubectl = target.kubectl.in_namespace(OPERATOR_NAMESPACE)
+    kubectl.run("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
+    command = [target.helm, "upgrade", "--install", "pagoda", str(CHART)]
+    command += ["--namespace", OPERATOR_NAMESPACE, "--create-namespace", "--skip-crds"]
+    command += ["--set", f"image={images['operator']}", "--set", f"engineImage={images['runtime']}"]
+    if kubectl.kubeconfig:
+        command += ["--kubeconfig", kubectl.kubeconfig]
+    if kubectl.context:
+        command += ["--kube-context", kubectl.context]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise StackError(f"helm: {done.stderr.strip()}")
+    kubectl.run("rollout", "status", "deployment/pagoda-operator", "--timeout=180s")
+
+
+def ensure_model_volume(target: Target, kubectl: Kubectl, images: dict[str, str]) -> None:
+    """A claim `models` that holds the converted model in the folder of its name.
+
+    On the local cluster it is the cache folder itself; elsewhere the cluster's default storage
+    class makes it, and a pod takes the files in.
+    """
+    if target.is_local:
+        kubectl.apply(_local_volume(kubectl.namespace))
+    kubectl.apply(_claim(None if not target.is_local else f"models-{kubectl.namespace}"))
+    if not target.is_local:
+        _upload_model(kubectl, images["runtime"])
+
+
+def _local_volume(namespace: str) -> dict[str, object]:
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": {"name": f"models-{namespace}"},
+        "spec": {
+            "capacity": {"storage": "2Gi"},
+            "accessModes": ["ReadOnlyMany", "ReadWriteMany"],
+            "persistentVolumeReclaimPolicy": "Retain",
+            "storageClassName": "",
+            "claimRef": {"namespace": namespace, "name": "models"},
+            "hostPath": {"path": str(model.model_folder().parent), "type": "Directory"},
+        },
+    }
+
+
+def _claim(volume: str | None) -> dict[str, object]:
+    spec: dict[str, object] = {
+        "accessModes": ["ReadWriteMany" if volume else "ReadWriteOnce"],
+        "resources": {"requests": {"storage": "2Gi"}},
+    }
+    if volume:
+        spec |= {"storageClassName": "", "volumeName": volume}
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": "models"},
+        "spec": spec,
+    }
+
+
+def _upload_model(kubectl: Kubectl, image: str) -> None:
+    """Copy the model into the claim through a pod, unless this very model is there already."""
+    folder = model.model_folder()
+    key = model.content_key()
+    mount = "/models"
+    kubectl.run("delete", "pod", LOADER, "--ignore-not-found", "--wait")
+    kubectl.apply(_loader_pod(image, mount))
+    kubectl.run(
+        "wait", "--for=condition=Ready", f"pod/{LOADER}", "--timeout=900s", timeout_seconds=930
+    )
+    try:
+        inside = ("exec", LOADER, "--", "cat", f"{mount}/{folder.name}.made-from")
+        try:
+            if kubectl.run(*inside) == key:
+                return
+        except KubectlError:
+            pass  # not there yet
+        script = f"cd {mount} && rm -rf {folder.name} && tar xf -"
+        archive = subprocess.Popen(
+            ["tar", "cf", "-", "-C", str(folder.parent), folder.name, f"{folder.name}.made-from"],
+            stdout=subprocess.PIPE,
+        )
+        upload = kubectl.command("exec", "-i", LOADER, "--", "sh", "-c", script)
+        done = subprocess.run(upload, stdin=archive.stdout, check=False)
+        if archive.wait() != 0 or done.returncode != 0:
+            raise StackError("the model could not be copied into the claim `models`.")
+    finally:
+        kubectl.run("delete", "pod", LOADER, "--ignore-not-found", "--wait")
+
+
+def _loader_pod(image: str, mount: str) -> dict[str, Any]:
+    pod = client_pod(LOADER, image, ["sleep", "3600"])
+    pod["spec"]["volumes"] = [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}]
+    pod["spec"]["containers"][0]["volumeMounts"] = [{"name": "models", "mountPath": mount}]
+    return pod
+
+
+def wait_for_namespace_gone(kubectl: Kubectl, name: str) -> None:
+    kubectl.run("delete", "namespace", name, "--ignore-not-found", "--wait=false")
+    wait_until(
+        f"namespace {name} gone",
+        lambda: kubectl.get("namespace", name) is None,
+        timeout_seconds=120,
+    )
+
+
+def _cluster_tool(*arguments: str) -> str:
+    """Run e2e/cluster; its progress goes to the screen, its last line is the answer."""
+    command = ["python3", str(ROOT / "e2e" / "cluster"), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if not line.startswith("{"):
+                print(line, end="", flush=True)
+    if process.returncode != 0:
+        raise StackError(f"`{' '.join(command)}` ended with status {process.returncode}.")
+    return "".join(lines)
+
+
+def client_pod(name: str, image: str, command: list[str]) -> dict[str, Any]:
+    """A pod that runs one command once, under Pod Security restricted."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name},
+        "spec": {
+            "restartPolicy": "Never",
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": 65532,
+                "fsGroup": 65532,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "terminationGracePeriodSeconds": 1,
+            "containers": [
+                {
+                    "name": "client",
+                    "image": image,
+                    "command": command,
+                    "securityContext": {
+                        "allowPrivilegeEscalation": False,
+                        "capabilities": {"drop": ["ALL"]},
+                    },
+                }
+            ],
+        },
+    }

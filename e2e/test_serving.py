@@ -1,0 +1,315 @@
+"""The main job against real pods: apply, answer, edit, scale, repair, delete.
+
+One service is shared by the tests of this file, in their order; each leaves it Ready.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import stack
+from kube import Kubectl, condition, is_ready, wait_until
+
+NAMESPACE = "e2e-serving"
+NAME = "gemma"
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    """A small CPU service; `changes` replace parts of its spec."""
+    spec: dict[str, Any] = {
+        "model": {"uri": "pvc://models/gemma-3-270m", "name": "gemma-3-270m"},
+        "engine": {"maxModelLen": 2048, "maxNumSeqs": 16},
+        "resources": {"gpu": {"count": 0}, "cpu": "500m", "memory": "4Gi"},
+        "autoscaling": {
+            "minReplicas": 1,
+            "maxReplicas": 2,
+            "targetQueueDepth": 4,
+            "scaleDown": {"stabilizationSeconds": 10},
+        },
+    }
+    for key, value in changes.items():
+        spec[key] = {**spec[key], **value} if isinstance(value, dict) else value
+    return {
+        "apiVersion": "pagoda.dev/v1alpha1",
+        "kind": "LLMService",
+        "metadata": {"name": NAME},
+        "spec": spec,
+    }
+
+
+@pytest.fixture(scope="module")
+def kubectl(target: stack.Target, images: dict[str, str]) -> Iterator[Kubectl]:
+    """A namespace with the model's claim, and the operator from the chart beside it."""
+    stack.install_operator(target, images)
+    stack.wait_for_namespace_gone(target.kubectl, NAMESPACE)
+    target.kubectl.run("create", "namespace", NAMESPACE)
+    # Engine pods must pass the strictest Pod Security level.
+    enforce = "pod-security.kubernetes.io/enforce=restricted"
+    target.kubectl.run("label", "namespace", NAMESPACE, enforce)
+    kubectl = target.kubectl.in_namespace(NAMESPACE)
+    stack.ensure_model_volume(target, kubectl, images)
+    yield kubectl
+    stack.wait_for_namespace_gone(target.kubectl, NAMESPACE)
+    target.kubectl.run("delete", "pv", f"models-{NAMESPACE}", "--ignore-not-found")
+
+
+@pytest.fixture(scope="module")
+def url(kubectl: Kubectl) -> str:
+    """The address of the Service of an LLMService that is Ready."""
+    apply_and_wait(kubectl, manifest())
+    service = kubectl.get("service", NAME)
+    assert service is not None
+    return f"http://{service['spec']['clusterIP']}"
+
+
+def apply_and_wait(kubectl: Kubectl, service: dict[str, Any], seconds: float = 240) -> None:
+    kubectl.apply(service)
+    wait_ready(kubectl, seconds)
+
+
+def wait_ready(kubectl: Kubectl, seconds: float = 240) -> None:
+    wait_until(
+        f"{NAME} Ready",
+        lambda: is_ready(kubectl.get("llmservice", NAME)),
+        timeout_seconds=seconds,
+        on_timeout=lambda: kubectl.run("get", "llms,pods,events", "-o", "wide"),
+    )
+
+
+def complete(url: str, *, max_tokens: int = 4, timeout: float = 120) -> str:
+    """One completion on a connection of its own; raises if it fails in any way."""
+    with httpx.Client(timeout=timeout) as client:
+        body = {
+            "model": "gemma-3-270m",
+            "prompt": "The capital of France is",
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+        }
+        response = client.post(f"{url}/v1/completions", json=body)
+        response.raise_for_status()
+        return str(response.json()["choices"][0]["text"])
+
+
+def replicas(kubectl: Kubectl) -> int:
+    deployment = kubectl.get("deployment", f"{NAME}-engine")
+    return int(deployment["spec"]["replicas"]) if deployment else 0
+
+
+def test_an_applied_service_answers_the_openai_client(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    stream = client.chat.completions.create(
+        model="gemma-3-270m",
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        max_tokens=16,
+        temperature=0,
+        stream=True,
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert "Paris" in text
+
+
+def test_the_name_of_the_service_resolves_in_a_pod(
+    kubectl: Kubectl, url: str, images: dict[str, str]
+) -> None:
+    code = (
+        "import urllib.request as r;"
+        f"print(r.urlopen('http://{NAME}/v1/models').read().decode());"
+        f"print(r.urlopen('http://{NAME}.{NAMESPACE}.svc.cluster.local/ready').status)"
+    )
+    pod = stack.client_pod("dns", images["operator"], ["python3", "-c", code])
+    kubectl.apply(pod)
+    try:
+        wait_until(
+            "the client pod done",
+            lambda: (kubectl.get("pod", "dns") or {}).get("status", {}).get("phase") == "Succeeded",
+            timeout_seconds=60,
+            on_timeout=lambda: kubectl.run("logs", "dns"),
+        )
+        models, status = kubectl.run("logs", "dns").strip().splitlines()
+    finally:
+        kubectl.run("delete", "pod", "dns", "--wait=false")
+    assert json.loads(models)["data"][0]["id"] == "gemma-3-270m"
+    assert status == "200"
+
+
+def test_an_edit_rolls_without_a_failed_request_under_load(kubectl: Kubectl, url: str) -> None:
+    before = {pod["metadata"]["name"] for pod in engine_pods(kubectl)}
+    stop = threading.Event()
+
+    def keep_asking() -> int:
+        done = 0
+        while not stop.is_set():
+            assert complete(url)
+            done += 1
+        return done
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        clients = [pool.submit(keep_asking) for _ in range(3)]
+        try:
+            apply_and_wait(kubectl, manifest(engine={"maxModelLen": 1024}))
+            wait_until(
+                "the old pods gone",
+                lambda: not before & {pod["metadata"]["name"] for pod in engine_pods(kubectl)},
+                timeout_seconds=120,
+            )
+        finally:
+            stop.set()
+        counts = [client.result() for client in clients]
+    assert min(counts) >= 3
+    models = httpx.get(f"{url}/v1/models").json()
+    assert models["data"][0]["max_model_len"] == 1024
+    apply_and_wait(kubectl, manifest())
+
+
+def test_forty_requests_make_two_replicas_and_silence_makes_one(kubectl: Kubectl, url: str) -> None:
+    wait_until("one replica", lambda: replicas(kubectl) == 1, timeout_seconds=60)
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        requests = [pool.submit(complete, url, max_tokens=160, timeout=300) for _ in range(40)]
+        wait_until("two replicas", lambda: replicas(kubectl) == 2, timeout_seconds=60)
+        for request in requests:
+            assert request.result()
+    wait_until("one replica again", lambda: replicas(kubectl) == 1, timeout_seconds=120)
+    wait_ready(kubectl)
+
+
+@pytest.mark.parametrize("kind", ["service", "serviceaccount"])
+def test_a_deleted_child_comes_back_within_two_seconds(
+    kubectl: Kubectl, url: str, kind: str
+) -> None:
+    child = kubectl.items(kind, "-l", f"app.kubernetes.io/instance={NAME}")[0]["metadata"]
+    kubectl.run("delete", kind, child["name"])
+    deadline = time.monotonic() + 2
+
+    def is_new() -> bool:
+        found = kubectl.get(kind, child["name"])
+        return found is not None and found["metadata"]["uid"] != child["uid"]
+
+    wait_until(f"{kind} back", is_new, timeout_seconds=deadline - time.monotonic())
+    wait_ready(kubectl)
+
+
+def test_an_edited_child_is_corrected_within_two_seconds(kubectl: Kubectl, url: str) -> None:
+    patch = '{"spec": {"ports": [{"name": "http", "port": 81, "targetPort": 9}]}}'
+    kubectl.run("patch", "service", NAME, "--type=merge", "-p", patch)
+
+    def ports() -> list[int]:
+        service = kubectl.get("service", NAME)
+        assert service is not None
+        return [port["port"] for port in service["spec"]["ports"]]
+
+    wait_until("port 80 back", lambda: ports() == [80], timeout_seconds=2)
+
+
+def test_a_killed_operator_converges_after_each_restart(
+    target: stack.Target, kubectl: Kubectl, url: str
+) -> None:
+    operator = target.kubectl.in_namespace(stack.OPERATOR_NAMESPACE)
+    rng = random.Random(11)
+    for round_number in range(5):
+        max_num_seqs = 8 + round_number
+        kubectl.apply(manifest(engine={"maxNumSeqs": max_num_seqs}))
+        time.sleep(rng.uniform(0, 1.5))
+        for pid in operator_pids():
+            os.kill(pid, signal.SIGKILL)
+        # A new pod starts at once, where the kubelet would hold a killed container back.
+        operator.run("delete", "pod", "-l", "app.kubernetes.io/name=pagoda-operator", "--force")
+        wait_until(
+            "the edit in the Deployment",
+            lambda wanted=max_num_seqs: f"--max-num-seqs={wanted}" in engine_arguments(kubectl),
+            timeout_seconds=60,
+            on_timeout=lambda: " ".join(engine_arguments(kubectl)),
+        )
+    apply_and_wait(kubectl, manifest())
+    assert complete(httpx.URL(url).__str__())
+    owned = kubectl.items(
+        "deployments,services,serviceaccounts", "-l", f"app.kubernetes.io/instance={NAME}"
+    )
+    assert len(owned) == 3
+
+
+def test_a_missing_model_is_named_and_a_corrected_spec_recovers(kubectl: Kubectl, url: str) -> None:
+    kubectl.apply(manifest(model={"uri": "pvc://models/nothing-here"}))
+
+    def stalled() -> dict[str, Any] | None:
+        found = condition(kubectl.get("llmservice", NAME) or {}, "Stalled")
+        return found if found.get("status") == "True" else None
+
+    found = wait_until("Stalled", stalled, timeout_seconds=120)
+    assert found["reason"] == "ModelNotFound"
+    assert "nothing-here" in found["message"]
+    assert complete(url), "the old replica serves on while the new one cannot start"
+    apply_and_wait(kubectl, manifest())
+    assert not stalled()
+
+
+@pytest.mark.slow
+def test_a_steady_state_writes_nothing_for_two_minutes(
+    target: stack.Target, kubectl: Kubectl, url: str
+) -> None:
+    wait_ready(kubectl)
+    time.sleep(15)
+    log = Path(stack.cluster_paths()["audit_log"])
+    start_bytes = log.stat().st_size
+    time.sleep(120)
+    with log.open("rb") as file:
+        file.seek(start_bytes)
+        entries = [json.loads(line) for line in file]
+    writes = [
+        f"{entry['verb']} {entry['requestURI']}"
+        for entry in entries
+        if "pagoda" in entry["user"]["username"] and entry["verb"] not in ("get", "list", "watch")
+    ]
+    assert not writes
+
+
+def test_delete_leaves_nothing(kubectl: Kubectl, url: str) -> None:
+    kubectl.run("delete", "llmservice", NAME)
+    kinds = "llmservices,deployments,replicasets,services,pods,serviceaccounts"
+
+    def rest() -> list[str]:
+        names = [f"{item['kind']}/{item['metadata']['name']}" for item in kubectl.items(kinds)]
+        return [name for name in names if name != "ServiceAccount/default"]
+
+    wait_until(
+        "everything gone", lambda: not rest(), timeout_seconds=90, on_timeout=lambda: str(rest())
+    )
+
+
+def engine_pods(kubectl: Kubectl) -> list[dict[str, Any]]:
+    return kubectl.items("pods", "-l", f"app.kubernetes.io/instance={NAME}")
+
+
+def engine_arguments(kubectl: Kubectl) -> list[str]:
+    deployment = kubectl.get("deployment", f"{NAME}-engine")
+    assert deployment is not None
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    return [*container.get("args", [])]
+
+
+def operator_pids() -> list[int]:
+    """The operator's processes in its pods, as this machine sees them."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                command = (folder / "cmdline").read_bytes().split(b"\0")
+                in_pod = b"kubepods" in (folder / "cgroup").read_bytes()
+            except OSError:
+                continue
+            if in_pod and any(part.endswith(b"pagoda-operator") for part in command[:2]):
+                found.append(int(folder.name))
+    return found
