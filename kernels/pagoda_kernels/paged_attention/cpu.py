@@ -44,7 +44,7 @@ def paged_attention_cpu(
         kv = slots.index_select(0, prefill.slots)
         # Key heads stand in the place of the batch, so sharing one among a group is a view.
         shape = (num_kv_heads, group_size, kv.shape[0], head_dim)
-        queries = q[prefill.first : prefill.last].unflatten(1, (num_kv_heads, group_size))
+        queries = q[prefill.first : prefill.last].view(-1, num_kv_heads, group_size, head_dim)
         attended = scaled_dot_product_attention(
             queries.permute(1, 2, 0, 3),
             kv[:, 0].transpose(0, 1)[:, None].expand(shape),

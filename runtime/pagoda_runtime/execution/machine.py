@@ -1,4 +1,4 @@
-"""What the machine offers: cores and memory as the cgroup allows them, instruction set, bandwidth."""
+"""What the machine offers: cores and memory as the cgroup allows, instruction set, bandwidth."""
 
 from __future__ import annotations
 

@@ -55,7 +55,8 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
 def uniform(seed: int, position: int) -> float:
     """A number from 0 to below 1, made from (seed, position) alone.
 
-    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014 (SplitMix64).
+    Source: SplitMix64 of Steele, Lea and Flood, Fast splittable pseudorandom number generators,
+    2014.
     """
     state = (_mix(seed & _MASK64) + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64
     return (_mix(state) >> 11) / (1 << 53)

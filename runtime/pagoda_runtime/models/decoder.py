@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from pagoda_kernels.paged_attention import AttentionMetadata
-from pagoda_runtime.layers.attention import SelfAttention
+from pagoda_runtime.layers.attention import QKNorm, SelfAttention
 from pagoda_runtime.layers.embedding import Embedding, LanguageModelHead
+from pagoda_runtime.layers.linear import Linear
 from pagoda_runtime.layers.mlp import GatedMLP
 from pagoda_runtime.layers.norm import RMSNorm
 from pagoda_runtime.layers.rotary import RotaryAngles, inverse_frequencies
@@ -118,13 +119,14 @@ class Decoder(nn.Module):
         if not self.lm_head.is_tied:
             targets["lm_head.weight"] = self.lm_head.weight
         for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
             targets |= layer.targets(f"model.layers.{index}.")
         return targets
 
     def after_loading(self) -> None:
         """Bring every layer into the form it computes with."""
         for module in self.modules():
-            if module is not self and hasattr(module, "after_loading"):
+            if isinstance(module, Linear | RMSNorm | QKNorm | LanguageModelHead):
                 module.after_loading()
 
     def forward(self, step: StepInput, kv_caches: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -84,9 +84,9 @@ def _download(name: str, revision: str | None, on_progress: OnProgress) -> Path:
 
 def _progress_bar(on_progress: OnProgress) -> type[Any]:
     """A bar for the hub's client that tells the listener instead of the screen."""
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
-    class ProgressBar(tqdm):  # type: ignore[type-arg]
+    class ProgressBar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.counts_bytes = kwargs.get("unit") == "B"
             kwargs.pop("name", None)

@@ -1,0 +1,185 @@
+"""Text to token ids and back, and chat messages to text.
+
+Built on the `tokenizers` library alone: importing transformers would cost the API process seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from tokenizers import Tokenizer as FastTokenizer
+
+from pagoda_runtime.errors import FatalError, RequestError
+from pagoda_runtime.models.chat_template import compile_chat_template
+from pagoda_runtime.models.config import ConfigFile
+
+
+class Tokenizer:
+    """A model's tokenizer.json with the settings of its tokenizer_config.json."""
+
+    def __init__(
+        self,
+        tokenizer: FastTokenizer,
+        *,
+        special_tokens: Mapping[str, str],
+        add_bos_token: bool = False,
+        chat_template: str | None = None,
+    ) -> None:
+        """special_tokens: bos_token, eos_token, … → their text."""
+        self._tokenizer = tokenizer
+        self._special_tokens = dict(special_tokens)
+        self._compiled: dict[str, jinja2.Template] = {}
+        self.chat_template = chat_template
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.bos_token_id = self._id_of("bos_token")
+        self.eos_token_id = self._id_of("eos_token")
+        self._forced_bos = self.bos_token_id if add_bos_token else None
+        added = tokenizer.get_added_tokens_decoder().items()
+        self.all_special_ids = frozenset(token_id for token_id, token in added if token.special)
+        if chat_template is not None:
+            self._compile(chat_template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; special tokens written in the text become their ids."""
+        token_ids: list[int] = self._tokenizer.encode(
+            text, add_special_tokens=add_special_tokens
+        ).ids
+        bos = self._forced_bos
+        if add_special_tokens and bos is not None and token_ids[:1] != [bos]:
+            token_ids.insert(0, bos)
+        return token_ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: str | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Render messages to a prompt; it holds the special tokens already.
+
+        Args:
+            template: replaces the model's own.
+            kwargs: further variables of the template.
+        Raises: RequestError: there is no template, or the template refuses the messages.
+        """
+        source = template if template is not None else self.chat_template
+        if source is None:
+            raise RequestError(
+                "This model has no chat template. Start the server with --chat-template FILE, "
+                "or use /v1/completions.",
+                param="messages",
+            )
+        try:
+            variables = self._special_tokens | kwargs
+            return self._compile(source).render(
+                variables,
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise RequestError(
+                f"The chat template refuses these messages: {error}", param="messages"
+            ) from error
+
+    def _compile(self, source: str) -> jinja2.Template:
+        if source not in self._compiled:
+            self._compiled[source] = compile_chat_template(source)
+        return self._compiled[source]
+
+    def _id_of(self, name: str) -> int | None:
+        text = self._special_tokens.get(name)
+        token_id: int | None = None if text is None else self._tokenizer.token_to_id(text)
+        return token_id
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder.
+
+    Raises: FatalError: ModelNotFound, ModelAccessDenied or InvalidModelConfig.
+    """
+    path = folder / "tokenizer.json"
+    text = _read_text(path)
+    if text is None:
+        raise FatalError(
+            "ModelNotFound",
+            f"{path} does not exist. Save the model's tokenizer in the fast format "
+            "(tokenizer.json) beside its config.json.",
+        )
+    try:
+        tokenizer = FastTokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise FatalError(
+            "InvalidModelConfig",
+            f"{path} is not a tokenizer: {error}. Copy or download the file again.",
+        ) from error
+    # A stored truncation would silently cut prompts, a stored padding lengthen them.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    special_tokens: dict[str, str] = {}
+    settings: Mapping[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            settings = ConfigFile.read(folder / name).values
+            special_tokens |= _special_tokens(settings)
+    template = _chat_template(folder, settings)
+    try:
+        return Tokenizer(
+            tokenizer,
+            special_tokens=special_tokens,
+            add_bos_token=bool(settings.get("add_bos_token")),
+            chat_template=template,
+        )
+    except jinja2.TemplateError as error:
+        raise FatalError(
+            "InvalidModelConfig",
+            f"The chat template in {folder} is not valid Jinja: {error}. Correct it.",
+        ) from error
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    tokens = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"):
+        value = settings.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            tokens[name] = value
+    return tokens
+
+
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, or the template in tokenizer_config.json (the default of several)."""
+    template = _read_text(folder / "chat_template.jinja")
+    if template is not None:
+        return template
+    stored = settings.get("chat_template")
+    if isinstance(stored, list):
+        stored = next((t.get("template") for t in stored if t.get("name") == "default"), None)
+    return stored if isinstance(stored, str) else None
+
+
+def _read_text(path: Path) -> str | None:
+    """None if there is no such file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise FatalError(
+            "InvalidModelConfig", f"{path} is not UTF-8 text: {error}. Copy the file again."
+        ) from error
+    except OSError as error:
+        raise FatalError(
+            "ModelAccessDenied",
+            f"{path} cannot be read: {error.strerror}. "
+            "Give the user that runs the engine read access to the model folder.",
+        ) from error
