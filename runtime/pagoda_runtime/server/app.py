@@ -1,0 +1,48 @@
+"""The ASGI application: routes, errors, and the raw ASGI around them."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from pagoda_runtime.config import ServerConfig
+from pagoda_runtime.server import health, openai
+from pagoda_runtime.server.errors import add_error_handlers
+from pagoda_runtime.server.middleware import Authenticate, LimitBody, Observe
+from pagoda_runtime.server.state import Engine, ServerState
+
+# Room for the longest contexts, many prompts at once, and JSON's escapes.
+MAX_BODY_BYTES = 32 * 1024 * 1024
+
+ROUTES = (
+    "GET /startup",
+    "GET /health",
+    "GET /ready",
+    "GET /load",
+    "GET /version",
+    "GET /metrics",
+    "GET /v1/models",
+    "GET /v1/models/{model}",
+    "POST /v1/completions",
+    "POST /v1/chat/completions",
+)
+
+
+def create_state(
+    config: ServerConfig, engine: Engine, chat_template: str | None = None
+) -> ServerState:
+    """The state of a server whose tokenizer comes later; its metrics follow the engine."""
+    state = ServerState(config, engine, chat_template=chat_template, handlers=ROUTES)
+    engine.on_stats = state.metrics.observe_step
+    return state
+
+
+def create_app(state: ServerState, max_body_bytes: int = MAX_BODY_BYTES) -> ASGIApp:
+    """The application of one server."""
+    app = FastAPI(title="Pagoda", docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(health.make_router(state))
+    app.include_router(openai.make_router(state))
+    add_error_handlers(app)
+    paths = [route.split(" ")[1] for route in ROUTES]
+    inner: ASGIApp = LimitBody(app, max_body_bytes)
+    return Observe(Authenticate(inner, state.config.api_key), state, paths)

@@ -1,0 +1,145 @@
+"""Errors in OpenAI's shape: {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pagoda_runtime.errors import (
+    EngineDead,
+    ModelNotServed,
+    PagodaError,
+    PromptTooLong,
+    QueueFull,
+    RequestError,
+)
+from pagoda_runtime.server.state import Unavailable
+
+BAD_REQUEST_TYPE = "invalid_request_error"
+MAX_SHOWN_PROBLEMS = 3
+# A client that comes back after this finds the replacement of a dead process, if there is one.
+DEAD_RETRY_SECONDS = 5
+
+
+class ApiError(PagodaError):
+    """An answer with this status; everything a client needs to know about what went wrong."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = BAD_REQUEST_TYPE,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self.body)
+
+    def to_response(self) -> Response:
+        return Response(self.encode(), self.status, self.headers, media_type="application/json")
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """The answer to an exception of a route; an unknown exception is a 500 that says nothing."""
+    match error:
+        case ApiError():
+            return error
+        case ModelNotServed():
+            return ApiError(404, error.message, param="model", code="model_not_found")
+        case PromptTooLong():
+            return ApiError(400, error.message, param=error.param, code="context_length_exceeded")
+        case RequestError():
+            return ApiError(400, error.message, param=error.param)
+        case QueueFull():
+            headers = {"retry-after": str(error.retry_after_seconds)}
+            kind, code = "rate_limit_error", "queue_full"
+            return ApiError(429, error.message, kind=kind, code=code, headers=headers)
+        case Unavailable():
+            headers = {"retry-after": str(error.retry_after_seconds)}
+            kind, code = "service_unavailable_error", "unavailable"
+            return ApiError(503, error.message, kind=kind, code=code, headers=headers)
+        case EngineDead():
+            headers = {"retry-after": str(DEAD_RETRY_SECONDS)}
+            kind, code = "service_unavailable_error", "engine_dead"
+            return ApiError(503, str(error), kind=kind, code=code, headers=headers)
+    return ApiError(500, "Internal error; the server's log has it.", kind="server_error")
+
+
+def describe_validation(error: ValidationError) -> ApiError:
+    """The first problems of a request body, with the path of the first field as param."""
+    problems = error.errors(include_url=False, include_context=False)
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"The body is no JSON: {first['msg']}.", code="invalid_json")
+    shown = [_describe_problem(problem) for problem in problems[:MAX_SHOWN_PROBLEMS]]
+    if len(problems) > MAX_SHOWN_PROBLEMS:
+        shown.append(f"and {len(problems) - MAX_SHOWN_PROBLEMS} more")
+    return ApiError(400, "; ".join(shown), param=_path(first["loc"]) or None)
+
+
+def _describe_problem(problem: Any) -> str:
+    path, message = _path(problem["loc"]), problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{path} is missing"
+    shown = _shorten(problem["input"])
+    return f"{path or 'The body'}: {message}, got {shown}"
+
+
+def _shorten(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        kind = "an object" if isinstance(value, dict) else "a list"
+        return f"{kind} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".")
+
+
+async def _answer_api_error(request: Request, error: Exception) -> Response:
+    return to_api_error(error).to_response()
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    method, path = request.method, request.url.path
+    match error.status_code:
+        case 404:
+            message, code = f"There is no {method} {path} here.", "not_found"
+        case 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            message, code = f"{path} takes {allowed}, not {method}.", "method_not_allowed"
+        case status:
+            message, code = error.detail, HTTPStatus(status).name.lower()
+    headers = dict(error.headers or {})
+    return ApiError(error.status_code, message, code=code, headers=headers).to_response()
+
+
+async def _answer_crash(request: Request, error: Exception) -> Response:
+    # Starlette raises it again after the answer, and uvicorn logs it.
+    return to_api_error(error).to_response()
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every exception in OpenAI's shape."""
+    app.add_exception_handler(PagodaError, _answer_api_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(Exception, _answer_crash)

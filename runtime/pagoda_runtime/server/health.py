@@ -1,0 +1,89 @@
+"""What probes, scalers and people ask the server about itself."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from pagoda_runtime.metrics import CONTENT_TYPE
+from pagoda_runtime.server.state import LOADING_RETRY_SECONDS, ServerState
+
+
+def make_router(state: ServerState) -> APIRouter:
+    """GET /startup, /health, /ready, /load, /version, /metrics."""
+    router = APIRouter()
+
+    async def startup() -> Response:
+        progress = state.engine.progress
+        body = {
+            "phase": "ready" if state.is_loaded else progress.phase,
+            "percent": 100.0 if state.is_loaded else progress.percent,
+            "bytes_per_second": 0.0 if state.is_loaded else progress.bytes_per_second,
+        }
+        return _json(body, ok=state.is_loaded)
+
+    async def health() -> Response:
+        problem = find_problem(state, time.monotonic())
+        return _json({"status": problem or "ok"}, ok=problem is None)
+
+    async def ready() -> Response:
+        obstacle = find_obstacle(state)
+        return _json({"status": obstacle or "ready"}, ok=obstacle is None)
+
+    async def load() -> Response:
+        return _json(state.load())
+
+    async def show_version() -> Response:
+        return _json({"version": version("pagoda-serve")})
+
+    async def metrics() -> Response:
+        return Response(state.metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+    for path, endpoint in (
+        ("/startup", startup),
+        ("/health", health),
+        ("/ready", ready),
+        ("/load", load),
+        ("/version", show_version),
+        ("/metrics", metrics),
+    ):
+        router.add_api_route(path, endpoint, methods=["GET"])
+    return router
+
+
+def find_problem(state: ServerState, now: float) -> str | None:
+    """Why the process should be restarted, or None. `now` is of time.monotonic()."""
+    if state.engine.failure is not None:
+        return f"the engine is dead: {state.engine.failure.message}"
+    stats, limit = state.engine.stats, state.config.engine.stall_seconds
+    silence = now - state.engine.last_step_seconds
+    if stats.running + stats.waiting and silence > limit:
+        return (
+            f"no step finished for {silence:.0f} s (--stall-seconds {limit:g}) with "
+            f"{stats.running} requests running and {stats.waiting} waiting"
+        )
+    return None
+
+
+def find_obstacle(state: ServerState) -> str | None:
+    """Why no new requests should come here, or None."""
+    if state.engine.failure is not None:
+        return "dead"
+    if state.is_draining:
+        return "draining"
+    return None if state.is_loaded else "loading"
+
+
+def _json(value: dict[str, Any], *, ok: bool = True) -> Response:
+    headers = {} if ok else {"retry-after": str(LOADING_RETRY_SECONDS)}
+    return Response(
+        msgspec.json.encode(value),
+        200 if ok else 503,
+        headers=headers,
+        media_type="application/json",
+    )

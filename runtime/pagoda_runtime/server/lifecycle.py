@@ -1,0 +1,154 @@
+"""From the first request for the model to the end of the process: load, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator
+
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.server.state import Engine, ServerState, Tokenizer
+
+logger = logging.getLogger("pagoda.server")
+
+POLL_SECONDS = 0.05
+
+LoadTokenizer = Callable[[Engine], Awaitable[Tokenizer]]
+
+
+class StopSignals:
+    """SIGTERM and SIGINT: the first asks for an end, the second for an end at once."""
+
+    def __init__(self) -> None:
+        self.first: signal.Signals | None = None
+        self.asked = asyncio.Event()
+        self.insisted = asyncio.Event()
+
+    def take(self, number: signal.Signals) -> None:
+        if self.first is None:
+            self.first = number
+            self.asked.set()
+        else:
+            self.insisted.set()
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.take, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+
+async def live(state: ServerState, load_tokenizer: LoadTokenizer, stop: StopSignals) -> int:
+    """Load, serve until a signal, drain; the exit status. Raises FatalError if it cannot serve."""
+    insisted = asyncio.create_task(stop.insisted.wait())
+    phases = asyncio.create_task(_load_and_serve(state, load_tokenizer, stop))
+    try:
+        await asyncio.wait({insisted, phases}, return_when=asyncio.FIRST_COMPLETED)
+        if phases.done():
+            return phases.result()
+        assert stop.first is not None
+        logger.warning("Second signal: ending at once with %d requests open.", state.num_requests)
+        return 128 + stop.first
+    finally:
+        for task in (insisted, phases):
+            task.cancel()
+        await asyncio.gather(insisted, phases, return_exceptions=True)
+
+
+async def _load_and_serve(
+    state: ServerState, load_tokenizer: LoadTokenizer, stop: StopSignals
+) -> int:
+    asked = asyncio.create_task(stop.asked.wait())
+    loading = asyncio.create_task(_load(state, load_tokenizer))
+    failing = asyncio.create_task(_wait_for_failure(state.engine))
+    draining: asyncio.Task[None] | None = None
+    try:
+        await asyncio.wait({asked, loading, failing}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            await asyncio.wait({asked, failing}, return_when=asyncio.FIRST_COMPLETED)
+            if not failing.done():
+                draining = asyncio.create_task(_drain(state, _delay(state, stop)))
+                await asyncio.wait({draining, failing}, return_when=asyncio.FIRST_COMPLETED)
+        if failing.done():
+            failing.result()
+        return 0
+    finally:
+        tasks = [task for task in (asked, loading, failing, draining) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _load(state: ServerState, load_tokenizer: LoadTokenizer) -> None:
+    started = time.monotonic()
+    reporting = asyncio.create_task(_report_phases(state.engine))
+    tokenizer = asyncio.ensure_future(load_tokenizer(state.engine))
+    try:
+        # The engine goes first, because its last words name the cause best.
+        ready = await state.engine.wait_ready()
+        state.tokenizer = await tokenizer
+    finally:
+        for task in (reporting, tokenizer):
+            task.cancel()
+        await asyncio.gather(reporting, tokenizer, return_exceptions=True)
+    logger.info(
+        "Ready after %.1f s: %s on %s in %s, context %d tokens, KV cache %d blocks of %d tokens",
+        time.monotonic() - started,
+        ", ".join(state.model_names),
+        ready.device,
+        ready.dtype,
+        ready.max_model_len,
+        ready.num_blocks,
+        ready.block_size,
+    )
+
+
+async def _report_phases(engine: Engine) -> None:
+    """Log each phase of the engine's start with its seconds."""
+    phase, started = engine.progress.phase, time.monotonic()
+    while True:
+        await asyncio.sleep(POLL_SECONDS)
+        if engine.progress.phase != phase:
+            now = time.monotonic()
+            logger.info("Phase %s took %.1f s", phase, now - started)
+            phase, started = engine.progress.phase, now
+
+
+async def _wait_for_failure(engine: Engine) -> None:
+    """Raise FatalError with the engine's last words, whenever it comes to them."""
+    while engine.failure is None:
+        await asyncio.sleep(POLL_SECONDS)
+    raise FatalError(engine.failure.reason, engine.failure.message)
+
+
+def _delay(state: ServerState, stop: StopSignals) -> float:
+    # A person's Ctrl-C has no load balancer behind it that could lag.
+    return state.config.drain_delay_seconds if stop.first == signal.SIGTERM else 0.0
+
+
+async def _drain(state: ServerState, delay_seconds: float) -> None:
+    """Serve on for the delay, then refuse and let the running requests finish in their time."""
+    limit = state.config.drain_seconds
+    logger.info(
+        "Draining: new requests for %g s more, running ones (%d now) for %g s after that",
+        delay_seconds,
+        state.num_requests,
+        limit,
+    )
+    state.is_draining = True
+    await asyncio.sleep(delay_seconds)
+    state.is_refusing = True
+    deadline = time.monotonic() + limit
+    while state.num_requests and time.monotonic() < deadline:
+        await asyncio.sleep(POLL_SECONDS)
+    if state.num_requests:
+        logger.warning("%d requests did not finish in %g s.", state.num_requests, limit)

@@ -1,0 +1,130 @@
+"""Raw ASGI around the routes: key, size of bodies, load header, HTTP metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from collections.abc import Collection
+
+import msgspec
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pagoda_runtime.server.errors import ApiError
+from pagoda_runtime.server.state import ServerState
+
+LOAD_HEADER = "x-pagoda-load"
+KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+OTHER = "other"
+
+
+class Observe:
+    """Adds the load to every answer and counts it; closes connections while the server drains."""
+
+    def __init__(self, app: ASGIApp, state: ServerState, paths: Collection[str]) -> None:
+        self.app = app
+        self.state = state
+        self.paths = frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        status = 500
+
+        async def send_observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers[LOAD_HEADER] = msgspec.json.encode(self.state.load()).decode()
+                if self.state.is_draining:
+                    headers["connection"] = "close"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_observed)
+        finally:
+            # Labels come from fixed sets: a client must not be able to make new series.
+            method = scope["method"] if scope["method"] in KNOWN_METHODS else OTHER
+            elapsed = time.perf_counter() - started
+            self.state.metrics.observe_http(method, status, self._handler(scope["path"]), elapsed)
+
+    def _handler(self, path: str) -> str:
+        if path in self.paths:
+            return path
+        return "/v1/models/{model}" if path.startswith("/v1/models/") else OTHER
+
+
+class Authenticate:
+    """Asks for one of the keys on /v1/*, if there are keys."""
+
+    def __init__(self, app: ASGIApp, keys: Collection[str]) -> None:
+        self.app = app
+        # Digests have one length, so comparing them tells nothing about a key's length.
+        self.digests = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (
+            scope["type"] != "http"
+            or not self.digests
+            or not (scope["path"] == "/v1" or scope["path"].startswith("/v1/"))
+            or self._is_allowed(scope)
+        ):
+            await self.app(scope, receive, send)
+            return
+        error = ApiError(
+            401,
+            "The API key is missing or wrong; send `Authorization: Bearer KEY` with a key of "
+            "this server.",
+            code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
+        await error.to_response()(scope, receive, send)
+
+    def _is_allowed(self, scope: Scope) -> bool:
+        header = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, key = header.partition(b" ")
+        digest = _digest(key.strip())
+        # Every key is compared, so that the time does not tell which one was close.
+        matches = [hmac.compare_digest(digest, known) for known in self.digests]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+class LimitBody:
+    """Answers 413 to a body of more than max_bytes, announced or sent."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if int(announced) > self.max_bytes:
+            error = self._too_large(f"The body has {int(announced)} bytes")
+            await error.to_response()(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def receive_limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.max_bytes:
+                raise self._too_large("The body is larger")
+            return message
+
+        await self.app(scope, receive_limited, send)
+
+    def _too_large(self, what: str) -> ApiError:
+        message = f"{what}; this server takes at most {self.max_bytes}."
+        return ApiError(413, message, code="body_too_large")

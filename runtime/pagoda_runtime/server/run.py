@@ -1,0 +1,139 @@
+"""`pagoda serve`: the HTTP server is up at once, the engine loads beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from pagoda_runtime.config import EngineConfig, ServerConfig
+from pagoda_runtime.engine.client import ENGINE_COMMAND, EngineClient
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.server.app import create_app, create_state
+from pagoda_runtime.server.lifecycle import LoadTokenizer, StopSignals, live
+from pagoda_runtime.server.state import Engine, Tokenizer
+
+logger = logging.getLogger("pagoda.server")
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# Longer than the idle time of common load balancers, so that they close first and not in a race.
+KEEP_ALIVE_SECONDS = 75
+# For the last bytes of answers that are complete, when the server ends.
+LAST_BYTES_SECONDS = 2
+ENGINE_END_SECONDS = 5.0
+BACKLOG = 2048
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its own idea of signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(config: ServerConfig) -> int:
+    """Serve until a signal; the exit status. Raises FatalError when it cannot serve."""
+    configure_logging(config.log_level)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve_async(config, load_from_folder(config.engine)))
+
+
+def configure_logging(level: str) -> None:
+    """Log to stderr; uvicorn's own lines only where something is wrong."""
+    logging.basicConfig(level=level.upper(), format=LOG_FORMAT, stream=sys.stderr, force=True)
+    logging.getLogger("uvicorn").setLevel("WARNING")
+
+
+async def serve_async(
+    config: ServerConfig,
+    load_tokenizer: LoadTokenizer,
+    engine_command: Sequence[str] = ENGINE_COMMAND,
+) -> int:
+    """`serve` inside a running loop, with a tokenizer and an engine process of choice."""
+    chat_template = read_chat_template(config.chat_template)
+    listener = listen(config.host, config.port)
+    stop = StopSignals()
+    with listener, stop.installed():
+        engine = await EngineClient.start(config.engine, command=engine_command)
+        state = create_state(config, engine, chat_template)
+        server = HttpServer(
+            uvicorn.Config(
+                create_app(state),
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=LAST_BYTES_SECONDS,
+            )
+        )
+        http = asyncio.create_task(server.serve(sockets=[listener]))
+        host, port = listener.getsockname()[:2]
+        logger.info("Listening on http://%s:%d; loading %s", host, port, config.engine.model)
+        try:
+            return await live(state, load_tokenizer, stop)
+        finally:
+            # Streams that are still open end with an error that says so, then HTTP ends.
+            await engine.shutdown(0.0 if stop.insisted.is_set() else ENGINE_END_SECONDS)
+            server.should_exit = True
+            server.force_exit = stop.insisted.is_set()
+            await http
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises FatalError InvalidFlags if the address cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise FatalError(
+            "InvalidFlags",
+            f"Cannot listen on {host} port {port}: {error.strerror or error}. Choose another "
+            "--port or --host.",
+        ) from error
+
+
+def read_chat_template(path: str | None) -> str | None:
+    """The template's text. Raises FatalError InvalidFlags if it cannot be read or is no Jinja."""
+    if path is None:
+        return None
+    from jinja2 import TemplateSyntaxError
+
+    from pagoda_runtime.models.chat_template import compile_chat_template
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        compile_chat_template(text)
+    except (OSError, UnicodeDecodeError, TemplateSyntaxError) as error:
+        raise FatalError(
+            "InvalidFlags",
+            f"--chat-template {path} cannot be used: {error}. Name a readable Jinja file.",
+        ) from error
+    return text
+
+
+def load_from_folder(config: EngineConfig) -> LoadTokenizer:
+    """Loads the model's tokenizer in a thread, beside the engine if the folder is local."""
+
+    def load() -> Tokenizer:
+        from pagoda_runtime.models.source import resolve_model
+        from pagoda_runtime.models.tokenizer import load_tokenizer
+
+        folder = resolve_model(config.model, config.revision, lambda phase, percent, rate: None)
+        return load_tokenizer(folder)
+
+    async def load_in_thread(engine: Engine) -> Tokenizer:
+        if not Path(config.model).exists():
+            # The engine downloads; when it is ready the files are here.
+            await engine.wait_ready()
+        return await asyncio.to_thread(load)
+
+    return load_in_thread

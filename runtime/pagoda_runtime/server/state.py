@@ -1,0 +1,201 @@
+"""What the routes of one server share, and the two faces it sees: engine and tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from pagoda_runtime.config import ServerConfig
+from pagoda_runtime.engine.limits import RETRY_AFTER_SECONDS
+from pagoda_runtime.engine.messages import (
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    LoadProgress,
+    RequestDelta,
+    StepOutput,
+)
+from pagoda_runtime.errors import EngineDead, PagodaError, QueueFull
+from pagoda_runtime.metrics import Metrics
+from pagoda_runtime.sampling_params import SamplingParams
+
+T = TypeVar("T")
+
+LOADING_RETRY_SECONDS = 5
+DRAINING_RETRY_SECONDS = 1
+# Up to here a prompt is tokenized in less time than a switch of threads takes.
+INLINE_CHARACTERS = 2048
+MAX_WARNED_FIELDS = 1000
+
+
+class Unavailable(PagodaError):
+    """The server loads or drains: HTTP 503, and the client may try again."""
+
+    def __init__(self, message: str, retry_after_seconds: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_seconds = retry_after_seconds
+
+
+class TokenStream(Protocol):
+    """The deltas of one request; closing it aborts the request in the engine."""
+
+    def __aiter__(self) -> AsyncIterator[RequestDelta]: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Engine(Protocol):
+    """The part of `engine.client.EngineClient` that the server uses."""
+
+    ready: EngineReady | None
+    progress: LoadProgress
+    failure: EngineFailed | None
+    last_step_seconds: float
+    on_stats: Callable[[StepOutput], None] | None
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    async def wait_ready(self) -> EngineReady: ...
+
+    def generate(
+        self, request_id: str, prompt_token_ids: Sequence[int], sampling_params: SamplingParams
+    ) -> TokenStream: ...
+
+    async def shutdown(self, timeout_seconds: float) -> None: ...
+
+
+class Tokenizer(Protocol):
+    """The part of `models.tokenizer.Tokenizer` that the server uses."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str: ...
+
+
+class ServerState:
+    """Belongs to one event loop. `tokenizer` is None until the model is loaded."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        engine: Engine,
+        *,
+        chat_template: str | None = None,
+        handlers: Sequence[str] = (),
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.chat_template = chat_template
+        self.tokenizer: Tokenizer | None = None
+        self.model_names = config.served_model_name or (config.engine.model,)
+        self.created = int(time.time())
+        self.is_draining = False
+        """New requests are still served; their connections are closed after the answer."""
+        self.is_refusing = False
+        """New requests are answered with 503."""
+        self.num_requests = 0
+        """Requests for tokens that are not answered yet."""
+        self.num_tokenizing = 0
+        """Prompts that are accepted and not yet in the engine."""
+        self.warned_fields: set[str] = set()
+        self.metrics = Metrics(self.model_names[0], self, handlers)
+        # One thread: tokenizing must leave the other cores to the engine.
+        self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    @property
+    def ready(self) -> EngineReady | None:
+        return self.engine.ready
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.engine.ready is not None and self.tokenizer is not None
+
+    def engine_counts(self) -> EngineStats:
+        """The engine's stats; waiting includes the prompts that are being tokenized."""
+        stats = self.engine.stats
+        if not self.num_tokenizing:
+            return stats
+        return msgspec.structs.replace(stats, waiting=stats.waiting + self.num_tokenizing)
+
+    def load(self) -> dict[str, int | float]:
+        """The load as `/load` and the header x-pagoda-load show it."""
+        counts = self.engine_counts()
+        return {
+            "running": counts.running,
+            "waiting": counts.waiting,
+            "slots": counts.slots or self.config.engine.max_num_seqs,
+            "kv_usage": round(counts.kv_usage, 6),
+            "preemptions_total": counts.preemptions_total,
+            "finished_total": counts.finished_total,
+        }
+
+    def loaded(self) -> tuple[EngineReady, Tokenizer]:
+        """What a request needs. Raises EngineDead, or Unavailable while loading."""
+        if self.engine.failure is not None:
+            raise EngineDead(self.engine.failure.message)
+        if self.engine.ready is None or self.tokenizer is None:
+            raise Unavailable(
+                "The model is still loading; /startup shows how far it is.", LOADING_RETRY_SECONDS
+            )
+        return self.engine.ready, self.tokenizer
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Hold one request for tokens open. Raises Unavailable once the server refuses them."""
+        if self.is_refusing:
+            raise Unavailable(
+                "This server is shutting down; send the request again.", DRAINING_RETRY_SECONDS
+            )
+        self.num_requests += 1
+        try:
+            yield
+        finally:
+            self.num_requests -= 1
+
+    @contextmanager
+    def tokenizing(self, num_prompts: int) -> Iterator[None]:
+        """Count prompts as waiting until they are in the engine. Raises QueueFull."""
+        engine_config = self.config.engine
+        num_open = self.engine.stats.running + self.engine.stats.waiting + self.num_tokenizing
+        room = engine_config.max_num_seqs + engine_config.max_num_waiting
+        if num_open + num_prompts > room:
+            raise QueueFull(
+                f"{num_open} requests are in this server and {num_prompts} would join them; it "
+                f"runs {engine_config.max_num_seqs} (--max-num-seqs) and lets "
+                f"{engine_config.max_num_waiting} wait (--max-num-waiting). Try again later.",
+                retry_after_seconds=RETRY_AFTER_SECONDS,
+            )
+        self.num_tokenizing += num_prompts
+        try:
+            yield
+        finally:
+            self.num_tokenizing -= num_prompts
+
+    async def off_loop(self, num_characters: int, call: Callable[[], T]) -> T:
+        """Run `call` at once if the text is short, else in the tokenizer's thread."""
+        if num_characters <= INLINE_CHARACTERS:
+            return call()
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, call)
+
+    def is_first_warning(self, field: str) -> bool:
+        """Whether nobody was warned about this field yet. Bounded, as clients choose the names."""
+        if field in self.warned_fields or len(self.warned_fields) >= MAX_WARNED_FIELDS:
+            return False
+        self.warned_fields.add(field)
+        return True

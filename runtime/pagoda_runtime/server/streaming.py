@@ -1,0 +1,133 @@
+"""Server-sent events, built by hand: a chunk costs one string, no model and no dictionary."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pagoda_runtime.server.errors import to_api_error
+
+T = TypeVar("T")
+
+logger = logging.getLogger("pagoda.server")
+
+DONE = b"data: [DONE]\n\n"
+SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # A proxy that collects the answer would turn the stream into one block.
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class ClientDisconnected(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client is gone; the body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; if the client goes first, work is cancelled. ClientDisconnected."""
+    worker = asyncio.ensure_future(work)
+    watcher = asyncio.create_task(wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if worker.done():
+            return worker.result()
+        raise ClientDisconnected
+    finally:
+        for task in (worker, watcher):
+            task.cancel()
+        await asyncio.gather(worker, watcher, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Sends chunks until they end or the client goes; then everything is closed, at once."""
+
+    def __init__(
+        self, chunks: AsyncGenerator[bytes, None], close: Callable[[], Awaitable[None]]
+    ) -> None:
+        """`close` is called even if no chunk was ever asked for, when `chunks` cannot clean up."""
+        self.status_code = 200
+        self.background = None
+        self.chunks = chunks
+        self.close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await run_while_connected(receive, self._send_all(send))
+        except ClientDisconnected:
+            logger.debug("A client left its stream.")
+        finally:
+            await self.chunks.aclose()
+            await self.close()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+        try:
+            async for chunk in self.chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            last = DONE
+        except Exception as error:
+            # The status is sent; clients know an error by this event.
+            api_error = to_api_error(error)
+            if api_error.status == 500:
+                logger.error("A stream failed.", exc_info=error)
+            last = b"data: " + api_error.encode() + b"\n\n" + DONE
+        await send({"type": "http.response.body", "body": last})
+
+
+class ChunkWriter:
+    """Writes the chunks of one answer; `kind` is text_completion or chat.completion.chunk."""
+
+    def __init__(self, kind: str, answer_id: str, model: str, created: int, usage: bool) -> None:
+        self.is_chat = kind == "chat.completion.chunk"
+        head = {"id": answer_id, "object": kind, "created": created, "model": model}
+        self._head = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
+        # As OpenAI has it: null in every chunk but the last, where usage was asked for.
+        self._no_usage = b',"usage":null' if usage else b""
+
+    def write_text(
+        self,
+        index: int,
+        text: str,
+        finish_reason: str | None = None,
+        stop_reason: int | str | None = None,
+        usage: dict[str, Any] | None = None,
+    ) -> bytes:
+        """A chunk with text of one choice; in a chat the reason comes with the same chunk."""
+        encode = msgspec.json.encode
+        content = encode(text)
+        if self.is_chat:
+            content = b'"delta":{"content":' + content + b"}" if text else b'"delta":{}'
+        else:
+            content = b'"text":' + content
+        return b'%s{"index":%d,%s,"logprobs":null,"finish_reason":%s%s}]%s}\n\n' % (
+            self._head,
+            index,
+            content,
+            encode(finish_reason),
+            b"" if finish_reason is None else b',"stop_reason":' + encode(stop_reason),
+            self._no_usage if usage is None else b',"usage":' + encode(usage),
+        )
+
+    def write_role(self, index: int) -> bytes:
+        """The first chunk of a choice in a chat."""
+        return (
+            b'%s{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
+            b'"finish_reason":null}]%s}\n\n' % (self._head, index, self._no_usage)
+        )
+
+    def write_usage(self, usage: dict[str, Any]) -> bytes:
+        """The last chunk, without choices."""
+        return self._head + b'],"usage":' + msgspec.json.encode(usage) + b"}\n\n"

@@ -1,0 +1,236 @@
+"""An engine and a tokenizer without a model, and a server on a loopback port, for tests.
+
+The fake engine answers with the bytes of its `answer`, one a step, over and over.
+`python -m pagoda_runtime.server.testing ARGS` is `pagoda serve ARGS` with the byte tokenizer and
+the engine process of `pagoda_runtime.testing`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+import uvicorn
+
+from pagoda_runtime.cli import parse_serve_args
+from pagoda_runtime.config import EngineConfig, ServerConfig
+from pagoda_runtime.engine.limits import (
+    verify_max_tokens_fit,
+    verify_prompt_fits,
+    verify_queue_has_room,
+    verify_token_ids,
+)
+from pagoda_runtime.engine.messages import (
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    LoadProgress,
+    RequestDelta,
+    StepOutput,
+)
+from pagoda_runtime.errors import EngineDead, FatalError
+from pagoda_runtime.last_words import write_last_words
+from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.server.app import create_app, create_state
+from pagoda_runtime.server.run import HttpServer, configure_logging, serve_async
+from pagoda_runtime.server.state import Engine, ServerState
+
+FAKE_ENGINE_COMMAND = (sys.executable, "-m", "pagoda_runtime.testing")
+VOCAB_SIZE = 256
+READY = EngineReady(
+    max_model_len=128,
+    block_size=4,
+    num_blocks=64,
+    vocab_size=VOCAB_SIZE,
+    eos_token_ids=[0],
+    dtype="float32",
+    device="cpu",
+)
+
+
+class ByteTokenizer:
+    """A token is a byte of UTF-8; a conversation is its lines `role: content`."""
+
+    vocab_size = VOCAB_SIZE
+    eos_token_id = 0
+    all_special_ids: frozenset[int] = frozenset({0})
+
+    def __init__(self, encode_seconds: float = 0.0) -> None:
+        self.encode_seconds = encode_seconds
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        time.sleep(self.encode_seconds)
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        kept = [i for i in token_ids if not (skip_special_tokens and i in self.all_special_ids)]
+        return bytes(kept).decode(errors="replace")
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        lines = [f"{message['role']}: {message['content']}" for message in messages]
+        return "\n".join([template or "", *lines, "assistant:" if add_generation_prompt else ""])
+
+
+class FakeEngine:
+    """The face of `EngineClient` without a process. All attributes may be set by a test."""
+
+    def __init__(self, config: EngineConfig, *, answer: str = "héllo ", step_seconds: float = 0.0):
+        self.config = config
+        self.answer = answer.encode()
+        self.step_seconds = step_seconds
+        self.ready: EngineReady | None = READY
+        self.progress = LoadProgress(phase="load", percent=40.0, bytes_per_second=1e6)
+        self.failure: EngineFailed | None = None
+        self.last_step_seconds = time.monotonic()
+        self.on_stats: Callable[[StepOutput], None] | None = None
+        self.running: dict[str, SamplingParams] = {}
+        self.prompts: dict[str, list[int]] = {}
+        self.num_finished = 0
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self.running),
+            slots=self.config.max_num_seqs,
+            kv_usage=len(self.running) / 100,
+            finished_total=self.num_finished,
+        )
+
+    async def wait_ready(self) -> EngineReady:
+        while self.ready is None and self.failure is None:
+            await asyncio.sleep(0.001)
+        if self.failure is not None:
+            raise FatalError(self.failure.reason, self.failure.message)
+        assert self.ready is not None
+        return self.ready
+
+    def generate(
+        self, request_id: str, prompt_token_ids: Sequence[int], sampling_params: SamplingParams
+    ) -> FakeStream:
+        assert self.ready is not None
+        if self.failure is not None:
+            raise EngineDead(self.failure.message)
+        verify_token_ids(prompt_token_ids, vocab_size=self.ready.vocab_size)
+        num_prompt_tokens, max_model_len = len(prompt_token_ids), self.ready.max_model_len
+        verify_prompt_fits(
+            num_prompt_tokens,
+            max_model_len=max_model_len,
+            num_blocks=self.ready.num_blocks,
+            block_size=self.ready.block_size,
+        )
+        verify_max_tokens_fit(
+            num_prompt_tokens, sampling_params.max_tokens, max_model_len=max_model_len
+        )
+        verify_queue_has_room(
+            len(self.running),
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_waiting=self.config.max_num_waiting,
+        )
+        self.running[request_id] = sampling_params
+        self.prompts[request_id] = list(prompt_token_ids)
+        return FakeStream(self, request_id)
+
+    async def shutdown(self, timeout_seconds: float = 0.0) -> None:
+        self.failure = EngineFailed(reason="RankDied", message="The engine was shut down.")
+
+
+class FakeStream:
+    """One request of a FakeEngine."""
+
+    def __init__(self, engine: FakeEngine, request_id: str) -> None:
+        self.engine = engine
+        self.request_id = request_id
+        self.num_tokens = 0
+
+    def __aiter__(self) -> AsyncIterator[RequestDelta]:
+        return self._deltas()
+
+    async def _deltas(self) -> AsyncIterator[RequestDelta]:
+        engine, params = self.engine, self.engine.running[self.request_id]
+        assert params.max_tokens is not None
+        while self.request_id in engine.running:
+            await asyncio.sleep(engine.step_seconds)
+            if engine.failure is not None:
+                raise EngineDead(engine.failure.message)
+            engine.last_step_seconds = time.monotonic()
+            token = engine.answer[self.num_tokens % len(engine.answer)]
+            self.num_tokens += 1
+            is_stop, is_last = token in params.stop_token_ids, self.num_tokens == params.max_tokens
+            if engine.on_stats is not None:
+                stats = EngineStats(num_scheduled_tokens=len(engine.running))
+                engine.on_stats(StepOutput(deltas=[], stats=stats))
+            if is_stop or is_last:
+                await self.aclose()
+            yield RequestDelta(
+                request_id=self.request_id,
+                new_token_ids=[token],
+                finish_reason="stop" if is_stop else "length" if is_last else None,
+                stop_reason=token if is_stop else None,
+                num_cached_tokens=4,
+                queue_seconds=0.001 if self.num_tokens == 1 else None,
+            )
+
+    async def aclose(self) -> None:
+        if self.engine.running.pop(self.request_id, None) is not None:
+            self.engine.num_finished += 1
+
+
+def make_config(*flags: str) -> ServerConfig:
+    """The config of `pagoda serve fake FLAGS` on a free loopback port."""
+    return parse_serve_args(["fake", "--host", "127.0.0.1", "--port", "0", *flags])
+
+
+@contextlib.asynccontextmanager
+async def running_server(state: ServerState) -> AsyncIterator[str]:
+    """A real HTTP server around the state; yields its base URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        app = create_app(state)
+        config = uvicorn.Config(
+            app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1
+        )
+        server = HttpServer(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await serving
+
+
+def make_state(
+    engine: FakeEngine, config: ServerConfig, template: str | None = None
+) -> ServerState:
+    """The state of a server whose model is loaded."""
+    state = create_state(config, engine, template)
+    state.tokenizer = ByteTokenizer()
+    return state
+
+
+def main(argv: Sequence[str]) -> int:
+    """`pagoda serve` with fakes in place of model and tokenizer."""
+
+    async def load(engine: Engine) -> ByteTokenizer:
+        return ByteTokenizer()
+
+    try:
+        config = parse_serve_args(argv)
+        configure_logging(config.log_level)
+        return asyncio.run(serve_async(config, load, FAKE_ENGINE_COMMAND))
+    except FatalError as error:
+        write_last_words(error.reason, error.message)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

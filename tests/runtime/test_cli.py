@@ -1,0 +1,118 @@
+"""`pagoda serve`: flags, their ranges, and what a wrong command line leaves behind."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from pagoda_runtime.cli import main, parse_serve_args
+from pagoda_runtime.config import EngineConfig, ServerConfig
+from pagoda_runtime.errors import FatalError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_bare_model_gives_the_defaults_of_the_configs():
+    assert parse_serve_args(["m"]) == ServerConfig(engine=EngineConfig(model="m"))
+
+
+def test_the_model_may_be_a_flag():
+    assert parse_serve_args(["--model", "m"]) == parse_serve_args(["m"])
+
+
+def test_every_flag_reaches_its_field():
+    flags = {
+        "revision": "main",
+        "dtype": "float16",
+        "device": "cpu",
+        "quantization": "awq",
+        "kv_cache_dtype": "fp8",
+        "tensor_parallel_size": 2,
+        "max_model_len": 4096,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 512,
+        "block_size": 32,
+        "gpu_memory_utilization": 0.5,
+        "kv_cache_memory_bytes": 1 << 30,
+        "num_threads": 2,
+        "max_num_waiting": 10,
+        "seed": 7,
+        "stall_seconds": 60.0,
+        "host": "127.0.0.1",
+        "port": 9000,
+        "chat_template": "template.jinja",
+        "drain_delay_seconds": 1.0,
+        "drain_seconds": 2.0,
+        "log_level": "debug",
+    }
+    argv = ["m", "--no-enable-prefix-caching", "--served-model-name", "a", "b", "--api-key", "k"]
+    for name, value in flags.items():
+        argv += [f"--{name.replace('_', '-')}", str(value)]
+    config = parse_serve_args(argv)
+    got = {
+        **{f.name: getattr(config, f.name) for f in fields(config) if f.name != "engine"},
+        **{f.name: getattr(config.engine, f.name) for f in fields(config.engine)},
+    }
+    assert got == {
+        **flags,
+        "model": "m",
+        "enable_prefix_caching": False,
+        "served_model_name": ("a", "b"),
+        "api_key": ("k",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["m", "--port", "70000"], ["--port", "70000", "0–65535"]),
+        (["m", "--max-num-seqs", "0"], ["--max-num-seqs", "0", "1–65536"]),
+        (["m", "--max-model-len", "many"], ["--max-model-len", "many", "at least 2"]),
+        (["m", "--gpu-memory-utilization", "1.5"], ["--gpu-memory-utilization", "1.5", "most 1"]),
+        (["m", "--drain-seconds", "nan"], ["--drain-seconds", "nan", "0 or more"]),
+        (["m", "--dtype", "int3"], ["--dtype", "int3", "bfloat16"]),
+        (["m", "--max-num-seq", "4"], ["--max-num-seq"]),
+        (["m", "--api-key", ""], ["--api-key", "empty"]),
+        (["a", "--model", "b"], ["'a'", "'b'"]),
+        ([], ["pagoda serve MODEL"]),
+    ],
+)
+def test_a_wrong_flag_is_named_with_its_value_and_range(argv, words):
+    with pytest.raises(FatalError) as caught:
+        parse_serve_args(argv)
+    assert caught.value.reason == "InvalidFlags"
+    for word in words:
+        assert word in caught.value.message
+
+
+def test_a_wrong_command_line_ends_with_2_and_last_words(monkeypatch, tmp_path, capsys):
+    log = tmp_path / "termination-log"
+    monkeypatch.setenv("PAGODA_TERMINATION_LOG", str(log))
+    assert main(["serve", "m", "--port", "x"]) == 2
+    words = json.loads(log.read_text())
+    assert words["reason"] == "InvalidFlags"
+    assert "--port" in words["message"]
+    assert capsys.readouterr().err.count("--port") == 1
+
+
+def test_python_m_pagoda_runtime_is_the_same_command():
+    command = [sys.executable, "-m", "pagoda_runtime", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("pagoda 0.")
+
+
+def test_an_api_key_does_not_show_in_the_config_as_text():
+    assert "secret" not in repr(parse_serve_args(["m", "--api-key", "secret"]))
+
+
+def test_the_reference_of_flags_and_metrics_is_what_the_code_says():
+    generated = runpy.run_path(str(ROOT / "docs" / "generate.py"))["render_all"]()
+    assert generated
+    for path, text in generated.items():
+        assert (ROOT / path).read_text() == text, f"run `python docs/generate.py`: {path} is old"
