@@ -1,0 +1,61 @@
+"""The command line of the local cluster."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+from . import lifecycle
+from .console import say
+from .settings import ClusterError, Settings, environment_settings
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(arguments)
+    settings = environment_settings()
+    try:
+        return _run(options, settings)
+    except ClusterError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="e2e/cluster",
+        description="A Kubernetes cluster of one node on this machine.",
+        epilog="PAGODA_CLUSTER_DIR (/var/lib/pagoda-cluster) holds the running cluster, "
+        "PAGODA_CACHE (~/.cache/pagoda) what outlives it.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("up", help="start the cluster; build what is missing")
+    commands.add_parser("down", help="stop it and leave nothing but the cache")
+    commands.add_parser("status", help="every process and the node; status 1 unless all is up")
+    commands.add_parser("kubeconfig", help="print the path of the kubeconfig")
+    commands.add_parser("paths", help="print kubectl, helm, kubeconfig and audit log as JSON")
+    images = commands.add_parser("images", help="build and push Pagoda's images, print them")
+    images.add_argument("--registry", help="push there instead of to the local registry")
+    return parser
+
+
+def _run(options: argparse.Namespace, settings: Settings) -> int:
+    match options.command:
+        case "up":
+            started = time.monotonic()
+            lifecycle.up(settings)
+            say(f"  cluster up after {time.monotonic() - started:.1f} s")
+        case "down":
+            lifecycle.down(settings)
+        case "status":
+            say("\n".join(lifecycle.status(settings)))
+            return 0 if lifecycle.is_up(settings) else 1
+        case "kubeconfig":
+            say(str(settings.kubeconfig))
+        case "paths":
+            say(json.dumps(lifecycle.paths(settings)))
+    return 0
