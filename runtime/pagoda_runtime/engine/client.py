@@ -1,0 +1,288 @@
+"""The engine as the API process sees it: starts the process, streams tokens, notices its death."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.engine.death import count_oom_kills, describe_exit
+from pagoda_runtime.engine.limits import (
+    verify_max_tokens_fit,
+    verify_prompt_fits,
+    verify_queue_has_room,
+    verify_token_ids,
+)
+from pagoda_runtime.engine.messages import (
+    AbortRequests,
+    EngineFailed,
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    LoadProgress,
+    Shutdown,
+    StepOutput,
+    ToApi,
+    ToEngine,
+)
+from pagoda_runtime.engine.process import Launch
+from pagoda_runtime.engine.stream import Mailbox, RequestStream
+from pagoda_runtime.errors import EngineDead, FatalError, PagodaError, RequestError
+from pagoda_runtime.sampling_params import SamplingParams
+
+logger = logging.getLogger("pagoda.client")
+
+ENGINE_COMMAND = (sys.executable, "-m", "pagoda_runtime.engine.process")
+# Last words that were sent before the process ended are in the socket's buffer by then.
+LAST_WORDS_SECONDS = 0.1
+
+
+class EngineClient:
+    """Make it with `start`; all methods belong to the event loop that it was started on."""
+
+    def __init__(self, config: EngineConfig, command: Sequence[str]) -> None:
+        self.config = config
+        self.ready: EngineReady | None = None
+        self.progress = LoadProgress(phase="start", percent=0.0)
+        self.failure: EngineFailed | None = None
+        self.last_step_seconds = time.monotonic()
+        """time.monotonic() of the last step's arrival, or of the first request after idleness."""
+        self.on_stats: Callable[[StepOutput], None] | None = None
+        self._engine_stats = EngineStats(slots=config.max_num_seqs)
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._loop = asyncio.get_running_loop()
+        self._settled = asyncio.Event()
+        """Set when the engine is ready or has failed."""
+        self._exited = asyncio.Event()
+        self._is_shut_down = False
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[ToApi] = msgspec.msgpack.Decoder(ToApi)
+        self._oom_kills_before = count_oom_kills()
+        self._open_sockets()
+        self._spawn(command)
+        self._reader = self._loop.create_task(self._read(), name="engine-reader")
+        self._reader.add_done_callback(self._on_reader_done)
+
+    @classmethod
+    async def start(
+        cls, config: EngineConfig, *, command: Sequence[str] = ENGINE_COMMAND
+    ) -> EngineClient:
+        """Spawn the engine process and return at once; `wait_ready` waits for the model."""
+        return cls(config, command)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's latest state. Every accepted request that does not run counts as waiting."""
+        running = min(self._engine_stats.running, len(self._mailboxes))
+        return msgspec.structs.replace(
+            self._engine_stats, running=running, waiting=len(self._mailboxes) - running
+        )
+
+    async def wait_ready(self) -> EngineReady:
+        """Wait for the model. Raises FatalError with the engine's reason and message."""
+        await self._settled.wait()
+        if self.failure is not None:
+            raise FatalError(self.failure.reason, self.failure.message)
+        if self.ready is None:
+            raise EngineDead("The engine was shut down before it was ready.")
+        return self.ready
+
+    def generate(
+        self, request_id: str, prompt_token_ids: Sequence[int], sampling_params: SamplingParams
+    ) -> RequestStream:
+        """Take a request now and return its stream of deltas.
+
+        Closing the stream, cancelling the task that waits on it, or dropping it aborts the request
+        in the engine before its next step.
+
+        Raises, at once and not at the first delta: PromptTooLong, RequestError (values out of
+        range, no or unknown tokens, an id in use), QueueFull, EngineDead.
+        """
+        self.verify(prompt_token_ids, sampling_params)
+        if request_id in self._mailboxes:
+            raise RequestError(f"A request with the id {request_id!r} is running already.")
+        verify_queue_has_room(
+            len(self._mailboxes),
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_waiting=self.config.max_num_waiting,
+        )
+        if not self._mailboxes:
+            self.last_step_seconds = time.monotonic()
+        mailbox = self._mailboxes[request_id] = Mailbox(request_id)
+        self._send(
+            EngineRequest(
+                request_id=request_id,
+                prompt_token_ids=list(prompt_token_ids),
+                sampling_params=sampling_params,
+                arrival_seconds=time.time(),
+            )
+        )
+        return RequestStream(mailbox, self._loop, self._abort)
+
+    def verify(self, prompt_token_ids: Sequence[int], sampling_params: SamplingParams) -> None:
+        """Raise what `generate` would raise for this request, whatever else the engine does."""
+        if self.failure is not None:
+            raise EngineDead(self.failure.message)
+        if self._is_shut_down:
+            raise EngineDead("The engine was shut down.")
+        if self.ready is None:
+            raise PagodaError("The engine is still loading its model.")
+        sampling_params.verify()
+        verify_token_ids(prompt_token_ids, vocab_size=self.ready.vocab_size)
+        max_model_len, num_prompt_tokens = self.ready.max_model_len, len(prompt_token_ids)
+        verify_prompt_fits(
+            num_prompt_tokens,
+            max_model_len=max_model_len,
+            num_blocks=self.ready.num_blocks,
+            block_size=self.ready.block_size,
+        )
+        verify_max_tokens_fit(
+            num_prompt_tokens, sampling_params.max_tokens, max_model_len=max_model_len
+        )
+
+    async def shutdown(self, timeout_seconds: float = 10.0) -> None:
+        """End the engine process after its current step; kill it when the time is over."""
+        if not self._is_shut_down:
+            self._is_shut_down = True
+            self._fail_streams("The engine was shut down.")
+            if self.ready is not None and not self._exited.is_set():
+                self._send(Shutdown())
+            else:
+                # While it loads it reads no messages, but it ends with its standard input.
+                self._close_stdin()
+            try:
+                await asyncio.wait_for(self._exited.wait(), timeout_seconds)
+            except TimeoutError:
+                logger.warning("The engine did not end in %.1f s; it is killed.", timeout_seconds)
+                self._process.kill()
+        await self._exited.wait()
+        self._settled.set()
+        self._reader.cancel()
+        self._close_stdin()
+        self._input.close(linger=0)
+        self._output.close(linger=0)
+        self._context.term()
+        shutil.rmtree(self._socket_dir, ignore_errors=True)
+
+    def _open_sockets(self) -> None:
+        try:
+            # Mode 0700: whoever can connect to these sockets can read other users' requests.
+            self._socket_dir = tempfile.mkdtemp(prefix="pagoda-")
+        except OSError as error:
+            raise FatalError(
+                "DiskFull",
+                f"Cannot make a folder for the engine's sockets: {error}. Set TMPDIR to a folder "
+                "that can be written.",
+            ) from error
+        self._context = zmq.Context()
+        self._input = self._context.socket(zmq.PUSH)
+        # Unbounded here, because verify_queue_has_room bounds what is sent.
+        self._input.setsockopt(zmq.SNDHWM, 0)
+        self._input.connect(f"ipc://{self._socket_dir}/input")
+        self._output = zmq.asyncio.Socket(self._context, zmq.PULL)
+        self._output.bind(f"ipc://{self._socket_dir}/output")
+
+    def _spawn(self, command: Sequence[str]) -> None:
+        launch = Launch(
+            config=self.config,
+            input_address=f"ipc://{self._socket_dir}/input",
+            output_address=f"ipc://{self._socket_dir}/output",
+        )
+        # Its standard output is this process's standard error: a library's chatter must not end up
+        # in what a user's program prints.
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2)
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
+        self._process.stdin.flush()
+        self._pidfd = os.pidfd_open(self._process.pid)
+        self._loop.add_reader(self._pidfd, self._on_exit)
+
+    def _close_stdin(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def _send(self, message: ToEngine) -> None:
+        self._input.send(self._encoder.encode(message), zmq.NOBLOCK)
+
+    def _abort(self, request_id: str) -> None:
+        if self._mailboxes.pop(request_id, None) is not None and not self._exited.is_set():
+            self._send(AbortRequests(request_ids=[request_id]))
+
+    async def _read(self) -> None:
+        while True:
+            message = self._decoder.decode(await self._output.recv())
+            match message:
+                case StepOutput():
+                    self._take_step(message)
+                case LoadProgress():
+                    self.progress = message
+                case EngineReady():
+                    self.ready = message
+                    self.last_step_seconds = time.monotonic()
+                    self._settled.set()
+                case EngineFailed():
+                    self._fail(message)
+
+    def _take_step(self, output: StepOutput) -> None:
+        self.last_step_seconds = time.monotonic()
+        self._engine_stats = output.stats
+        for delta in output.deltas:
+            # Deltas of a request that was aborted meanwhile find no mailbox.
+            mailbox = self._mailboxes.get(delta.request_id)
+            if mailbox is not None:
+                mailbox.put(delta)
+                if delta.finish_reason is not None:
+                    del self._mailboxes[delta.request_id]
+        if self.on_stats is not None:
+            self.on_stats(output)
+
+    def _fail(self, failure: EngineFailed) -> None:
+        if self.failure is None:
+            self.failure = failure
+            self._settled.set()
+            self._fail_streams(failure.message)
+
+    def _fail_streams(self, message: str) -> None:
+        mailboxes, self._mailboxes = self._mailboxes, {}
+        for mailbox in mailboxes.values():
+            mailbox.fail(message)
+
+    def _on_exit(self) -> None:
+        """The process ended: called by the event loop, through the process's file descriptor."""
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        status = self._process.wait()
+        is_out_of_memory = count_oom_kills() > self._oom_kills_before
+        self._loop.call_later(LAST_WORDS_SECONDS, self._bury, status, is_out_of_memory)
+
+    def _bury(self, status: int, is_out_of_memory: bool) -> None:
+        if not self._is_shut_down:
+            self._fail(describe_exit(self.pid, status, is_out_of_memory))
+        self._exited.set()
+
+    def _on_reader_done(self, reader: asyncio.Task[Any]) -> None:
+        if not reader.cancelled() and (error := reader.exception()) is not None:
+            logger.error("Cannot read the engine's messages.", exc_info=error)
+            self._fail(
+                EngineFailed(
+                    reason="RankDied",
+                    message=f"The engine's messages cannot be read: {error}; it is killed.",
+                )
+            )
+            self._process.kill()

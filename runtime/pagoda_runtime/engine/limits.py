@@ -1,0 +1,71 @@
+"""What a request must satisfy to be taken. Client and engine core ask the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pagoda_runtime.errors import PromptTooLong, QueueFull, RequestError
+
+# Long enough for some running requests to end, short enough for a person to wait.
+RETRY_AFTER_SECONDS = 2
+
+
+def verify_prompt_fits(
+    num_prompt_tokens: int, *, max_model_len: int, num_blocks: int, block_size: int
+) -> None:
+    """Raise PromptTooLong if the prompt and one new token can never fit this engine."""
+    if num_prompt_tokens + 1 > max_model_len:
+        raise PromptTooLong(
+            f"The prompt has {num_prompt_tokens} tokens; with max_model_len {max_model_len} at "
+            f"most {max_model_len - 1} fit, because the answer needs one. Shorten the prompt, or "
+            "raise --max-model-len if the model allows it.",
+            param="prompt",
+        )
+    capacity = num_blocks * block_size
+    if num_prompt_tokens + 1 > capacity:
+        raise PromptTooLong(
+            f"The prompt has {num_prompt_tokens} tokens; the KV cache holds {capacity} "
+            f"({num_blocks} blocks of {block_size}), of which the answer needs one. Shorten the "
+            "prompt, or raise --kv-cache-memory-bytes (CPU) or --gpu-memory-utilization (GPU).",
+            param="prompt",
+        )
+
+
+def verify_max_tokens_fit(
+    num_prompt_tokens: int, max_tokens: int | None, *, max_model_len: int
+) -> None:
+    """Raise PromptTooLong if prompt and max_tokens together exceed the context."""
+    if max_tokens is not None and num_prompt_tokens + max_tokens > max_model_len:
+        raise PromptTooLong(
+            f"The prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together "
+            f"{num_prompt_tokens + max_tokens}; max_model_len is {max_model_len}. Lower max_tokens "
+            f"to at most {max_model_len - num_prompt_tokens}, or shorten the prompt.",
+            param="max_tokens",
+        )
+
+
+def verify_token_ids(prompt_token_ids: Sequence[int], *, vocab_size: int) -> None:
+    """Raise RequestError if the prompt is empty or names a token that the model does not have."""
+    if not prompt_token_ids:
+        raise RequestError("The prompt has no tokens; it must have at least 1.", param="prompt")
+    for token_id in (min(prompt_token_ids), max(prompt_token_ids)):
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"The prompt holds token id {token_id}; the model's ids run from 0 to "
+                f"{vocab_size - 1}.",
+                param="prompt",
+            )
+
+
+def verify_queue_has_room(num_open: int, *, max_num_seqs: int, max_num_waiting: int) -> None:
+    """Raise QueueFull if every slot and every place in the waiting queue is taken.
+
+    Slots count as room even before the engine has filled them, so that a burst on an idle engine
+    is not refused.
+    """
+    if num_open >= max_num_seqs + max_num_waiting:
+        raise QueueFull(
+            f"{num_open} requests are in this engine; it runs {max_num_seqs} (--max-num-seqs) and "
+            f"lets {max_num_waiting} wait (--max-num-waiting). Try again later.",
+            retry_after_seconds=RETRY_AFTER_SECONDS,
+        )

@@ -1,0 +1,235 @@
+"""The engine process: `python -m pagoda_runtime.engine.process`, started by `engine.client`.
+
+Standard input brings one line of JSON (`Launch`) and then stays open as long as the parent lives.
+Requests come in over one socket, progress and steps go out over another, all msgpack.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+
+from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.engine.core import EngineCore, Runner
+from pagoda_runtime.engine.messages import (
+    AbortRequests,
+    EngineFailed,
+    EngineReady,
+    EngineRequest,
+    LoadProgress,
+    RequestDelta,
+    Shutdown,
+    StepOutput,
+    ToApi,
+    ToEngine,
+)
+from pagoda_runtime.errors import FatalError, QueueFull, RequestError
+from pagoda_runtime.last_words import write_last_words
+
+logger = logging.getLogger("pagoda.engine")
+
+# Tokens of a step if --max-num-batched-tokens is not given. A prompt chunk delays everybody's
+# next token by the time it takes: about a quarter of a second for a small model on two CPU cores.
+DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 2048}
+IDLE_CHECK_MILLISECONDS = 1000
+LINGER_MILLISECONDS = 1000
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What the parent tells the engine process at its start."""
+
+    config: EngineConfig
+    input_address: str
+    output_address: str
+
+
+class ReadyRunner(Runner, Protocol):
+    """A runner whose model is loaded."""
+
+    @property
+    def ready_facts(self) -> EngineReady: ...
+
+
+OnProgress = Callable[[str, float, float], None]
+MakeRunner = Callable[[EngineConfig, OnProgress], ReadyRunner]
+
+
+class Outbox:
+    """Sends to the API process. A lock, because downloads report progress from other threads."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._lock = threading.Lock()
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def send(self, message: ToApi) -> None:
+        with self._lock:
+            self._socket.send(self._encoder.encode(message))
+
+    def report_progress(self, phase: str, percent: float, bytes_per_second: float) -> None:
+        self.send(LoadProgress(phase=phase, percent=percent, bytes_per_second=bytes_per_second))
+
+
+class Inbox:
+    """Receives from the API process."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+
+    def wait(self, milliseconds: int | None = None) -> bool:
+        """Sleep until a message is there; False if the time ran out before."""
+        return bool(self._socket.poll(milliseconds))
+
+    def drain(self) -> Iterator[ToEngine]:
+        """Every message that is there."""
+        while True:
+            try:
+                yield self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+
+
+def serve(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
+    """Step while there is work, sleep on the socket while there is none, end on Shutdown."""
+    while True:
+        if not core.has_work and not inbox.wait(IDLE_CHECK_MILLISECONDS):
+            core.check()
+            inbox.wait()
+        refused: list[RequestDelta] = []
+        for message in inbox.drain():
+            match message:
+                case EngineRequest():
+                    refused.extend(_add(core, message))
+                case AbortRequests():
+                    core.abort(message.request_ids)
+                case Shutdown():
+                    return
+        output = core.step(time.time())
+        if refused:
+            output = StepOutput(deltas=[*refused, *output.deltas], stats=output.stats)
+        outbox.send(output)
+
+
+def _add(core: EngineCore, request: EngineRequest) -> list[RequestDelta]:
+    try:
+        core.add(request)
+    except (RequestError, QueueFull) as error:
+        # The client asks the same questions before it sends, so this is not expected; still the
+        # request must end, and must not take the others with it.
+        logger.error("Request %s was refused by the engine: %s", request.request_id, error)
+        return [
+            RequestDelta(request_id=request.request_id, new_token_ids=[], finish_reason="abort")
+        ]
+    return []
+
+
+def make_core(config: EngineConfig, runner: ReadyRunner) -> EngineCore:
+    facts = runner.ready_facts
+    device = facts.device.split(":")[0]
+    return EngineCore(
+        runner,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens
+        or DEFAULT_MAX_NUM_BATCHED_TOKENS.get(device, DEFAULT_MAX_NUM_BATCHED_TOKENS["cuda"]),
+        max_num_waiting=config.max_num_waiting,
+        max_model_len=facts.max_model_len,
+        eos_token_ids=facts.eos_token_ids,
+        enable_prefix_caching=config.enable_prefix_caching,
+        seed=config.seed,
+    )
+
+
+def describe_failure(error: BaseException) -> EngineFailed:
+    """The last words for what ended the engine."""
+    if isinstance(error, FatalError):
+        return EngineFailed(reason=error.reason, message=error.message)
+    # By name, because a process that never imported torch should not do it to fail.
+    if type(error).__name__ == "OutOfMemoryError":
+        return EngineFailed(
+            reason="GpuOutOfMemory",
+            message=f"The GPU's memory is full: {error} Lower --gpu-memory-utilization, "
+            "--max-model-len or --max-num-batched-tokens.",
+        )
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return EngineFailed(
+            reason="OutOfMemory",
+            message=f"The memory is full: {str(error) or type(error).__name__}. Lower "
+            "--kv-cache-memory-bytes or --max-num-batched-tokens, or give the engine more memory.",
+        )
+    return EngineFailed(
+        reason="RankDied",
+        message=f"The engine failed with {type(error).__name__}: {error}. "
+        "The traceback is in its log.",
+    )
+
+
+def main(make_runner: MakeRunner) -> int:
+    """Run the engine process to its end and return its exit status."""
+    # The parent drains on these, and then says Shutdown.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    with open(0, "rb", buffering=0, closefd=False) as stdin:
+        line = stdin.readline()
+    if not line:
+        return 1
+    launch = msgspec.json.decode(line, type=Launch)
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+
+    context: zmq.Context[Any] = zmq.Context()
+    output_socket = context.socket(zmq.PUSH)
+    output_socket.setsockopt(zmq.LINGER, LINGER_MILLISECONDS)
+    output_socket.connect(launch.output_address)
+    input_socket = context.socket(zmq.PULL)
+    # No bound here: the client bounds the requests that it lets in.
+    input_socket.setsockopt(zmq.RCVHWM, 0)
+    input_socket.bind(launch.input_address)
+    outbox = Outbox(output_socket)
+    try:
+        runner = make_runner(launch.config, outbox.report_progress)
+        core = make_core(launch.config, runner)
+        # What loading left is never garbage; without this every full collection walks over it.
+        gc.collect()
+        gc.freeze()
+        outbox.send(runner.ready_facts)
+        serve(core, Inbox(input_socket), outbox)
+    except Exception as error:
+        failure = describe_failure(error)
+        if not isinstance(error, FatalError):
+            traceback.print_exc()
+        write_last_words(failure.reason, failure.message)
+        outbox.send(failure)
+        return 1
+    finally:
+        context.destroy(linger=LINGER_MILLISECONDS)
+    return 0
+
+
+def _end_with_parent() -> None:
+    """End this process when the parent's end of standard input closes, whatever it is doing."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def _make_model_runner(config: EngineConfig, on_progress: OnProgress) -> ReadyRunner:
+    # Here and not above: it takes torch with it, which the tests of this module do without.
+    from pagoda_runtime.execution.runner import ModelRunner
+
+    return ModelRunner(config, on_progress)
+
+
+if __name__ == "__main__":
+    sys.exit(main(_make_model_runner))

@@ -1,0 +1,152 @@
+"""A runner without a model, for tests of everything around it.
+
+Its keys and values remember which token they are of and which tokens came before, so that a wrong
+block table, a false prefix hit or a block reused too early is an AssertionError and not a guess.
+`python -m pagoda_runtime.testing` is an engine process with this runner.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.engine.messages import EngineReady, ScheduledRow
+from pagoda_runtime.engine.process import OnProgress
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.sampling_params import SamplingParams
+
+_MASK = 2**64 - 1
+
+
+def mix(state: int, value: int) -> int:
+    """One step of a hash over all values so far."""
+    state = (state ^ (value + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 & _MASK
+    return state ^ (state >> 29)
+
+
+def fake_next_token(
+    token_ids: Sequence[int], sampling_params: SamplingParams, seed: int, vocab_size: int
+) -> int:
+    """The token that FakeRunner samples after token_ids: a function of all of them."""
+    state = 0
+    for token_id in token_ids:
+        state = mix(state, token_id)
+    return _sample(state, sampling_params, seed, vocab_size)
+
+
+def _sample(state: int, sampling_params: SamplingParams, seed: int, vocab_size: int) -> int:
+    if not sampling_params.is_greedy:
+        state = mix(state, seed)
+    return (state >> 16) % vocab_size
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Keys and values of one token: its position, itself, and a hash of all up to it."""
+
+    position: int
+    token_id: int
+    state: int
+
+
+class FakeRunner:
+    """Executes rows like `execution.runner.ModelRunner`, and verifies what it is told."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        vocab_size: int = 100,
+        max_model_len: int = 128,
+        eos_token_ids: Sequence[int] = (0,),
+        step_seconds: float = 0.0,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.eos_token_ids = list(eos_token_ids)
+        self.step_seconds = step_seconds
+        self.num_steps = 0
+        self._cache: dict[tuple[int, int], _Slot] = {}
+
+    @property
+    def ready_facts(self) -> EngineReady:
+        return EngineReady(
+            max_model_len=self.max_model_len,
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            vocab_size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            dtype="float32",
+            device="cpu",
+        )
+
+    def execute(self, rows: Sequence[ScheduledRow]) -> list[int]:
+        """Write every row's tokens, then read every row's history. Raises AssertionError."""
+        time.sleep(self.step_seconds)
+        self.num_steps += 1
+        assert rows, "a step without rows"
+        written: dict[tuple[int, int], str] = {}
+        for row in rows:
+            self._write(row, written)
+        tokens = []
+        for row in rows:
+            state = self._read(row)
+            if row.sampling_params is not None:
+                tokens.append(_sample(state, row.sampling_params, row.seed, self.vocab_size))
+        return tokens
+
+    def _place(self, row: ScheduledRow, position: int) -> tuple[int, int]:
+        block = row.block_table[position // self.block_size]
+        assert 1 <= block <= self.num_blocks, f"block {block} does not exist"
+        return block, position % self.block_size
+
+    def _write(self, row: ScheduledRow, written: dict[tuple[int, int], str]) -> None:
+        end = row.start + len(row.token_ids)
+        assert row.token_ids, f"{row.request_id} has no tokens in this step"
+        assert len(row.block_table) == -(-end // self.block_size), "blocks and tokens differ"
+        state = self._cache[self._place(row, row.start - 1)].state if row.start else 0
+        for position, token_id in enumerate(row.token_ids, row.start):
+            assert 0 <= token_id < self.vocab_size
+            place = self._place(row, position)
+            other = written.setdefault(place, row.request_id)
+            assert other == row.request_id, f"{other} and {row.request_id} write to {place}"
+            state = mix(state, token_id)
+            self._cache[place] = _Slot(position, token_id, state)
+
+    def _read(self, row: ScheduledRow) -> int:
+        state = 0
+        for position in range(row.start + len(row.token_ids)):
+            slot = self._cache[self._place(row, position)]
+            state = mix(state, slot.token_id)
+            assert slot.position == position, f"{row.request_id} reads another position's slot"
+            assert slot.state == state, f"{row.request_id} reads what another request wrote"
+        return state
+
+
+def make_fake_runner(config: EngineConfig, on_progress: OnProgress) -> FakeRunner:
+    """A FakeRunner from a config whose model is `fake:{...}`: keywords of FakeRunner as JSON.
+
+    Beside them: "fail": [reason, message] raises FatalError at the start, "crash": true another
+    exception, "load_seconds": N takes that long to be ready.
+    """
+    options = json.loads(config.model.removeprefix("fake:") or "{}")
+    on_progress("load", 50.0, 1e6)
+    time.sleep(options.pop("load_seconds", 0.0))
+    if "fail" in options:
+        raise FatalError(*options["fail"])
+    if options.pop("crash", False):
+        raise ValueError("crashed as told")
+    return FakeRunner(**options)
+
+
+if __name__ == "__main__":
+    from pagoda_runtime.engine.process import main
+
+    sys.exit(main(make_fake_runner))
