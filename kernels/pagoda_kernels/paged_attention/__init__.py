@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from pagoda_kernels.paged_attention.cpu import paged_attention_cpu
-from pagoda_kernels.paged_attention.metadata import AttentionMetadata
+from pagoda_kernels.paged_attention.metadata import AttentionMetadata, GatherBuffer
 from pagoda_kernels.paged_attention.reference import paged_attention_reference
 
-__all__ = ["AttentionMetadata", "paged_attention"]
+__all__ = ["AttentionMetadata", "GatherBuffer", "paged_attention"]
 
 
 def paged_attention(
@@ -22,15 +22,16 @@ def paged_attention(
     """Causal attention of ragged query tokens over a paged KV cache.
 
     Args:
-        q: [num_tokens, num_heads, head_dim], contiguous in its last dimension; the query tokens
-            of all sequences one after the other. They are the last tokens of their sequences.
+        q: [num_tokens, num_heads, head_dim], heads contiguous; the query tokens of
+            all sequences one after the other. They are the last tokens of their sequences.
         kv_cache: [num_blocks, block_size, 2, num_kv_heads, head_dim], contiguous, dtype of q;
             it already holds the keys and values of this step. Slots past a sequence's end are
             never read: they may contain anything.
         metadata: the sequences of the step.
         scale: factor on q·k.
         sliding_window: a query at position p sees positions above p - sliding_window; 0: all.
-    Returns: [num_tokens, num_heads, head_dim], dtype of q.
+    Returns: [num_tokens, num_heads, head_dim], dtype of q; rows after the last sequence, which
+        are padding, are zero.
     Raises: ValueError: shapes or dtypes do not agree, or the window was not planned for.
     Source: Kwon et al., PagedAttention, SOSP 2023, section 4.
     """

@@ -27,10 +27,12 @@ def paged_attention_cpu(
     num_kv_heads = kv_cache.shape[3]
     group_size = num_heads // num_kv_heads
     slots = kv_cache.flatten(0, 1)
-    out = torch.empty_like(q)
+    out = torch.zeros(q.shape, dtype=q.dtype)
     for bucket in plan.buckets:
         rows = bucket.last - bucket.first
-        kv = slots.index_select(0, bucket.slots).view(rows, -1, 2, num_kv_heads, head_dim)
+        gathered = metadata.buffer.rows(len(bucket.slots), slots)
+        torch.index_select(slots, 0, bucket.slots, out=gathered)
+        kv = gathered.view(rows, -1, 2, num_kv_heads, head_dim)
         # The query heads that share a key head stand where query tokens usually stand.
         attended = scaled_dot_product_attention(
             q[bucket.first : bucket.last].view(rows, num_kv_heads, group_size, head_dim),

@@ -43,6 +43,25 @@ class GatherPlan:
     prefills: tuple[PrefillGather, ...]
 
 
+class GatherBuffer:
+    """Memory for gathered keys and values that all layers and steps use in turn.
+
+    Fresh memory for each layer would have to be mapped by the kernel each time, and would push the
+    weights out of the processor's cache.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def rows(self, num_rows: int, like: torch.Tensor) -> torch.Tensor:
+        """[num_rows, ...] of the trailing shape, dtype and device of `like`; contents are stale."""
+        wanted = num_rows * like[0].numel()
+        memory = self._memory
+        if memory.numel() < wanted or memory.dtype != like.dtype or memory.device != like.device:
+            memory = self._memory = like.new_empty(wanted)
+        return memory[:wanted].view(num_rows, *like.shape[1:])
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
     """The sequences of one step. Those with one query token come first, shortest first.
@@ -51,6 +70,7 @@ class AttentionMetadata:
     seq_lens: [num_seqs] int32, tokens in the cache including this step's.
     block_table: [num_seqs, max_blocks] int32; entries past the last used block are not read.
     plans: for the CPU path, by sliding window (0: none); empty on other devices.
+    buffer: for the CPU path.
     """
 
     query_start_loc: torch.Tensor
@@ -58,6 +78,7 @@ class AttentionMetadata:
     block_table: torch.Tensor
     num_decodes: int
     plans: dict[int, GatherPlan] = field(default_factory=dict)
+    buffer: GatherBuffer = field(default_factory=GatherBuffer)
 
     @classmethod
     def build(
@@ -70,6 +91,7 @@ class AttentionMetadata:
         windows: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
+        buffer: GatherBuffer | None = None,
     ) -> AttentionMetadata:
         """Lay out one step.
 
@@ -79,6 +101,7 @@ class AttentionMetadata:
             block_table: [num_seqs, max_blocks] int32 on the host.
             windows: the sliding windows of the model's layers, 0 for full attention.
             dtype: of the queries.
+            buffer: pass the same one at each step, so that its memory is reused.
         """
         num_decodes = 0
         while num_decodes < len(query_lens) and query_lens[num_decodes] == 1:
@@ -97,6 +120,7 @@ class AttentionMetadata:
             block_table=torch.from_numpy(block_table).to(device),
             num_decodes=num_decodes,
             plans=plans,
+            buffer=GatherBuffer() if buffer is None else buffer,
         )
 
 
@@ -130,6 +154,8 @@ def _plan(layout: _Layout, window: int, dtype: torch.dtype) -> GatherPlan:
 
 
 _SMALLEST_BUCKET = 256
+# Tokens gathered at once, which bounds the memory of a gather at many long sequences.
+_LARGEST_GATHER = 1 << 15
 
 
 def _decode_buckets(layout: _Layout, window: int, dtype: torch.dtype) -> list[DecodeBucket]:
@@ -145,6 +171,7 @@ def _decode_buckets(layout: _Layout, window: int, dtype: torch.dtype) -> list[De
     while first < len(lens):
         limit = max(_SMALLEST_BUCKET, 1 << int(visible[first] - 1).bit_length())
         last = int(np.searchsorted(visible, limit, side="right"))
+        last = min(last, first + max(1, _LARGEST_GATHER // limit))
         seqs = slice(first, last)
         width = int(visible[last - 1])
         offsets = np.arange(width)

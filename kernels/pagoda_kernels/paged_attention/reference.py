@@ -18,7 +18,7 @@ def paged_attention_reference(
     """See `pagoda_kernels.paged_attention.paged_attention`; nothing is checked here."""
     block_size = kv_cache.shape[1]
     group_size = q.shape[1] // kv_cache.shape[3]
-    out = torch.empty_like(q)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     starts = metadata.query_start_loc.tolist()
     for seq, seq_len in enumerate(metadata.seq_lens.tolist()):
         first, last = starts[seq], starts[seq + 1]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from pagoda_kernels.paged_attention import GatherBuffer
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.messages import EngineReady, ScheduledRow
 from pagoda_runtime.errors import FatalError
@@ -23,6 +24,7 @@ from pagoda_runtime.execution.kv_cache import (
 )
 from pagoda_runtime.execution.sampler import sample
 from pagoda_runtime.execution.step_input import prepare_step
+from pagoda_runtime.layers.linear import fastest_min_rows
 from pagoda_runtime.models.decoder import Decoder
 from pagoda_runtime.models.registry import load_model_config
 from pagoda_runtime.models.source import resolve_model
@@ -60,6 +62,8 @@ class ModelRunner:
         with _timed("Loading the weights"), torch.inference_mode():
             self.model = self._load_model(folder, on_progress)
         self.block_size = config.block_size or (16 if self.device.type == "cuda" else 32)
+        self.min_tokens = fastest_min_rows(self.dtype, self.device)
+        self.gather_buffer = GatherBuffer()
         self.windows = sorted(set(self.model_config.sliding_windows))
         budget = self._memory_budget(config)
         size = size_kv_cache(
@@ -102,6 +106,8 @@ class ModelRunner:
             rows,
             block_size=self.block_size,
             windows=self.windows,
+            min_tokens=self.min_tokens,
+            buffer=self.gather_buffer,
             dtype=self.dtype,
             device=self.device,
         )
@@ -109,7 +115,7 @@ class ModelRunner:
         if not prepared.sample_rows:
             return []
         logits = self.model.logits(hidden.index_select(0, prepared.sampled_tokens))
-        return sample(logits, prepared.sample_rows)
+        return sample(logits[: len(prepared.sample_rows)], prepared.sample_rows)
 
     def _load_model(self, folder: Path, on_progress: OnProgress) -> Decoder:
         on_progress("load", 0.0, 0.0)

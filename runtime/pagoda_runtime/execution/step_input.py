@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pagoda_kernels.paged_attention import AttentionMetadata
+from pagoda_kernels.paged_attention import AttentionMetadata, GatherBuffer
 from pagoda_runtime.engine.messages import ScheduledRow
 from pagoda_runtime.execution.sampler import SampleRow
 from pagoda_runtime.models.decoder import StepInput
@@ -20,7 +20,7 @@ class PreparedStep:
 
     step_input: StepInput
     sampled_tokens: torch.Tensor
-    """[num_sampled] int64: indices of the tokens whose logits are wanted, in the callers' order."""
+    """int64: indices of the tokens whose logits are wanted, in the rows' order, then padding."""
     sample_rows: list[SampleRow]
 
 
@@ -29,10 +29,16 @@ def prepare_step(
     *,
     block_size: int,
     windows: Sequence[int],
+    min_tokens: int = 1,
+    buffer: GatherBuffer | None = None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> PreparedStep:
-    """Lay out the rows' tokens one after the other, decode rows first, shortest first."""
+    """Lay out the rows' tokens one after the other, decode rows first, shortest first.
+
+    Fewer than min_tokens tokens, or sampled tokens, are padded; padding belongs to no row, its
+    keys go to block 0.
+    """
     order = sorted(
         range(len(rows)),
         key=lambda index: (len(rows[index].token_ids) > 1, rows[index].start),
@@ -56,18 +62,19 @@ def prepare_step(
         windows=windows,
         dtype=dtype,
         device=device,
+        buffer=buffer,
     )
     last_tokens = np.empty(len(rows), dtype=np.int64)
     last_tokens[order] = first_tokens + query_lens - 1
     sampled = [index for index, row in enumerate(rows) if row.sampling_params is not None]
     return PreparedStep(
         StepInput(
-            torch.from_numpy(token_ids).to(device),
-            torch.from_numpy(positions).to(device),
-            torch.from_numpy(slot_mapping).to(device),
+            _pad(token_ids, min_tokens).to(device),
+            _pad(positions, min_tokens).to(device),
+            _pad(slot_mapping, min_tokens).to(device),
             metadata,
         ),
-        torch.from_numpy(last_tokens[sampled]).to(device),
+        _pad(last_tokens[sampled], min_tokens).to(device),
         [_sample_row(rows[index]) for index in sampled],
     )
 
@@ -75,6 +82,12 @@ def prepare_step(
 def _sample_row(row: ScheduledRow) -> SampleRow:
     assert row.sampling_params is not None
     return SampleRow(row.sampling_params, row.seed, row.start + len(row.token_ids))
+
+
+def _pad(values: np.ndarray, min_length: int) -> torch.Tensor:
+    """With zeros at the end."""
+    missing = min_length - len(values)
+    return torch.from_numpy(np.pad(values, (0, missing)) if missing > 0 else values)
 
 
 def _block_table(tables: Sequence[Sequence[int]]) -> np.ndarray:

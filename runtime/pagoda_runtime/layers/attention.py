@@ -8,7 +8,7 @@ from torch import nn
 from pagoda_kernels.paged_attention import AttentionMetadata, paged_attention
 from pagoda_kernels.write_kv_cache import write_kv_cache
 from pagoda_runtime.layers.linear import Linear
-from pagoda_runtime.layers.norm import rms_norm
+from pagoda_runtime.layers.norm import folded_weight, norm_floor, to_unit_norm
 from pagoda_runtime.layers.rotary import RotaryAngles, apply_rotary
 from pagoda_runtime.models.config import ModelConfig
 
@@ -64,12 +64,11 @@ class SelfAttention(nn.Module):
         qk = qkv[:, :num_qk_heads]
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
-        qk = apply_rotary(qk, angles)
-        qkv[:, self.num_heads : num_qk_heads] = qk[:, self.num_heads :]
+        qkv[:, :num_qk_heads] = apply_rotary(qk, angles)
         kv = qkv[:, self.num_heads :].unflatten(1, (2, self.num_kv_heads))
         write_kv_cache(kv, kv_cache, slot_mapping)
         attended = paged_attention(
-            qk[:, : self.num_heads],
+            qkv[:, : self.num_heads],
             kv_cache,
             metadata,
             scale=self.scale,
@@ -83,20 +82,20 @@ class QKNorm(nn.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.eps = config.norm_eps
         self.weight_offset = config.norm_weight_offset
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.q_weight = torch.empty(config.head_dim, dtype=dtype, device=device)
         self.k_weight = torch.empty_like(self.q_weight)
         self.weight = torch.empty(0)
+        self.floor = norm_floor(config.norm_eps, config.head_dim, device)
 
     def targets(self, prefix: str) -> dict[str, torch.Tensor]:
         return {f"{prefix}q_norm.weight": self.q_weight, f"{prefix}k_norm.weight": self.k_weight}
 
     def after_loading(self) -> None:
         rows = [self.q_weight] * self.num_heads + [self.k_weight] * self.num_kv_heads
-        self.weight = torch.stack(rows).float() + self.weight_offset
+        self.weight = folded_weight(torch.stack(rows), self.weight_offset)
 
     def forward(self, qk: torch.Tensor) -> torch.Tensor:
-        """qk: [num_tokens, num_heads + num_kv_heads, head_dim]"""
-        return rms_norm(qk, self.weight, self.eps)
+        """qk: [num_tokens, num_heads + num_kv_heads, head_dim]; the result is fp32."""
+        return to_unit_norm(qk, self.floor).mul_(self.weight)

@@ -10,7 +10,7 @@ from pagoda_runtime.layers.linear import LinearMethod, PlainLinear, make_linear_
 
 
 class Embedding(nn.Module):
-    """Rows of a table by token id, times a scale.
+    """Rows of a table by token id, times a scale, in fp32.
 
     Args:
         scale: rounded to the table's dtype first, as transformers does.
@@ -31,7 +31,7 @@ class Embedding(nn.Module):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         rows = embedding(token_ids, self.weight)
-        return rows if self.scale == 1.0 else rows * self.scale
+        return rows.float().mul_(self.scale)
 
 
 class LanguageModelHead(nn.Module):

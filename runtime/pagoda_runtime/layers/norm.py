@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in fp32, returned in x's dtype.
+    """x / rms(x) * weight over the last dimension, computed in fp32.
+
+    With the square root of the size folded into the weight this is
+    `x / hypot(|x|, floor) * weight`, which takes half as many operations as the usual form:
+    rms(x)² = (|x|² + size * eps) / size.
 
     Args:
         weight_offset: added to the stored weight (Gemma stores its norms minus one).
@@ -24,20 +30,33 @@ class RMSNorm(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.dtype = dtype
         self.weight_offset = weight_offset
         self.weight = torch.empty(size, dtype=dtype, device=device)
+        self.floor = norm_floor(eps, size, device)
 
     def after_loading(self) -> None:
-        # In fp32, because one plus a small bf16 weight is not a bf16 number.
-        self.weight = self.weight.float() + self.weight_offset
+        self.weight = folded_weight(self.weight, self.weight_offset)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        """x: [..., size], any float dtype; the result has the model's dtype."""
+        return to_unit_norm(x, self.floor).mul_(self.weight).to(self.dtype)
+
+    def add_to(self, total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """total + norm(x), in place; total is fp32."""
+        return total.addcmul_(to_unit_norm(x, self.floor), self.weight)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x: [..., size]; weight: fp32, broadcast against x."""
+def to_unit_norm(x: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """x / hypot(|x|, floor) over the last dimension, in fp32."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    mean_square = norm.square_().mul_(1.0 / x.shape[-1]).add_(eps)
-    return (x * mean_square.rsqrt_()).mul_(weight).to(x.dtype)
+    return x / torch.hypot(norm, floor)
+
+
+def norm_floor(eps: float, size: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(math.sqrt(eps * size), dtype=torch.float32, device=device)
+
+
+def folded_weight(weight: torch.Tensor, offset: float) -> torch.Tensor:
+    """In fp32, because one plus a small bf16 weight is not a bf16 number."""
+    return (weight.float() + offset) * math.sqrt(weight.shape[-1])

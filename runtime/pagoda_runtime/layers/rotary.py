@@ -30,23 +30,23 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class RotaryAngles:
-    """cos and sin of a step's tokens, [num_tokens, 1, head_dim]; sin is negated in its first half,
-    so that rotating is `x * cos + swap_halves(x) * sin`."""
+    """cos and sin of a step's tokens, [num_tokens, 1, head_dim] fp32.
+
+    sin is negated in its first half, so that rotating is `x * cos + swap_halves(x) * sin`.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
 
     @classmethod
-    def compute(
-        cls, positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype
-    ) -> RotaryAngles:
+    def compute(cls, positions: torch.Tensor, frequencies: torch.Tensor) -> RotaryAngles:
         """positions: [num_tokens]; frequencies: [head_dim / 2] fp32."""
         angles = positions[:, None, None].float() * frequencies
         cos, sin = angles.cos(), angles.sin()
-        return cls(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
+        return cls(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
 
 
 def apply_rotary(x: torch.Tensor, angles: RotaryAngles) -> torch.Tensor:
-    """x: [num_tokens, num_heads, head_dim], rotated by each token's angles."""
+    """x: [num_tokens, num_heads, head_dim], rotated by each token's angles; the result is fp32."""
     swapped = torch.roll(x, x.shape[-1] // 2, -1)
-    return torch.addcmul(x * angles.cos, swapped, angles.sin)
+    return (x * angles.cos).addcmul_(swapped, angles.sin)

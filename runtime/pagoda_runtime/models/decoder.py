@@ -67,17 +67,13 @@ class DecoderLayer(nn.Module):
         angles: RotaryAngles,
         kv_cache: torch.Tensor,
         step: StepInput,
-    ) -> torch.Tensor:
+    ) -> None:
+        """Add this layer's two parts to hidden, [num_tokens, hidden_size] fp32, in place."""
         attended = self.self_attn(
             self.attention_norm(hidden), angles, kv_cache, step.slot_mapping, step.metadata
         )
-        if self.after_attention_norm is not None:
-            attended = self.after_attention_norm(attended)
-        hidden = hidden + attended
-        fed_forward = self.mlp(self.mlp_norm(hidden))
-        if self.after_mlp_norm is not None:
-            fed_forward = self.after_mlp_norm(fed_forward)
-        return hidden.add_(fed_forward)
+        _add(hidden, attended, self.after_attention_norm)
+        _add(hidden, self.mlp(self.mlp_norm(hidden)), self.after_mlp_norm)
 
 
 class Decoder(nn.Module):
@@ -86,7 +82,6 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.config = config
-        self.dtype = dtype
         self.embed_tokens = Embedding(
             config.vocab_size,
             config.hidden_size,
@@ -130,23 +125,31 @@ class Decoder(nn.Module):
                 module.after_loading()
 
     def forward(self, step: StepInput, kv_caches: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Hidden states before the last norm, [num_tokens, hidden_size].
+        """Hidden states before the last norm, [num_tokens, hidden_size] fp32.
 
         Args:
             kv_caches: one for each layer, [num_blocks, block_size, 2, num_kv_heads, head_dim].
         """
         angles = {
-            rope: RotaryAngles.compute(step.positions, frequencies, self.dtype)
+            rope: RotaryAngles.compute(step.positions, frequencies)
             for rope, frequencies in self.frequencies.items()
         }
         hidden = self.embed_tokens(step.token_ids)
         for layer, rope, kv_cache in zip(self.layers, self.config.rope, kv_caches, strict=True):
-            hidden = layer(hidden, angles[rope], kv_cache, step)
+            layer(hidden, angles[rope], kv_cache, step)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows, vocab_size], for the rows of `forward`'s result that are sampled."""
         return self.lm_head(self.norm(hidden))
+
+
+def _add(hidden: torch.Tensor, part: torch.Tensor, norm: RMSNorm | None) -> None:
+    """Sums stay in fp32: adding to them in bf16 would round each time and cost a cast."""
+    if norm is None:
+        hidden.add_(part)
+    else:
+        norm.add_to(hidden, part)
 
 
 def make_norm(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> RMSNorm:
