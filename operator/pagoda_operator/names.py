@@ -1,0 +1,75 @@
+"""The names that the operator gives: group, labels, field managers, children.
+
+Changing one of them orphans what an older operator made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Manifest = dict[str, Any]
+"""A Kubernetes object as JSON."""
+
+GROUP = "pagoda.dev"
+VERSION = "v1alpha1"
+KIND = "LLMService"
+PLURAL = "llmservices"
+API_VERSION = f"{GROUP}/{VERSION}"
+
+MANAGER = "pagoda"
+"""Field manager of the children and of the status."""
+SCALING_MANAGER = "pagoda-scaling"
+"""Field manager of `spec.replicas` of the Deployment."""
+
+LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+MANAGED_BY = "pagoda"
+LABEL_COMPONENT = "app.kubernetes.io/component"
+LABEL_SERVICE = "pagoda.dev/service"
+LABEL_REVISION = "pagoda.dev/revision"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Key:
+    """Which LLMService."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ChildRef:
+    """Which child, within the namespace of its LLMService."""
+
+    kind: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+CHILD_KINDS = ("ServiceAccount", "Service", "Deployment")
+"""In the order in which they are applied: a pod needs its ServiceAccount."""
+
+
+def engine_name(service_name: str) -> str:
+    """Name of the Deployment and of the ServiceAccount of the engines."""
+    return f"{service_name}-engine"
+
+
+def selector_labels(service_name: str) -> dict[str, str]:
+    """Labels by which Deployment and Service find the engine's pods; they never change."""
+    return {LABEL_COMPONENT: "engine", LABEL_SERVICE: service_name}
+
+
+def common_labels(service_name: str) -> dict[str, str]:
+    """Labels of every child and pod of an LLMService."""
+    return {
+        "app.kubernetes.io/name": "pagoda",
+        "app.kubernetes.io/instance": service_name,
+        LABEL_MANAGED_BY: MANAGED_BY,
+        **selector_labels(service_name),
+    }

@@ -1,0 +1,200 @@
+"""An LLMService as frozen values. The fields, enums and defaults are those of the CRD.
+
+The API server has already refused what the CRD's schema and rules refuse, and filled the
+defaults in. What is left for `parse` to refuse is an object that a different CRD let through.
+Pure: no I/O, no clock.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from typing import Any
+
+from pagoda_operator.names import Key
+
+
+class SpecError(Exception):
+    """A field of the spec cannot be understood; the message begins with its path."""
+
+
+class DType(StrEnum):
+    AUTO = "Auto"
+    BFLOAT16 = "BFloat16"
+    FLOAT16 = "Float16"
+    FLOAT32 = "Float32"
+
+
+class Quantization(StrEnum):
+    AUTO = "Auto"
+    NONE = "None"
+    AWQ = "AWQ"
+    GPTQ = "GPTQ"
+    FP8 = "FP8"
+    INT8 = "INT8"
+    INT4 = "INT4"
+    EXL2 = "EXL2"
+    COMPRESSED_TENSORS = "CompressedTensors"
+
+
+class KvCacheDtype(StrEnum):
+    AUTO = "Auto"
+    FP8 = "FP8"
+    FP8_E4M3 = "FP8E4M3"
+    FP8_E5M2 = "FP8E5M2"
+    INT8 = "INT8"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    uri: str
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    image: str | None = None
+    dtype: DType = DType.AUTO
+    tensor_parallel_size: int = 1
+    quantization: Quantization = Quantization.AUTO
+    kv_cache_dtype: KvCacheDtype = KvCacheDtype.AUTO
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    gpu_memory_percent: int = 90
+    prefix_caching: bool = True
+    extra_args: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    count: int | None = None
+    """None: as many as engine.tensor_parallel_size."""
+    resource_name: str = "nvidia.com/gpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    gpu: Gpu = field(default_factory=Gpu)
+    cpu: int | str | None = None
+    memory: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleDown:
+    stabilization_seconds: int = 300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Autoscaling:
+    min_replicas: int = 1
+    max_replicas: int
+    target_queue_depth: int = 4
+    scale_down: ScaleDown = field(default_factory=ScaleDown)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LLMServiceSpec:
+    model: Model
+    engine: Engine = field(default_factory=Engine)
+    resources: Resources = field(default_factory=Resources)
+    replicas: int | None = None
+    autoscaling: Autoscaling | None = None
+    suspend: bool = False
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of one replica; 0 is an engine on the CPU."""
+        count = self.resources.gpu.count
+        return self.engine.tensor_parallel_size if count is None else count
+
+    @property
+    def min_replicas(self) -> int:
+        """The number of replicas below which the service is not what its spec asks for."""
+        if self.suspend:
+            return 0
+        if self.autoscaling is not None:
+            return self.autoscaling.min_replicas
+        return 1 if self.replicas is None else self.replicas
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LLMService:
+    """The parts of the object that the plan needs."""
+
+    key: Key
+    uid: str
+    generation: int
+    spec: LLMServiceSpec
+
+    @property
+    def model_name(self) -> str:
+        """The name that requests give as `model`."""
+        return self.spec.model.name or self.key.name
+
+
+def parse(manifest: Mapping[str, Any]) -> LLMService:
+    """The LLMService in a manifest as the API server returns it.
+
+    Raises:
+        SpecError: a field is unknown, missing or of the wrong type.
+    """
+    metadata = manifest["metadata"]
+    spec = _build(LLMServiceSpec, manifest.get("spec"), "spec")
+    return LLMService(
+        key=Key(metadata["namespace"], metadata["name"]),
+        uid=metadata["uid"],
+        generation=metadata["generation"],
+        spec=spec,
+    )
+
+
+def camel_case(name: str) -> str:
+    """The name that the CRD gives to a field: `max_num_seqs` is `maxNumSeqs`."""
+    return re.sub(r"_([a-z0-9])", lambda match: match.group(1).upper(), name)
+
+
+def _build(cls: type[Any], value: object, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise SpecError(f"{path}: an object is needed, not {value!r}")
+    hints = typing.get_type_hints(cls)
+    known = {camel_case(f.name): f for f in fields(cls)}
+    if unknown := sorted(set(value) - set(known)):
+        raise SpecError(
+            f"{path}.{unknown[0]}: this operator does not know the field; "
+            "upgrade the operator, or remove the field"
+        )
+    arguments = {}
+    for name, fld in known.items():
+        if name in value:
+            arguments[fld.name] = _convert(hints[fld.name], value[name], f"{path}.{name}")
+        elif fld.default is MISSING and fld.default_factory is MISSING:
+            raise SpecError(f"{path}.{name}: the field is required")
+    return cls(**arguments)
+
+
+def _convert(hint: Any, value: object, path: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if is_dataclass(option):
+            return _build(typing.cast(type[Any], option), value, path)
+        if isinstance(option, type) and issubclass(option, StrEnum):
+            return _convert_enum(option, value, path)
+        if typing.get_origin(option) is tuple:
+            if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                return tuple(value)
+        # bool is a subclass of int, but true is no number of replicas.
+        elif type(value) is option:
+            return value
+    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise SpecError(f"{path}: {wanted} is needed, not {value!r}")
+
+
+def _convert_enum(enum: type[StrEnum], value: object, path: str) -> StrEnum:
+    try:
+        return enum(str(value))
+    except ValueError:
+        raise SpecError(f"{path}: {value!r} is none of {', '.join(enum)}") from None
