@@ -1,0 +1,58 @@
+"""Drive a ModelRunner without a scheduler, for tests and benchmarks of the model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pagoda_runtime.engine.messages import ScheduledRow
+from pagoda_runtime.execution.runner import ModelRunner
+from pagoda_runtime.sampling_params import SamplingParams
+
+
+def generate(
+    runner: ModelRunner,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    *,
+    params: Sequence[SamplingParams] | None = None,
+    chunk_size: int | None = None,
+    blocks: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """num_tokens new tokens for each prompt, all prompts in one batch; greedy without params.
+
+    Args:
+        chunk_size: prompt tokens of one row in one step; None: the whole prompt.
+        blocks: block ids to hand out, in this order; None: ascending.
+    """
+    free = list(range(runner.num_blocks, 0, -1)) if blocks is None else list(reversed(blocks))
+    greedy = SamplingParams(temperature=0.0)
+    tokens = [list(prompt) for prompt in prompts]
+    computed = [0] * len(prompts)
+    tables: list[list[int]] = [[] for _ in prompts]
+    ends = [len(prompt) + num_tokens for prompt in prompts]
+    while running := [i for i, end in enumerate(ends) if len(tokens[i]) < end]:
+        rows = []
+        for index in running:
+            last = len(tokens[index])
+            if chunk_size is not None:
+                last = min(last, computed[index] + chunk_size)
+            while len(tables[index]) * runner.block_size < last:
+                tables[index].append(free.pop())
+            is_sampled = last == len(tokens[index])
+            row_params = greedy if params is None else params[index]
+            rows.append(
+                ScheduledRow(
+                    request_id=str(index),
+                    token_ids=tokens[index][computed[index] : last],
+                    start=computed[index],
+                    block_table=tables[index],
+                    sampling_params=row_params if is_sampled else None,
+                    seed=row_params.seed or 0,
+                )
+            )
+            computed[index] = last
+        sampled = iter(runner.execute(rows))
+        for index, row in zip(running, rows, strict=True):
+            if row.sampling_params is not None:
+                tokens[index].append(next(sampled))
+    return [row[len(prompt) :] for row, prompt in zip(tokens, prompts, strict=True)]

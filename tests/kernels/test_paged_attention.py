@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pagoda_kernels.paged_attention import AttentionMetadata, paged_attention
+from pagoda_kernels.paged_attention.reference import paged_attention_reference
+from pagoda_kernels.write_kv_cache import write_kv_cache
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def make_case(query_lens, seq_lens, *, heads=4, kv_heads=2, window=0, dtype=torch.float32, seed=0):
+    """Random sequences in randomly ordered blocks; every slot that nobody owns holds NaN."""
+    torch.manual_seed(seed)
+    block_size, head_dim = 4, 16
+    used = [-(-n // block_size) for n in seq_lens]
+    order = (np.random.default_rng(seed).permutation(sum(used) + 3) + 1).astype(np.int32)
+    cache = torch.full((len(order) + 1, block_size, 2, kv_heads, head_dim), torch.nan, dtype=dtype)
+    table = np.full((len(seq_lens), max(used)), order[-1], dtype=np.int32)
+    keys_values = []
+    for seq, seq_len in enumerate(seq_lens):
+        table[seq, : used[seq]], order = order[: used[seq]], order[used[seq] :]
+        kv = torch.randn(seq_len, 2, kv_heads, head_dim).to(dtype)
+        positions = np.arange(seq_len)
+        slots = table[seq, positions // block_size].astype(np.int64) * block_size
+        write_kv_cache(kv, cache, torch.from_numpy(slots + positions % block_size))
+        keys_values.append(kv)
+    q = torch.randn(sum(query_lens), heads, head_dim).to(dtype)
+    metadata = AttentionMetadata.build(
+        query_lens,
+        seq_lens,
+        table,
+        block_size=block_size,
+        windows=[window],
+        dtype=dtype,
+        device=CPU,
+    )
+    return q, cache, metadata, keys_values
+
+
+def brute_force(q, keys_values, query_lens, *, scale, window):
+    """One query, one head, one key at a time."""
+    out, first = torch.zeros(q.shape), 0
+    for kv, num_queries in zip(keys_values, query_lens, strict=True):
+        group = q.shape[1] // kv.shape[2]
+        for index in range(num_queries):
+            last = len(kv) - num_queries + index
+            oldest = max(0, last - window + 1) if window else 0
+            for head in range(q.shape[1]):
+                keys, values = kv[oldest : last + 1, :, head // group].float().unbind(1)
+                weights = torch.softmax(keys @ q[first + index, head].float() * scale, dim=0)
+                out[first + index, head] = weights @ values
+        first += num_queries
+    return out
+
+
+CASES = {
+    "decode": ([1, 1, 1], [1, 5, 17]),
+    "whole prompt": ([6], [6]),
+    "chunk of a prompt": ([5], [13]),
+    "mixed": ([1, 1, 7, 3, 9], [2, 30, 7, 11, 20]),
+    "buckets of very different length": ([1, 1, 1, 1], [3, 250, 600, 900]),
+}
+
+
+@pytest.mark.parametrize("window", [0, 6])
+@pytest.mark.parametrize("case", CASES)
+def test_both_paths_equal_the_brute_force_sum(case, window):
+    query_lens, seq_lens = CASES[case]
+    q, cache, metadata, keys_values = make_case(query_lens, seq_lens, window=window)
+    expected = brute_force(q, keys_values, query_lens, scale=0.3, window=window)
+    for attend in (paged_attention, paged_attention_reference):
+        result = attend(q, cache, metadata, scale=0.3, sliding_window=window)
+        torch.testing.assert_close(result, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_cpu_path_equals_the_reference(kv_heads, dtype):
+    q, cache, metadata, _ = make_case(
+        [1, 1, 1, 8, 12], [63, 100, 300, 40, 12], kv_heads=kv_heads, dtype=dtype
+    )
+    result = paged_attention(q, cache, metadata, scale=0.25)
+    expected = paged_attention_reference(q, cache, metadata, scale=0.25, sliding_window=0)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(result, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_a_row_has_the_same_result_alone_and_among_longer_rows():
+    q, cache, metadata, _ = make_case([1, 1, 1], [9, 90, 200])
+    alone = AttentionMetadata.build(
+        [1],
+        [9],
+        metadata.block_table[:1].numpy(),
+        block_size=4,
+        windows=[0],
+        dtype=torch.float32,
+        device=CPU,
+    )
+    expected = paged_attention(q[:1], cache, alone, scale=0.3)
+    torch.testing.assert_close(paged_attention(q, cache, metadata, scale=0.3)[:1], expected)
+
+
+def test_rows_after_the_last_sequence_are_zero():
+    q, cache, metadata, _ = make_case([1], [9])
+    padded = torch.cat((q, torch.full_like(q, 7.0)))
+    for attend in (paged_attention, paged_attention_reference):
+        result = attend(padded, cache, metadata, scale=0.3, sliding_window=0)
+        assert torch.all(result[1:] == 0.0)
+
+
+def test_decode_rows_must_come_first():
+    with pytest.raises(ValueError, match="must come before"):
+        make_case([3, 1], [3, 4])
+
+
+def test_wrong_shapes_and_dtypes_are_refused():
+    q, cache, metadata, _ = make_case([1], [9])
+    with pytest.raises(ValueError, match="multiple of 2"):
+        paged_attention(q[:, :3], cache, metadata, scale=1.0)
+    with pytest.raises(ValueError, match="must agree"):
+        paged_attention(q.double(), cache, metadata, scale=1.0)
+    with pytest.raises(ValueError, match="num_blocks"):
+        paged_attention(q, cache[0], metadata, scale=1.0)
+    with pytest.raises(ValueError, match="built for"):
+        paged_attention(q, cache, metadata, scale=1.0, sliding_window=5)

@@ -1,0 +1,141 @@
+"""Greedy tokens equal transformers' in fp32, on tiny random checkpoints of every family."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.execution.runner import ModelRunner
+from pagoda_runtime.execution.testing import generate
+from pagoda_runtime.models.testing import TINY, make_tiny_checkpoint
+from pagoda_runtime.sampling_params import SamplingParams
+
+NUM_TOKENS = 24
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+VARIANTS = {
+    **{family: (family, {}) for family in TINY},
+    "llama with llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama with linear rope": ("llama", {"rope_parameters": LINEAR_ROPE}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with tied embeddings": ("llama", {"tie_word_embeddings": True}),
+    "mistral without a window": ("mistral", {"sliding_window": None}),
+    "qwen2 with a window in the upper layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "gemma3 with linear rope in its global layers": (
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "full_attention": {**LINEAR_ROPE, "rope_theta": 1_000_000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            }
+        },
+    ),
+}
+
+
+def make_prompts(lengths, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 320) for _ in range(length)] for length in lengths]
+
+
+def transformers_tokens(folder, prompts):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        outputs.append(output[0, len(prompt) :].tolist())
+    return outputs
+
+
+def make_runner(folder, **settings):
+    config = EngineConfig(
+        model=str(folder),
+        **{"dtype": "float32", "block_size": 8, "kv_cache_memory_bytes": 1 << 24, **settings},
+    )
+    return ModelRunner(config)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_tokens_equal_those_of_transformers(variant, tmp_path):
+    family, settings = VARIANTS[variant]
+    make_tiny_checkpoint(tmp_path, family, **settings)
+    prompts = make_prompts([1, 7, 33])
+    runner = make_runner(tmp_path)
+    # Blocks in random order, and all of the cache NaN but what is written.
+    with torch.inference_mode():
+        for cache in runner.kv_caches:
+            cache.fill_(torch.nan)
+    blocks = random.Random(1).sample(range(1, runner.num_blocks + 1), 40)
+    expected = transformers_tokens(tmp_path, prompts)
+    assert generate(runner, prompts, NUM_TOKENS, blocks=blocks) == expected
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_chunks_of_a_prompt_give_the_same_tokens_as_the_whole(family, tmp_path):
+    make_tiny_checkpoint(tmp_path, family)
+    runner = make_runner(tmp_path)
+    prompts = make_prompts([45, 3, 20])
+    whole = generate(runner, prompts, NUM_TOKENS)
+    assert generate(runner, prompts, NUM_TOKENS, chunk_size=7) == whole
+    assert generate(runner, prompts, NUM_TOKENS, chunk_size=1) == whole
+
+
+def test_a_request_has_the_same_tokens_alone_and_in_a_batch_of_16(llama):
+    runner = make_runner(llama)
+    prompts = make_prompts(range(2, 50, 3))
+    together = generate(runner, prompts, NUM_TOKENS)
+    assert together == [generate(runner, [prompt], NUM_TOKENS)[0] for prompt in prompts]
+
+
+def test_sampled_tokens_do_not_depend_on_the_batch(llama):
+    runner = make_runner(llama)
+    prompts = make_prompts([5, 9, 30, 2])
+    params = [
+        SamplingParams(temperature=1.5, seed=1),
+        SamplingParams(temperature=0.8, top_k=20, seed=2),
+        SamplingParams(temperature=1.0, top_p=0.8, seed=3),
+        SamplingParams(temperature=0.0),
+    ]
+    together = generate(runner, prompts, NUM_TOKENS, params=params)
+    alone = [
+        generate(runner, [prompt], NUM_TOKENS, params=[param])[0]
+        for prompt, param in zip(prompts, params, strict=True)
+    ]
+    assert together == alone
+    other_seed = [SamplingParams(temperature=1.5, seed=7)]
+    assert generate(runner, prompts[:1], NUM_TOKENS, params=other_seed)[0] != alone[0]
+
+
+def test_bfloat16_follows_float32_closely(llama):
+    exact = make_runner(llama)
+    rounded = make_runner(llama, dtype="bfloat16")
+    prompts = make_prompts([30] * 8)
+    pairs = zip(generate(exact, prompts, 1), generate(rounded, prompts, 1), strict=True)
+    assert sum(a == b for a, b in pairs) >= 6
