@@ -24,6 +24,8 @@ from pagoda_runtime.server.state import Unavailable
 
 BAD_REQUEST_TYPE = "invalid_request_error"
 MAX_SHOWN_PROBLEMS = 3
+# Names of a union's members, which pydantic puts into the path of a field; so do those with "[".
+UNION_TAGS = frozenset({"str", "constrained-str"})
 # A client that comes back after this finds the replacement of a dead process, if there is one.
 DEAD_RETRY_SECONDS = 5
 
@@ -110,7 +112,10 @@ def _shorten(value: Any) -> str:
 def _path(location: tuple[int | str, ...]) -> str:
     path = ""
     for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif "[" not in part and part not in UNION_TAGS:
+            path += f".{part}"
     return path.removeprefix(".")
 
 

@@ -103,7 +103,7 @@ async def start_choices(
                 num_prompt_tokens=len(prompt),
                 max_tokens=params.max_tokens or 0,
             )
-            detokenizer = IncrementalDetokenizer(tokenizer, params)
+            detokenizer = IncrementalDetokenizer(tokenizer, params, prompt_token_ids=prompt)
             choices.append(Choice(index, stream, detokenizer, clock))
     except BaseException:
         await close_choices(choices, "error")

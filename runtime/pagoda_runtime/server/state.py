@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -74,6 +74,9 @@ class Engine(Protocol):
 
 class Tokenizer(Protocol):
     """The part of `models.tokenizer.Tokenizer` that the server uses."""
+
+    @property
+    def all_special_ids(self) -> Iterable[int]: ...
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 

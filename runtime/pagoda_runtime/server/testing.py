@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import re
 import socket
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -34,10 +39,10 @@ from pagoda_runtime.engine.messages import (
     StepOutput,
 )
 from pagoda_runtime.errors import EngineDead, FatalError
-from pagoda_runtime.last_words import write_last_words
+from pagoda_runtime.last_words import TERMINATION_LOG_VARIABLE, write_last_words
 from pagoda_runtime.sampling_params import SamplingParams
-from pagoda_runtime.server.app import create_app, create_state
-from pagoda_runtime.server.run import HttpServer, configure_logging, serve_async
+from pagoda_runtime.server.app import MAX_BODY_BYTES, create_app, create_state
+from pagoda_runtime.server.run import configure_logging, serve_async
 from pagoda_runtime.server.state import Engine, ServerState
 
 FAKE_ENGINE_COMMAND = (sys.executable, "-m", "pagoda_runtime.testing")
@@ -192,20 +197,26 @@ def make_config(*flags: str) -> ServerConfig:
 
 
 @contextlib.asynccontextmanager
-async def running_server(state: ServerState) -> AsyncIterator[str]:
+async def running_server(
+    state: ServerState, max_body_bytes: int = MAX_BODY_BYTES
+) -> AsyncIterator[str]:
     """A real HTTP server around the state; yields its base URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        app = create_app(state)
-        config = uvicorn.Config(
-            app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1
-        )
-        server = HttpServer(config)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        app = create_app(state, max_body_bytes)
+        config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
+        config.load()
+        server = uvicorn.Server(config)
+        # Without uvicorn's main loop, whose naps would cost each test a fifth of a second.
+        server.lifespan = config.lifespan_class(config)
+        await server.startup(sockets=[listener])
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            server.should_exit = True
-            await serving
+            for connection in list(server.server_state.connections):
+                connection.shutdown()
+            await asyncio.gather(*server.server_state.tasks)
+            for listening in server.servers:
+                listening.close()
 
 
 def make_state(
@@ -215,6 +226,54 @@ def make_state(
     state = create_state(config, engine, template)
     state.tokenizer = ByteTokenizer()
     return state
+
+
+class ServerProcess:
+    """A server in a process of its own; its stderr is collected in `lines`."""
+
+    def __init__(self, command: Sequence[str], termination_log: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, TERMINATION_LOG_VARIABLE: str(termination_log)},
+        )
+        self.lines: list[str] = []
+        self._collector = threading.Thread(target=self._collect, daemon=True)
+        self._collector.start()
+
+    def _collect(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+
+    def wait_for_url(self, timeout_seconds: float = 20.0) -> str:
+        """The base URL, as soon as the server listens."""
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            for line in self.lines:
+                if found := re.search(r"Listening on (http://\S+);", line):
+                    return found[1]
+            time.sleep(0.01)
+        raise AssertionError(f"the server does not listen:\n{''.join(self.lines)}")
+
+    def children(self) -> list[int]:
+        """Process ids of its children: the engine."""
+        pid = self.process.pid
+        return [int(i) for i in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def wait(self, timeout_seconds: float = 20.0) -> int:
+        """The exit status, when it has ended and all of its stderr is collected."""
+        status = self.process.wait(timeout_seconds)
+        self._collector.join(timeout_seconds)
+        return status
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self.process.kill()
+        self.wait()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,0 +1,210 @@
+"""Start, drain and death of a real server process, with an engine process without a model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pagoda_runtime.server.testing import ServerProcess
+
+Start = Callable[..., ServerProcess]
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "termination-log"
+
+
+@pytest.fixture
+def start(log: Path) -> Iterator[Start]:
+    servers = []
+
+    def start(*flags: str, **options: Any) -> ServerProcess:
+        model = "fake:" + json.dumps({"vocab_size": 256, "max_model_len": 4000, **options})
+        command = ["pagoda_runtime.server.testing", model, "--host", "127.0.0.1", "--port", "0"]
+        servers.append(ServerProcess([*command, *flags], log))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def wait_until_ready(url: str) -> None:
+    for _ in range(2000):
+        if httpx.get(f"{url}/ready").status_code == 200:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the server is never ready")
+
+
+class Stream:
+    """A streamed completion that a thread reads."""
+
+    def __init__(self, url: str, max_tokens: int) -> None:
+        self.text = ""
+        self.connection = ""
+        self.began = threading.Event()
+        self._body = {"prompt": [1], "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+        self._url = url
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+        assert self.began.wait(10)
+
+    def _read(self) -> None:
+        url = f"{self._url}/v1/completions"
+        with httpx.stream("POST", url, json=self._body, timeout=30) as answer:
+            self.connection = answer.headers.get("connection", "")
+            try:
+                for text in answer.iter_text():
+                    self.text += text
+                    self.began.set()
+            except httpx.RemoteProtocolError:
+                self.text += "CUT"
+
+    def wait(self) -> str:
+        self._thread.join(30)
+        return self.text
+
+
+def complete(url: str) -> httpx.Response:
+    return httpx.post(f"{url}/v1/completions", json={"prompt": [1], "max_tokens": 1})
+
+
+def test_http_answers_while_the_engine_loads(start):
+    server = start(load_seconds=1.0)
+    url = server.wait_for_url()
+    startup = httpx.get(f"{url}/startup")
+    assert startup.status_code == 503
+    assert set(startup.json()) == {"phase", "percent", "bytes_per_second"}
+    assert httpx.get(f"{url}/health").status_code == 200
+    assert "vllm:num_requests_waiting" in httpx.get(f"{url}/metrics").text
+    assert complete(url).status_code == 503
+    wait_until_ready(url)
+    assert httpx.get(f"{url}/startup").status_code == 200
+    assert complete(url).status_code == 200
+
+
+def test_sigterm_loses_no_stream_and_serves_through_the_delay(start):
+    server = start("--drain-delay-seconds", "1", step_seconds=0.02)
+    url = server.wait_for_url()
+    wait_until_ready(url)
+    stream = Stream(url, max_tokens=120)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert httpx.get(f"{url}/ready").status_code == 503
+    late = complete(url)
+    assert (late.status_code, late.headers["connection"]) == (200, "close")
+    time.sleep(1.2)
+    refused = complete(url)
+    assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+    assert int(refused.headers["retry-after"]) >= 1
+    text = stream.wait()
+    assert text.endswith("data: [DONE]\n\n")
+    assert '"finish_reason":"length"' in text
+    assert server.wait() == 0
+
+
+def test_an_idle_server_ends_when_the_delay_is_over(start):
+    server = start("--drain-delay-seconds", "0.2")
+    wait_until_ready(server.wait_for_url())
+    started = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert 0.2 <= time.monotonic() - started < 2.5
+
+
+def test_a_request_that_outlives_the_drain_ends_with_an_error(start):
+    server = start("--drain-delay-seconds", "0", "--drain-seconds", "0.3", step_seconds=0.02)
+    url = server.wait_for_url()
+    wait_until_ready(url)
+    stream = Stream(url, max_tokens=3000)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert '"error":{"message":"The engine was shut down."' in stream.wait()
+
+
+def test_a_second_sigterm_ends_the_server_at_once(start):
+    server = start(step_seconds=0.02)
+    url = server.wait_for_url()
+    wait_until_ready(url)
+    stream = Stream(url, max_tokens=3000)
+    (engine,) = server.children()
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    started = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 128 + signal.SIGTERM
+    assert time.monotonic() - started < 2
+    assert not Path(f"/proc/{engine}").exists()
+    stream.wait()
+
+
+def test_sigterm_while_loading_ends_the_server(start):
+    server = start(load_seconds=30)
+    server.wait_for_url()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+
+
+def test_an_engine_that_cannot_start_ends_the_server_with_its_last_words(start, log):
+    server = start(fail=["KvCacheTooSmall", "No room: raise --kv-cache-memory-bytes."])
+    assert server.wait() == 1
+    words = json.loads(log.read_text())
+    assert words == {
+        "reason": "KvCacheTooSmall",
+        "message": "No room: raise --kv-cache-memory-bytes.",
+    }
+    assert "Traceback" not in "".join(server.lines)
+
+
+def test_an_engine_that_dies_ends_the_server_and_its_streams(start, log):
+    server = start(step_seconds=0.02)
+    url = server.wait_for_url()
+    wait_until_ready(url)
+    stream = Stream(url, max_tokens=3000)
+    (engine,) = server.children()
+    os.kill(engine, signal.SIGKILL)
+    assert server.wait() == 1
+    assert '"code":"engine_dead"' in stream.wait()
+    words = json.loads(log.read_text())
+    assert words["reason"] in ("RankDied", "OutOfMemory")
+    assert str(engine) in words["message"]
+
+
+def test_a_client_that_leaves_frees_its_slot_in_the_engine_process(start):
+    server = start(step_seconds=0.02)
+    url = server.wait_for_url()
+    wait_until_ready(url)
+    body = {"prompt": [1], "max_tokens": 3000, "ignore_eos": True}
+    for stream in (True, False):
+        request = {"json": {**body, "stream": stream}, "timeout": 0.3}
+        with (
+            contextlib.suppress(httpx.ReadTimeout),
+            httpx.stream("POST", f"{url}/v1/completions", **request) as answer,
+        ):
+            assert stream, "an answer of one piece is far from ready"
+            chunks = answer.iter_raw()
+            next(chunks)
+            assert httpx.get(f"{url}/load").json()["running"] == 1
+        time.sleep(0.2)
+        load = httpx.get(f"{url}/load").json()
+        assert (load["running"], load["waiting"], load["kv_usage"]) == (0, 0, 0)
+
+
+def test_a_port_in_use_is_named(start, log):
+    first = start()
+    port = first.wait_for_url().rpartition(":")[2]
+    second = start("--port", port)
+    assert second.wait() == 1
+    assert port in json.loads(log.read_text())["message"]

@@ -1,0 +1,154 @@
+"""`pagoda serve` on a tiny random checkpoint: the whole way from HTTP to the model and back."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from pagoda_runtime.models.testing import make_tiny_checkpoint, write_tiny_tokenizer
+from pagoda_runtime.server.testing import ServerProcess
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+FLAGS = ["--host", "127.0.0.1", "--port", "0", "--kv-cache-memory-bytes", "4000000"]
+FLAGS += ["--num-threads", "1", "--drain-delay-seconds", "0.2", "--max-num-batched-tokens", "64"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+    write_tiny_tokenizer(folder, TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[ServerProcess]:
+    command = ["pagoda_runtime", "serve", str(folder), "--served-model-name", "tiny"]
+    server = ServerProcess([*command, *FLAGS], folder.parent / "termination-log")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def url(server: ServerProcess) -> str:
+    url = server.wait_for_url()
+    for _ in range(6000):
+        if httpx.get(f"{url}/ready").status_code == 200:
+            return url
+        assert server.process.poll() is None, "".join(server.lines)
+        time.sleep(0.01)
+    raise AssertionError("the server is never ready")
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def test_a_streamed_text_is_the_text_of_one_piece(client):
+    asked = {"model": "tiny", "prompt": "abc", "max_tokens": 12, "temperature": 0}
+    whole = client.completions.create(**asked)
+    chunks = list(client.completions.create(**asked, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert whole.usage.prompt_tokens == 4, "the tokenizer adds <s>"
+
+
+def test_a_seed_gives_the_same_text_again(client):
+    asked = {"model": "tiny", "prompt": "abc", "max_tokens": 12, "seed": 5}
+    first, second = (client.completions.create(**asked).choices[0].text for _ in range(2))
+    assert first == second
+    assert client.completions.create(**{**asked, "seed": 6}).choices[0].text != first
+
+
+def test_a_repeated_prompt_is_found_in_the_cache(client):
+    prompt = "A long prompt that fills more than one block of the cache, twice asked. " * 2
+    asked = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
+    answers = [client.completions.create(**asked) for _ in range(2)]
+    cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in answers]
+    assert cached[0] == 0
+    assert cached[1] >= 32
+
+
+def test_a_chat_is_streamed_with_usage(client):
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Hi"}],
+        max_tokens=8,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    usage = [chunk.usage for chunk in stream][-1]
+    assert usage.prompt_tokens == len("user: Hi\nassistant:")
+    assert 1 <= usage.completion_tokens <= 8
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(client):
+    with pytest.raises(openai.BadRequestError, match=r"601 tokens.*512"):
+        client.completions.create(model="tiny", prompt="a" * 600)
+
+
+def test_metrics_count_what_the_engine_did(client, url):
+    client.completions.create(model="tiny", prompt="a", max_tokens=2)
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(values['vllm:generation_tokens_total{model_name="tiny"}']) >= 2
+    assert float(values['vllm:prefix_cache_queries_total{model_name="tiny"}']) >= 1
+    assert httpx.get(f"{url}/load").json()["kv_usage"] == 0
+
+
+def test_sigterm_under_load_loses_no_stream_of_the_engine(client, server, url):
+    body = {"prompt": "abc", "max_tokens": 100, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+        chunks = answer.iter_text()
+        next(chunks)
+        server.process.send_signal(signal.SIGTERM)
+        rest = "".join(chunks)
+    assert '"finish_reason":"length"' in rest
+    assert rest.endswith("data: [DONE]\n\n")
+    assert server.wait() == 0
+
+
+def copy_without(folder: Path, target: Path, left_out: str) -> Path:
+    target.mkdir()
+    for path in folder.iterdir():
+        if path.name != left_out:
+            (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize(
+    ("left_out", "instead", "reason"),
+    [
+        (None, None, "ModelNotFound"),
+        ("config.json", None, "ModelNotFound"),
+        ("config.json", b"{", "InvalidModelConfig"),
+        ("tokenizer.json", None, "ModelNotFound"),
+        ("model.safetensors", b"\x00" * 100, "CorruptWeights"),
+    ],
+    ids=["no folder", "no config", "broken config", "no tokenizer", "broken weights"],
+)
+def test_a_folder_that_is_no_model_ends_the_server_with_one_message(
+    folder, tmp_path, left_out, instead, reason
+):
+    model = tmp_path / "broken"
+    if left_out is not None:
+        copy_without(folder, model, left_out)
+    if instead is not None:
+        (model / left_out).write_bytes(instead)
+    log = tmp_path / "termination-log"
+    server = ServerProcess(["pagoda_runtime", "serve", str(model), *FLAGS], log)
+    try:
+        assert server.wait() == 1
+    finally:
+        server.close()
+    words = json.loads(log.read_text())
+    assert words["reason"] == reason
+    assert str(model) in words["message"]
+    assert "Traceback" not in "".join(server.lines)
