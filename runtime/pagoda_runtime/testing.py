@@ -1,7 +1,8 @@
 """A runner without a model, for tests of everything around it.
 
-Its keys and values remember which token they are of and which tokens came before, so that a wrong
-block table, a false prefix hit or a block reused too early is an AssertionError and not a guess.
+Its keys and values remember which token they are of and which tokens came before, and its tokens
+depend on all that a row reads: a wrong block table, a false prefix hit or a block reused too early
+is an AssertionError, or gives other tokens than `fake_next_token`.
 `python -m pagoda_runtime.testing` is an engine process with this runner.
 """
 

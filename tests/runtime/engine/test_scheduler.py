@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import pytest
+
+from pagoda_runtime.engine.block_pool import BlockPool
+from pagoda_runtime.engine.request import Request, RequestStatus
+from pagoda_runtime.engine.scheduler import Plan, Scheduler
+from pagoda_runtime.errors import PromptTooLong, QueueFull
+from pagoda_runtime.sampling_params import SamplingParams
+
+EOS = 0
+
+
+def make_scheduler(num_blocks: int = 100, block_size: int = 4, **limits: int) -> Scheduler:
+    caching = bool(limits.pop("enable_prefix_caching", 1))
+    defaults = {
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "max_num_waiting": 8,
+        "max_model_len": 1000,
+    }
+    return Scheduler(
+        BlockPool(num_blocks, block_size, enable_prefix_caching=caching),
+        eos_token_ids=[EOS],
+        **{**defaults, **limits},
+    )
+
+
+def add(scheduler: Scheduler, prompt: list[int], **params: object) -> Request:
+    request = Request(
+        request_id=f"r{scheduler.finished_total + len(scheduler.requests)}",
+        token_ids=list(prompt),
+        sampling_params=SamplingParams(**{"max_tokens": 50, **params}),
+        seed=0,
+        arrival=scheduler.finished_total + len(scheduler.requests),
+        arrival_seconds=0.0,
+        num_prompt_tokens=len(prompt),
+    )
+    scheduler.add(request)
+    return request
+
+
+def step(scheduler: Scheduler, token: int = 7) -> Plan:
+    plan = scheduler.schedule()
+    num_sampled = sum(row.sampling_params is not None for row in plan.rows)
+    scheduler.update(plan, [token] * num_sampled)
+    scheduler.check()
+    return plan
+
+
+def num_tokens(plan: Plan) -> list[int]:
+    return [len(row.token_ids) for row in plan.rows]
+
+
+def test_a_long_prompt_is_computed_in_chunks_and_samples_only_at_its_end():
+    scheduler = make_scheduler(max_num_batched_tokens=4)
+    add(scheduler, [1] * 10)
+    plans = [step(scheduler) for _ in range(4)]
+    assert [num_tokens(plan) for plan in plans] == [[4], [4], [2], [1]]
+    assert [plan.rows[0].sampling_params is None for plan in plans] == [True, True, False, False]
+
+
+def test_decoding_requests_come_before_the_chunks_of_a_long_prompt():
+    scheduler = make_scheduler(max_num_batched_tokens=4)
+    long = add(scheduler, [1] * 9)
+    step(scheduler)
+    short = add(scheduler, [2, 2, 2])
+    step(scheduler)
+    step(scheduler)
+    assert [row.request_id for row in step(scheduler).rows][:1] == [long.request_id]
+    late = add(scheduler, [3] * 9)
+    plan = step(scheduler)
+    assert num_tokens(plan) == [1, 1, 2]
+    assert plan.requests == [long, short, late]
+
+
+def test_a_row_holds_exactly_the_blocks_of_its_tokens():
+    scheduler = make_scheduler(block_size=4, max_num_batched_tokens=6)
+    request = add(scheduler, [1] * 10)
+    assert len(step(scheduler).rows[0].block_table) == 2
+    assert len(request.block_table) == 3
+
+
+def test_a_prompt_that_was_seen_before_computes_only_what_is_new():
+    scheduler = make_scheduler(block_size=4)
+    add(scheduler, [1, 2, 3, 4, 5, 6], max_tokens=1)
+    step(scheduler)
+    request = add(scheduler, [1, 2, 3, 4, 9])
+    plan = step(scheduler)
+    assert plan.rows[0].token_ids == [9]
+    assert request.num_cached_tokens == 4
+    assert scheduler.prefix_cache_hits == 4
+
+
+def test_a_prompt_that_is_cached_whole_still_computes_its_last_block():
+    scheduler = make_scheduler(block_size=4)
+    for _ in range(2):
+        add(scheduler, [1, 2, 3, 4, 5, 6, 7, 8], max_tokens=1)
+        plan = step(scheduler)
+    assert plan.rows[0].start == 4
+
+
+def test_without_prefix_caching_nothing_is_found():
+    scheduler = make_scheduler(block_size=4, enable_prefix_caching=0)
+    for _ in range(2):
+        add(scheduler, [1, 2, 3, 4, 5, 6, 7, 8], max_tokens=1)
+        plan = step(scheduler)
+    assert plan.rows[0].start == 0
+
+
+def test_a_request_waits_until_its_whole_prompt_fits():
+    scheduler = make_scheduler(num_blocks=4, block_size=4, max_num_batched_tokens=100)
+    add(scheduler, [1] * 9)
+    second = add(scheduler, [2] * 8)
+    step(scheduler)
+    assert second.status is RequestStatus.WAITING
+    assert not second.block_table
+
+
+def test_admission_leaves_a_reserve_for_the_running_but_an_empty_pool_has_none():
+    scheduler = make_scheduler(num_blocks=100, block_size=1, max_num_batched_tokens=1000)
+    whole = add(scheduler, [1] * 99, max_tokens=1)
+    step(scheduler)
+    assert whole.finish_reason == "length"
+    add(scheduler, [2] * 50)
+    beyond_reserve = add(scheduler, [3] * 48)
+    step(scheduler)
+    assert beyond_reserve.status is RequestStatus.WAITING
+
+
+def test_the_request_with_the_least_computed_tokens_is_preempted_and_keeps_its_output():
+    scheduler = make_scheduler(num_blocks=6, block_size=2, enable_prefix_caching=0)
+    long = add(scheduler, [1] * 5)
+    short = add(scheduler, [2] * 3)
+    while not scheduler.preemptions_total:
+        step(scheduler)
+    assert scheduler.waiting[0] is short
+    assert short.num_output_tokens > 0
+    assert not short.block_table
+    assert long.status is RequestStatus.RUNNING
+
+
+def test_the_oldest_request_is_not_preempted_even_if_it_has_computed_least():
+    scheduler = make_scheduler(num_blocks=6, block_size=2, enable_prefix_caching=0)
+    oldest = add(scheduler, [1] * 3)
+    add(scheduler, [2] * 5)
+    while not scheduler.preemptions_total:
+        step(scheduler)
+    assert oldest.status is RequestStatus.RUNNING
+
+
+def test_preempted_requests_return_to_the_head_of_the_queue_in_order_of_arrival():
+    scheduler = make_scheduler(num_blocks=9, block_size=2, enable_prefix_caching=0, max_num_seqs=3)
+    requests = [add(scheduler, [n] * 5, ignore_eos=True) for n in (1, 2, 3)]
+    late = add(scheduler, [4] * 3)
+    step(scheduler)
+    while len(scheduler.waiting) < 3:
+        step(scheduler)
+    assert list(scheduler.waiting) == [requests[1], requests[2], late]
+
+
+def test_a_request_alone_in_a_full_cache_ends_with_length():
+    scheduler = make_scheduler(num_blocks=2, block_size=2)
+    request = add(scheduler, [1] * 3)
+    while scheduler.requests:
+        step(scheduler)
+    assert (request.finish_reason, request.num_output_tokens) == ("length", 2)
+
+
+@pytest.mark.parametrize(
+    ("params", "token", "reason", "stop_reason"),
+    [
+        ({"max_tokens": 2}, 7, "length", None),
+        ({}, EOS, "stop", None),
+        ({"stop_token_ids": (7,)}, 7, "stop", 7),
+        ({"max_tokens": 3, "ignore_eos": True}, EOS, "length", None),
+    ],
+)
+def test_a_request_ends_for_its_reason(params, token, reason, stop_reason):
+    scheduler = make_scheduler()
+    request = add(scheduler, [1, 2], **params)
+    while scheduler.requests:
+        step(scheduler, token)
+    assert (request.finish_reason, request.stop_reason) == (reason, stop_reason)
+
+
+def test_a_request_ends_at_max_model_len():
+    scheduler = make_scheduler(max_model_len=6)
+    request = add(scheduler, [1, 2, 3])
+    while scheduler.requests:
+        step(scheduler)
+    assert request.num_tokens == 6
+
+
+def test_an_aborted_request_frees_its_blocks_at_once():
+    scheduler = make_scheduler()
+    running = add(scheduler, [1] * 9)
+    step(scheduler)
+    waiting = add(scheduler, [2] * 9)
+    scheduler.abort([running.request_id, waiting.request_id, "unknown"])
+    assert scheduler.block_pool.num_used == 0
+    assert not scheduler.requests
+
+
+@pytest.mark.parametrize(
+    ("limits", "numbers"),
+    [({"max_model_len": 10}, ["10", "9"]), ({"num_blocks": 2, "block_size": 4}, ["10", "8"])],
+)
+def test_a_prompt_that_can_never_fit_is_refused_with_both_numbers(limits, numbers):
+    scheduler = make_scheduler(**limits)
+    with pytest.raises(PromptTooLong) as error:
+        add(scheduler, [1] * 10)
+    assert all(number in error.value.message for number in numbers)
+    assert not scheduler.requests
+
+
+def test_a_request_beyond_slots_and_queue_is_refused():
+    scheduler = make_scheduler(max_num_seqs=1, max_num_waiting=1)
+    add(scheduler, [1])
+    add(scheduler, [1])
+    with pytest.raises(QueueFull, match="--max-num-waiting"):
+        add(scheduler, [1])
