@@ -31,7 +31,8 @@ def manifest(**changes: Any) -> dict[str, Any]:
     """A small CPU service; `changes` replace parts of its spec."""
     spec: dict[str, Any] = {
         "model": {"uri": "pvc://models/gemma-3-270m", "name": "gemma-3-270m"},
-        "engine": {"maxModelLen": 2048, "maxNumSeqs": 16},
+        # One thread each: two replicas, or an old one and its successor, share two cores.
+        "engine": {"maxModelLen": 2048, "maxNumSeqs": 16, "extraArgs": ["--num-threads=1"]},
         "resources": {"gpu": {"count": 0}, "cpu": "500m", "memory": "4Gi"},
         "autoscaling": {
             "minReplicas": 1,
@@ -229,9 +230,9 @@ def test_a_killed_operator_converges_after_each_restart(
         operator.run("delete", "pod", "-l", "app.kubernetes.io/name=pagoda-operator", "--force")
         wait_until(
             "the edit in the Deployment",
-            lambda wanted=max_num_seqs: f"--max-num-seqs={wanted}" in engine_arguments(kubectl),
+            lambda wanted=max_num_seqs: f"--max-num-seqs {wanted} " in engine_arguments(kubectl),
             timeout_seconds=60,
-            on_timeout=lambda: " ".join(engine_arguments(kubectl)),
+            on_timeout=lambda: engine_arguments(kubectl),
         )
     apply_and_wait(kubectl, manifest())
     assert complete(httpx.URL(url).__str__())
@@ -293,11 +294,10 @@ def engine_pods(kubectl: Kubectl) -> list[dict[str, Any]]:
     return kubectl.items("pods", "-l", f"app.kubernetes.io/instance={NAME}")
 
 
-def engine_arguments(kubectl: Kubectl) -> list[str]:
+def engine_arguments(kubectl: Kubectl) -> str:
     deployment = kubectl.get("deployment", f"{NAME}-engine")
     assert deployment is not None
-    container = deployment["spec"]["template"]["spec"]["containers"][0]
-    return [*container.get("args", [])]
+    return " ".join(deployment["spec"]["template"]["spec"]["containers"][0]["args"])
 
 
 def operator_pids() -> list[int]:
