@@ -72,6 +72,10 @@ def backoff_seconds(num_failures: int, jitter: float) -> float:
     return full * (0.5 + 0.5 * jitter)
 
 
+class QueueClosed(Exception):
+    """No more keys are given out: the operator ends."""
+
+
 class WorkQueue:
     """A KeyQueue that workers can wait for; belongs to one event loop."""
 
@@ -80,6 +84,7 @@ class WorkQueue:
         self._keys = KeyQueue()
         self._changed = asyncio.Condition()
         self._wakers: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -90,9 +95,15 @@ class WorkQueue:
         self._wake()
 
     async def take(self) -> Key:
-        """Wait for a key that is due; the caller has to end with `done` or `failed`."""
+        """Wait for a key that is due; the caller has to end with `done` or `failed`.
+
+        Raises:
+            QueueClosed: the queue was closed.
+        """
         async with self._changed:
-            while (key := self._keys.take(self._clock())) is None:
+            while self._is_closed or (key := self._keys.take(self._clock())) is None:
+                if self._is_closed:
+                    raise QueueClosed
                 due = self._keys.next_due()
                 timeout = None if due is None else max(0.0, due - self._clock())
                 try:
@@ -117,6 +128,11 @@ class WorkQueue:
         self._keys.add(key, self._clock() + delay)
         self._wake()
         return delay
+
+    def close(self) -> None:
+        """Give no key out any more."""
+        self._is_closed = True
+        self._wake()
 
     def _wake(self) -> None:
         task = asyncio.get_running_loop().create_task(self._notify())

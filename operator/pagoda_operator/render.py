@@ -209,7 +209,7 @@ def _render_pod_template(service: LLMService, engine_image: str) -> Manifest:
 
 
 def _render_container(service: LLMService, engine_image: str) -> Manifest:
-    mounts = [
+    mounts: list[Manifest] = [
         {"name": "tmp", "mountPath": "/tmp"},
         {"name": "cache", "mountPath": "/cache"},
         {"name": "shm", "mountPath": "/dev/shm"},

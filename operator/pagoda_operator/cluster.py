@@ -1,0 +1,246 @@
+"""The API server, on plain dicts. The only module that talks to it, beside kopf's watches.
+
+Uses the `kubernetes` package for credentials and transport, not its typed models: those drop the
+fields that they do not know, and importing them costs more than the operator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import aiohttp
+from kubernetes.aio import config
+from kubernetes.aio.client.api_client import ApiClient
+from kubernetes.aio.client.configuration import Configuration
+from kubernetes.aio.config.config_exception import ConfigException
+
+from pagoda_operator.names import API_VERSION, GROUP, PLURAL, VERSION, Manifest
+from pagoda_operator.telemetry import Telemetry
+
+REQUEST_TIMEOUT_SECONDS = 15.0
+
+PATHS = {
+    "LLMService": (f"/apis/{GROUP}/{VERSION}", PLURAL),
+    "Deployment": ("/apis/apps/v1", "deployments"),
+    "Service": ("/api/v1", "services"),
+    "ServiceAccount": ("/api/v1", "serviceaccounts"),
+    "Pod": ("/api/v1", "pods"),
+}
+"""kind → (path of its API group, plural)"""
+
+
+class ApiError(Exception):
+    """The API server refused a request; the message is its own."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+class NotFound(ApiError):
+    """404: there is no such object."""
+
+
+class Conflict(ApiError):
+    """409: the object is not the one, or not in the state, that the request was made for."""
+
+
+class Refused(ApiError):
+    """400, 403, 413 or 422: the same request will be refused again until something changes."""
+
+
+class Unavailable(ApiError):
+    """429, 5xx or no answer: the same request may succeed later."""
+
+    def __init__(self, status: int, message: str, retry_after_seconds: float = 0.0) -> None:
+        super().__init__(status, message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class ClusterConfigError(Exception):
+    """There is no way to the API server: neither a pod's account nor a usable kubeconfig."""
+
+
+class Cluster(Protocol):
+    """What the reconciler needs of an API server. Every method raises ApiError."""
+
+    async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
+        """The object, or None if there is none."""
+
+    async def list(self, kind: str, namespace: str | None, selector: str = "") -> list[Manifest]:
+        """The objects of a namespace (None: of all) that have the labels."""
+
+    async def apply(self, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
+        """Server-side apply; returns the object as it is afterwards."""
+
+    async def apply_status(self, manifest: Manifest, *, manager: str) -> Manifest:
+        """Server-side apply of the status of an object that exists."""
+
+    async def delete(self, kind: str, namespace: str, name: str, *, uid: str) -> None:
+        """Delete the object if it has the uid; it is no error if there is none."""
+
+
+class ApiServer:
+    """The Cluster that is a real API server."""
+
+    def __init__(self, client: Any, telemetry: Telemetry) -> None:
+        self._client = client
+        self._telemetry = telemetry
+
+    @classmethod
+    async def connect(cls, telemetry: Telemetry) -> ApiServer:
+        """Take the credentials of the pod or of the kubeconfig; sends no request.
+
+        Raises:
+            ClusterConfigError: there are none.
+        """
+        configuration = Configuration()
+        try:
+            if "KUBERNETES_SERVICE_HOST" in os.environ:
+                config.load_incluster_config(configuration)
+            else:
+                await config.load_kube_config(client_configuration=configuration)
+        except (ConfigException, OSError, ValueError) as error:
+            raise ClusterConfigError(
+                f"no access to a Kubernetes API server: {error}. "
+                "Run the operator in a pod, or set KUBECONFIG."
+            ) from error
+        return cls(ApiClient(configuration), telemetry)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def serves_llmservices(self) -> bool:
+        """Whether the CRD is installed and served."""
+        try:
+            found = await self._request("GET", f"/apis/{GROUP}/{VERSION}")
+        except NotFound:
+            return False
+        return any(resource["name"] == PLURAL for resource in found.get("resources", []))
+
+    async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
+        try:
+            return await self._request("GET", _path(kind, namespace, name))
+        except NotFound:
+            return None
+
+    async def list(self, kind: str, namespace: str | None, selector: str = "") -> list[Manifest]:
+        query = {"labelSelector": selector} if selector else {}
+        found = await self._request("GET", _path(kind, namespace), query=query)
+        group = PATHS[kind][0]
+        api_version = group.removeprefix("/apis/").removeprefix("/api/")
+        # Items of a list come without apiVersion and kind.
+        return [{"apiVersion": api_version, "kind": kind, **item} for item in found["items"]]
+
+    async def apply(self, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
+        metadata = manifest["metadata"]
+        path = _path(manifest["kind"], metadata["namespace"], metadata["name"])
+        return await self._apply(path, manifest, manager=manager, force=force)
+
+    async def apply_status(self, manifest: Manifest, *, manager: str) -> Manifest:
+        metadata = manifest["metadata"]
+        path = _path(manifest["kind"], metadata["namespace"], metadata["name"]) + "/status"
+        return await self._apply(path, manifest, manager=manager, force=True)
+
+    async def delete(self, kind: str, namespace: str, name: str, *, uid: str) -> None:
+        body = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "preconditions": {"uid": uid},
+            "propagationPolicy": "Background",
+        }
+        try:
+            await self._request("DELETE", _path(kind, namespace, name), body=body)
+        except NotFound:
+            return
+
+    async def _apply(self, path: str, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
+        query = {"fieldManager": manager, "force": "true" if force else "false"}
+        content_type = "application/apply-patch+yaml"
+        return await self._request(
+            "PATCH", path, query=query, body=manifest, content_type=content_type
+        )
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Manifest | None = None,
+        content_type: str = "application/json",
+    ) -> Manifest:
+        try:
+            status, headers, text = await self._send(method, path, query, body, content_type)
+            answer = json.loads(text)
+        except (TimeoutError, OSError, aiohttp.ClientError, ValueError) as error:
+            # ValueError: half an answer, or the page of a proxy in between.
+            self._telemetry.requests.labels(code="0", method=method).inc()
+            what = str(error) or type(error).__name__
+            raise Unavailable(0, f"{method} {path}: no answer: {what}") from error
+        self._telemetry.requests.labels(code=str(status), method=method).inc()
+        if status >= 300:
+            raise _error(status, f"{method} {path}", answer, headers)
+        return dict(answer)
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None,
+        body: Manifest | None,
+        content_type: str,
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        # Bounds the whole request, a refresh of the credentials and the body included.
+        async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
+            method, url, headers, body, _ = await self._client.param_serialize(
+                method,
+                path,
+                query_params=list((query or {}).items()),
+                header_params={"Accept": "application/json", "Content-Type": content_type},
+                body=body,
+                auth_settings=["BearerToken"],
+            )
+            timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_SECONDS)
+            response = await self._client.call_api(
+                method, url, headers, body, _request_timeout=timeout
+            )
+            return response.status, response.headers, await response.read()
+
+
+def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
+    group, plural = PATHS[kind]
+    path = f"{group}/namespaces/{namespace}/{plural}" if namespace else f"{group}/{plural}"
+    return f"{path}/{name}" if name else path
+
+
+def _error(status: int, request: str, answer: object, headers: Mapping[str, str]) -> ApiError:
+    words = answer.get("message") if isinstance(answer, dict) else None
+    message = f"{request}: {words or status}"
+    if status == 404:
+        return NotFound(status, message)
+    if status == 409:
+        return Conflict(status, message)
+    if status in (400, 403, 413, 422):
+        return Refused(status, message)
+    try:
+        retry_after = float(headers.get("Retry-After", 0))
+    except ValueError:
+        retry_after = 0.0
+    return Unavailable(status, message, retry_after)
+
+
+def status_manifest(service: Manifest, status: Manifest) -> Manifest:
+    """What `apply_status` sends: the uid keeps it off an object that was made anew."""
+    metadata = service["metadata"]
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "LLMService",
+        "metadata": {key: metadata[key] for key in ("name", "namespace", "uid")},
+        "status": status,
+    }

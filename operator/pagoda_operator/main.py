@@ -1,0 +1,237 @@
+"""The command `pagoda-operator`: put the parts together, run, and end cleanly.
+
+Order: credentials → the CRD is served → health server → workers, resync → watches. On SIGTERM the
+passes that are under way are finished, then the watches end. An API server that does not answer
+never ends the operator; a missing CRD and a watch that died do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pagoda_operator.cluster import ApiError, ApiServer, ClusterConfigError, Unavailable
+from pagoda_operator.health import serve_health
+from pagoda_operator.names import Key
+from pagoda_operator.poll import Poller
+from pagoda_operator.queue import QueueClosed, WorkQueue, backoff_seconds
+from pagoda_operator.reconcile import Reconciler
+from pagoda_operator.telemetry import Telemetry
+from pagoda_operator.watch import watch
+
+logger = logging.getLogger(__name__)
+
+NUM_WORKERS = 8
+RESYNC_SECONDS = 300.0
+FINISH_SECONDS = 10.0
+CRD_WAIT_SECONDS = 30.0
+
+
+class StartError(Exception):
+    """The operator cannot start; the message says why and what helps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The flags."""
+
+    namespace: str | None
+    engine_image: str
+    log_level: str
+    health_port: int
+
+
+class Operator:
+    """The running parts of one operator."""
+
+    def __init__(self, options: Options, api: ApiServer, telemetry: Telemetry) -> None:
+        clock = asyncio.get_running_loop().time
+        self._options = options
+        self._api = api
+        self._telemetry = telemetry
+        self._queue = WorkQueue(clock)
+        self._poller = Poller(clock=clock, on_change=self._queue.add, telemetry=telemetry)
+        self._reconciler = Reconciler(api, self._poller, engine_image=options.engine_image)
+        self._clock = clock
+        self._is_listed = False
+        self._known: set[Key] = set()
+        self._workers: list[asyncio.Task[None]] = []
+        telemetry.queue_depth.labels(name="llmservice").set_function(lambda: len(self._queue))
+
+    async def run(self) -> None:
+        """Run until a signal comes or a watch dies."""
+        options = self._options
+        await self._wait_for_crd()
+        health = await serve_health(
+            options.health_port,
+            is_alive=self._is_alive,
+            is_ready=lambda: self._is_listed,
+            telemetry=self._telemetry,
+        )
+        loop = asyncio.get_running_loop()
+        self._workers = [loop.create_task(self._work()) for _ in range(NUM_WORKERS)]
+        resync = loop.create_task(self._resync_forever())
+        stop, stop_watching, ready = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        watching = loop.create_task(
+            watch(self._queue.add, namespace=options.namespace, stop=stop_watching, ready=ready)
+        )
+        signals = loop.create_task(_stop_on_signals(ready, stop))
+        try:
+            await asyncio.wait({watching, signals}, return_when=asyncio.FIRST_COMPLETED)
+            logger.info("ending")
+            # Ours first: kopf cancels the tasks that were made while it ran.
+            self._queue.close()
+            resync.cancel()
+            signals.cancel()
+            await asyncio.wait(self._workers, timeout=FINISH_SECONDS)
+            await self._poller.close()
+            stop_watching.set()
+            await watching
+        finally:
+            await health.cleanup()
+
+    def _is_alive(self) -> bool:
+        return not any(worker.done() for worker in self._workers)
+
+    async def _wait_for_crd(self) -> None:
+        """Return when the CRD is served; while the API server does not answer, wait for ever."""
+        deadline = self._clock() + CRD_WAIT_SECONDS
+        failures = 0
+        while True:
+            try:
+                if await self._api.serves_llmservices():
+                    return
+                failures = 0
+            except Unavailable as error:
+                failures += 1
+                deadline = self._clock() + CRD_WAIT_SECONDS
+                logger.warning("the API server does not answer: %s", error.message)
+            if self._clock() > deadline:
+                raise StartError(
+                    "the CustomResourceDefinition llmservices.pagoda.dev (v1alpha1) is not "
+                    "installed; run `kubectl apply --server-side -f crds/`."
+                )
+            await asyncio.sleep(backoff_seconds(failures, 1.0) if failures else 1.0)
+
+    async def _work(self) -> None:
+        """Take keys and reconcile them, one after the other."""
+        while True:
+            try:
+                key = await self._queue.take()
+            except QueueClosed:
+                return
+            with self._telemetry.reconcile_seconds.labels(controller="llmservice").time():
+                result = await self._reconcile(key)
+            self._telemetry.reconciles.labels(controller="llmservice", result=result).inc()
+
+    async def _reconcile(self, key: Key) -> str:
+        try:
+            requeue_seconds = await self._reconciler.reconcile(key)
+        except ApiError as error:
+            at_least = error.retry_after_seconds if isinstance(error, Unavailable) else 0.0
+            delay = self._queue.failed(key, at_least_seconds=at_least)
+            logger.warning("%s: again in %.1f s: %s", key, delay, error.message)
+            return "retry"
+        except Exception:
+            # Our bug: the other services go on, and this one is tried again.
+            delay = self._queue.failed(key)
+            logger.exception("%s: again in %.1f s", key, delay)
+            return "error"
+        self._queue.done(key, requeue_seconds=requeue_seconds)
+        return "success"
+
+    async def _resync_forever(self) -> None:
+        """Enqueue every service now and then, so that a missed event is healed."""
+        failures = 0
+        while True:
+            try:
+                services = await self._api.list("LLMService", self._options.namespace)
+            except ApiError as error:
+                failures += 1
+                logger.warning("cannot list LLMServices: %s", error.message)
+                await asyncio.sleep(backoff_seconds(failures, 1.0))
+                continue
+            failures = 0
+            found = {
+                Key(item["metadata"]["namespace"], item["metadata"]["name"]) for item in services
+            }
+            # What was there at the last resync and is no more has to be forgotten.
+            for key in sorted(found | self._known):
+                self._queue.add(key)
+            self._known = found
+            self._is_listed = True
+            await asyncio.sleep(RESYNC_SECONDS)
+
+
+async def _stop_on_signals(ready: asyncio.Event, stop: asyncio.Event) -> None:
+    """Return when SIGTERM or SIGINT came; until `ready`, kopf's own handlers are in force."""
+    await ready.wait()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """The flags as values; ends the process with status 2 if they are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="pagoda-operator",
+        description="Serve the LLMServices of a cluster.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--namespace", help="the one namespace to serve (all of them if the flag is absent)"
+    )
+    parser.add_argument(
+        "--engine-image", required=True, help="image of engines whose LLMService names none"
+    )
+    parser.add_argument(
+        "--log-level", default="info", choices=("debug", "info", "warning", "error")
+    )
+    parser.add_argument(
+        "--health-port", type=int, default=8080, help="of /livez, /readyz and /metrics (8080)"
+    )
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+async def run(options: Options) -> None:
+    """Run the operator with these options.
+
+    Raises:
+        StartError: it cannot start.
+    """
+    telemetry = Telemetry()
+    try:
+        api = await ApiServer.connect(telemetry)
+    except ClusterConfigError as error:
+        raise StartError(str(error)) from error
+    try:
+        await Operator(options, api, telemetry).run()
+    except OSError as error:
+        raise StartError(f"--health-port {options.health_port}: {error}") from error
+    finally:
+        await api.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `pagoda-operator`."""
+    options = parse_options(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    # kopf tells every event of every watch at the level info.
+    logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLogger().level))
+    try:
+        asyncio.run(run(options))
+    except (StartError, ApiError) as error:
+        print(f"pagoda-operator: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""From what is wanted and what was found to the writes that are needed. Pure.
+
+Planning again on the result of a plan gives an empty plan: that is the definition of a steady
+state, in which the operator writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pagoda_operator.names import KIND, SCALING_MANAGER, ChildRef, Manifest
+from pagoda_operator.render import render_children
+from pagoda_operator.spec import LLMService
+
+WAIT_FOR_DELETION_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What an apply said and what it made: the reason not to say it again.
+
+    Both are digests. Losing them (a restart) costs one apply that changes nothing.
+    """
+
+    intent: str
+    result: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """What the API server holds for one LLMService."""
+
+    children: Mapping[ChildRef, Manifest]
+    """Objects with the label of the service, and objects that have the name of a child."""
+    applied: Mapping[ChildRef, Applied]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Apply:
+    """A server-side apply; `creates` if nothing of that name was there."""
+
+    ref: ChildRef
+    manifest: Manifest
+    creates: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delete:
+    """A deletion of the object with exactly this uid."""
+
+    ref: ChildRef
+    uid: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The writes that are needed, in order; `conflicts` are names that others hold."""
+
+    applies: tuple[Apply, ...] = ()
+    deletes: tuple[Delete, ...] = ()
+    conflicts: tuple[str, ...] = ()
+    requeue_seconds: float | None = None
+
+
+def make_plan(
+    service: LLMService, observed: Observed, *, target_replicas: int, engine_image: str
+) -> Plan:
+    """The plan for one LLMService.
+
+    Args:
+        target_replicas: with how many replicas a new Deployment begins; see `plan_scale`.
+        engine_image: the image of engines whose spec names none.
+    """
+    wanted = render_children(service, engine_image=engine_image)
+    applies, conflicts, is_waiting = [], [], False
+    for ref, manifest in wanted.items():
+        live = observed.children.get(ref)
+        if live is not None and not _is_controlled_by(live, service):
+            if _has_dead_owner(live, service):
+                is_waiting = True
+            else:
+                conflicts.append(_describe_conflict(ref, live))
+        elif live is not None and "deletionTimestamp" in live["metadata"]:
+            is_waiting = True
+        elif live is None or observed.applied.get(ref) != Applied(digest(manifest), digest(live)):
+            manifest = _with_replicas(manifest, live, target_replicas)
+            applies.append(Apply(ref=ref, manifest=manifest, creates=live is None))
+    deletes = [
+        Delete(ref=ref, uid=live["metadata"]["uid"])
+        for ref, live in sorted(observed.children.items())
+        if ref not in wanted
+        and _is_controlled_by(live, service)
+        and "deletionTimestamp" not in live["metadata"]
+    ]
+    if conflicts:
+        return Plan(conflicts=tuple(conflicts))
+    return Plan(
+        applies=tuple(applies),
+        deletes=tuple(deletes),
+        requeue_seconds=WAIT_FOR_DELETION_SECONDS if is_waiting else None,
+    )
+
+
+def plan_scale(deployment: Manifest, target_replicas: int) -> Manifest | None:
+    """The manifest by which the scaling manager sets the replicas; None if they are right.
+
+    It names the uid, so that it never makes a Deployment of what was deleted meanwhile.
+    """
+    if deployment["spec"].get("replicas", 1) == target_replicas:
+        return None
+    metadata = deployment["metadata"]
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {key: metadata[key] for key in ("name", "namespace", "uid")},
+        "spec": {"replicas": target_replicas},
+    }
+
+
+def digest(manifest: Manifest) -> str:
+    """A digest of what an apply can set: not status, not what the server counts, not replicas.
+
+    Two live objects have the same digest if nobody edited one into the other.
+    """
+    metadata = manifest["metadata"]
+    content = {
+        key: value
+        for key, value in manifest.items()
+        if key not in ("metadata", "status", "apiVersion", "kind")
+    }
+    content["metadata"] = {
+        "labels": metadata.get("labels"),
+        "ownerReferences": metadata.get("ownerReferences"),
+    }
+    if "replicas" in content.get("spec", {}):
+        content["spec"] = {key: v for key, v in content["spec"].items() if key != "replicas"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _with_replicas(manifest: Manifest, live: Manifest | None, target_replicas: int) -> Manifest:
+    """Add `spec.replicas` to a Deployment as long as the scaling manager does not own it.
+
+    A field that its only owner stops sending goes back to its default, which is one replica.
+    """
+    if manifest["kind"] != "Deployment" or (live is not None and _is_scaled_by_us(live)):
+        return manifest
+    replicas = target_replicas if live is None else live["spec"].get("replicas", 1)
+    return {**manifest, "spec": {**manifest["spec"], "replicas": replicas}}
+
+
+def _is_scaled_by_us(deployment: Manifest) -> bool:
+    entries: list[dict[str, Any]] = deployment["metadata"].get("managedFields", [])
+    return any(
+        entry.get("manager") == SCALING_MANAGER
+        and "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {})
+        for entry in entries
+    )
+
+
+def _controller(manifest: Manifest) -> Manifest:
+    owners: list[Manifest] = manifest["metadata"].get("ownerReferences", [])
+    return next((owner for owner in owners if owner.get("controller")), {})
+
+
+def _is_controlled_by(manifest: Manifest, service: LLMService) -> bool:
+    return bool(_controller(manifest).get("uid") == service.uid)
+
+
+def _has_dead_owner(manifest: Manifest, service: LLMService) -> bool:
+    """Whether a deleted LLMService of the same name owns it: the garbage collector is on its way.
+
+    A name belongs to one uid at a time, so that another uid than ours is a dead one.
+    """
+    owner = _controller(manifest)
+    return bool(owner.get("kind") == KIND and owner.get("name") == service.key.name)
+
+
+def _describe_conflict(ref: ChildRef, live: Manifest) -> str:
+    owner = _controller(live)
+    whose = f"{owner.get('kind')} {owner.get('name')}" if owner else "no LLMService"
+    return f"{ref} exists and belongs to {whose}; delete it, or give this LLMService another name"

@@ -1,0 +1,43 @@
+"""The operator's metrics, under the names that dashboards of controllers know."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+
+class Telemetry:
+    """Every metric of one operator."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.reconciles = Counter(
+            "controller_runtime_reconcile_total",
+            "Reconciles by their result: success, retry or error.",
+            ["controller", "result"],
+            registry=self.registry,
+        )
+        self.reconcile_seconds = Histogram(
+            "controller_runtime_reconcile_time_seconds",
+            "Duration of a reconcile.",
+            ["controller"],
+            registry=self.registry,
+        )
+        self.queue_depth = Gauge(
+            "workqueue_depth", "Services in the queue.", ["name"], registry=self.registry
+        )
+        self.requests = Counter(
+            "rest_client_requests_total",
+            "Requests to the API server by status code; 0 is a request without an answer.",
+            ["code", "method"],
+            registry=self.registry,
+        )
+        self.scale_decisions = Counter(
+            "pagoda_operator_scale_decisions_total",
+            "Changes of the number of replicas by the autoscaler.",
+            ["direction"],
+            registry=self.registry,
+        )
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)

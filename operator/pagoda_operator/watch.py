@@ -1,0 +1,106 @@
+"""kopf as the watcher: it says that something happened to a service, and nothing more.
+
+The only module that imports kopf. Every handler is `on.event`, which neither stores state in the
+objects nor adds finalizers; a handler only puts a key into the queue. kopf reports listed objects
+too (with the type None), but never a deletion that fell into a gap between two watches: the resync
+of `main` finds those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import kopf
+
+from pagoda_operator.names import (
+    GROUP,
+    LABEL_MANAGED_BY,
+    LABEL_SERVICE,
+    MANAGED_BY,
+    PLURAL,
+    VERSION,
+    Key,
+)
+
+CHILDREN = (
+    ("apps", "v1", "deployments"),
+    ("", "v1", "services"),
+    ("", "v1", "serviceaccounts"),
+    ("", "v1", "pods"),
+)
+OUTAGE_PAUSE_MAX_SECONDS = 30.0
+
+
+class EndlessBackoff:
+    """Pauses between attempts to reach the API server: an outage must not end the operator."""
+
+    def __iter__(self) -> Iterator[float]:
+        pause = 1.0
+        while True:
+            yield pause * random.uniform(0.5, 1.0)
+            pause = min(pause * 2, OUTAGE_PAUSE_MAX_SECONDS)
+
+
+async def watch(
+    enqueue: Callable[[Key], None],
+    *,
+    namespace: str | None,
+    stop: asyncio.Event,
+    ready: asyncio.Event,
+) -> None:
+    """Watch services and their children until `stop` is set, a signal comes or a watch dies."""
+    await kopf.operator(
+        registry=build_registry(enqueue),
+        settings=build_settings(),
+        standalone=True,
+        clusterwide=namespace is None,
+        namespaces=() if namespace is None else (namespace,),
+        stop_flag=stop,
+        ready_flag=ready,
+    )
+
+
+def build_registry(enqueue: Callable[[Key], None]) -> kopf.OperatorRegistry:
+    """The handlers; each one enqueues the LLMService that an object is or belongs to."""
+    registry = kopf.OperatorRegistry()
+    # A registry of one's own has no way to log in.
+    kopf.on.login(registry=registry)(kopf.login_with_service_account)
+    kopf.on.login(registry=registry)(kopf.login_with_kubeconfig)
+
+    @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+    async def service_changed(namespace: str, name: str, **_: Any) -> None:
+        enqueue(Key(namespace, name))
+
+    async def child_changed(namespace: str, labels: kopf.Labels, **_: Any) -> None:
+        if name := labels.get(LABEL_SERVICE):
+            enqueue(Key(namespace, name))
+
+    for group, version, plural in CHILDREN:
+        kopf.on.event(group, version, plural, registry=registry)(child_changed)
+    return registry
+
+
+def build_settings() -> kopf.OperatorSettings:
+    settings = kopf.OperatorSettings()
+    # kopf's events say what handlers did, which is of no use to the user of a service.
+    settings.posting.enabled = False
+    # Without it, kopf watches all CRDs and namespaces and needs the rights to.
+    settings.scanning.disabled = True
+    settings.networking.request_timeout = 30
+    settings.networking.connect_timeout = 5
+    settings.networking.error_backoffs = EndlessBackoff()
+    # A watch that is renewed now and then cannot stay silently dead.
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 330
+    settings.watching.connect_timeout = 10
+    for group, version, plural in CHILDREN:
+        # A tuple: the dotted form of the key matches nothing, without a word.
+        settings.watching.label_selectors[group, version, plural] = (
+            f"{LABEL_MANAGED_BY}={MANAGED_BY}"
+        )
+    # Less than the grace period of the operator's pod.
+    settings.process.ultimate_exiting_timeout = 25
+    return settings
