@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from . import lifecycle
 from .console import say
+from .images import ensure_images
 from .settings import ClusterError, Settings, environment_settings
 
 
@@ -54,6 +55,8 @@ def _run(options: argparse.Namespace, settings: Settings) -> int:
         case "status":
             say("\n".join(lifecycle.status(settings)))
             return 0 if lifecycle.is_up(settings) else 1
+        case "images":
+            say(json.dumps(ensure_images(settings, options.registry)))
         case "kubeconfig":
             say(str(settings.kubeconfig))
         case "paths":

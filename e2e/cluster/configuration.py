@@ -119,7 +119,7 @@ def kube_proxy(settings: Settings) -> dict[str, Any]:
         # address translation.
         "nftables": {"masqueradeAll": True, "minSyncPeriod": "100ms", "syncPeriod": "30s"},
         "conntrack": leave_as_it_is,
-        "nodePortAddresses": ["127.0.0.1/32"],
+        "nodePortAddresses": ["primary"],
     }
 
 

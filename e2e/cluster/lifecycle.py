@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -11,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from . import components, configuration, manifests, network, node, pki, store
+from . import components, configuration, manifests, mount_points, network, node, pki, store
 from .binaries import ensure_binaries
+from .buildah import Buildah
 from .console import phase, say
 from .packages import ensure_packages, require_root
-from .processes import Program, log_end, running, start, stop
+from .processes import log_end, running, start, stop
 from .settings import DNS_SERVICE_IP, NODE_NAME, ClusterError, Settings
 
 # In the order of starting; they are stopped the other way round.
@@ -89,6 +91,7 @@ def down(settings: Settings) -> None:
     require_root()
     with _one_at_a_time(settings), phase("down"):
         clear(settings)
+        mount_points.remove(Buildah(settings.cache).mount_points)
         shutil.rmtree(settings.state, ignore_errors=True)
         if settings.state.exists():
             raise ClusterError(f"{settings.state} could not be removed: it is still in use.")
@@ -168,9 +171,16 @@ def kubectl(settings: Settings, *arguments: str) -> list[str]:
     return [str(settings.bin / "kubectl"), f"--kubeconfig={settings.kubeconfig}", *arguments]
 
 
+def _environment(settings: Settings) -> dict[str, str]:
+    """kubectl would leave what it learns of the API in the user's home."""
+    return dict(os.environ, KUBECACHEDIR=str(settings.state / "kubectl"))
+
+
 def _api_says(settings: Settings, path: str) -> str:
     command = kubectl(settings, "get", "--raw", path)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=_environment(settings)
+    )
     return done.stdout if done.returncode == 0 else ""
 
 
@@ -194,6 +204,7 @@ def _kubectl_apply(settings: Settings, manifest: manifests.Manifest) -> None:
         capture_output=True,
         text=True,
         check=False,
+        env=_environment(settings),
     )
     if done.returncode != 0:
         raise ClusterError(f"kubectl apply: {done.stderr.strip()}")

@@ -12,6 +12,7 @@ import signal
 import time
 from pathlib import Path
 
+from . import mount_points
 from .console import output_of
 from .processes import PROC, ProcessId, Program, log_end, start, stop, wait_gone
 from .settings import CGROUP, ClusterError, Settings
@@ -31,15 +32,13 @@ CGROUPS = Path("/sys/fs/cgroup")
 def start_node(settings: Settings) -> ProcessId:
     """Make the namespaces; returns their first process, as seen from outside."""
     lines = ["set -e", "mount -t proc proc /proc"]
-    made = settings.state / "made-folders"
-    made.parent.mkdir(parents=True, exist_ok=True)
     for folder in PRIVATE_FOLDERS:
         private = settings.state / "node" / folder.strip("/").replace("/", "-")
         private.mkdir(parents=True, exist_ok=True)
-        _make_folder(Path(folder), made)
+        mount_points.make(Path(folder), settings.state / "mount-points")
         lines.append(f"mount --bind '{private}' '{folder}'")
     # Volumes that kubelet mounts have to appear in containerd's eyes, and in pods that ask for it.
-    lines += ["mount --make-rshared /", "touch \"$1\"", "exec sleep infinity"]
+    lines += ["mount --make-rshared /", 'touch "$1"', "exec sleep infinity"]
     ready = settings.state / "node" / "ready"
     ready.unlink(missing_ok=True)
     command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
@@ -89,7 +88,7 @@ def stop_node(settings: Settings) -> None:
     (settings.pids / f"{NAME}-init").unlink(missing_ok=True)
     stop(settings, NAME)
     _remove_cgroups()
-    _remove_made_folders(settings.state / "made-folders")
+    mount_points.remove(settings.state / "mount-points")
 
 
 def make_cgroups() -> None:
@@ -133,26 +132,6 @@ def _remove_group(group: Path) -> None:
         except OSError:
             time.sleep(0.02)
     raise ClusterError(f"the control group {group} is still in use.")
-
-
-def _make_folder(folder: Path, made: Path) -> None:
-    """Make a mount point, and write down first that it is ours to remove."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    if missing:
-        with made.open("a") as file:
-            file.writelines(f"{path}\n" for path in missing)
-        folder.mkdir(parents=True)
-
-
-def _remove_made_folders(made: Path) -> None:
-    if not made.exists():
-        return
-    for line in made.read_text().splitlines():
-        try:
-            Path(line).rmdir()
-        except OSError:
-            continue  # gone already, or somebody else put something there
-    made.unlink()
 
 
 def enter_command(first: ProcessId, *command: str) -> list[str]:

@@ -7,8 +7,10 @@ ever signalled.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import re
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -99,9 +101,12 @@ def start(settings: Settings, program: Program, node: ProcessId | None = None) -
     with os.fdopen(read_end) as pipe:
         answer = pipe.read()
     os.waitpid(child, 0)
-    if not answer.isdigit():
-        raise ClusterError(f"{program.name} could not be started: {answer or 'no answer'}")
-    process = ProcessId.of(int(answer))
+    # The program's pid; and after a failure, the reason, perhaps before the pid.
+    match = re.fullmatch(r"pid (\d+)\n", answer)
+    if not match:
+        reason = answer.replace("\n", " ").strip()
+        raise ClusterError(f"{program.name} could not be started: {reason}")
+    process = ProcessId.of(int(match[1]))
     if process is None:
         raise ClusterError(f"{program.name} ended at once. {log_end(settings, program.name)}")
     process.write(settings.pids / program.name)
@@ -124,17 +129,25 @@ def _launch(settings: Settings, program: Program, node: ProcessId | None, answer
             os.dup2(nothing, 0)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            os.closerange(3, 256)
             os.chdir("/")
+            _close_the_rest_on_exec()
             environment = {**os.environ, **program.environment}
             os.execvpe(program.command[0], list(program.command), environment)
-        os.write(answer, str(pid).encode())
+        os.write(answer, f"pid {pid}\n".encode())
     except OSError as error:
-        # The forked program gets here, too, if there is nothing to execute.
-        message = f"{program.command[0]}: {error}\n".encode()
-        os.write(2, message)
+        # The forked program gets here, too, if there is nothing to execute; if there is, executing
+        # it closes its end of the pipe.
+        os.write(answer, f"{program.command[0]}: {error}\n".encode())
         os._exit(127)
     os._exit(0)
+
+
+def _close_the_rest_on_exec() -> None:
+    """What a shell or make left open for us is not for a process that outlives them."""
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if int(entry) > 2:
+                os.set_inheritable(int(entry), False)
 
 
 def _enter(node: ProcessId) -> None:
@@ -179,5 +192,3 @@ def wait_gone(process: ProcessId, seconds: float) -> bool:
 def log_end(settings: Settings, name: str) -> str:
     path = settings.logs / f"{name}.log"
     return f"The end of {path}:\n{tail(path)}"
-
-

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import components, node
 from .console import output_of
-from .processes import start, stop
+from .processes import ProcessId, start, stop
 from .settings import REGISTRY, ClusterError, Settings
 
 NAMESPACE = "k8s.io"
@@ -55,7 +55,7 @@ def _wait_for_socket(path: Path) -> None:
         time.sleep(0.05)
 
 
-def _ctr(settings: Settings, inside: node.ProcessId, *arguments: str) -> str:
+def _ctr(settings: Settings, inside: ProcessId, *arguments: str) -> str:
     address = f"--address={settings.containerd_socket}"
     command = ["ctr", address, f"--namespace={NAMESPACE}", *arguments]
     return node.run_inside(inside, *command)
@@ -85,7 +85,7 @@ def push_pause_image(settings: Settings) -> None:
             "layers": [_descriptor(LAYER_TYPE, layer)],
         }
     ).encode()
-    _wait_for_registry()
+    wait_for_registry()
     for blob in (layer, config):
         _push_blob("pause", blob)
     _request("PUT", "/v2/pause/manifests/pagoda", manifest, MANIFEST_TYPE)
@@ -114,7 +114,8 @@ def _architecture() -> str:
     return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
 
 
-def _wait_for_registry() -> None:
+def wait_for_registry() -> None:
+    """Raises: ClusterError if the local registry does not answer, which `up` starts."""
     deadline = time.monotonic() + REGISTRY_SECONDS
     while True:
         try:
