@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pagoda_runtime.engine.death import describe_exit
+from pagoda_runtime.engine.process import describe_failure
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.last_words import MAX_LINE_BYTES, write_last_words
+
+
+def test_last_words_are_one_json_line_and_one_line_for_people(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "log"
+    monkeypatch.setenv("PAGODA_TERMINATION_LOG", str(log))
+    write_last_words("DoesNotFit", "two\nlines")
+    assert log.read_text() == '{"reason": "DoesNotFit", "message": "two lines"}\n'
+    assert capsys.readouterr().err == "pagoda: DoesNotFit: two lines\n"
+
+
+@pytest.mark.parametrize("character", ["x", "é", "😀"])
+def test_a_message_longer_than_kubernetes_keeps_is_cut_to_whole_json(
+    tmp_path, monkeypatch, character
+):
+    log = tmp_path / "log"
+    monkeypatch.setenv("PAGODA_TERMINATION_LOG", str(log))
+    write_last_words("DoesNotFit", character * 9000)
+    assert MAX_LINE_BYTES * 0.9 < log.stat().st_size <= MAX_LINE_BYTES
+    assert json.loads(log.read_text())["message"].endswith("…")
+
+
+def test_a_log_that_cannot_be_written_does_not_hide_the_message(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PAGODA_TERMINATION_LOG", str(tmp_path / "missing" / "log"))
+    write_last_words("DoesNotFit", "the message")
+    error = capsys.readouterr().err
+    assert "the message" in error
+    assert "cannot write the termination log" in error
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FatalError("DiskFull", "full"), "DiskFull"),
+        (MemoryError(), "OutOfMemory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "OutOfMemory"),
+        (OutOfMemoryError("CUDA out of memory."), "GpuOutOfMemory"),
+        (ValueError("odd"), "RankDied"),
+    ],
+)
+def test_every_exception_has_a_reason(error, reason):
+    assert describe_failure(error).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("status", "is_out_of_memory", "reason", "words"),
+    [
+        (-9, True, "OutOfMemory", "the memory limit was reached"),
+        (-9, False, "RankDied", "killed by signal 9 (SIGKILL)"),
+        (-11, True, "RankDied", "killed by signal 11 (SIGSEGV)"),
+        (3, False, "RankDied", "ended with status 3"),
+    ],
+)
+def test_an_exit_without_a_word_is_explained_by_its_status(status, is_out_of_memory, reason, words):
+    failure = describe_exit(42, status, is_out_of_memory)
+    assert failure.reason == reason
+    assert words in failure.message
+    assert "pid 42" in failure.message
