@@ -142,7 +142,8 @@ class Metrics:
         self.registry.register(EngineCollector(model_name, source))
         ProcessCollector(registry=self.registry)
         self._add_counters()
-        self._add_histograms()
+        self._add_latencies()
+        self._add_sizes()
         self._add_http(handlers)
 
     def _add_counters(self) -> None:
@@ -158,7 +159,7 @@ class Metrics:
             reason: success.labels(self.model_name, reason) for reason in FINISHED_REASONS
         }
 
-    def _add_histograms(self) -> None:
+    def _add_latencies(self) -> None:
         histogram = self._histogram
         self.first_token = histogram(
             "time_to_first_token_seconds",
@@ -200,6 +201,9 @@ class Metrics:
             "Seconds from a request's first token to its last.",
             REQUEST_SECONDS,
         )
+
+    def _add_sizes(self) -> None:
+        histogram = self._histogram
         self.request_prompt_tokens = histogram(
             "request_prompt_tokens", "Prompt tokens of a request.", TOKEN_COUNTS
         )
