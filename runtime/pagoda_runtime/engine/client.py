@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -206,10 +207,11 @@ class EngineClient:
         )
         # Its standard output is this process's standard error: a library's chatter must not end up
         # in what a user's program prints.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, bufsize=0)
         assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
-        self._process.stdin.flush()
+        # A process that is dead already is noticed below, as any other death.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
         self._pidfd = os.pidfd_open(self._process.pid)
         self._loop.add_reader(self._pidfd, self._on_exit)
 

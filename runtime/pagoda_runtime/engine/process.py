@@ -35,7 +35,6 @@ from pagoda_runtime.engine.messages import (
     ToEngine,
 )
 from pagoda_runtime.errors import FatalError, QueueFull, RequestError
-from pagoda_runtime.last_words import write_last_words
 
 logger = logging.getLogger("pagoda.engine")
 
@@ -209,7 +208,6 @@ def main(make_runner: MakeRunner) -> int:
         failure = describe_failure(error)
         if not isinstance(error, FatalError):
             traceback.print_exc()
-        write_last_words(failure.reason, failure.message)
         outbox.send(failure)
         return 1
     finally:

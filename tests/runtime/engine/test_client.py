@@ -217,6 +217,13 @@ async def test_an_unexpected_exception_ends_the_engine_with_a_traceback(
     assert "Traceback" in capfd.readouterr().err
 
 
+async def test_a_process_that_ends_at_once_is_a_failure_too():
+    client = await EngineClient.start(fake_config({}), command=["false"])
+    with pytest.raises(FatalError, match="ended with status 1"):
+        await client.wait_ready()
+    await client.shutdown()
+
+
 async def test_a_request_before_the_engine_is_ready_is_refused():
     client = await EngineClient.start(fake_config({"load_seconds": 30}), command=COMMAND)
     with pytest.raises(PagodaError, match="still loading"):

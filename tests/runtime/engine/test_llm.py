@@ -17,8 +17,15 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     folder = make_tiny_checkpoint(tmp_path_factory.mktemp("llama"))
-    flags = {"dtype": "float32", "device": "cpu", "max_model_len": 128, "max_num_seqs": 4}
-    with LLM(str(folder), kv_cache_memory_bytes=2**22, max_num_waiting=2, **flags) as llm:
+    flags = {
+        "dtype": "float32",
+        "device": "cpu",
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "num_threads": 1,
+    }
+    flags |= {"kv_cache_memory_bytes": 2**22, "max_num_waiting": 2}
+    with LLM(str(folder), **flags) as llm:
         yield llm
 
 
