@@ -19,7 +19,10 @@ from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config.config_exception import ConfigException
 
 from pagoda_operator.names import API_VERSION, GROUP, PLURAL, VERSION, Manifest
+from pagoda_operator.plan import TakeOver
 from pagoda_operator.telemetry import Telemetry
+
+JsonPatch = list[Manifest]
 
 REQUEST_TIMEOUT_SECONDS = 15.0
 
@@ -78,6 +81,9 @@ class Cluster(Protocol):
     async def apply(self, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
         """Server-side apply; returns the object as it is afterwards."""
 
+    async def set_managed_fields(self, manifest: Manifest, take_over: TakeOver) -> None:
+        """Rewrite who set which field; nothing else of the object changes."""
+
     async def apply_status(self, manifest: Manifest, *, manager: str) -> Manifest:
         """Server-side apply of the status of an object that exists."""
 
@@ -110,7 +116,9 @@ class ApiServer:
                 f"no access to a Kubernetes API server: {error}. "
                 "Run the operator in a pod, or set KUBECONFIG."
             ) from error
-        return cls(ApiClient(configuration), telemetry)
+        client = ApiClient(configuration)
+        client.user_agent = "pagoda-operator"
+        return cls(client, telemetry)
 
     async def close(self) -> None:
         await self._client.close()
@@ -142,6 +150,24 @@ class ApiServer:
         path = _path(manifest["kind"], metadata["namespace"], metadata["name"])
         return await self._apply(path, manifest, manager=manager, force=force)
 
+    async def set_managed_fields(self, manifest: Manifest, take_over: TakeOver) -> None:
+        metadata = manifest["metadata"]
+        body = [
+            {
+                "op": "test",
+                "path": "/metadata/resourceVersion",
+                "value": take_over.resource_version,
+            },
+            {
+                "op": "replace",
+                "path": "/metadata/managedFields",
+                "value": take_over.managed_fields,
+            },
+        ]
+        path = _path(manifest["kind"], metadata["namespace"], metadata["name"])
+        content_type = "application/json-patch+json"
+        await self._request("PATCH", path, body=body, content_type=content_type)
+
     async def apply_status(self, manifest: Manifest, *, manager: str) -> Manifest:
         metadata = manifest["metadata"]
         path = _path(manifest["kind"], metadata["namespace"], metadata["name"]) + "/status"
@@ -172,7 +198,7 @@ class ApiServer:
         path: str,
         *,
         query: Mapping[str, str] | None = None,
-        body: Manifest | None = None,
+        body: Manifest | JsonPatch | None = None,
         content_type: str = "application/json",
     ) -> Manifest:
         try:
@@ -193,7 +219,7 @@ class ApiServer:
         method: str,
         path: str,
         query: Mapping[str, str] | None,
-        body: Manifest | None,
+        body: Manifest | JsonPatch | None,
         content_type: str,
     ) -> tuple[int, Mapping[str, str], bytes]:
         # Bounds the whole request, a refresh of the credentials and the body included.

@@ -10,9 +10,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from pagoda_operator.names import KIND, SCALING_MANAGER, ChildRef, Manifest
+from pagoda_operator.names import KIND, ChildRef, Manifest
+from pagoda_operator.ownership import is_scaled_by_us, take_over
 from pagoda_operator.render import render_children
 from pagoda_operator.spec import LLMService
 
@@ -39,13 +39,25 @@ class Observed:
     applied: Mapping[ChildRef, Applied]
 
 
+@dataclass(frozen=True, slots=True)
+class TakeOver:
+    """New managedFields for the object, if it still has the resourceVersion."""
+
+    resource_version: str
+    managed_fields: list[Manifest]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Apply:
-    """A server-side apply; `creates` if nothing of that name was there."""
+    """A server-side apply; `creates` if nothing of that name was there.
+
+    taken_over: managedFields to write before; see `ownership.take_over`.
+    """
 
     ref: ChildRef
     manifest: Manifest
     creates: bool
+    taken_over: TakeOver | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +99,7 @@ def make_plan(
         elif live is not None and "deletionTimestamp" in live["metadata"]:
             is_waiting = True
         elif live is None or observed.applied.get(ref) != Applied(digest(manifest), digest(live)):
-            manifest = _with_replicas(manifest, live, target_replicas)
-            applies.append(Apply(ref=ref, manifest=manifest, creates=live is None))
+            applies.append(_plan_apply(ref, manifest, live, target_replicas))
     deletes = [
         Delete(ref=ref, uid=live["metadata"]["uid"])
         for ref, live in sorted(observed.children.items())
@@ -142,24 +153,27 @@ def digest(manifest: Manifest) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def _plan_apply(
+    ref: ChildRef, manifest: Manifest, live: Manifest | None, target_replicas: int
+) -> Apply:
+    manifest = _with_replicas(manifest, live, target_replicas)
+    if live is None:
+        return Apply(ref=ref, manifest=manifest, creates=True)
+    taken_over = None
+    if (managed_fields := take_over(live)) is not None:
+        taken_over = TakeOver(live["metadata"]["resourceVersion"], managed_fields)
+    return Apply(ref=ref, manifest=manifest, creates=False, taken_over=taken_over)
+
+
 def _with_replicas(manifest: Manifest, live: Manifest | None, target_replicas: int) -> Manifest:
     """Add `spec.replicas` to a Deployment as long as the scaling manager does not own it.
 
     A field that its only owner stops sending goes back to its default, which is one replica.
     """
-    if manifest["kind"] != "Deployment" or (live is not None and _is_scaled_by_us(live)):
+    if manifest["kind"] != "Deployment" or (live is not None and is_scaled_by_us(live)):
         return manifest
     replicas = target_replicas if live is None else live["spec"].get("replicas", 1)
     return {**manifest, "spec": {**manifest["spec"], "replicas": replicas}}
-
-
-def _is_scaled_by_us(deployment: Manifest) -> bool:
-    entries: list[dict[str, Any]] = deployment["metadata"].get("managedFields", [])
-    return any(
-        entry.get("manager") == SCALING_MANAGER
-        and "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {})
-        for entry in entries
-    )
 
 
 def _controller(manifest: Manifest) -> Manifest:

@@ -144,6 +144,8 @@ class Reconciler:
         """Write what the plan says; returns the Deployment as it is afterwards."""
         applied = self._applied[key]
         for apply in plan.applies:
+            if apply.taken_over is not None:
+                await self._cluster.set_managed_fields(apply.manifest, apply.taken_over)
             # A name that was free a moment ago is taken without force: never from a stranger.
             live = await self._cluster.apply(
                 apply.manifest, manager=MANAGER, force=not apply.creates

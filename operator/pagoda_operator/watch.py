@@ -32,6 +32,8 @@ CHILDREN = (
     ("", "v1", "pods"),
 )
 OUTAGE_PAUSE_MAX_SECONDS = 30.0
+# One change of a Deployment is a burst of events of its pods; one pass answers them all.
+BURST_SECONDS = 0.1
 
 
 class EndlessBackoff:
@@ -45,7 +47,7 @@ class EndlessBackoff:
 
 
 async def watch(
-    enqueue: Callable[[Key], None],
+    enqueue: Callable[[Key, float], None],
     *,
     namespace: str | None,
     stop: asyncio.Event,
@@ -63,7 +65,7 @@ async def watch(
     )
 
 
-def build_registry(enqueue: Callable[[Key], None]) -> kopf.OperatorRegistry:
+def build_registry(enqueue: Callable[[Key, float], None]) -> kopf.OperatorRegistry:
     """The handlers; each one enqueues the LLMService that an object is or belongs to."""
     registry = kopf.OperatorRegistry()
     # A registry of one's own has no way to log in.
@@ -71,12 +73,15 @@ def build_registry(enqueue: Callable[[Key], None]) -> kopf.OperatorRegistry:
     kopf.on.login(registry=registry)(kopf.login_with_kubeconfig)
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
-    async def service_changed(namespace: str, name: str, **_: Any) -> None:
-        enqueue(Key(namespace, name))
+    async def service_changed(*, namespace: str | None, name: str, **_: Any) -> None:
+        # A namespaced kind always has a namespace; kopf's types allow cluster-wide kinds.
+        if namespace is not None:
+            enqueue(Key(namespace, name), 0.0)
 
-    async def child_changed(namespace: str, labels: kopf.Labels, **_: Any) -> None:
-        if name := labels.get(LABEL_SERVICE):
-            enqueue(Key(namespace, name))
+    async def child_changed(*, namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
+        name = labels.get(LABEL_SERVICE)
+        if namespace is not None and name:
+            enqueue(Key(namespace, name), BURST_SECONDS)
 
     for group, version, plural in CHILDREN:
         kopf.on.event(group, version, plural, registry=registry)(child_changed)
