@@ -44,9 +44,9 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in the text become their ids."""
-        token_ids: list[int] = self._tokenizer.encode(
-            text, add_special_tokens=add_special_tokens
-        ).ids
+        # encode would hold Python's lock for the whole text; encode_batch lets it go.
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        token_ids: list[int] = encoding.ids
         bos = self._forced_bos
         if add_special_tokens and bos is not None and token_ids[:1] != [bos]:
             token_ids.insert(0, bos)
