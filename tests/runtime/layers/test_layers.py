@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pagoda_runtime.layers.embedding import Embedding
+from pagoda_runtime.layers.linear import (
+    Linear,
+    PlainLinear,
+    PrepackedLinear,
+    has_fast_bf16,
+    make_linear_method,
+)
+from pagoda_runtime.layers.norm import RMSNorm
+from pagoda_runtime.layers.rotary import RotaryAngles, apply_rotary, inverse_frequencies
+from pagoda_runtime.models.config import RopeConfig
+
+CPU = torch.device("cpu")
+
+
+def make_norm(weight, offset=0.0):
+    norm = RMSNorm(len(weight), eps=1e-6, weight_offset=offset, dtype=weight.dtype, device=CPU)
+    norm.weight.copy_(weight)
+    norm.after_loading()
+    return norm
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm_equals_its_definition(scale, offset):
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 48) * scale, torch.randn(48)
+    expected = x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (weight + offset)
+    norm = make_norm(weight, offset)
+    torch.testing.assert_close(norm(x), expected, atol=1e-6, rtol=1e-5)
+    total = torch.ones(5, 48)
+    torch.testing.assert_close(norm.add_to(total, x), expected + 1, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_of_zeros_stays_zero():
+    assert torch.all(make_norm(torch.ones(8))(torch.zeros(2, 8)) == 0)
+
+
+def test_one_plus_a_small_bf16_weight_is_not_rounded_away():
+    weight = torch.full((64,), 1e-3, dtype=torch.bfloat16)
+    assert make_norm(weight, 1.0).weight[0].item() / 8 == pytest.approx(1.001, abs=1e-5)
+
+
+def test_merged_shards_are_views_of_one_weight():
+    layer = Linear(4, {"q": 3, "k": 2}, bias=True, dtype=torch.float32, device=CPU)
+    targets = layer.targets("a.")
+    assert set(targets) == {"a.q.weight", "a.q.bias", "a.k.weight", "a.k.bias"}
+    for index, target in enumerate(targets.values()):
+        target.fill_(index)
+    layer.after_loading()
+    out = layer(torch.ones(1, 4))
+    assert out.tolist() == [[1.0, 1.0, 1.0, 11.0, 11.0]]
+
+
+def test_fp32_is_multiplied_by_torch():
+    assert isinstance(make_linear_method(torch.randn(8, 4)), PlainLinear)
+
+
+@pytest.mark.skipif(not has_fast_bf16(CPU), reason="this processor does not multiply bf16 itself")
+@pytest.mark.parametrize("rows", [1, 4, 17])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_prepacked_product_equals_torchs(rows, has_bias):
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64).bfloat16(), torch.randn(rows, 64).bfloat16()
+    bias = torch.randn(96).bfloat16() if has_bias else None
+    expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
+    result = PrepackedLinear(weight).apply(x, bias)
+    torch.testing.assert_close(result.double(), expected, atol=0.05, rtol=0.02)
+
+
+def test_bf16_is_prepacked_where_the_processor_multiplies_it():
+    method = make_linear_method(torch.randn(8, 4).bfloat16())
+    assert isinstance(method, PrepackedLinear if has_fast_bf16(CPU) else PlainLinear)
+
+
+def test_the_scale_of_an_embedding_is_rounded_to_its_dtype():
+    embedding = Embedding(4, 2, scale=math.sqrt(640), dtype=torch.bfloat16, device=CPU)
+    embedding.weight.fill_(1.0)
+    assert embedding(torch.tensor([3]))[0, 0].item() == 25.25
+
+
+def test_rotation_turns_pairs_of_dimensions_by_position_times_frequency():
+    frequencies = torch.tensor([1.0, 0.1])
+    x = torch.tensor([[[1.0, 0.0, 0.0, 2.0]]])
+    angles = RotaryAngles.compute(torch.tensor([3]), frequencies)
+    expected = [math.cos(3), -2 * math.sin(0.3), math.sin(3), 2 * math.cos(0.3)]
+    torch.testing.assert_close(apply_rotary(x, angles).flatten(), torch.tensor(expected))
+
+
+def test_linear_rope_divides_all_frequencies():
+    plain = inverse_frequencies(RopeConfig(1e4), 16)
+    assert torch.equal(inverse_frequencies(RopeConfig(1e4, "linear", 4.0), 16), plain / 4)
+
+
+def test_llama3_rope_keeps_short_waves_divides_long_ones_and_blends_between():
+    plain = inverse_frequencies(RopeConfig(1e4), 64)
+    rope = RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, 1024)
+    ratio = inverse_frequencies(rope, 64) / plain
+    wavelengths = 2 * math.pi / plain
+    torch.testing.assert_close(ratio[wavelengths < 256], torch.ones(int((wavelengths < 256).sum())))
+    long = ratio[wavelengths > 1024]
+    torch.testing.assert_close(long, torch.full_like(long, 1 / 8))
+    between = ratio[(wavelengths > 256) & (wavelengths < 1024)]
+    assert len(between) > 0
+    assert torch.all((between > 1 / 8) & (between < 1))

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.models.registry import load_model_config
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rope_theta": 5000.0,
+    "torch_dtype": "float16",
+    "eos_token_id": 7,
+}
+GEMMA = {
+    **LLAMA,
+    "architectures": ["Gemma3ForCausalLM"],
+    "num_hidden_layers": 6,
+    "head_dim": 32,
+    "sliding_window": 16,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def load(folder, config, generation=None, **flags):
+    (folder / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return load_model_config(folder, **flags)
+
+
+def refusal(folder, config, **flags):
+    with pytest.raises(FatalError) as caught:
+        load(folder, config, **flags)
+    assert "config.json" in caught.value.message
+    return caught.value
+
+
+def test_old_and_new_spelling_of_rope_mean_the_same(tmp_path):
+    old = load(tmp_path, {**LLAMA, "rope_scaling": {"type": "linear", "factor": 4}})
+    parameters = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
+    new = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    assert old.rope == load(tmp_path, {**new, "rope_parameters": parameters}).rope
+    assert old.rope[0].factor == 4.0
+
+
+def test_gemma_has_two_ropes_in_both_spellings(tmp_path):
+    old = load(
+        tmp_path,
+        {
+            **GEMMA,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 2e4,
+            "sliding_window_pattern": 3,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    )
+    nested = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    layer_types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    new = load(tmp_path, {**GEMMA, "rope_parameters": nested, "layer_types": layer_types})
+    assert old.rope == new.rope
+    assert old.sliding_windows == new.sliding_windows == (16, 16, 0, 16, 16, 0)
+    assert [rope.theta for rope in new.rope] == [2e4, 2e4, 1e6, 2e4, 2e4, 1e6]
+
+
+def test_llama3_rope_takes_its_original_length_from_the_model_if_it_names_none(tmp_path):
+    config = load(tmp_path, {**LLAMA, "rope_scaling": LLAMA3})
+    assert config.rope[0].original_max_position_embeddings == 512
+
+
+def test_end_tokens_and_sampling_come_from_generation_config(tmp_path):
+    generation = {"eos_token_id": [3, 4], "do_sample": True, "temperature": 0.6, "top_k": 20}
+    config = load(tmp_path, LLAMA, generation)
+    assert config.eos_token_ids == (3, 4)
+    assert config.default_sampling == {"temperature": 0.6, "top_k": 20}
+    (tmp_path / "generation_config.json").unlink()
+    assert load(tmp_path, LLAMA).eos_token_ids == (7,)
+
+
+def test_a_missing_folder_or_file_is_not_found(tmp_path):
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(FatalError, match="does not exist") as caught:
+            load_model_config(folder)
+        assert caught.value.reason == "ModelNotFound"
+
+
+def test_a_directory_in_the_place_of_a_file_is_access_denied(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(FatalError, match="cannot be read") as caught:
+        load_model_config(tmp_path)
+    assert caught.value.reason == "ModelAccessDenied"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"model"'])
+def test_broken_json_names_the_file(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(FatalError, match=r"config\.json") as caught:
+        load_model_config(tmp_path)
+    assert caught.value.reason == "InvalidModelConfig"
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
+    error = refusal(tmp_path, {**LLAMA, "architectures": ["MambaForCausalLM"]})
+    assert error.reason == "UnsupportedArchitecture"
+    assert "MambaForCausalLM" in error.message
+    assert "Qwen3ForCausalLM" in error.message
+
+
+def test_an_unknown_rope_type_is_refused_with_the_known_ones(tmp_path):
+    error = refusal(tmp_path, {**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+    assert error.reason == "InvalidModelConfig"
+    assert "'yarn'" in error.message
+    assert "default, linear, llama3" in error.message
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"hidden_size": -1}, "hidden_size is -1"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"vocab_size": None}, "vocab_size is None"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
+        ({"hidden_size": 62}, "hidden_size is 62"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"torch_dtype": "int8"}, "torch_dtype is 'int8'"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
+        ({"architectures": []}, "architectures is []"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is None"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "high_freq_factor is 4.0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_key_and_value(tmp_path, change, shown):
+    error = refusal(tmp_path, {**LLAMA, **change})
+    assert error.reason == "InvalidModelConfig"
+    assert shown in error.message
+
+
+def test_soft_capping_is_refused_rather_than_ignored(tmp_path):
+    assert (
+        "final_logit_softcapping"
+        in refusal(tmp_path, {**GEMMA, "final_logit_softcapping": 30.0}).message
+    )
+
+
+def test_quantized_checkpoints_and_quantization_flags_are_refused(tmp_path):
+    stored = refusal(tmp_path, {**LLAMA, "quantization_config": {"quant_method": "awq"}})
+    asked = refusal(tmp_path, LLAMA, quantization="fp8")
+    assert stored.reason == asked.reason == "QuantizationMismatch"
+    assert "'awq'" in stored.message
+    assert "--quantization fp8" in asked.message
+    assert load(tmp_path, LLAMA, quantization="none").dtype == "float16"

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.models.source import resolve_model
+
+
+def quiet(phase, percent, bytes_per_second):
+    pass
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path):
+    assert resolve_model(str(tmp_path), None, quiet) == tmp_path
+
+
+@pytest.mark.parametrize(
+    "uri", ["/no/such/folder", "./no-such", "a/b/c", "pvc://x/y", "hf://a/b/c"]
+)
+def test_what_is_neither_a_folder_nor_a_name_is_not_found(uri):
+    with pytest.raises(FatalError) as caught:
+        resolve_model(uri, None, quiet)
+    assert caught.value.reason == "ModelNotFound"
+    assert uri in caught.value.message
+    assert "hf://org/name" in caught.value.message
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one model, org/tiny, of one file; org/secret is gated."""
+
+    content = json.dumps({"architectures": ["LlamaForCausalLM"]}).encode()
+    commit = "c" * 40
+
+    def do_HEAD(self):
+        self.respond()
+
+    def do_GET(self):
+        self.respond()
+
+    def respond(self):
+        if self.path.startswith("/api/models/org/tiny"):
+            info = {
+                "id": "org/tiny",
+                "sha": self.commit,
+                "siblings": [{"rfilename": "config.json"}],
+            }
+            if "/tree/" in self.path:
+                info = [
+                    {
+                        "type": "file",
+                        "path": "config.json",
+                        "size": len(self.content),
+                        "oid": "d" * 40,
+                    }
+                ]
+            self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        elif self.path.startswith("/org/tiny/resolve/"):
+            headers = {"ETag": '"abc"', "X-Repo-Commit": self.commit}
+            self.send(200, self.content, headers)
+        elif "org/secret" in self.path:
+            self.send(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask first"})
+        else:
+            self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    def send(self, status, body, headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    from huggingface_hub import constants
+
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("uri", ["hf://org/tiny", "org/tiny"])
+def test_a_name_is_downloaded_from_the_hub(hub, uri):
+    seen = []
+    folder = resolve_model(uri, None, lambda *report: seen.append(report))
+    assert (folder / "config.json").read_bytes() == Hub.content
+    assert seen[0][:2] == ("download", 0.0)
+    assert seen[-1][:2] == ("download", 100.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "remedy"),
+    [
+        ("org/absent", "ModelNotFound", "--revision"),
+        ("org/secret", "ModelAccessDenied", "HF_TOKEN"),
+    ],
+)
+def test_the_hubs_refusal_becomes_a_reason_with_a_remedy(hub, name, reason, remedy):
+    with pytest.raises(FatalError, match=remedy) as caught:
+        resolve_model(f"hf://{name}", None, quiet)
+    assert caught.value.reason == reason

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pagoda_runtime.errors import FatalError, RequestError
+from pagoda_runtime.models.testing import write_tiny_tokenizer
+from pagoda_runtime.models.tokenizer import load_tokenizer
+
+MESSAGES = [{"role": "user", "content": "Hi <b> ünï"}, {"role": "assistant", "content": "Hello"}]
+TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}
+    {% if message.role == "tool" %}
+        {{ raise_exception("no tools here") }}
+    {% endif %}
+    {% if loop.index > 5 %}{% break %}{% endif %}
+{{ message.role }}: {{ message.content | tojson }}
+    {% generation %}{{ message.content }}{% endgeneration %}
+{% endfor %}
+{% if add_generation_prompt %}assistant ({{ mood }}):{% endif %}"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_tiny_tokenizer(tmp_path, chat_template=TEMPLATE)
+    return tmp_path
+
+
+def test_text_survives_the_way_to_ids_and_back(folder):
+    tokenizer = load_tokenizer(folder)
+    text = "Hello, wörld 日本 \n\t"
+    token_ids = tokenizer.encode(text)
+    assert token_ids[0] == 1
+    assert tokenizer.decode(token_ids) == text
+    assert tokenizer.encode(text, add_special_tokens=False) == token_ids[1:]
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == "<s>" + text
+
+
+def test_special_tokens_are_known(folder):
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer.all_special_ids == {0, 1, 2}
+    assert tokenizer.vocab_size == 259
+    assert tokenizer.encode("a</s>")[-1] == 2
+
+
+def test_ids_and_rendered_chats_equal_those_of_transformers(folder):
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in ("", "plain", "<s> ünï </s> x", "  spaces  "):
+        assert ours.encode(text) == theirs(text)["input_ids"]
+    for add_generation_prompt in (True, False):
+        expected = theirs.apply_chat_template(
+            MESSAGES, tokenize=False, add_generation_prompt=add_generation_prompt, mood="calm"
+        )
+        assert expected == ours.apply_chat_template(
+            MESSAGES, add_generation_prompt=add_generation_prompt, mood="calm"
+        )
+
+
+def test_the_file_chat_template_jinja_comes_first(folder):
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    assert load_tokenizer(folder).apply_chat_template(MESSAGES) == "Hi <b> ünï!"
+
+
+def test_a_template_can_be_replaced(folder):
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.apply_chat_template(MESSAGES, template="{{ eos_token }}") == "</s>"
+
+
+def test_what_the_template_refuses_is_the_requests_fault(folder):
+    with pytest.raises(RequestError, match="no tools here") as caught:
+        load_tokenizer(folder).apply_chat_template([{"role": "tool", "content": ""}])
+    assert caught.value.param == "messages"
+
+
+def test_templates_cannot_reach_into_python(folder):
+    escape = "{{ messages.__class__.__mro__ }}{{ messages.append(1) }}"
+    with pytest.raises(RequestError):
+        load_tokenizer(folder).apply_chat_template(MESSAGES, template=escape)
+
+
+def test_without_a_template_the_message_names_the_flag(tmp_path):
+    write_tiny_tokenizer(tmp_path)
+    with pytest.raises(RequestError, match="--chat-template"):
+        load_tokenizer(tmp_path).apply_chat_template(MESSAGES)
+
+
+def test_a_stored_truncation_does_not_cut_prompts(folder):
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    stored["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    assert len(load_tokenizer(folder).encode("x" * 50)) == 51
+
+
+def test_a_missing_or_broken_tokenizer_is_named(tmp_path):
+    with pytest.raises(FatalError, match=r"tokenizer\.json does not exist") as missing:
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(FatalError, match=r"tokenizer\.json is not a tokenizer") as broken:
+        load_tokenizer(tmp_path)
+    assert (missing.value.reason, broken.value.reason) == ("ModelNotFound", "InvalidModelConfig")
+
+
+def test_a_broken_template_of_the_model_is_found_at_the_start(folder):
+    (folder / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(FatalError, match="not valid Jinja"):
+        load_tokenizer(folder)
+
+
+def test_importing_it_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys, pagoda_runtime.models.tokenizer, pagoda_runtime.models.source;"
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.execution.runner import ModelRunner
+from pagoda_runtime.execution.testing import generate
+from pagoda_runtime.models.testing import make_tiny_checkpoint
+from pagoda_runtime.models.weights import load_weights
+
+PROMPTS = [[5, 9, 100, 7, 42]]
+
+
+def run(folder):
+    config = EngineConfig(model=str(folder), dtype="float32", kv_cache_memory_bytes=1 << 22)
+    return generate(ModelRunner(config), PROMPTS, 8)
+
+
+def corrupt(folder):
+    with pytest.raises(FatalError) as caught:
+        run(folder)
+    assert caught.value.reason == "CorruptWeights"
+    return caught.value.message
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return make_tiny_checkpoint(tmp_path)
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+
+
+def test_several_files_with_an_index_give_the_same_model(tmp_path):
+    whole = make_tiny_checkpoint(tmp_path / "whole")
+    parts = make_tiny_checkpoint(tmp_path / "parts", max_shard_size="100KB")
+    assert len(list(parts.glob("*.safetensors"))) > 2
+    assert run(parts) == run(whole)
+
+
+def test_progress_rises_to_100_percent(llama):
+    seen = []
+    tensors = {name: t.clone() for name, t in load_file(llama / "model.safetensors").items()}
+    load_weights(tensors, llama, on_progress=lambda *report: seen.append(report))
+    percents = [percent for _, percent, _ in seen]
+    assert percents == sorted(percents)
+    assert 95.0 < percents[-1] <= 100.0
+    assert all(phase == "load" and speed > 0 for phase, _, speed in seen)
+
+
+def test_one_message_lists_all_that_does_not_fit(llama):
+    def change(tensors):
+        del tensors["model.layers.0.self_attn.k_proj.weight"]
+        tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 64)
+        for index in range(6):
+            tensors[f"extra.{index}"] = torch.zeros(1)
+
+    edit(llama, change)
+    message = corrupt(llama)
+    assert "1 missing: model.layers.0.self_attn.k_proj.weight" in message
+    assert "model.layers.1.mlp.up_proj.weight ([3, 64] instead of [96, 64])" in message
+    assert "6 unexpected: extra.0, extra.1, extra.2, extra.3 and 2 more" in message
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    folder = make_tiny_checkpoint(tmp_path, max_shard_size="100KB")
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    tensors, others = load_file(first), load_file(second)
+    name = next(iter(tensors))
+    save_file({**others, name: tensors[name]}, second, {"format": "pt"})
+    assert f"1 twice: {name}" in corrupt(folder)
+
+
+def test_known_leftovers_are_ignored(llama):
+    expected = run(llama)
+    edit(llama, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    assert run(llama) == expected
+
+
+def test_a_truncated_file_is_named(llama):
+    path = llama / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert str(path) in corrupt(llama)
+
+
+def test_garbage_is_named(llama):
+    path = llama / "model.safetensors"
+    path.write_bytes(b"not a tensor" * 100)
+    assert str(path) in corrupt(llama)
+
+
+def test_a_file_that_the_index_names_must_exist(tmp_path):
+    folder = make_tiny_checkpoint(tmp_path, max_shard_size="100KB")
+    lost = sorted(folder.glob("*.safetensors"))[1]
+    lost.unlink()
+    assert str(lost) in corrupt(folder)
+
+
+def test_a_folder_without_weights_is_not_found(llama):
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(FatalError, match=r"neither model\.safetensors") as caught:
+        run(llama)
+    assert caught.value.reason == "ModelNotFound"
