@@ -9,7 +9,6 @@ from typing import Any
 from . import network
 from .settings import (
     API_PORT,
-    CGROUP,
     DNS_DOMAIN,
     DNS_SERVICE_IP,
     NODE_IP,
@@ -72,7 +71,7 @@ def kubelet(settings: Settings) -> dict[str, Any]:
         "volumePluginDir": str(settings.state / "volume-plugins"),
         "staticPodPath": "",
         "cgroupDriver": "cgroupfs",
-        "cgroupRoot": f"/{CGROUP}",
+        "cgroupRoot": f"/{settings.cgroup}",
         "failCgroupV1": False,
         "failSwapOn": False,
         # Its iptables chains would outlive the cluster, and nothing here needs them.

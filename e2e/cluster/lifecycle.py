@@ -63,7 +63,7 @@ def _start_all(settings: Settings) -> None:
         configuration.write_all(settings)
     with phase("network"):
         network.set_up(settings)
-        node.make_cgroups()
+        node.make_cgroups(settings.cgroup)
     with phase("API server"):
         start(settings, components.registry(settings))
         start(settings, components.etcd(settings))

@@ -15,7 +15,7 @@ from pathlib import Path
 from . import mount_points
 from .console import output_of
 from .processes import PROC, ProcessId, Program, log_end, start, stop, wait_gone
-from .settings import CGROUP, ClusterError, Settings
+from .settings import ClusterError, Settings
 
 NAME = "node"
 # Folders that containerd, kubelet and CNI write to wherever they are told to write; inside the node
@@ -87,22 +87,22 @@ def stop_node(settings: Settings) -> None:
             raise ClusterError(f"the node (process {first.pid}) does not end, even by SIGKILL.")
     (settings.pids / f"{NAME}-init").unlink(missing_ok=True)
     stop(settings, NAME)
-    _remove_cgroups()
+    _remove_cgroups(settings.cgroup)
     mount_points.remove(settings.state / "mount-points")
 
 
-def make_cgroups() -> None:
+def make_cgroups(name: str) -> None:
     """The group under which kubelet puts pods, in every hierarchy that this machine has."""
     for hierarchy in _hierarchies():
-        (hierarchy / CGROUP).mkdir(exist_ok=True)
+        (hierarchy / name).mkdir(exist_ok=True)
         if hierarchy.name == "cpuset":
-            _inherit_cpuset(hierarchy)
+            _inherit_cpuset(hierarchy, hierarchy / name)
 
 
-def _inherit_cpuset(hierarchy: Path) -> None:
+def _inherit_cpuset(parent: Path, group: Path) -> None:
     """A new cpuset (cgroup v1) has no processors and no memory, and nothing can run in it."""
     for name in ("cpuset.cpus", "cpuset.mems"):
-        (hierarchy / CGROUP / name).write_text((hierarchy / name).read_text())
+        (group / name).write_text((parent / name).read_text())
 
 
 def _hierarchies() -> list[Path]:
@@ -112,9 +112,9 @@ def _hierarchies() -> list[Path]:
     return sorted(path for path in links_resolved if (path / "cgroup.procs").exists())
 
 
-def _remove_cgroups() -> None:
+def _remove_cgroups(name: str) -> None:
     for hierarchy in _hierarchies():
-        group = hierarchy / CGROUP
+        group = hierarchy / name
         if not group.exists():
             continue
         for folder, _, _ in os.walk(group, topdown=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ API_PORT = 6443
 ETCD_PORT = 23790
 REGISTRY = "127.0.0.1:5000"
 NFT_TABLE = "pagoda-cluster"
-CGROUP = "pagoda-cluster"
 
 
 class ClusterError(Exception):
@@ -72,6 +72,11 @@ class Settings:
     @property
     def bin(self) -> Path:
         return self.cache / "bin"
+
+    @property
+    def cgroup(self) -> str:
+        """The control group of all pods; another cluster folder has another."""
+        return f"pagoda-{hashlib.sha256(str(self.state).encode()).hexdigest()[:8]}"
 
     @property
     def containerd_socket(self) -> Path:
