@@ -152,7 +152,7 @@ class ApiServer:
 
     async def set_managed_fields(self, manifest: Manifest, take_over: TakeOver) -> None:
         metadata = manifest["metadata"]
-        body = [
+        body: JsonPatch = [
             {
                 "op": "test",
                 "path": "/metadata/resourceVersion",

@@ -36,6 +36,8 @@ from pagoda_operator.status import failed_status, make_status
 logger = logging.getLogger(__name__)
 
 REFUSED_RETRY_SECONDS = 30.0
+# What holds the name has no label of ours: nobody tells when it goes.
+CONFLICT_RETRY_SECONDS = 10.0
 
 
 def utc_now() -> datetime:
@@ -93,7 +95,7 @@ class Reconciler:
         if plan.conflicts:
             self._poller.forget(key)
             await self._write_failure(manifest, "NameConflict", "; ".join(plan.conflicts))
-            return REFUSED_RETRY_SECONDS
+            return CONFLICT_RETRY_SECONDS
         try:
             deployment = await self._execute(key, plan, deployment, target)
         except Refused as error:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import kopf
 
 from pagoda_operator.names import (
     GROUP,
+    KIND,
     LABEL_MANAGED_BY,
     LABEL_SERVICE,
     MANAGED_BY,
@@ -33,7 +34,7 @@ CHILDREN = (
 )
 OUTAGE_PAUSE_MAX_SECONDS = 30.0
 # One change of a Deployment is a burst of events of its pods; one pass answers them all.
-BURST_SECONDS = 0.1
+BURST_SECONDS = 0.25
 
 
 class EndlessBackoff:
@@ -78,14 +79,28 @@ def build_registry(enqueue: Callable[[Key, float], None]) -> kopf.OperatorRegist
         if namespace is not None:
             enqueue(Key(namespace, name), 0.0)
 
-    async def child_changed(*, namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
-        name = labels.get(LABEL_SERVICE)
-        if namespace is not None and name:
-            enqueue(Key(namespace, name), BURST_SECONDS)
+    async def child_changed(*, namespace: str | None, body: kopf.Body, **_: Any) -> None:
+        if namespace is not None:
+            for name in owners(body):
+                enqueue(Key(namespace, name), BURST_SECONDS)
 
     for group, version, plural in CHILDREN:
         kopf.on.event(group, version, plural, registry=registry)(child_changed)
     return registry
+
+
+def owners(manifest: Mapping[str, Any]) -> set[str]:
+    """The LLMServices that an object belongs to, or should: by its owner and by its label.
+
+    They differ if somebody edited one of them. A pod's owner is a ReplicaSet; it has the label.
+    """
+    metadata = manifest["metadata"]
+    names = {
+        owner["name"] for owner in metadata.get("ownerReferences", []) if owner["kind"] == KIND
+    }
+    if label := metadata.get("labels", {}).get(LABEL_SERVICE):
+        names.add(label)
+    return names
 
 
 def build_settings() -> kopf.OperatorSettings:

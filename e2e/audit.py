@@ -1,0 +1,63 @@
+"""The audit log of the local cluster's API server: who asked for what, and when."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+READS = ("get", "list", "watch")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One finished request."""
+
+    verb: str
+    resource: str
+    subresource: str
+    namespace: str
+    name: str
+    user_agent: str
+    status: int
+    finished: datetime
+
+    @property
+    def is_write(self) -> bool:
+        return self.verb not in READS
+
+    @property
+    def is_by_operator(self) -> bool:
+        return self.user_agent.startswith(("pagoda-operator", "kopf"))
+
+
+class AuditLog:
+    """What is appended to the log after this object was made."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._start = path.stat().st_size
+
+    def requests(self, namespace: str) -> list[Request]:
+        """The requests for objects of a namespace, in the order in which they finished."""
+        with self._path.open("rb") as file:
+            file.seek(self._start)
+            entries = [json.loads(line) for line in file if line.endswith(b"\n")]
+        found = [_parse(entry) for entry in entries if entry["stage"] == "ResponseComplete"]
+        return [request for request in found if request.namespace == namespace]
+
+
+def _parse(entry: dict[str, Any]) -> Request:
+    reference = entry.get("objectRef", {})
+    return Request(
+        verb=entry["verb"],
+        resource=reference.get("resource", ""),
+        subresource=reference.get("subresource", ""),
+        namespace=reference.get("namespace", ""),
+        name=reference.get("name", ""),
+        user_agent=entry.get("userAgent", ""),
+        status=entry.get("responseStatus", {}).get("code", 0),
+        finished=datetime.fromisoformat(entry["stageTimestamp"]),
+    )

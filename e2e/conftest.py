@@ -1,0 +1,68 @@
+"""Fixtures of the tests that need a cluster."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Tests are imported by path; what they share lies beside them.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import audit
+import operator_process
+import stack
+from kube import Kubectl
+
+
+@pytest.fixture(scope="session")
+def target() -> stack.Target:
+    """The cluster of the environment, or the local one."""
+    return stack.Target.from_environment()
+
+
+@pytest.fixture(scope="session")
+def images(target: stack.Target) -> dict[str, str]:
+    """References of the runtime's and the operator's image, built from this tree."""
+    return stack.build_images(target)
+
+
+@pytest.fixture(scope="session")
+def crds(target: stack.Target) -> None:
+    """The CRD of this tree, served."""
+    target.kubectl.run(
+        "apply", "--server-side", "--force-conflicts", "-f", str(stack.ROOT / "crds")
+    )
+    target.kubectl.run("wait", "--for=condition=Established", "crd/llmservices.pagoda.dev")
+
+
+@pytest.fixture
+def namespace(target: stack.Target, crds: None) -> Iterator[Kubectl]:
+    """kubectl in a namespace of the test's own, deleted afterwards without waiting."""
+    name = f"e2e-{uuid.uuid4().hex[:8]}"
+    target.kubectl.run("create", "namespace", name)
+    yield target.kubectl.in_namespace(name)
+    target.kubectl.run("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def operator(
+    target: stack.Target, namespace: Kubectl, tmp_path: Path
+) -> Iterator[operator_process.OperatorProcess]:
+    """This tree's operator as a process that serves the test's namespace alone."""
+    with operator_process.without_installed_operator(target.kubectl):
+        process = operator_process.OperatorProcess(namespace, tmp_path / "operator.log")
+        process.start()
+        try:
+            yield process
+        finally:
+            process.stop()
+
+
+@pytest.fixture
+def audit_log() -> audit.AuditLog:
+    """The API server's audit log, from now on."""
+    return audit.AuditLog(Path(stack.cluster_paths()["audit_log"]))

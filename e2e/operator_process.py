@@ -1,0 +1,98 @@
+"""The operator as a process of the test's own, which can be killed at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from kube import Kubectl, wait_until
+from stack import OPERATOR_NAMESPACE
+
+ENGINE_IMAGE = "pagoda.invalid/engine:1"
+
+
+class OperatorProcess:
+    """`pagoda-operator` for one namespace; its log is kept in a file."""
+
+    def __init__(self, kubectl: Kubectl, log: Path) -> None:
+        self._kubectl = kubectl
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = 0
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+    def start(self, *, wait: bool = True) -> None:
+        """Start the process, and by default wait until it is ready."""
+        self._port = _free_port()
+        command = [sys.executable, "-m", "pagoda_operator.main", "--engine-image", ENGINE_IMAGE]
+        command += ["--namespace", self._kubectl.namespace, "--health-port", str(self._port)]
+        environment = dict(os.environ)
+        if self._kubectl.kubeconfig:
+            environment["KUBECONFIG"] = self._kubectl.kubeconfig
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        if wait:
+            wait_until(
+                "operator ready", self._is_ready, timeout_seconds=60, on_timeout=lambda: self.log
+            )
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit status. A process that has ended already is no error."""
+        assert self._process is not None
+        self._process.terminate()
+        try:
+            return self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+    def _is_ready(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self.log
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/readyz", timeout=2):
+                return True
+        except OSError:
+            return False
+
+
+@contextlib.contextmanager
+def without_installed_operator(kubectl: Kubectl) -> Iterator[None]:
+    """Stop the operator that the chart installed, if there is one: two would repair each other."""
+    installed = kubectl.in_namespace(OPERATOR_NAMESPACE)
+    if installed.get("deployment", "pagoda-operator") is None:
+        yield
+        return
+    scale = ("scale", "deployment/pagoda-operator")
+    installed.run(*scale, "--replicas=0")
+    selector = ("-l", "app.kubernetes.io/name=pagoda-operator")
+    wait_until(
+        "the installed operator stopped",
+        lambda: not installed.items("pods", *selector),
+        timeout_seconds=60,
+    )
+    try:
+        yield
+    finally:
+        installed.run(*scale, "--replicas=1")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

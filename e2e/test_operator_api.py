@@ -1,0 +1,236 @@
+"""The operator as a process against a real API server; its pods stay Pending for want of GPUs."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+from audit import AuditLog
+from kube import Kubectl, condition, wait_until
+from operator_process import OperatorProcess
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+CHILDREN = "deployments,services,serviceaccounts"
+
+
+def manifest(name: str = "chat", **spec: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "pagoda.dev/v1alpha1",
+        "kind": "LLMService",
+        "metadata": {"name": name},
+        "spec": {"model": {"uri": "hf://org/model"}, **spec},
+    }
+
+
+def deployment(kubectl: Kubectl, name: str = "chat") -> dict[str, Any]:
+    return kubectl.get("deployment", f"{name}-engine") or {}
+
+
+def start_service(kubectl: Kubectl, **spec: Any) -> None:
+    kubectl.apply(manifest(**spec))
+    wait_until(
+        "a status with the cause",
+        lambda: ready_reason(kubectl) == "InsufficientGPU",
+        timeout_seconds=10,
+    )
+
+
+def ready_reason(kubectl: Kubectl, name: str = "chat") -> str:
+    service = kubectl.get("llmservice", name) or {}
+    current = service.get("metadata", {}).get("generation")
+    found = condition(service, "Ready")
+    return str(found.get("reason")) if found.get("observedGeneration") == current else "outdated"
+
+
+def within_two_seconds(what: str, check: Callable[[], bool]) -> None:
+    wait_until(what, check, timeout_seconds=2, interval_seconds=0.05)
+
+
+def test_twenty_services_have_their_deployment_within_a_second(
+    namespace: Kubectl, operator: OperatorProcess, audit_log: AuditLog
+) -> None:
+    names = [f"chat-{number}" for number in range(20)]
+    namespace.apply(yaml.safe_dump_all(manifest(name) for name in names))
+    wait_until(
+        "all Deployments",
+        lambda: len(namespace.items("deployments")) == 20,
+        timeout_seconds=20,
+        on_timeout=lambda: operator.log,
+    )
+    made, followed = {}, {}
+    for request in audit_log.requests(namespace.namespace):
+        if request.status == 201 and request.resource == "llmservices":
+            made[request.name] = request.finished
+        if request.status == 201 and request.resource == "deployments":
+            followed[request.name.removesuffix("-engine")] = request.finished
+    seconds = sorted((followed[name] - made[name]).total_seconds() for name in names)
+    print(f"apply → Deployment: median {seconds[10]:.3f} s, p99 {seconds[-1]:.3f} s")
+    assert seconds[-1] < 1.0
+
+
+@pytest.mark.parametrize("kind", ["deployment", "service", "serviceaccount"])
+def test_a_deleted_child_comes_back_within_two_seconds(
+    namespace: Kubectl, operator: OperatorProcess, kind: str
+) -> None:
+    start_service(namespace)
+    name = "chat" if kind == "service" else "chat-engine"
+    uid = (namespace.get(kind, name) or {})["metadata"]["uid"]
+    namespace.run("delete", kind, name, "--wait=false")
+    within_two_seconds(
+        f"{kind} back",
+        lambda: (namespace.get(kind, name) or {}).get("metadata", {}).get("uid", uid) != uid,
+    )
+
+
+EDITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a changed port": ("service/chat", {"spec": {"ports": [{"port": 81, "targetPort": 1}]}}),
+    "a selector that finds nothing": ("service/chat", {"spec": {"selector": {"x": "y"}}}),
+    "other replicas": ("deployment/chat-engine", {"spec": {"replicas": 3}}),
+    "a node selector of nowhere": (
+        "deployment/chat-engine",
+        {"spec": {"template": {"spec": {"nodeSelector": {"no": "where"}}}}},
+    ),
+    "a second container": (
+        "deployment/chat-engine",
+        {"spec": {"template": {"spec": {"containers": [{"name": "b", "image": "b:1"}]}}}},
+    ),
+    "no owner": (
+        "serviceaccount/chat-engine",
+        {"metadata": {"labels": {"pagoda.dev/service": "x"}}},
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_child_is_corrected_within_two_seconds(
+    namespace: Kubectl, operator: OperatorProcess, edit: str
+) -> None:
+    start_service(namespace)
+    child, patch = EDITS[edit]
+    before = wanted_part(namespace, child)
+    kind = "strategic" if child.startswith("deployment") else "merge"
+    namespace.run("patch", child, f"--type={kind}", "-p", json.dumps(patch))
+    within_two_seconds(f"{edit} undone", lambda: wanted_part(namespace, child) == before)
+
+
+def wanted_part(kubectl: Kubectl, child: str) -> dict[str, Any]:
+    """What the operator decides of a child."""
+    found = kubectl.json("get", child)
+    return {"spec": found.get("spec"), "labels": found["metadata"]["labels"]}
+
+
+def test_delete_leaves_nothing(namespace: Kubectl, operator: OperatorProcess) -> None:
+    start_service(namespace)
+    namespace.run("delete", "llmservice", "chat")
+
+    def rest() -> list[str]:
+        items = namespace.items(f"llmservices,{CHILDREN},replicasets,pods")
+        names = [f"{item['kind']}/{item['metadata']['name']}" for item in items]
+        return [name for name in names if name != "ServiceAccount/default"]
+
+    wait_until("nothing left", lambda: not rest(), timeout_seconds=20)
+    time.sleep(1)
+    assert not rest()
+
+
+def test_a_service_made_anew_under_its_old_name_works(
+    namespace: Kubectl, operator: OperatorProcess
+) -> None:
+    start_service(namespace)
+    uid = deployment(namespace)["metadata"]["uid"]
+    namespace.run("delete", "llmservice", "chat", "--wait=false")
+    namespace.apply(manifest(engine={"maxNumSeqs": 7}))
+    wait_until(
+        "a Deployment of the new service",
+        lambda: deployment(namespace).get("metadata", {}).get("uid", uid) != uid,
+        timeout_seconds=20,
+        on_timeout=lambda: operator.log,
+    )
+    assert "7" in deployment(namespace)["spec"]["template"]["spec"]["containers"][0]["args"]
+
+
+def test_a_steady_state_writes_nothing(
+    namespace: Kubectl, operator: OperatorProcess, audit_log: AuditLog
+) -> None:
+    start_service(namespace, autoscaling={"maxReplicas": 3})
+    time.sleep(3)
+    before = len(audit_log.requests(namespace.namespace))
+    time.sleep(20)
+    requests = audit_log.requests(namespace.namespace)[before:]
+    assert not [request for request in requests if request.is_by_operator and request.is_write]
+
+
+def test_a_name_that_is_taken_is_said_and_left_alone(
+    namespace: Kubectl, operator: OperatorProcess
+) -> None:
+    namespace.run("create", "service", "clusterip", "chat", "--tcp=5:5")
+    namespace.apply(manifest())
+    wait_until(
+        "the conflict", lambda: ready_reason(namespace) == "NameConflict", timeout_seconds=10
+    )
+    service = namespace.get("llmservice", "chat") or {}
+    stalled = condition(service, "Stalled")
+    assert (stalled["status"], stalled["reason"]) == ("True", "NameConflict")
+    assert "Service chat exists" in stalled["message"]
+    assert (namespace.get("service", "chat") or {})["spec"]["ports"][0]["port"] == 5
+    assert not deployment(namespace)
+    namespace.run("delete", "service", "chat")
+    wait_until("recovery", lambda: bool(deployment(namespace)), timeout_seconds=40)
+
+
+def test_suspend_and_scale_set_the_replicas(namespace: Kubectl, operator: OperatorProcess) -> None:
+    start_service(namespace)
+    namespace.run("scale", "llms/chat", "--replicas=3")
+    within_two_seconds("three", lambda: deployment(namespace)["spec"]["replicas"] == 3)
+    namespace.run("patch", "llms/chat", "--type=merge", "-p", '{"spec": {"suspend": true}}')
+    wait_until("Suspended", lambda: ready_reason(namespace) == "Suspended", timeout_seconds=10)
+    assert deployment(namespace)["spec"]["replicas"] == 0
+    service = namespace.get("llmservice", "chat") or {}
+    assert condition(service, "Ready")["status"] == "True"
+    namespace.run("patch", "llms/chat", "--type=merge", "-p", '{"spec": {"suspend": false}}')
+    within_two_seconds("three again", lambda: deployment(namespace)["spec"]["replicas"] == 3)
+
+
+def test_an_operator_killed_at_random_moments_converges(
+    namespace: Kubectl, operator: OperatorProcess
+) -> None:
+    rng = random.Random(3)
+    names = [f"chat-{number}" for number in range(4)]
+    for max_num_seqs in range(10, 15):
+        services = (manifest(name, engine={"maxNumSeqs": max_num_seqs}) for name in names)
+        namespace.apply(yaml.safe_dump_all(services))
+        time.sleep(rng.uniform(0.0, 0.3))
+        operator.kill()
+        operator.start(wait=False)
+        time.sleep(rng.uniform(0.5, 2.0))
+    operator.kill()
+    operator.start()
+
+    def is_converged() -> bool:
+        arguments = [
+            " ".join(item["spec"]["template"]["spec"]["containers"][0]["args"])
+            for item in namespace.items("deployments")
+        ]
+        reasons = {ready_reason(namespace, name) for name in names}
+        are_right = all("--max-num-seqs 14 " in line for line in arguments)
+        return len(arguments) == 4 and are_right and reasons == {"InsufficientGPU"}
+
+    wait_until("converged", is_converged, timeout_seconds=30, on_timeout=lambda: operator.log)
+    owned = namespace.items(CHILDREN, "-l", "app.kubernetes.io/managed-by=pagoda")
+    assert len(owned) == 3 * len(names)
+    assert "Traceback" not in operator.log
+
+
+def test_sigterm_ends_the_operator_with_status_zero(
+    namespace: Kubectl, operator: OperatorProcess
+) -> None:
+    start_service(namespace)
+    started = time.monotonic()
+    assert operator.stop() == 0
+    assert time.monotonic() - started < 10
+    assert "Traceback" not in operator.log
