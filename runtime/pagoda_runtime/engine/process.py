@@ -1,7 +1,9 @@
 """The engine process: `python -m pagoda_runtime.engine.process`, started by `engine.client`.
 
 Standard input brings one line of JSON (`Launch`) and then stays open as long as the parent lives.
-Requests come in over one socket, progress and steps go out over another, all msgpack.
+Requests come in over one socket, progress and steps go out over another, all msgpack. A failure
+goes out as EngineFailed; the parent writes it to the termination log, because it also notices the
+deaths that leave this process no time for words.
 """
 
 from __future__ import annotations

@@ -79,15 +79,11 @@ def test_an_unknown_keyword_is_named():
         LLM("anything", max_model_length=3)
 
 
-def test_a_folder_that_does_not_exist_is_a_fatal_error_with_the_engines_words(
-    tmp_path, monkeypatch, capfd
-):
-    monkeypatch.setenv("PAGODA_TERMINATION_LOG", str(tmp_path / "log"))
+def test_a_folder_that_does_not_exist_is_a_fatal_error_with_the_engines_words(tmp_path):
     with pytest.raises(FatalError) as error:
         LLM(str(tmp_path / "missing"), device="cpu")
     assert error.value.reason == "ModelNotFound"
     assert str(tmp_path / "missing") in error.value.message
-    assert error.value.message in (tmp_path / "log").read_text()
 
 
 def test_the_package_exports_what_the_readme_shows():
