@@ -44,6 +44,10 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+async def _nothing() -> list[Manifest]:
+    return []
+
+
 @dataclass(frozen=True, slots=True)
 class _World:
     """What one pass read."""
@@ -86,7 +90,7 @@ class Reconciler:
             self._poller.forget(key)
             await self._write_failure(manifest, "InvalidSpec", str(error))
             return None
-        world = await self._observe(service)
+        world = await self._observe(service, manifest.get("status", {}))
         deployment = world.children.get(ChildRef("Deployment", engine_name(key.name)))
         target = self._poller.target(service, manifest.get("status", {}), deployment)
         applied = self._applied.setdefault(key, {})
@@ -120,25 +124,31 @@ class Reconciler:
         self._applied.pop(key, None)
         self._poller.forget(key)
 
-    async def _observe(self, service: LLMService) -> _World:
-        """Everything with the service's label, and everything that has the name of a child."""
+    async def _observe(self, service: LLMService, status: Manifest) -> _World:
+        """The children, by name and where needed by label, and the pods.
+
+        An object of ours whose name the renderer does not give (any more) was made by an earlier
+        operator: to look for them once is enough, and never for a service that is new.
+        """
         namespace, selector = service.key.namespace, f"{LABEL_SERVICE}={service.key.name}"
-        kinds = (*CHILD_KINDS, "Pod")
-        lists = await asyncio.gather(
-            *(self._cluster.list(kind, namespace, selector) for kind in kinds)
+        wanted = list(render_children(service, engine_image=self._engine_image))
+        is_new = "observedGeneration" not in status
+        kinds = () if is_new or service.key in self._applied else CHILD_KINDS
+        *lists, pods = await asyncio.gather(
+            *(self._cluster.list(kind, namespace, selector) for kind in kinds),
+            _nothing() if is_new else self._cluster.list("Pod", namespace, selector),
         )
         children = {
             ChildRef(kind, item["metadata"]["name"]): item
-            for kind, items in zip(CHILD_KINDS, lists[:-1], strict=True)
+            for kind, items in zip(kinds, lists, strict=True)
             for item in items
         }
-        wanted = render_children(service, engine_image=self._engine_image)
         unseen = [ref for ref in wanted if ref not in children]
         found = await asyncio.gather(
             *(self._cluster.get(ref.kind, namespace, ref.name) for ref in unseen)
         )
         children |= {ref: item for ref, item in zip(unseen, found, strict=True) if item is not None}
-        return _World(children, lists[-1])
+        return _World(children, pods)
 
     async def _execute(
         self, key: Key, plan: Plan, deployment: Manifest | None, target: int

@@ -74,10 +74,14 @@ def build_registry(enqueue: Callable[[Key, float], None]) -> kopf.OperatorRegist
     kopf.on.login(registry=registry)(kopf.login_with_kubeconfig)
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
-    async def service_changed(*, namespace: str | None, name: str, **_: Any) -> None:
+    async def service_changed(
+        *, namespace: str | None, name: str, body: kopf.Body, **_: Any
+    ) -> None:
         # A namespaced kind always has a namespace; kopf's types allow cluster-wide kinds.
         if namespace is not None:
-            enqueue(Key(namespace, name), 0.0)
+            # Only the status changed, most likely by ourselves: nobody waits for an answer.
+            is_known = body.status.get("observedGeneration") == body.metadata.get("generation")
+            enqueue(Key(namespace, name), BURST_SECONDS if is_known else 0.0)
 
     async def child_changed(*, namespace: str | None, body: kopf.Body, **_: Any) -> None:
         if namespace is not None:
