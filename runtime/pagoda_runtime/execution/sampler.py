@@ -13,9 +13,10 @@ import torch
 
 from pagoda_runtime.sampling_params import SamplingParams
 
-# Candidates looked at first when only top_p limits them: sorting the whole vocabulary costs far
-# more, and is done only for rows where these do not reach top_p.
+# Candidates looked at first when only top_p limits them. A row of so much entropy that they do not
+# reach top_p is cut by a threshold instead; sorting a whole vocabulary would cost many times more.
 _FIRST_CANDIDATES = 1024
+_CHUNK = 512
 _MASK64 = (1 << 64) - 1
 
 
@@ -68,19 +69,16 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-_ARGMAX_CHUNK = 512
-
-
 def _argmax(logits: torch.Tensor) -> list[int]:
     """The index of each row's largest logit, the first of equals."""
     num_rows, vocab_size = logits.shape
-    if vocab_size % _ARGMAX_CHUNK:
+    if vocab_size % _CHUNK:
         return [int(token_id) for token_id in logits.float().argmax(dim=-1).tolist()]
     # amax is vectorized on a CPU and argmax is not: find the chunk, then look into it alone.
-    chunks = logits.view(num_rows, -1, _ARGMAX_CHUNK)
+    chunks = logits.view(num_rows, -1, _CHUNK)
     best = chunks.amax(dim=-1).float().argmax(dim=-1)
     best_chunks = chunks[torch.arange(num_rows, device=logits.device), best]
-    token_ids = best * _ARGMAX_CHUNK + best_chunks.float().argmax(dim=-1)
+    token_ids = best * _CHUNK + best_chunks.float().argmax(dim=-1)
     return [int(token_id) for token_id in token_ids.tolist()]
 
 
@@ -105,15 +103,57 @@ def _candidates(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Ten
         values, token_ids = scaled.topk(min(_FIRST_CANDIDATES, vocab_size))
         probabilities = (values - scaled.logsumexp(-1)).exp_()
         if float(probabilities.sum()) < params.top_p:
-            probabilities, token_ids = scaled.softmax(-1).sort(descending=True)
+            return _cut_by_threshold(scaled.softmax(-1), params.top_p)
     before = probabilities.cumsum(-1, dtype=torch.float64) - probabilities
     # The token that crosses top_p stays, so at least one always does.
     kept = max(1, int((before < params.top_p).sum()))
     return probabilities[:kept], token_ids[:kept]
 
 
+def _cut_by_threshold(
+    probabilities: torch.Tensor, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest tokens that reach top_p together, in the vocabulary's order.
+
+    Finds the least probability that is kept as quickselect finds a rank: halves that are known to
+    be kept or dropped are not looked at again. Tokens of equal probability stay together.
+    """
+    undecided, kept_mass = probabilities, 0.0
+    while len(undecided) > _FIRST_CANDIDATES:
+        is_upper = undecided > undecided.mean()
+        upper = undecided[is_upper]
+        # Equal values; their mean may be rounded to either side of them.
+        if len(upper) in (0, len(undecided)):
+            break
+        upper_mass = float(upper.sum(dtype=torch.float64))
+        if kept_mass + upper_mass >= top_p:
+            undecided = upper
+        else:
+            kept_mass += upper_mass
+            undecided = undecided[~is_upper]
+    undecided = undecided.sort(descending=True).values
+    is_reached = undecided.cumsum(-1, dtype=torch.float64) + kept_mass >= top_p
+    # If rounding leaves the sum of all below top_p, all are kept.
+    last = int(is_reached.int().argmax()) if bool(is_reached.any()) else -1
+    token_ids = (probabilities >= undecided[last]).nonzero().flatten()
+    return probabilities[token_ids], token_ids
+
+
 def _invert(weights: torch.Tensor, target: float) -> int:
     """The first index whose cumulative weight exceeds target × the total."""
+    num_chunks, rest = divmod(len(weights), _CHUNK)
+    if num_chunks > 1 and not rest:
+        # A running sum is not vectorized: take it of the sums of chunks, then of one chunk.
+        chunks = weights.view(-1, _CHUNK)
+        sums = chunks.sum(-1, dtype=torch.float64)
+        chunk = _invert_directly(sums, target)
+        before = float(sums[:chunk].sum())
+        within = (target * float(sums.sum()) - before) / float(sums[chunk])
+        return chunk * _CHUNK + _invert_directly(chunks[chunk], min(max(within, 0.0), 1.0))
+    return _invert_directly(weights, target)
+
+
+def _invert_directly(weights: torch.Tensor, target: float) -> int:
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     wanted = target * float(cumulative[-1])
     index = int(torch.searchsorted(cumulative, wanted, right=True))

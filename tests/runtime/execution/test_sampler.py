@@ -9,14 +9,14 @@ from pagoda_runtime.sampling_params import SamplingParams
 LOGITS = torch.tensor([[2.0, 0.5, 1.0, -1.0, 0.0]])
 
 
-def draws(logits, num_draws=4000, **params):
+def draws(logits, num_draws=2500, **params):
     """Share of each token among draws at successive positions."""
     rows = [SampleRow(SamplingParams(**params), 5, position) for position in range(num_draws)]
     token_ids = sample(logits.expand(num_draws, -1), rows)
     return torch.bincount(torch.tensor(token_ids), minlength=logits.shape[-1]) / num_draws
 
 
-@pytest.mark.parametrize("vocab_size", [7, 1024, 262144])
+@pytest.mark.parametrize("vocab_size", [7, 1024, 65536])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_greedy_takes_the_first_of_the_largest(vocab_size, dtype):
     torch.manual_seed(0)
@@ -88,3 +88,24 @@ def test_uniform_numbers_are_even_over_positions_and_over_seeds():
         counts = torch.histc(torch.tensor(numbers), bins=10, min=0.0, max=1.0)
         assert counts.min() > 400
         assert counts.max() < 600
+
+
+def test_top_p_cuts_a_large_vocabulary_where_a_sort_would():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 20_000)
+    sorted_ids = logits[0].argsort(descending=True)
+    reached = logits[0, sorted_ids].softmax(-1).cumsum(-1, dtype=torch.float64) >= 0.7
+    kept = set(sorted_ids[: int(reached.int().argmax()) + 1].tolist())
+    assert len(kept) > 1024
+    rows = [SampleRow(SamplingParams(top_p=0.7), 1, position) for position in range(300)]
+    assert set(sample(logits.expand(300, -1), rows)) <= kept
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9999}])
+def test_draws_of_a_large_vocabulary_follow_the_distribution(params):
+    torch.manual_seed(0)
+    # 16 groups of 512 tokens; each group has one weight, so that its share can be counted.
+    group_logits = torch.linspace(-1.0, 1.0, 16)
+    logits = group_logits.repeat_interleave(512)[None]
+    shares = draws(logits, num_draws=1500, **params).view(16, 512).sum(-1)
+    torch.testing.assert_close(shares, group_logits.softmax(-1), atol=0.03, rtol=0)
