@@ -1,0 +1,198 @@
+"""Which writes are needed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagoda_operator.names import ChildRef, Manifest
+from pagoda_operator.ownership import take_over
+from pagoda_operator.plan import Applied, Observed, Plan, digest, make_plan, plan_scale
+from pagoda_operator.render import render_children
+from pagoda_operator.spec import LLMService
+from pagoda_operator.testing import make_service
+
+DEPLOYMENT = ChildRef("Deployment", "chat-engine")
+SERVICE = ChildRef("Service", "chat")
+
+
+def plan(service: LLMService, observed: Observed, target: int = 1) -> Plan:
+    return make_plan(service, observed, target_replicas=target, engine_image="engine:1")
+
+
+def nothing() -> Observed:
+    return Observed(children={}, applied={})
+
+
+def carry_out(made: Plan, observed: Observed) -> Observed:
+    """What there is after the plan's writes, defaults of the server included."""
+    children, applied = dict(observed.children), dict(observed.applied)
+    for apply in made.applies:
+        live = copy.deepcopy(apply.manifest)
+        live["metadata"] |= {"uid": f"uid-{apply.ref}", "resourceVersion": "1", "generation": 1}
+        live.setdefault("spec", {})["addedByTheServer"] = True
+        live["status"] = {"replicas": 1}
+        children[apply.ref] = live
+        applied[apply.ref] = Applied(digest(apply.manifest), digest(live))
+    for delete in made.deletes:
+        del children[delete.ref]
+    return Observed(children=children, applied=applied)
+
+
+def steady() -> Observed:
+    return carry_out(plan(make_service(), nothing()), nothing())
+
+
+def edited(observed: Observed, ref: ChildRef, **metadata: Any) -> tuple[Observed, Manifest]:
+    children = copy.deepcopy(dict(observed.children))
+    children[ref]["metadata"] |= metadata
+    return Observed(children=children, applied=observed.applied), children[ref]
+
+
+def test_a_new_service_gets_all_children_with_the_target_replicas() -> None:
+    made = plan(make_service(), nothing(), target=3)
+    assert [apply.ref.kind for apply in made.applies] == ["ServiceAccount", "Service", "Deployment"]
+    assert all(apply.creates for apply in made.applies)
+    assert made.applies[-1].manifest["spec"]["replicas"] == 3
+
+
+engines = st.fixed_dictionaries({"maxNumSeqs": st.integers(1, 100), "prefixCaching": st.booleans()})
+
+
+@given(engine=engines, target=st.integers(0, 9))
+def test_planning_on_the_result_of_a_plan_changes_nothing(
+    engine: dict[str, Any], target: int
+) -> None:
+    service = make_service({"engine": engine})
+    observed = carry_out(plan(service, nothing(), target), nothing())
+    assert plan(service, observed, target) == Plan()
+
+
+def test_a_changed_spec_is_applied_to_the_deployment_alone() -> None:
+    made = plan(make_service({"engine": {"maxNumSeqs": 9}}), steady())
+    assert [apply.ref for apply in made.applies] == [DEPLOYMENT]
+
+
+def test_status_and_replicas_of_a_child_are_no_drift() -> None:
+    observed, live = edited(steady(), DEPLOYMENT)
+    live["status"] = {"replicas": 5}
+    live["spec"]["replicas"] = 5
+    assert plan(make_service(), observed) == Plan()
+
+
+def test_an_edited_spec_or_label_of_a_child_is_drift() -> None:
+    observed, live = edited(steady(), SERVICE)
+    live["spec"]["ports"][0]["port"] = 81
+    assert [apply.ref for apply in plan(make_service(), observed).applies] == [SERVICE]
+    observed, _ = edited(steady(), SERVICE, labels={})
+    assert [apply.ref for apply in plan(make_service(), observed).applies] == [SERVICE]
+
+
+def test_a_restarted_operator_applies_once_what_it_does_not_remember() -> None:
+    observed = Observed(children=steady().children, applied={})
+    made = plan(make_service(), observed)
+    assert len(made.applies) == 3
+    assert not any(apply.creates for apply in made.applies)
+
+
+def test_replicas_are_sent_as_they_are_until_the_scaling_manager_owns_them() -> None:
+    observed, live = edited(steady(), DEPLOYMENT)
+    live["spec"]["replicas"] = 4
+    service = make_service({"engine": {"maxNumSeqs": 9}})
+    assert plan(service, observed, target=1).applies[0].manifest["spec"]["replicas"] == 4
+    scaling = {"manager": "pagoda-scaling", "fieldsV1": {"f:spec": {"f:replicas": {}}}}
+    live["metadata"]["managedFields"] = [scaling]
+    assert "replicas" not in plan(service, observed, target=1).applies[0].manifest["spec"]
+
+
+def test_scaling_names_the_uid_and_says_nothing_when_the_number_is_right() -> None:
+    live = steady().children[DEPLOYMENT]
+    assert plan_scale(live, 1) is None
+    scale = plan_scale(live, 2)
+    assert scale is not None
+    assert scale["metadata"]["uid"] == live["metadata"]["uid"]
+    assert scale["spec"] == {"replicas": 2}
+
+
+def test_a_strangers_child_is_a_conflict_and_nothing_is_written() -> None:
+    observed, _ = edited(steady(), SERVICE, ownerReferences=[])
+    made = plan(make_service({"engine": {"maxNumSeqs": 9}}), observed)
+    assert made.applies == ()
+    assert made.conflicts == (
+        "Service chat exists and belongs to no LLMService; "
+        "delete it, or give this LLMService another name",
+    )
+
+
+def test_a_child_of_a_deleted_service_of_the_same_name_is_waited_for() -> None:
+    dead = {"kind": "LLMService", "name": "chat", "uid": "another", "controller": True}
+    observed, _ = edited(steady(), DEPLOYMENT, ownerReferences=[dead])
+    made = plan(make_service(), observed)
+    assert (made.applies, made.conflicts, made.requeue_seconds) == ((), (), 1.0)
+
+
+def test_a_child_that_is_being_deleted_is_waited_for() -> None:
+    observed, _ = edited(steady(), DEPLOYMENT, deletionTimestamp="now")
+    made = plan(make_service(), observed)
+    assert (made.applies, made.requeue_seconds) == ((), 1.0)
+
+
+def test_a_child_of_ours_that_is_not_wanted_is_deleted_by_its_uid() -> None:
+    observed = steady()
+    extra = copy.deepcopy(observed.children[SERVICE])
+    extra["metadata"] |= {"name": "chat-old", "uid": "uid-old"}
+    ref = ChildRef("Service", "chat-old")
+    both = Observed(children={**observed.children, ref: extra}, applied=observed.applied)
+    (delete,) = plan(make_service(), both).deletes
+    assert (delete.ref, delete.uid) == (ref, "uid-old")
+    extra["metadata"]["ownerReferences"] = []
+    assert plan(make_service(), both).deletes == ()
+
+
+def test_rendering_is_what_is_applied() -> None:
+    service = make_service()
+    wanted = render_children(service, engine_image="engine:1")
+    made = plan(service, nothing())
+    assert made.applies[1].manifest == wanted[SERVICE]
+
+
+def entry(manager: str, fields: dict[str, Any], **more: Any) -> Manifest:
+    return {"manager": manager, "operation": "Update", "fieldsV1": fields, **more}
+
+
+def managed(*entries: Manifest) -> Manifest:
+    ours = {"f:spec": {"f:ports": {"f:a": {}}}}
+    return {
+        "metadata": {
+            "managedFields": [entry("pagoda", ours, operation="Apply"), *entries],
+        }
+    }
+
+
+def test_what_others_set_is_taken_over_so_that_the_apply_removes_it() -> None:
+    fields = take_over(managed(entry("kubectl-edit", {"f:spec": {"f:ports": {"f:b": {}}}})))
+    assert fields is not None
+    (ours,) = fields
+    assert ours["manager"] == "pagoda"
+    assert ours["fieldsV1"] == {"f:spec": {"f:ports": {"f:a": {}, "f:b": {}}}}
+
+
+def test_annotations_status_and_replicas_of_others_are_left_alone() -> None:
+    annotations = {"f:metadata": {"f:annotations": {".": {}, "f:x": {}}}}
+    restart = {"f:spec": {"f:template": {"f:metadata": {"f:annotations": {"f:restartedAt": {}}}}}}
+    assert take_over(managed(entry("someone", annotations))) is None
+    assert take_over(managed(entry("kubectl-rollout", restart))) is None
+    assert take_over(managed(entry("kubectl", {"f:spec": {"f:replicas": {}}}))) is None
+    assert take_over(managed(entry("kcm", {"f:status": {"f:x": {}}}, subresource="status"))) is None
+
+
+def test_of_one_manager_only_what_is_ours_to_decide_is_taken() -> None:
+    fields = {"f:spec": {"f:replicas": {}, "f:paused": {}}}
+    taken = take_over(managed(entry("kubectl-edit", fields)))
+    assert taken is not None
+    kept, ours = taken
+    assert kept["fieldsV1"] == {"f:spec": {"f:replicas": {}}}
+    assert ours["fieldsV1"]["f:spec"] == {"f:ports": {"f:a": {}}, "f:paused": {}}

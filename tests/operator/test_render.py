@@ -1,0 +1,192 @@
+"""The manifests of the children."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagoda_operator.names import ChildRef, Manifest
+from pagoda_operator.render import (
+    engine_args,
+    model_claim,
+    render_children,
+    render_deployment,
+    revision_of,
+)
+from pagoda_operator.spec import DType, KvCacheDtype, Quantization
+from pagoda_operator.testing import make_service
+
+CPU = {"gpu": {"count": 0}}
+
+
+def deployment(spec: dict[str, Any] | None = None) -> Manifest:
+    return render_deployment(make_service(spec), engine_image="engine:1")
+
+
+def pod_spec(spec: dict[str, Any] | None = None) -> Manifest:
+    found: Manifest = deployment(spec)["spec"]["template"]["spec"]
+    return found
+
+
+def container(spec: dict[str, Any] | None = None) -> Manifest:
+    found: Manifest = pod_spec(spec)["containers"][0]
+    return found
+
+
+def test_the_children_have_fixed_names_and_one_owner() -> None:
+    children = render_children(make_service(), engine_image="engine:1")
+    assert list(children) == [
+        ChildRef("ServiceAccount", "chat-engine"),
+        ChildRef("Service", "chat"),
+        ChildRef("Deployment", "chat-engine"),
+    ]
+    for child in children.values():
+        (owner,) = child["metadata"]["ownerReferences"]
+        assert (owner["uid"], owner["controller"]) == ("uid-of-chat", True)
+
+
+def test_the_service_leads_port_80_to_the_pods_of_every_revision() -> None:
+    children = render_children(make_service(), engine_image="engine:1")
+    service = children[ChildRef("Service", "chat")]["spec"]
+    assert [(port["name"], port["port"], port["targetPort"]) for port in service["ports"]] == [
+        ("http", 80, 8000)
+    ]
+    labels = deployment()["spec"]["template"]["metadata"]["labels"]
+    assert service["selector"].items() <= labels.items()
+    assert "pagoda.dev/revision" not in service["selector"]
+
+
+def test_a_claim_is_mounted_read_only_and_its_folder_is_the_model() -> None:
+    spec = {"model": {"uri": "pvc://models/team/gemma/"}}
+    assert model_claim("pvc://models/team/gemma/") == "models"
+    args = container(spec)["args"]
+    assert args[args.index("--model") + 1] == "/models/team/gemma"
+    (mount,) = [m for m in container(spec)["volumeMounts"] if m["name"] == "models"]
+    assert mount["readOnly"] is True
+    (volume,) = [v for v in pod_spec(spec)["volumes"] if v["name"] == "models"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "models", "readOnly": True}
+
+
+def test_a_model_of_the_hub_is_passed_through_without_a_volume() -> None:
+    spec = {"model": {"uri": "hf://org/name"}}
+    args = container(spec)["args"]
+    assert args[args.index("--model") + 1] == "hf://org/name"
+    assert {volume["name"] for volume in pod_spec(spec)["volumes"]} == {"tmp", "cache", "shm"}
+
+
+def test_the_pod_passes_pod_security_restricted() -> None:
+    pod = pod_spec()["securityContext"]
+    assert pod["runAsNonRoot"] is True
+    assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
+    security = container()["securityContext"]
+    assert security == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert pod_spec()["automountServiceAccountToken"] is False
+    kinds = {key for volume in pod_spec()["volumes"] for key in volume if key != "name"}
+    assert kinds <= {"emptyDir", "persistentVolumeClaim"}
+
+
+def test_a_cpu_engine_rolls_by_surge_and_a_gpu_engine_by_recreate() -> None:
+    assert deployment({"resources": CPU})["spec"]["strategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
+    }
+    assert deployment()["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_the_grace_period_covers_the_drain_that_the_flags_ask_for() -> None:
+    args = container()["args"]
+    drain = sum(int(args[args.index(f) + 1]) for f in ("--drain-delay-seconds", "--drain-seconds"))
+    assert pod_spec()["terminationGracePeriodSeconds"] > drain
+
+
+def test_resources_are_reserved_and_only_cpu_is_not_limited() -> None:
+    spec = {
+        "engine": {"tensorParallelSize": 2},
+        "resources": {"cpu": 4, "memory": "32Gi", "gpu": {"resourceName": "amd.com/gpu"}},
+    }
+    assert container(spec)["resources"] == {
+        "requests": {"cpu": "4", "memory": "32Gi", "amd.com/gpu": "2"},
+        "limits": {"memory": "32Gi", "amd.com/gpu": "2"},
+    }
+    assert container({"resources": CPU})["resources"] == {"requests": {}, "limits": {}}
+
+
+def test_the_image_of_the_spec_comes_before_the_one_of_the_operator() -> None:
+    assert container()["image"] == "engine:1"
+    assert container({"engine": {"image": "mine:2"}})["image"] == "mine:2"
+
+
+def test_auto_leaves_its_flag_out() -> None:
+    args = engine_args(make_service())
+    assert not {"--dtype", "--quantization", "--kv-cache-dtype", "--max-model-len"} & set(args)
+
+
+def test_extra_arguments_come_last_and_as_they_are() -> None:
+    args = engine_args(make_service({"engine": {"extraArgs": ["--seed", "7"]}}))
+    assert args[-2:] == ["--seed", "7"]
+
+
+def test_only_a_changed_pod_makes_a_new_revision() -> None:
+    first = deployment()
+    assert revision_of(first) == revision_of(deployment({"replicas": 7}))
+    assert revision_of(first) != revision_of(deployment({"engine": {"maxNumSeqs": 8}}))
+    assert (
+        first["spec"]["selector"] == deployment({"engine": {"maxNumSeqs": 8}})["spec"]["selector"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "revision"),
+    [
+        ({"model": {"uri": "hf://org/model"}}, "43f933e72b"),
+        ({"resources": CPU, "engine": {"maxNumSeqs": 16}}, "3aebdb86fe"),
+    ],
+)
+def test_the_revision_of_an_unchanged_spec_survives_an_upgrade(
+    spec: dict[str, Any], revision: str
+) -> None:
+    """Another value here restarts every engine when the operator is upgraded: say so."""
+    assert revision_of(deployment(spec)) == revision
+
+
+engines = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from([str(item) for item in DType]),
+        "quantization": st.sampled_from([str(item) for item in Quantization]),
+        "kvCacheDtype": st.sampled_from([str(item) for item in KvCacheDtype]),
+        "maxModelLen": st.integers(2, 10**6),
+        "tensorParallelSize": st.sampled_from([1, 2, 4, 8]),
+        "prefixCaching": st.booleans(),
+    },
+)
+
+
+@given(first=engines, second=engines)
+def test_there_and_back_again_renders_the_same_bytes(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    def render(engine: dict[str, Any]) -> str:
+        service = make_service({"engine": engine})
+        return json.dumps(list(render_children(service, engine_image="engine:1").values()))
+
+    before = render(first)
+    render(second)
+    assert render(first) == before
+
+
+@given(engine=engines)
+def test_every_field_of_the_engine_shows_in_the_pod(engine: dict[str, Any]) -> None:
+    """A field that was accepted and ignored would leave the revision as it was."""
+    plain = make_service().spec.engine
+    changed = make_service({"engine": engine}).spec.engine
+    is_same = revision_of(deployment({"engine": engine})) == revision_of(deployment())
+    assert is_same == (plain == changed)
