@@ -288,4 +288,3 @@ class Scheduler:
         # A new list: the rows of an earlier plan may still show the old one.
         request.block_table = []
         request.num_computed_tokens = 0
-        request.num_registered_blocks = 0

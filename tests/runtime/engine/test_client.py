@@ -112,12 +112,20 @@ async def test_a_stream_closed_midway_frees_its_blocks_within_one_step():
         assert client.stats.running == 0
 
 
-async def test_cancelling_the_reader_aborts_the_request():
+async def test_cancelling_the_reader_aborts_the_request_even_if_the_stream_is_kept():
     async with engine(SLOW) as client:
-        reader = asyncio.create_task(collect(client, "r", [1] * 1000))
-        await wait_until(lambda: client.stats.running == 1 and client.stats.kv_usage > 0)
+        stream = client.generate("r", [1] * 1000, ENDLESS)
+        await anext(stream)
+
+        async def read() -> None:
+            async for _ in stream:
+                pass
+
+        reader = asyncio.create_task(read())
+        await asyncio.sleep(0.05)
         reader.cancel()
         await wait_until(lambda: client.stats.kv_usage == 0.0)
+        assert [delta async for delta in stream] == []
 
 
 async def test_a_stream_that_is_dropped_unread_aborts_the_request():

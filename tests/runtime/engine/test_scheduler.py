@@ -100,6 +100,17 @@ def test_a_prompt_that_is_cached_whole_still_computes_its_last_block():
     assert plan.rows[0].start == 4
 
 
+def test_blocks_of_a_prompt_aborted_midway_are_found_only_as_far_as_they_were_computed():
+    scheduler = make_scheduler(block_size=2, max_num_batched_tokens=4)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8]
+    aborted = add(scheduler, prompt)
+    step(scheduler)
+    scheduler.abort([aborted.request_id])
+    again = add(scheduler, prompt)
+    assert step(scheduler).rows[0].start == 4
+    assert again.num_cached_tokens == 4
+
+
 def test_without_prefix_caching_nothing_is_found():
     scheduler = make_scheduler(block_size=4, enable_prefix_caching=0)
     for _ in range(2):
