@@ -82,7 +82,11 @@ def install_operator(target: Target, images: dict[str, str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise StackError(f"helm: {done.stderr.strip()}")
-    kubectl.run("rollout", "status", "deployment/pagoda-operator", "--timeout=180s")
+    try:
+        kubectl.run("rollout", "status", "deployment/pagoda-operator", "--timeout=90s")
+    except KubectlError as error:
+        logs = kubectl.run("logs", "deployment/pagoda-operator", "--tail=20")
+        raise StackError(f"The operator does not become ready: {error}\n{logs}") from error
 
 
 def ensure_model_volume(target: Target, kubectl: Kubectl, images: dict[str, str]) -> None:

@@ -59,6 +59,8 @@ async def watch(
         registry=build_registry(enqueue),
         settings=build_settings(),
         standalone=True,
+        # Found out from the user's name otherwise, which the user of a container may not have.
+        identity="pagoda",  # type: ignore[arg-type]  # its type is a private NewType of str
         clusterwide=namespace is None,
         namespaces=() if namespace is None else (namespace,),
         stop_flag=stop,
