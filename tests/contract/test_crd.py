@@ -1,0 +1,130 @@
+"""The CRD, the operator's dataclasses, the chart and the documentation say the same."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import MISSING, Field, fields, is_dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pagoda_operator.names import GROUP, KIND, PLURAL, VERSION
+from pagoda_operator.scaling import ScalingPolicy
+from pagoda_operator.spec import LLMServiceSpec, camel_case, parse
+from pagoda_operator.status import failed_status, make_status
+from pagoda_operator.testing import make_manifest, make_service
+
+ROOT = Path(__file__).resolve().parents[2]
+CRD = ROOT / "crds" / "llmservice.yaml"
+JSON_TYPES = {int: "integer", str: "string", bool: "boolean", tuple: "array"}
+
+
+def crd() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(CRD.read_text())
+    return found
+
+
+def schema() -> dict[str, Any]:
+    (version,) = crd()["spec"]["versions"]
+    found: dict[str, Any] = version["schema"]["openAPIV3Schema"]["properties"]
+    return found
+
+
+def test_the_charts_crd_is_a_copy_byte_for_byte() -> None:
+    copy = ROOT / "charts" / "pagoda" / "crds" / "llmservice.yaml"
+    assert copy.read_bytes() == CRD.read_bytes()
+
+
+def test_the_names_are_those_of_the_operator() -> None:
+    spec = crd()["spec"]
+    assert (spec["group"], spec["names"]["kind"], spec["names"]["plural"]) == (GROUP, KIND, PLURAL)
+    assert [version["name"] for version in spec["versions"]] == [VERSION]
+
+
+def walk(cls: type[Any], node: dict[str, Any], path: str) -> list[tuple[str, Any, Any, Any]]:
+    """(path, dataclass field, its type without None, schema) of every field below a class."""
+    hints = typing.get_type_hints(cls)
+    names = {camel_case(f.name): f for f in fields(cls)}
+    assert set(names) == set(node["properties"]), path
+    assert set(node.get("required", [])) == {
+        name for name, field in names.items() if default_of(field) is MISSING
+    }, path
+    found: list[tuple[str, Any, Any, Any]] = []
+    for name, field in names.items():
+        hint, inner = hints[field.name], node["properties"][name]
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        (first, *_) = (option for option in options if option is not type(None))
+        found.append((f"{path}.{name}", field, first, inner))
+        if is_dataclass(first):
+            found += walk(typing.cast(type[Any], first), inner, f"{path}.{name}")
+    return found
+
+
+def default_of(field: Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+FIELDS = walk(LLMServiceSpec, schema()["spec"], "spec")
+
+
+@pytest.mark.parametrize(("path", "field", "kind", "node"), FIELDS, ids=[f[0] for f in FIELDS])
+def test_a_field_has_one_type_one_default_and_bounds(
+    path: str, field: Field[Any], kind: Any, node: dict[str, Any]
+) -> None:
+    default = default_of(field)
+    if is_dataclass(kind):
+        # An object that has defaults of its own is there even if it was left out.
+        assert node["type"] == "object"
+        assert ("default" in node) == is_dataclass(default)
+        return
+    assert node.get("default") == (None if default in (None, MISSING, ()) else default)
+    if node.get("x-kubernetes-int-or-string"):
+        assert "maxLength" in node
+    elif issubclass(typing.get_origin(kind) or kind, StrEnum):
+        assert node["enum"] == [str(item) for item in kind]
+    else:
+        assert node["type"] == JSON_TYPES[typing.get_origin(kind) or kind]
+        bounds = {"string": "maxLength", "integer": "maximum", "array": "maxItems"}
+        assert bounds.get(node["type"], "type") in node
+
+
+def test_every_status_that_the_operator_writes_fits_the_schema() -> None:
+    from datetime import UTC, datetime
+
+    from pagoda_operator.render import render_deployment
+
+    now, service = datetime(2026, 11, 21, tzinfo=UTC), make_service()
+    deployment = render_deployment(service, engine_image="engine:1")
+    status = make_status(
+        service, deployment=deployment, cause=None, desired_replicas=1, previous={}, now=now
+    )
+    known = schema()["status"]["properties"]
+    assert set(status) == set(known)
+    for found in (status, failed_status(1, "NameConflict", "x", previous=status, now=now)):
+        for condition in found["conditions"]:
+            assert set(condition) == set(known["conditions"]["items"]["properties"])
+
+
+def test_the_reference_names_every_field() -> None:
+    text = (ROOT / "docs" / "reference" / "llmservice.md").read_text()
+    missing = [path for path, *_ in FIELDS if f"`{path.removeprefix('spec.')}`" not in text]
+    assert not [path for path in missing if not has_children(path)]
+
+
+def has_children(path: str) -> bool:
+    return any(other.startswith(f"{path}.") for other, *_ in FIELDS)
+
+
+@pytest.mark.parametrize(
+    "example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_an_example_is_an_llmservice_that_the_operator_understands(example: Path) -> None:
+    document = yaml.safe_load(example.read_text())
+    assert document["kind"] == KIND
+    service = parse(make_manifest(document["spec"]))
+    assert service.spec.min_replicas >= 1
+    assert ScalingPolicy.of(service.spec) is None or service.spec.autoscaling is not None

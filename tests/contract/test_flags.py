@@ -1,0 +1,97 @@
+"""What the operator renders is what the runtime's command line reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagoda_operator.render import (
+    DTYPE_FLAGS,
+    KV_CACHE_DTYPE_FLAGS,
+    PORT,
+    QUANTIZATION_FLAGS,
+    engine_args,
+)
+from pagoda_operator.spec import DType, KvCacheDtype, Quantization
+from pagoda_operator.testing import make_service
+from pagoda_runtime import cli
+from pagoda_runtime.config import ServerConfig
+
+
+def parse(spec: dict[str, Any]) -> ServerConfig:
+    command, *args = engine_args(make_service(spec))
+    assert command == "serve"
+    return cli.parse_serve_args(args)
+
+
+def test_every_field_of_the_spec_arrives_in_the_configuration() -> None:
+    config = parse(
+        {
+            "model": {"uri": "pvc://models/gemma-3-270m", "name": "gemma"},
+            "engine": {
+                "dtype": "Float16",
+                "tensorParallelSize": 2,
+                "quantization": "AWQ",
+                "kvCacheDtype": "FP8E5M2",
+                "maxModelLen": 4096,
+                "maxNumSeqs": 12,
+                "gpuMemoryPercent": 85,
+                "prefixCaching": False,
+                "extraArgs": ["--seed", "7", "--num-threads=2"],
+            },
+        }
+    )
+    engine = config.engine
+    assert (config.served_model_name, config.host, config.port) == (("gemma",), "0.0.0.0", PORT)
+    assert (engine.model, engine.device) == ("/models/gemma-3-270m", "cuda")
+    assert (engine.dtype, engine.tensor_parallel_size) == ("float16", 2)
+    assert (engine.quantization, engine.kv_cache_dtype) == ("awq", "fp8_e5m2")
+    assert (engine.max_model_len, engine.max_num_seqs) == (4096, 12)
+    assert engine.gpu_memory_utilization == 0.85
+    assert engine.enable_prefix_caching is False
+    assert (engine.seed, engine.num_threads) == (7, 2)
+
+
+def test_the_least_spec_leaves_the_runtimes_own_defaults() -> None:
+    config = parse({"model": {"uri": "hf://org/name"}, "resources": {"gpu": {"count": 0}}})
+    plain = cli.parse_serve_args(["hf://org/name", "--device", "cpu", "--served-model-name=chat"])
+    assert config == plain
+
+
+@pytest.mark.parametrize("percent", range(10, 99))
+def test_every_share_of_gpu_memory_is_exact(percent: int) -> None:
+    config = parse({"engine": {"gpuMemoryPercent": percent}})
+    assert config.engine.gpu_memory_utilization == pytest.approx(percent / 100)
+
+
+def test_every_value_of_an_enum_is_one_of_its_flag() -> None:
+    assert set(DTYPE_FLAGS) == set(DType) - {DType.AUTO}
+    assert set(DTYPE_FLAGS.values()) | {"auto"} == set(cli.DTYPES)
+    assert set(QUANTIZATION_FLAGS) == set(Quantization) - {Quantization.AUTO}
+    assert set(QUANTIZATION_FLAGS.values()) == set(cli.QUANTIZATIONS)
+    assert set(KV_CACHE_DTYPE_FLAGS) == set(KvCacheDtype) - {KvCacheDtype.AUTO}
+    assert set(KV_CACHE_DTYPE_FLAGS.values()) | {"auto"} == set(cli.KV_CACHE_DTYPES)
+
+
+@given(
+    dtype=st.sampled_from([str(item) for item in DType]),
+    quantization=st.sampled_from([str(item) for item in Quantization]),
+    kv_cache_dtype=st.sampled_from([str(item) for item in KvCacheDtype]),
+    max_num_seqs=st.integers(1, 65536),
+    max_model_len=st.integers(2, 16777216),
+)
+def test_whatever_the_crd_allows_parses(
+    dtype: str, quantization: str, kv_cache_dtype: str, max_num_seqs: int, max_model_len: int
+) -> None:
+    engine = {
+        "dtype": dtype,
+        "quantization": quantization,
+        "kvCacheDtype": kv_cache_dtype,
+        "maxNumSeqs": max_num_seqs,
+        "maxModelLen": max_model_len,
+    }
+    config = parse({"engine": engine}).engine
+    assert (config.max_num_seqs, config.max_model_len) == (max_num_seqs, max_model_len)

@@ -1,0 +1,258 @@
+"""Whole passes of the reconciler over an API server in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+import pytest
+
+from pagoda_operator.cluster import Refused, Unavailable
+from pagoda_operator.names import LABEL_REVISION, Key, Manifest
+from pagoda_operator.poll import Poller
+from pagoda_operator.reconcile import Reconciler
+from pagoda_operator.render import revision_of
+from pagoda_operator.telemetry import Telemetry
+from pagoda_operator.testing import (
+    KEY,
+    MemoryCluster,
+    make_manifest,
+    make_pod,
+    set_deployment_status,
+)
+
+NOW = datetime(2026, 11, 21, tzinfo=UTC)
+
+
+@pytest.fixture
+def cluster() -> MemoryCluster:
+    return MemoryCluster()
+
+
+@pytest.fixture
+async def poller() -> AsyncIterator[Poller]:
+    made = make_poller()
+    yield made
+    await made.close()
+
+
+def make_poller() -> Poller:
+    clock = asyncio.get_running_loop().time
+    return Poller(clock=clock, on_change=lambda key: None, telemetry=Telemetry())
+
+
+def make_reconciler(cluster: MemoryCluster, poller: Poller) -> Reconciler:
+    return Reconciler(cluster, poller, engine_image="engine:1", now=lambda: NOW)
+
+
+@pytest.fixture
+def reconciler(cluster: MemoryCluster, poller: Poller) -> Reconciler:
+    return make_reconciler(cluster, poller)
+
+
+def edit(cluster: MemoryCluster, spec: Manifest, generation: int) -> None:
+    """Change the spec as a user does; the status stays."""
+    status = cluster.find("LLMService", "chat").get("status")
+    changed = make_manifest(spec, generation=generation)
+    cluster.put(changed | ({"status": status} if status else {}))
+
+
+def reason(cluster: MemoryCluster, kind: str = "Ready") -> str:
+    conditions = cluster.find("LLMService", "chat")["status"]["conditions"]
+    return next(str(entry["reason"]) for entry in conditions if entry["type"] == kind)
+
+
+def replicas(cluster: MemoryCluster) -> int:
+    return int(cluster.find("Deployment", "chat-engine")["spec"]["replicas"])
+
+
+async def test_a_new_service_gets_its_children_and_then_nothing_is_written(
+    cluster: MemoryCluster, reconciler: Reconciler
+) -> None:
+    cluster.put(make_manifest())
+    assert await reconciler.reconcile(KEY) is None
+    assert cluster.writes == [
+        ("apply", "ServiceAccount", "chat-engine"),
+        ("apply", "Service", "chat"),
+        ("apply", "Deployment", "chat-engine"),
+        ("status", "LLMService", "chat"),
+    ]
+    await reconciler.reconcile(KEY)
+    assert len(cluster.writes) == 4
+
+
+async def test_a_service_becomes_ready_when_its_deployment_does(
+    cluster: MemoryCluster, reconciler: Reconciler
+) -> None:
+    cluster.put(make_manifest())
+    await reconciler.reconcile(KEY)
+    assert reason(cluster) == "Progressing"
+    set_deployment_status(cluster.find("Deployment", "chat-engine"), ready=1, updated=1, total=1)
+    await reconciler.reconcile(KEY)
+    assert reason(cluster) == "Serving"
+
+
+@pytest.mark.parametrize("writes_before_the_kill", [0, 1, 2, 3])
+async def test_an_operator_killed_after_any_write_converges(
+    cluster: MemoryCluster, poller: Poller, writes_before_the_kill: int
+) -> None:
+    class Killed(Exception):
+        pass
+
+    class DyingCluster(MemoryCluster):
+        async def apply(self, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
+            if len(self.writes) == writes_before_the_kill:
+                raise Killed
+            return await super().apply(manifest, manager=manager, force=force)
+
+        async def apply_status(self, manifest: Manifest, *, manager: str) -> Manifest:
+            if len(self.writes) == writes_before_the_kill:
+                raise Killed
+            return await super().apply_status(manifest, manager=manager)
+
+    dying = DyingCluster()
+    dying.put(make_manifest())
+    with pytest.raises(Killed):
+        await make_reconciler(dying, poller).reconcile(KEY)
+    cluster.objects = dying.objects
+    restarted = make_reconciler(cluster, poller)
+    await restarted.reconcile(KEY)
+    assert sorted(cluster.objects) == [
+        ("Deployment", "chat-engine"),
+        ("LLMService", "chat"),
+        ("Service", "chat"),
+        ("ServiceAccount", "chat-engine"),
+    ]
+    assert reason(cluster) == "Progressing"
+    before = len(cluster.writes)
+    await restarted.reconcile(KEY)
+    assert len(cluster.writes) == before
+
+
+async def test_a_deleted_child_comes_back(cluster: MemoryCluster, reconciler: Reconciler) -> None:
+    cluster.put(make_manifest())
+    await reconciler.reconcile(KEY)
+    del cluster.objects["Service", "chat"]
+    await reconciler.reconcile(KEY)
+    assert cluster.writes[-1] == ("apply", "Service", "chat")
+
+
+async def test_replicas_follow_the_spec_and_edits_by_hand_do_not_last(
+    cluster: MemoryCluster, reconciler: Reconciler
+) -> None:
+    cluster.put(make_manifest({"replicas": 2}))
+    await reconciler.reconcile(KEY)
+    assert replicas(cluster) == 2
+    cluster.find("Deployment", "chat-engine")["spec"]["replicas"] = 7
+    await reconciler.reconcile(KEY)
+    assert replicas(cluster) == 2
+    edit(cluster, {"replicas": 3}, 2)
+    await reconciler.reconcile(KEY)
+    assert replicas(cluster) == 3
+    edit(cluster, {"replicas": 3, "suspend": True}, 3)
+    await reconciler.reconcile(KEY)
+    assert replicas(cluster) == 0
+
+
+async def test_an_edit_of_the_engine_keeps_the_replicas_that_scaling_set(
+    cluster: MemoryCluster, poller: Poller
+) -> None:
+    scaled = {"autoscaling": {"maxReplicas": 5}}
+    cluster.put(make_manifest(scaled))
+    await make_reconciler(cluster, poller).reconcile(KEY)
+    cluster.find("LLMService", "chat")["status"]["desiredReplicas"] = 4
+    restarted_poller = make_poller()
+    restarted = make_reconciler(cluster, restarted_poller)
+    await restarted.reconcile(KEY)
+    assert replicas(cluster) == 4
+    edit(cluster, {**scaled, "engine": {"maxNumSeqs": 8}}, 2)
+    await restarted.reconcile(KEY)
+    assert replicas(cluster) == 4
+    await restarted_poller.close()
+
+
+async def test_last_words_stall_the_service_and_a_corrected_spec_recovers(
+    cluster: MemoryCluster, reconciler: Reconciler
+) -> None:
+    cluster.put(make_manifest())
+    await reconciler.reconcile(KEY)
+    revision = revision_of(cluster.find("Deployment", "chat-engine"))
+    words = '{"reason": "ModelNotFound", "message": "/models/gemma is not there"}'
+    failed = {"state": {"terminated": {"exitCode": 1, "message": words}}}
+    cluster.put(make_pod(revision, container=failed))
+    await reconciler.reconcile(KEY)
+    assert reason(cluster, "Stalled") == "ModelNotFound"
+    edit(cluster, {"model": {"uri": "pvc://models/right"}}, 2)
+    await reconciler.reconcile(KEY)
+    assert reason(cluster, "Ready") == "Progressing"
+    deployment = cluster.find("Deployment", "chat-engine")
+    assert deployment["spec"]["template"]["metadata"]["labels"][LABEL_REVISION] != revision
+
+
+async def test_a_name_that_a_stranger_holds_stalls_and_is_looked_at_again(
+    cluster: MemoryCluster, reconciler: Reconciler
+) -> None:
+    cluster.put(make_manifest())
+    cluster.put({"kind": "Service", "metadata": {"name": "chat"}, "spec": {"mine": True}})
+    assert await reconciler.reconcile(KEY) is not None
+    assert reason(cluster, "Stalled") == "NameConflict"
+    assert cluster.find("Service", "chat")["spec"] == {"mine": True}
+    del cluster.objects["Service", "chat"]
+    await reconciler.reconcile(KEY)
+    assert reason(cluster) == "Progressing"
+
+
+async def test_a_refusal_of_the_api_server_is_shown_in_its_words(
+    poller: Poller,
+) -> None:
+    class FullCluster(MemoryCluster):
+        async def apply(self, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
+            raise Refused(403, "exceeded quota: team")
+
+    cluster = FullCluster()
+    cluster.put(make_manifest())
+    assert await make_reconciler(cluster, poller).reconcile(KEY) is not None
+    assert reason(cluster, "Stalled") == "QuotaExceeded"
+
+
+async def test_an_outage_is_left_to_the_queue(poller: Poller) -> None:
+    class DeadCluster(MemoryCluster):
+        async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
+            raise Unavailable(0, "no answer")
+
+    with pytest.raises(Unavailable):
+        await make_reconciler(DeadCluster(), poller).reconcile(KEY)
+
+
+async def test_a_spec_of_a_newer_crd_is_named_and_nothing_is_done(
+    cluster: MemoryCluster, reconciler: Reconciler
+) -> None:
+    cluster.put(make_manifest({"router": {}}))
+    await reconciler.reconcile(KEY)
+    assert reason(cluster, "Stalled") == "InvalidSpec"
+    assert cluster.writes == [("status", "LLMService", "chat")]
+
+
+async def test_a_deleted_service_is_left_to_the_garbage_collector(
+    cluster: MemoryCluster, reconciler: Reconciler
+) -> None:
+    assert await reconciler.reconcile(Key("team", "gone")) is None
+    manifest = make_manifest()
+    manifest["metadata"]["deletionTimestamp"] = "now"
+    cluster.put(manifest)
+    await reconciler.reconcile(KEY)
+    assert cluster.writes == []
+
+
+async def test_a_leftover_of_an_earlier_operator_is_deleted_after_a_restart(
+    cluster: MemoryCluster, poller: Poller, reconciler: Reconciler
+) -> None:
+    cluster.put(make_manifest())
+    await reconciler.reconcile(KEY)
+    leftover = dict(cluster.find("Service", "chat"))
+    leftover["metadata"] = {**leftover["metadata"], "name": "chat-old", "uid": "uid-old"}
+    cluster.put(leftover)
+    await make_reconciler(cluster, poller).reconcile(KEY)
+    assert ("delete", "Service", "chat-old") in cluster.writes
+    assert ("Service", "chat-old") not in cluster.objects
