@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from .console import output_of
-from .settings import BRIDGE, NFT_TABLE, NODE_IP, POD_CIDR, ClusterError, Settings
+from .settings import BRIDGE, NFT_TABLE, NODE_IP, POD_CIDR, SERVICE_CIDR, ClusterError, Settings
 
 SYSCTLS = Path("/proc/sys")
 # What the bridge needs, and what kubelet and kube-proxy set for themselves; all are put back.
@@ -36,10 +36,12 @@ def set_up(settings: Settings) -> None:
     # Without it, kernels that have it as a module let a Service's answers bypass the address
     # translation. kube-proxy masquerades everything, so it is no condition.
     subprocess.run(["modprobe", "-aq", "br_netfilter", "overlay"], check=False)
-    if not (Path("/sys/class/net") / BRIDGE).exists():
+    if not _bridge_exists():
         output_of("ip", "link", "add", BRIDGE, "type", "bridge")
     output_of("ip", "address", "replace", f"{NODE_IP}/{POD_CIDR.split('/')[1]}", "dev", BRIDGE)
     output_of("ip", "link", "set", BRIDGE, "up")
+    # Translated before they leave; yet a machine without a default route would refuse them.
+    output_of("ip", "route", "replace", SERVICE_CIDR, "dev", BRIDGE)
     _load_rules()
 
 
@@ -78,16 +80,20 @@ def _load_rules() -> None:
 
 def tear_down(settings: Settings) -> None:
     """Take away the bridge with what hangs on it, the rules, and put the kernel's settings back."""
-    for port in Path("/sys/class/net").glob("*/master"):
-        if port.resolve().name == BRIDGE:
-            _ignoring_errors("ip", "link", "delete", port.parent.name)
-    if (Path("/sys/class/net") / BRIDGE).exists():
+    if _bridge_exists():
+        for port in json.loads(output_of("ip", "-json", "link", "show", "master", BRIDGE)):
+            _ignoring_errors("ip", "link", "delete", port["ifname"])
         output_of("ip", "link", "delete", BRIDGE)
     tables = _nft_tables()
     for table in (f"ip {NFT_TABLE}", *KUBE_PROXY_TABLES):
         if table in tables:
             _ignoring_errors("nft", "delete", "table", *table.split())
     _restore_sysctls(settings)
+
+
+def _bridge_exists() -> bool:
+    command = ["ip", "link", "show", "dev", BRIDGE]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _nft_tables() -> set[str]:

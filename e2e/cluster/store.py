@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 import time
 import urllib.error
@@ -18,7 +19,6 @@ from .processes import ProcessId, start, stop
 from .settings import REGISTRY, ClusterError, Settings
 
 NAMESPACE = "k8s.io"
-DIRTY = "containers-to-forget"
 MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
 CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"
 LAYER_TYPE = "application/vnd.docker.image.rootfs.diff.tar.gzip"
@@ -35,6 +35,8 @@ def forget_containers(settings: Settings) -> None:
         return
     if not (settings.cache / "containerd").exists():
         return
+    # What a killed containerd leaves there, its socket above all, would be taken for a running one.
+    shutil.rmtree(settings.state / "containerd", ignore_errors=True)
     inside = node.start_node(settings)
     try:
         start(settings, components.containerd(settings, with_pods=False), inside)
