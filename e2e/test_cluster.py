@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,14 +157,22 @@ def test_a_pod_that_is_not_restricted_is_refused(kubectl: Kubectl, images: dict[
 
 
 def test_the_audit_log_names_who_wrote_what(kubectl: Kubectl) -> None:
-    kubectl.run("create", "configmap", "audited")
+    # The log goes back to the cluster's start.
+    name = f"audited-{uuid.uuid4().hex[:8]}"
+    kubectl.run("create", "configmap", name)
     log = Path(stack.cluster_paths()["audit_log"])
 
     def entries() -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        return [entry for entry in lines if entry["objectRef"].get("name") == "audited"]
+        return [entry for entry in lines if entry["objectRef"].get("name") == name]
 
     written = wait_until("the audit entry", entries, timeout_seconds=10)
     assert [(entry["verb"], entry["user"]["username"]) for entry in written] == [
         ("create", "kubernetes-admin")
     ]
+
+
+def test_an_image_that_the_registry_has_is_not_built_again(images: dict[str, str]) -> None:
+    command = [sys.executable, str(stack.ROOT / "e2e" / "cluster"), "images"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [images]

@@ -79,9 +79,11 @@ class Buildah:
         run_quietly(f"building {target}", command, log, environment=self.environment())
 
     def push(self, reference: str, log: Path) -> None:
-        """To the local registry; zstd's fastest level makes both push and pull shortest."""
+        """Push an image; zstd's fastest level makes both push and pull shortest."""
         packing = ("--compression-format", "zstd", "--compression-level", "1")
-        command = self.command("push", "--tls-verify=false", *packing, reference)
+        is_here = reference.startswith(("127.0.0.1:", "localhost:"))
+        verify = f"--tls-verify={'false' if is_here else 'true'}"
+        command = self.command("push", verify, *packing, reference)
         run_quietly(f"pushing {reference}", command, log, environment=self.environment())
 
     def forget_others(self, repository: str, *, keep: str) -> None:

@@ -18,6 +18,8 @@ from . import store
 from .base_image import ensure_base
 from .buildah import Buildah
 from .console import phase, run_quietly
+from .packages import require_root
+from .processes import running
 from .settings import REGISTRY, ROOT, ClusterError, Settings
 
 # What every image is made from, beside its own requirements and code.
@@ -86,17 +88,30 @@ def ensure_images(settings: Settings, registry: str | None = None) -> dict[str, 
     Raises: ClusterError if there is no tool to build with, or it fails.
     """
     if registry is None:
-        store.wait_for_registry()
+        require_root()
+        if running(settings, "registry") is None:
+            raise ClusterError("The local registry is not up: python3 e2e/cluster up")
         return {image.target: _ensure_local(settings, image) for image in IMAGES}
     tool = _engine()
+    if tool == "buildah":
+        require_root()
+        return {image.target: _with_buildah(settings, image, registry) for image in IMAGES}
     return {image.target: _push_elsewhere(settings, image, registry, tool) for image in IMAGES}
 
 
 def _ensure_local(settings: Settings, image: Image) -> str:
     tag = image.tag(ROOT)
-    reference = f"{REGISTRY}/{image.repository}:{tag}"
     if store.has_image(image.repository, tag):
-        return reference
+        return f"{REGISTRY}/{image.repository}:{tag}"
+    reference = _with_buildah(settings, image, REGISTRY)
+    store.prune_registry(settings, image.repository)
+    return reference
+
+
+def _with_buildah(settings: Settings, image: Image, registry: str) -> str:
+    """With a base made from Debian's packages, where no public one can be pulled."""
+    repository = f"{registry.rstrip('/')}/{image.repository}"
+    reference = f"{repository}:{image.tag(ROOT)}"
     buildah = Buildah(settings.cache)
     base = ensure_base(settings, buildah)
     context = stage(settings, image)
@@ -105,7 +120,7 @@ def _ensure_local(settings: Settings, image: Image) -> str:
         buildah.build(image.target, base, context, reference, log)
     with phase(f"push {image.repository}"):
         buildah.push(reference, settings.cache / "logs" / f"push-{image.target}.log")
-    buildah.forget_others(f"{REGISTRY}/{image.repository}", keep=reference)
+    buildah.forget_others(repository, keep=reference)
     return reference
 
 

@@ -177,6 +177,8 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def _api_says(settings: Settings, path: str) -> str:
+    if not settings.kubeconfig.exists():
+        return ""
     command = kubectl(settings, "get", "--raw", path)
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=_environment(settings)

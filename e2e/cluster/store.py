@@ -20,9 +20,12 @@ from .settings import REGISTRY, ClusterError, Settings
 
 NAMESPACE = "k8s.io"
 MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
+OCI_MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"
 LAYER_TYPE = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 REGISTRY_SECONDS = 20.0
+REPOSITORIES = Path("docker/registry/v2/repositories")
+KEPT_TAGS = 8
 
 
 def forget_containers(settings: Settings) -> None:
@@ -44,9 +47,44 @@ def forget_containers(settings: Settings) -> None:
         names = _ctr(settings, inside, "containers", "list", "--quiet").split()
         if names:
             _ctr(settings, inside, "containers", "delete", *names)
+        images = _ctr(settings, inside, "images", "list")
+        if old := superseded_images(images, _tags_of_registry(settings)):
+            _ctr(settings, inside, "images", "delete", *old)
         stop(settings, "containerd")
     finally:
         node.stop_node(settings)
+
+
+def superseded_images(listing: str, tagged: set[str]) -> list[str]:
+    """Names of Pagoda's images in containerd's store that the registry has no tag for any more.
+
+    Args:
+        listing: lines `NAME TYPE DIGEST …` after a heading. An image has several names.
+        tagged: references that the registry still holds.
+    """
+    lines = [line.split()[:3] for line in listing.splitlines()[1:]]
+    ours = {digest for name, _, digest in lines if name.startswith(f"{REGISTRY}/pagoda-")}
+    wanted = {digest for name, _, digest in lines if name in tagged}
+    return [name for name, _, digest in lines if digest in ours - wanted]
+
+
+def _tags_of_registry(settings: Settings) -> set[str]:
+    repositories = settings.cache / "registry" / REPOSITORIES
+    return {
+        f"{REGISTRY}/{tag.parents[2].name}:{tag.name}"
+        for tag in repositories.glob("*/_manifests/tags/*")
+    }
+
+
+def prune_registry(settings: Settings, repository: str) -> None:
+    """Drop all but the newest tags of a repository, and the blobs that no tag holds any more."""
+    tags = settings.cache / "registry" / REPOSITORIES / repository / "_manifests" / "tags"
+    newest_first = sorted(tags.iterdir(), key=lambda tag: tag.stat().st_mtime, reverse=True)
+    for tag in newest_first[KEPT_TAGS:]:
+        shutil.rmtree(tag)
+    if len(newest_first) > KEPT_TAGS:
+        config = str(settings.config / "registry.json")
+        output_of("docker-registry", "garbage-collect", "--delete-untagged", config)
 
 
 def _wait_for_socket(path: Path) -> None:
@@ -117,7 +155,7 @@ def _architecture() -> str:
 
 
 def wait_for_registry() -> None:
-    """Raises: ClusterError if the local registry does not answer, which `up` starts."""
+    """Raises: ClusterError if the local registry does not come up."""
     deadline = time.monotonic() + REGISTRY_SECONDS
     while True:
         try:
@@ -146,6 +184,8 @@ def _request(method: str, url: str, body: bytes | None = None, media_type: str =
     if url.startswith("/"):
         url = f"http://{REGISTRY}{url}"
     request = urllib.request.Request(url, data=body, method=method)
+    # Without it the registry says that an image of the OCI's format is not there.
+    request.add_header("Accept", f"{MANIFEST_TYPE}, {OCI_MANIFEST_TYPE}")
     if media_type:
         request.add_header("Content-Type", media_type)
     # The machine's proxy settings are not for this registry.

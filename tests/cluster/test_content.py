@@ -12,6 +12,7 @@ from cluster.images import IMAGES, content_tag
 from cluster.mount_points import make, remove
 from cluster.pki import IDENTITIES, extensions, subject
 from cluster.settings import ROOT, Settings
+from cluster.store import KEPT_TAGS, prune_registry, superseded_images
 
 SETTINGS = Settings(state=Path("/s"), cache=Path("/c"))
 
@@ -125,3 +126,27 @@ def test_a_mount_point_of_ours_goes_unless_somebody_uses_it(tmp_path: Path, is_u
     remove(record)
     assert folder.exists() == is_used
     assert tmp_path.exists()
+
+
+def test_images_that_the_registry_forgot_are_superseded_under_all_their_names() -> None:
+    listing = """REF TYPE DIGEST SIZE PLATFORMS LABELS
+127.0.0.1:5000/pagoda-runtime:old type sha256:aa 1 linux -
+127.0.0.1:5000/pagoda-runtime@sha256:aa type sha256:aa 1 linux -
+sha256:c0 type sha256:aa 1 linux -
+127.0.0.1:5000/pagoda-runtime:new type sha256:bb 1 linux -
+docker.io/library/else:1 type sha256:dd 1 linux -
+"""
+    assert superseded_images(listing, {"127.0.0.1:5000/pagoda-runtime:new"}) == [
+        "127.0.0.1:5000/pagoda-runtime:old",
+        "127.0.0.1:5000/pagoda-runtime@sha256:aa",
+        "sha256:c0",
+    ]
+
+
+def test_the_registry_keeps_the_newest_tags(tmp_path: Path) -> None:
+    settings = Settings(state=tmp_path / "state", cache=tmp_path)
+    tags = tmp_path / "registry/docker/registry/v2/repositories/pagoda-x/_manifests/tags"
+    for number in range(KEPT_TAGS):
+        (tags / str(number)).mkdir(parents=True)
+    prune_registry(settings, "pagoda-x")
+    assert len(list(tags.iterdir())) == KEPT_TAGS
