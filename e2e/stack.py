@@ -82,6 +82,8 @@ def install_operator(target: Target, images: dict[str, str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise StackError(f"helm: {done.stderr.strip()}")
+    # An end-to-end test that was killed may have left it at none.
+    kubectl.run("scale", "deployment/pagoda-operator", "--replicas=1")
     try:
         kubectl.run("rollout", "status", "deployment/pagoda-operator", "--timeout=90s")
     except KubectlError as error:
@@ -95,18 +97,22 @@ def ensure_model_volume(target: Target, kubectl: Kubectl, images: dict[str, str]
     On the local cluster it is the cache folder itself; elsewhere the cluster's default storage
     class makes it, and a pod takes the files in.
     """
-    if target.is_local:
-        kubectl.apply(_local_volume(kubectl.namespace))
-    kubectl.apply(_claim(None if not target.is_local else f"models-{kubectl.namespace}"))
+    volume = f"models-{kubectl.namespace}" if target.is_local else None
+    if volume:
+        if kubectl.get("pvc", "models") is None:
+            # A volume that belonged to a claim of an earlier run binds to no other.
+            kubectl.run("delete", "pv", volume, "--ignore-not-found")
+        kubectl.apply(_local_volume(volume, kubectl.namespace))
+    kubectl.apply(_claim(volume))
     if not target.is_local:
         _upload_model(kubectl, images["runtime"])
 
 
-def _local_volume(namespace: str) -> dict[str, object]:
+def _local_volume(name: str, namespace: str) -> dict[str, object]:
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolume",
-        "metadata": {"name": f"models-{namespace}"},
+        "metadata": {"name": name},
         "spec": {
             "capacity": {"storage": "2Gi"},
             "accessModes": ["ReadOnlyMany", "ReadWriteMany"],
