@@ -36,6 +36,8 @@ from pagoda_operator.status import failed_status, make_status
 logger = logging.getLogger(__name__)
 
 REFUSED_RETRY_SECONDS = 30.0
+# The first status waits until the pods exist, and until other new services have their children.
+FIRST_STATUS_SECONDS = 0.3
 # What holds the name has no label of ours: nobody tells when it goes.
 CONFLICT_RETRY_SECONDS = 10.0
 
@@ -106,6 +108,8 @@ class Reconciler:
             reason = "QuotaExceeded" if "exceeded quota" in error.message else "Refused"
             await self._write_failure(manifest, reason, error.message)
             return REFUSED_RETRY_SECONDS
+        if plan.applies and "observedGeneration" not in manifest.get("status", {}):
+            return FIRST_STATUS_SECONDS
         cause = self._find_cause(service, deployment, world.pods, plan)
         status = make_status(
             service,
@@ -132,8 +136,9 @@ class Reconciler:
         """
         namespace, selector = service.key.namespace, f"{LABEL_SERVICE}={service.key.name}"
         wanted = list(render_children(service, engine_image=self._engine_image))
-        is_new = "observedGeneration" not in status
-        kinds = () if is_new or service.key in self._applied else CHILD_KINDS
+        is_known = service.key in self._applied
+        is_new = not is_known and "observedGeneration" not in status
+        kinds = () if is_new or is_known else CHILD_KINDS
         *lists, pods = await asyncio.gather(
             *(self._cluster.list(kind, namespace, selector) for kind in kinds),
             _nothing() if is_new else self._cluster.list("Pod", namespace, selector),

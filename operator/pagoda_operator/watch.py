@@ -34,7 +34,7 @@ CHILDREN = (
 )
 OUTAGE_PAUSE_MAX_SECONDS = 30.0
 # One change of a Deployment is a burst of events of its pods; one pass answers them all.
-BURST_SECONDS = 0.25
+BURST_SECONDS = 0.4
 
 
 class EndlessBackoff:
