@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from .settings import ClusterError, Settings, environment_settings
 def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     settings = environment_settings()
+    # A user's PATH often lacks the folders where the administrator's programs are.
+    os.environ["PATH"] = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
     try:
         return _run(options, settings)
     except ClusterError as error:

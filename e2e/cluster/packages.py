@@ -85,6 +85,4 @@ class _no_services_started:
 def _is_there(program: str) -> bool:
     if program.startswith("/"):
         return Path(program).exists()
-    # A user's PATH often lacks the folders where the administrator's programs are.
-    path = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
-    return shutil.which(program, path=path) is not None
+    return shutil.which(program) is not None
