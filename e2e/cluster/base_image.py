@@ -14,8 +14,8 @@ from .settings import ClusterError, Settings
 
 SUITE = "bookworm"
 PACKAGES = ("ca-certificates", "python3", "python3-venv")
-# The Containerfile's own default, in the full form that buildah asks for.
-PUBLIC = "docker.io/library/debian:bookworm-slim"
+# The Containerfile's own default.
+PUBLIC = "debian:bookworm-slim"
 REPOSITORY = "localhost/pagoda-base"
 
 

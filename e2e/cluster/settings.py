@@ -39,7 +39,7 @@ class Settings:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str]) -> Settings:
-        home = Path(environment.get("HOME") or "/root")
+        home = Path(environment.get("HOME") or Path.home())
         cache = Path(environment.get("PAGODA_CACHE") or home / ".cache" / "pagoda")
         # A short path, because the names of unix sockets end after 107 bytes.
         state = Path(environment.get("PAGODA_CLUSTER_DIR") or "/var/lib/pagoda-cluster")
