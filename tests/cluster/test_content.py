@@ -134,7 +134,7 @@ def test_images_that_the_registry_forgot_are_superseded_under_all_their_names() 
 127.0.0.1:5000/pagoda-runtime@sha256:aa type sha256:aa 1 linux -
 sha256:c0 type sha256:aa 1 linux -
 127.0.0.1:5000/pagoda-runtime:new type sha256:bb 1 linux -
-docker.io/library/else:1 type sha256:dd 1 linux -
+example.org/else:1 type sha256:dd 1 linux -
 """
     assert superseded_images(listing, {"127.0.0.1:5000/pagoda-runtime:new"}) == [
         "127.0.0.1:5000/pagoda-runtime:old",
