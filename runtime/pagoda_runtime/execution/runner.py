@@ -133,6 +133,12 @@ class ModelRunner:
                 "Use a smaller model or a larger device.",
             ) from error
         logger.info("Read %s of weights", format_bytes(num_bytes))
+        table = model.embed_tokens.weight
+        if self.model_config.tie_word_embeddings and model.lm_head.method.copies_weight:
+            logger.info(
+                "The tied vocabulary is held twice, as a table and packed: 2 x %s",
+                format_bytes(table.nbytes),
+            )
         return model
 
     def _memory_budget(self, config: EngineConfig) -> MemoryBudget:

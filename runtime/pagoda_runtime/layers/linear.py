@@ -13,12 +13,17 @@ from torch.nn.functional import linear
 class LinearMethod(Protocol):
     """How a product with a weight is computed; made once the weight is loaded."""
 
+    copies_weight: bool
+    """Whether it holds a copy in a layout of its own, and not the weight it was made of."""
+
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x @ weight.T + bias; x is [num_tokens, in_features]."""
 
 
 class PlainLinear:
     """torch's own linear."""
+
+    copies_weight = False
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
@@ -33,6 +38,8 @@ class PrepackedLinear:
     At 2 to 64 rows about twice as fast as torch's linear, which packs the weight at each call.
     The packed weight is a second copy until the caller drops the plain one.
     """
+
+    copies_weight = True
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)

@@ -107,5 +107,5 @@ def test_draws_of_a_large_vocabulary_follow_the_distribution(params):
     # 16 groups of 512 tokens; each group has one weight, so that its share can be counted.
     group_logits = torch.linspace(-1.0, 1.0, 16)
     logits = group_logits.repeat_interleave(512)[None]
-    shares = draws(logits, num_draws=1500, **params).view(16, 512).sum(-1)
-    torch.testing.assert_close(shares, group_logits.softmax(-1), atol=0.03, rtol=0)
+    shares = draws(logits, num_draws=600, **params).view(16, 512).sum(-1)
+    torch.testing.assert_close(shares, group_logits.softmax(-1), atol=0.05, rtol=0)
