@@ -20,9 +20,10 @@ ENGINE_IMAGE = "pagoda.invalid/engine:1"
 class OperatorProcess:
     """`pagoda-operator` for one namespace; its log is kept in a file."""
 
-    def __init__(self, kubectl: Kubectl, log: Path) -> None:
+    def __init__(self, kubectl: Kubectl, log: Path, kubeconfig: str | None = None) -> None:
         self._kubectl = kubectl
         self._log = log
+        self._kubeconfig = kubeconfig or kubectl.kubeconfig
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
 
@@ -36,14 +37,18 @@ class OperatorProcess:
         command = [sys.executable, "-m", "pagoda_operator.main", "--engine-image", ENGINE_IMAGE]
         command += ["--namespace", self._kubectl.namespace, "--health-port", str(self._port)]
         environment = dict(os.environ)
-        if self._kubectl.kubeconfig:
-            environment["KUBECONFIG"] = self._kubectl.kubeconfig
+        if self._kubeconfig:
+            environment["KUBECONFIG"] = self._kubeconfig
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         if wait:
             wait_until(
                 "operator ready", self._is_ready, timeout_seconds=60, on_timeout=lambda: self.log
             )
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -62,8 +67,7 @@ class OperatorProcess:
             raise
 
     def _is_ready(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, self.log
+        assert self.is_running, self.log
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/readyz", timeout=2):
                 return True

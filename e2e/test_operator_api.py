@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import random
 import time
+import urllib.parse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import stack
 import yaml
 from audit import AuditLog
 from kube import Kubectl, condition, wait_until
-from operator_process import OperatorProcess
+from operator_process import OperatorProcess, without_installed_operator
+from relay import Relay
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 CHILDREN = "deployments,services,serviceaccounts"
@@ -29,6 +33,10 @@ def manifest(name: str = "chat", **spec: Any) -> dict[str, Any]:
 
 def deployment(kubectl: Kubectl, name: str = "chat") -> dict[str, Any]:
     return kubectl.get("deployment", f"{name}-engine") or {}
+
+
+def engine_arguments(deployment: dict[str, Any]) -> str:
+    return " ".join(deployment["spec"]["template"]["spec"]["containers"][0]["args"])
 
 
 def start_service(kubectl: Kubectl, **spec: Any) -> None:
@@ -151,7 +159,7 @@ def test_a_service_made_anew_under_its_old_name_works(
         timeout_seconds=20,
         on_timeout=lambda: operator.log,
     )
-    assert "7" in deployment(namespace)["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert "--max-num-seqs 7 " in engine_arguments(deployment(namespace))
 
 
 def test_a_steady_state_writes_nothing(
@@ -212,10 +220,7 @@ def test_an_operator_killed_at_random_moments_converges(
     operator.start()
 
     def is_converged() -> bool:
-        arguments = [
-            " ".join(item["spec"]["template"]["spec"]["containers"][0]["args"])
-            for item in namespace.items("deployments")
-        ]
+        arguments = [engine_arguments(item) for item in namespace.items("deployments")]
         reasons = {ready_reason(namespace, name) for name in names}
         are_right = all("--max-num-seqs 14 " in line for line in arguments)
         return len(arguments) == 4 and are_right and reasons == {"InsufficientGPU"}
@@ -224,6 +229,43 @@ def test_an_operator_killed_at_random_moments_converges(
     owned = namespace.items(CHILDREN, "-l", "app.kubernetes.io/managed-by=pagoda")
     assert len(owned) == 3 * len(names)
     assert "Traceback" not in operator.log
+
+
+def test_an_outage_of_the_api_server_is_survived(
+    target: stack.Target, namespace: Kubectl, tmp_path: Path
+) -> None:
+    config = target.kubectl.json("config", "view", "--raw", "--minify")
+    cluster = config["clusters"][0]["cluster"]
+    address = urllib.parse.urlsplit(cluster["server"])
+    relay = Relay((str(address.hostname), address.port or 443))
+    cluster["server"] = f"https://127.0.0.1:{relay.port}"
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(json.dumps(config))
+    log = tmp_path / "operator.log"
+    process = OperatorProcess(namespace, log, kubeconfig=str(kubeconfig))
+    with without_installed_operator(target.kubectl):
+        process.start()
+        try:
+            start_service(namespace)
+            relay.cut()
+            namespace.apply(manifest(engine={"maxNumSeqs": 7}))
+            namespace.run("delete", "service", "chat")
+            time.sleep(10)
+            assert process.is_running, process.log
+            relay.restore()
+            wait_until(
+                "what was missed is made up for",
+                lambda: (
+                    namespace.get("service", "chat")
+                    and "--max-num-seqs 7 " in engine_arguments(deployment(namespace))
+                ),
+                timeout_seconds=40,
+                on_timeout=lambda: process.log,
+            )
+            assert process.stop() == 0
+        finally:
+            process.kill()
+            relay.close()
 
 
 def test_sigterm_ends_the_operator_with_status_zero(

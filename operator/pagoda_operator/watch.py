@@ -32,7 +32,7 @@ CHILDREN = (
     ("", "v1", "serviceaccounts"),
     ("", "v1", "pods"),
 )
-OUTAGE_PAUSE_MAX_SECONDS = 30.0
+OUTAGE_PAUSE_MAX_SECONDS = 10.0
 # One change of a Deployment is a burst of events of its pods; one pass answers them all.
 BURST_SECONDS = 0.4
 
