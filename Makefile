@@ -22,6 +22,7 @@ lint:
 
 types:
 	@$(PYTHON) -m mypy operator/pagoda_operator kernels/pagoda_kernels runtime/pagoda_runtime
+	@$(PYTHON) -m mypy -p cluster
 
 unit:
 	@$(PYTHON) -m pytest -q tests -m "not model and not slow"
