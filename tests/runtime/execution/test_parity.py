@@ -139,3 +139,12 @@ def test_bfloat16_follows_float32_closely(llama):
     prompts = make_prompts([30] * 8)
     pairs = zip(generate(exact, prompts, 1), generate(rounded, prompts, 1), strict=True)
     assert sum(a == b for a, b in pairs) >= 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", TINY)
+def test_a_gpu_gives_the_tokens_of_the_cpu(family, tmp_path):
+    make_tiny_checkpoint(tmp_path, family)
+    prompts = make_prompts([1, 7, 33])
+    expected = generate(make_runner(tmp_path, device="cpu"), prompts, NUM_TOKENS)
+    assert generate(make_runner(tmp_path, device="cuda"), prompts, NUM_TOKENS) == expected
