@@ -24,7 +24,7 @@ from pagoda_runtime import LLM, SamplingParams
 from pagoda_runtime.execution import machine
 
 OUTPUT_TOKENS = 64
-PROMPT_TOKENS = 32
+PROMPT_TOKENS = 16
 BATCH_SIZES = (1, 16)
 
 Side = Callable[[Sequence[list[int]]], int]

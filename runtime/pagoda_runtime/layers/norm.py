@@ -49,8 +49,9 @@ class RMSNorm(nn.Module):
 
 def to_unit_norm(x: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
     """x / hypot(|x|, floor) over the last dimension, in fp32."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return x / torch.hypot(norm, floor)
+    # Cast once: an operation on two dtypes would cast again by itself.
+    x = x.float()
+    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
 
 
 def norm_floor(eps: float, size: int, device: torch.device) -> torch.Tensor:
