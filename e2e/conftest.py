@@ -33,9 +33,7 @@ def images(target: stack.Target) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def crds(target: stack.Target) -> None:
     """The CRD of this tree, served."""
-    target.kubectl.run(
-        "apply", "--server-side", "--force-conflicts", "-f", str(stack.ROOT / "crds")
-    )
+    stack.apply_crds(target.kubectl)
     target.kubectl.run("wait", "--for=condition=Established", "crd/llmservices.pagoda.dev")
 
 

@@ -68,10 +68,15 @@ def build_images(target: Target) -> dict[str, str]:
     return images
 
 
+def apply_crds(kubectl: Kubectl) -> None:
+    """The CRDs of this tree; Helm would install them once and never upgrade them."""
+    kubectl.run("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
+
+
 def install_operator(target: Target, images: dict[str, str]) -> None:
     """Install or upgrade the chart, and wait until the operator is ready."""
     kubectl = target.kubectl.in_namespace(OPERATOR_NAMESPACE)
-    kubectl.run("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
+    apply_crds(kubectl)
     command = [target.helm, "upgrade", "--install", "pagoda", str(CHART)]
     command += ["--namespace", OPERATOR_NAMESPACE, "--create-namespace", "--skip-crds"]
     command += ["--set", f"image={images['operator']}", "--set", f"engineImage={images['runtime']}"]

@@ -21,10 +21,8 @@ import zmq.asyncio
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.death import count_oom_kills, describe_exit
 from pagoda_runtime.engine.limits import (
-    verify_max_tokens_fit,
-    verify_prompt_fits,
+    verify_fits,
     verify_queue_has_room,
-    verify_token_ids,
 )
 from pagoda_runtime.engine.messages import (
     AbortRequests,
@@ -145,17 +143,7 @@ class EngineClient:
         if self.ready is None:
             raise PagodaError("The engine is still loading its model.")
         sampling_params.verify()
-        verify_token_ids(prompt_token_ids, vocab_size=self.ready.vocab_size)
-        max_model_len, num_prompt_tokens = self.ready.max_model_len, len(prompt_token_ids)
-        verify_prompt_fits(
-            num_prompt_tokens,
-            max_model_len=max_model_len,
-            num_blocks=self.ready.num_blocks,
-            block_size=self.ready.block_size,
-        )
-        verify_max_tokens_fit(
-            num_prompt_tokens, sampling_params.max_tokens, max_model_len=max_model_len
-        )
+        verify_fits(prompt_token_ids, sampling_params, self.ready)
 
     async def shutdown(self, timeout_seconds: float = 10.0) -> None:
         """End the engine process after its current step; kill it when the time is over."""

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pagoda_runtime.engine.messages import EngineReady
 from pagoda_runtime.errors import PromptTooLong, QueueFull, RequestError
+from pagoda_runtime.sampling_params import SamplingParams
 
 # Long enough for some running requests to end, short enough for a person to wait.
 RETRY_AFTER_SECONDS = 2
+
+
+def verify_fits(
+    prompt_token_ids: Sequence[int], sampling_params: SamplingParams, facts: EngineReady
+) -> None:
+    """Raise RequestError or PromptTooLong for what this engine can never serve."""
+    verify_token_ids(prompt_token_ids, vocab_size=facts.vocab_size)
+    num_prompt_tokens, max_model_len = len(prompt_token_ids), facts.max_model_len
+    verify_prompt_fits(
+        num_prompt_tokens,
+        max_model_len=max_model_len,
+        num_blocks=facts.num_blocks,
+        block_size=facts.block_size,
+    )
+    verify_max_tokens_fit(
+        num_prompt_tokens, sampling_params.max_tokens, max_model_len=max_model_len
+    )
 
 
 def verify_prompt_fits(

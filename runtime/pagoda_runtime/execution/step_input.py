@@ -48,12 +48,11 @@ def prepare_step(
     seq_lens = [row.start + len(row.token_ids) for row in ordered]
     block_table = _block_table([row.block_table for row in ordered])
     token_ids = np.fromiter((t for row in ordered for t in row.token_ids), dtype=np.int64)
-    seqs = np.repeat(np.arange(len(ordered)), query_lens)
     first_tokens = np.cumsum(query_lens) - query_lens
+    seqs = np.repeat(np.arange(len(ordered)), query_lens)
     starts = np.array([row.start for row in ordered], dtype=np.int64)
     positions = np.arange(len(token_ids)) + (starts - first_tokens)[seqs]
-    blocks, offsets = np.divmod(positions, block_size)
-    slot_mapping = block_table[seqs, blocks].astype(np.int64) * block_size + offsets
+    slot_mapping = _slots(block_table, seqs, positions, block_size)
     metadata = AttentionMetadata.build(
         query_lens,
         seq_lens,
@@ -64,9 +63,9 @@ def prepare_step(
         device=device,
         buffer=buffer,
     )
+    sampled = [index for index, row in enumerate(rows) if row.sampling_params is not None]
     last_tokens = np.empty(len(rows), dtype=np.int64)
     last_tokens[order] = first_tokens + query_lens - 1
-    sampled = [index for index, row in enumerate(rows) if row.sampling_params is not None]
     return PreparedStep(
         StepInput(
             _pad(token_ids, min_tokens).to(device),
@@ -77,6 +76,15 @@ def prepare_step(
         _pad(last_tokens[sampled], min_tokens).to(device),
         [_sample_row(rows[index]) for index in sampled],
     )
+
+
+def _slots(
+    block_table: np.ndarray, seqs: np.ndarray, positions: np.ndarray, block_size: int
+) -> np.ndarray:
+    """[num_tokens] int64: the cache slot of each token, from its sequence and position."""
+    blocks, offsets = np.divmod(positions, block_size)
+    slots: np.ndarray = block_table[seqs, blocks].astype(np.int64) * block_size + offsets
+    return slots
 
 
 def _sample_row(row: ScheduledRow) -> SampleRow:

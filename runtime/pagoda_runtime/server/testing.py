@@ -25,10 +25,8 @@ import uvicorn
 from pagoda_runtime.cli import parse_serve_args
 from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.engine.limits import (
-    verify_max_tokens_fit,
-    verify_prompt_fits,
+    verify_fits,
     verify_queue_has_room,
-    verify_token_ids,
 )
 from pagoda_runtime.engine.messages import (
     EngineFailed,
@@ -126,17 +124,7 @@ class FakeEngine:
         assert self.ready is not None
         if self.failure is not None:
             raise EngineDead(self.failure.message)
-        verify_token_ids(prompt_token_ids, vocab_size=self.ready.vocab_size)
-        num_prompt_tokens, max_model_len = len(prompt_token_ids), self.ready.max_model_len
-        verify_prompt_fits(
-            num_prompt_tokens,
-            max_model_len=max_model_len,
-            num_blocks=self.ready.num_blocks,
-            block_size=self.ready.block_size,
-        )
-        verify_max_tokens_fit(
-            num_prompt_tokens, sampling_params.max_tokens, max_model_len=max_model_len
-        )
+        verify_fits(prompt_token_ids, sampling_params, self.ready)
         verify_queue_has_room(
             len(self.running),
             max_num_seqs=self.config.max_num_seqs,
