@@ -15,7 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pagoda_runtime.config import EngineConfig
-from pagoda_runtime.engine.messages import EngineReady, ScheduledRow
+from pagoda_runtime.engine.messages import (
+    BlockCopy,
+    EngineReady,
+    RowOutput,
+    ScheduledRow,
+    TokenLogprobs,
+)
 from pagoda_runtime.engine.process import OnProgress
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.sampling_params import SamplingParams
@@ -43,6 +49,14 @@ def _sample(state: int, sampling_params: SamplingParams, seed: int, vocab_size: 
     if not sampling_params.is_greedy:
         state = mix(state, seed)
     return (state >> 16) % vocab_size
+
+
+def fake_candidates(state: int, count: int, vocab_size: int) -> list[tuple[int, float]]:
+    """Distinct tokens and falling logprobs, a function of the hash of all tokens before."""
+    first, step = (state >> 16) % vocab_size, 1
+    tokens = [(first + step * number) % vocab_size for number in range(min(count, vocab_size))]
+    gap = 0.1 + (state >> 40) % 100 / 100
+    return [(token_id, -0.2 - gap * number) for number, token_id in enumerate(tokens)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,32 +97,69 @@ class FakeRunner:
             block_size=self.block_size,
             num_blocks=self.num_blocks,
             vocab_size=self.vocab_size,
+            max_num_seqs=256,
             eos_token_ids=self.eos_token_ids,
             dtype="float32",
             device="cpu",
         )
 
-    def execute(self, rows: Sequence[ScheduledRow]) -> list[int]:
-        """Write every row's tokens, then read every row's history. Raises AssertionError."""
+    def execute(
+        self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()
+    ) -> list[RowOutput]:
+        """Copy, write every row's tokens, read every row's history. Raises AssertionError."""
         time.sleep(self.step_seconds)
         self.num_steps += 1
         assert rows, "a step without rows"
-        written: dict[tuple[int, int], str] = {}
+        self._copy(copies)
+        written: dict[tuple[int, int], tuple[str, int]] = {}
         for row in rows:
             self._write(row, written)
-        tokens = []
-        for row in rows:
-            state = self._read(row)
-            if row.sampling_params is not None:
-                tokens.append(_sample(state, row.sampling_params, row.seed, self.vocab_size))
-        return tokens
+        return [self._output(row, self._read(row)) for row in rows]
+
+    def _copy(self, copies: Sequence[BlockCopy]) -> None:
+        read = []
+        for copy in copies:
+            assert 1 <= copy.source <= self.num_blocks
+            assert 1 <= copy.target <= self.num_blocks
+            read.append(
+                [self._cache.get((copy.source, offset)) for offset in range(self.block_size)]
+            )
+        for copy, slots in zip(copies, read, strict=True):
+            for offset, slot in enumerate(slots):
+                if slot is not None:
+                    self._cache[copy.target, offset] = slot
+
+    def _output(self, row: ScheduledRow, state: int) -> RowOutput:
+        params = row.sampling_params
+        targets = row.prompt_targets
+        prompt_logprobs = None
+        if targets is not None:
+            prompt_logprobs = [TokenLogprobs(target, -1.0, 1, []) for target in targets]
+        if params is None:
+            return RowOutput(prompt_logprobs=prompt_logprobs)
+        if row.num_candidates:
+            candidates = fake_candidates(state, row.num_candidates, self.vocab_size)
+            return RowOutput(
+                token_ids=[token_id for token_id, _ in candidates],
+                token_logprobs=[logprob for _, logprob in candidates],
+            )
+        token_ids = [_sample(state, params, seed, self.vocab_size) for seed in row.seeds]
+        logprobs = None
+        if params.logprobs is not None:
+            logprobs = [TokenLogprobs(token_id, -1.0, 1, []) for token_id in token_ids]
+        return RowOutput(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            token_logprobs=[-1.0] * len(token_ids) if params.needs_logprobs else None,
+            prompt_logprobs=prompt_logprobs,
+        )
 
     def _place(self, row: ScheduledRow, position: int) -> tuple[int, int]:
         block = row.block_table[position // self.block_size]
         assert 1 <= block <= self.num_blocks, f"block {block} does not exist"
         return block, position % self.block_size
 
-    def _write(self, row: ScheduledRow, written: dict[tuple[int, int], str]) -> None:
+    def _write(self, row: ScheduledRow, written: dict[tuple[int, int], tuple[str, int]]) -> None:
         end = row.start + len(row.token_ids)
         assert row.token_ids, f"{row.request_id} has no tokens in this step"
         assert len(row.block_table) == -(-end // self.block_size), "blocks and tokens differ"
@@ -116,8 +167,9 @@ class FakeRunner:
         for position, token_id in enumerate(row.token_ids, row.start):
             assert 0 <= token_id < self.vocab_size
             place = self._place(row, position)
-            other = written.setdefault(place, row.request_id)
-            assert other == row.request_id, f"{other} and {row.request_id} write to {place}"
+            writer = (row.request_id, row.index)
+            other = written.setdefault(place, writer)
+            assert other == writer, f"{other} and {writer} write to {place}"
             state = mix(state, token_id)
             self._cache[place] = _Slot(position, token_id, state)
 

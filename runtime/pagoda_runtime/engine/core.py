@@ -8,9 +8,11 @@ from typing import Protocol
 
 from pagoda_runtime.engine.block_pool import BlockPool
 from pagoda_runtime.engine.messages import (
+    BlockCopy,
     EngineRequest,
     EngineStats,
     RequestDelta,
+    RowOutput,
     ScheduledRow,
     StepOutput,
 )
@@ -27,8 +29,10 @@ class Runner(Protocol):
     @property
     def block_size(self) -> int: ...
 
-    def execute(self, rows: Sequence[ScheduledRow]) -> list[int]:
-        """Compute the rows and return one token for each row that samples, in row order."""
+    def execute(
+        self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()
+    ) -> list[RowOutput]:
+        """Copy the blocks, compute the rows, and return one output for each row."""
         ...
 
 
@@ -90,7 +94,8 @@ class EngineCore:
         plan = self.scheduler.schedule()
         for request in plan.admitted:
             request.queue_seconds = max(0.0, now - request.arrival_seconds)
-        sampled = self.runner.execute(plan.rows) if plan.rows else []
+        outputs = self.runner.execute(plan.rows) if plan.rows else []
+        sampled = [token_id for output in outputs for token_id in output.token_ids]
         assert plan.rows or not self.has_work, "there is work, but nothing was scheduled"
         advanced = self.scheduler.update(plan, sampled)
         return StepOutput(
@@ -127,6 +132,7 @@ def _make_delta(request: Request) -> RequestDelta:
         request_id=request.request_id,
         new_token_ids=[request.token_ids[-1]],
         finish_reason=request.finish_reason,
+        is_last=request.finish_reason is not None,
         stop_reason=request.stop_reason,
         num_cached_tokens=request.num_cached_tokens,
         queue_seconds=request.queue_seconds if is_first else None,

@@ -11,19 +11,65 @@ from pagoda_runtime.sampling_params import SamplingParams
 
 
 class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokens of one request that one step computes."""
+    """The tokens of one sequence that one step computes, and what it wants of their logits."""
 
     request_id: str
+    index: int = 0
+    """Which choice of the request this sequence is."""
     token_ids: list[int]
-    """Inputs of this step, at positions start, start + 1, …"""
+    """Inputs of this step, at positions start, start + 1, … A negative id -k - 1 stands for the
+    k-th token that the step before samples, which may still be running."""
     start: int
-    """Tokens of this request whose keys and values are in the cache already."""
+    """Tokens of this sequence whose keys and values are in the cache already."""
     block_table: list[int]
-    """Blocks that hold positions 0 … start + len(token_ids) - 1, in order."""
+    """Blocks that hold positions 0 … start + len(token_ids) - 1, in order; block 0 in place of
+    blocks before every layer's window, which were given back."""
     sampling_params: SamplingParams | None
-    """None when the row stops short of the request's last token, and so samples nothing."""
-    seed: int = 0
-    """Seed of the request's sampling; a draw depends on (seed, position) alone."""
+    """None when the row stops short of the sequence's last token, and so samples nothing."""
+    seeds: tuple[int, ...] = (0,)
+    """One token is drawn for each; a draw depends on (seed, position) and the logits alone."""
+    num_candidates: int = 0
+    """Above 0 for a beam: instead of a draw, that many likeliest tokens are wanted."""
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    """Tokens that the sequence has generated before this step's."""
+    history: list[int] | None = None
+    """Prompt and output so far, for a row whose sampling_params ask what was said before."""
+    prompt_targets: list[int] | None = None
+    """For prompt_logprobs: the token that follows each of token_ids, as far as the prompt goes."""
+    num_prompt_logprobs: int = 0
+    """Likeliest tokens wanted at each of prompt_targets."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of the probabilities at one position, after no processing of logits."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the likeliest token."""
+    top: list[tuple[int, float]]
+    """The likeliest tokens and their logprobs, best first."""
+
+
+class RowOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step computed for one row."""
+
+    token_ids: list[int] = []
+    """One for each seed; for a beam its candidates, likeliest first."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each of token_ids, if sampling_params.logprobs asks for them."""
+    token_logprobs: list[float] | None = None
+    """The logprob of each of token_ids, for beams and for sampling_params.needs_logprobs."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """One for each of prompt_targets."""
+
+
+class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
+    """The content of a block, in all layers, goes to another before the step writes anything."""
+
+    source: int
+    target: int
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
@@ -34,6 +80,10 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     sampling_params: SamplingParams
     arrival_seconds: float
     """time.time() at acceptance in the API process."""
+    priority: int = 0
+    """Lower is served earlier."""
+    cache_salt: str = ""
+    """Prefixes are shared only among requests with the same salt."""
 
 
 class AbortRequests(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
@@ -42,19 +92,40 @@ class AbortRequests(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     request_ids: list[str]
 
 
+class FinishChoices(msgspec.Struct, frozen=True, kw_only=True, tag="finish"):
+    """API → engine: these choices of a request have said enough (a stop string); others go on."""
+
+    request_id: str
+    indices: list[int]
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, kw_only=True, tag="reset_prefix_cache"):
+    """API → engine: let no request find what is cached now. Answered by PrefixCacheReset."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
     """API → engine: end the process."""
 
 
 class RequestDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """New tokens of one request after a step."""
+    """New tokens of one choice of a request after a step."""
 
     request_id: str
+    index: int = 0
+    """Which choice; 0 unless n or best_of is above 1, or beams were asked for."""
     new_token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each new token, if they were asked for."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """For the prompt's second and later tokens, with the first delta of choice 0."""
     finish_reason: str | None = None
     """stop (end token or stop id), length, abort, or None while it runs."""
     stop_reason: int | str | None = None
     """The stop token id that ended it; None for the model's own end token."""
+    cumulative_logprob: float | None = None
+    """Of all the choice's tokens so far, if best_of or beams need it."""
+    is_last: bool = False
+    """Whether this is the last delta of the whole request."""
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache at first admission."""
     queue_seconds: float | None = None
@@ -76,6 +147,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens looked up in the prefix cache."""
     prefix_cache_hits: int = 0
     """Prompt tokens found there."""
+    kv_waste: float = 0.0
+    """Slots of held blocks that no token fills, over all slots of held blocks."""
     num_scheduled_tokens: int = 0
     """Tokens of the last step."""
 
@@ -85,6 +158,13 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
 
     deltas: list[RequestDelta]
     stats: EngineStats
+
+
+class PrefixCacheReset(msgspec.Struct, frozen=True, kw_only=True, tag="prefix_cache_reset"):
+    """Engine → API: the prefix cache was emptied."""
+
+    num_blocks: int
+    """Blocks that held something to be found."""
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):
@@ -106,6 +186,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     eos_token_ids: list[int]
     dtype: str
     device: str
+    max_num_seqs: int = 0
+    """Sequences that run at once; the choices of one request count each."""
     default_sampling: dict[str, float | int] = msgspec.field(default_factory=dict)
     """temperature, top_p, top_k of generation_config.json, where it names them."""
 
@@ -117,5 +199,5 @@ class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     message: str
 
 
-ToEngine = EngineRequest | AbortRequests | Shutdown
-ToApi = StepOutput | LoadProgress | EngineReady | EngineFailed
+ToEngine = EngineRequest | AbortRequests | FinishChoices | ResetPrefixCache | Shutdown
+ToApi = StepOutput | PrefixCacheReset | LoadProgress | EngineReady | EngineFailed

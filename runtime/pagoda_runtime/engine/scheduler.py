@@ -243,7 +243,7 @@ class Scheduler:
             # Copied only for the chunks of a long prompt; a decode step copies nothing.
             block_table=table if num_blocks == len(table) else table[:num_blocks],
             sampling_params=request.sampling_params if end == request.num_tokens else None,
-            seed=request.seed,
+            seeds=(request.seed,),
         )
 
     def _extend_hashes(self, request: Request, num_blocks: int) -> None:

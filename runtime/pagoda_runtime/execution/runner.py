@@ -8,11 +8,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import torch
 
+from pagoda_kernels.copy_blocks import copy_blocks
 from pagoda_kernels.paged_attention import GatherBuffer
 from pagoda_runtime.config import EngineConfig
-from pagoda_runtime.engine.messages import EngineReady, ScheduledRow
+from pagoda_runtime.engine.messages import (
+    BlockCopy,
+    EngineReady,
+    RowOutput,
+    ScheduledRow,
+    TokenLogprobs,
+)
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution import machine
 from pagoda_runtime.execution.kv_cache import (
@@ -22,7 +30,7 @@ from pagoda_runtime.execution.kv_cache import (
     format_bytes,
     size_kv_cache,
 )
-from pagoda_runtime.execution.sampler import sample
+from pagoda_runtime.execution.sampler import compute_logprobs, sample
 from pagoda_runtime.execution.step_input import prepare_step
 from pagoda_runtime.layers.linear import fastest_min_rows
 from pagoda_runtime.models.decoder import Decoder
@@ -38,6 +46,9 @@ _DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+_NOTHING = RowOutput()
+# Rows of a prompt whose logits are computed at once for prompt_logprobs.
+_PROMPT_LOGPROBS_ROWS = 64
 
 
 def no_progress(phase: str, percent: float, bytes_per_second: float) -> None:
@@ -90,6 +101,7 @@ class ModelRunner:
             block_size=self.block_size,
             num_blocks=self.num_blocks,
             vocab_size=self.model_config.vocab_size,
+            max_num_seqs=config.max_num_seqs,
             eos_token_ids=list(self.model_config.eos_token_ids),
             dtype=dtype_name,
             device=self.device.type,
@@ -97,11 +109,19 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def execute(self, rows: Sequence[ScheduledRow]) -> list[int]:
-        """Compute the rows' tokens; return one token id for each row with sampling_params.
+    def execute(
+        self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()
+    ) -> list[RowOutput]:
+        """Copy blocks, compute the rows' tokens, and return what each row asked for.
 
         Afterwards the cache holds each row's positions 0 … start + len(token_ids) - 1.
         """
+        if copies:
+            copy_blocks(
+                self.kv_caches,
+                sources=[copy.source for copy in copies],
+                targets=[copy.target for copy in copies],
+            )
         prepared = prepare_step(
             rows,
             block_size=self.block_size,
@@ -112,10 +132,34 @@ class ModelRunner:
             device=self.device,
         )
         hidden = self.model(prepared.step_input, self.kv_caches)
-        if not prepared.sample_rows:
-            return []
-        logits = self.model.logits(hidden.index_select(0, prepared.sampled_tokens))
-        return sample(logits[: len(prepared.sample_rows)], prepared.sample_rows)
+        outputs = [_NOTHING] * len(rows)
+        if prepared.sampled_rows:
+            logits = self.model.logits(hidden.index_select(0, prepared.sampled_tokens))
+            sampled = [rows[index] for index in prepared.sampled_rows]
+            for index, output in zip(
+                prepared.sampled_rows, sample(logits[: len(sampled)], sampled), strict=True
+            ):
+                outputs[index] = output
+        for index, row in enumerate(rows):
+            if row.prompt_targets:
+                first = prepared.first_tokens[index]
+                outputs[index] = msgspec.structs.replace(
+                    outputs[index],
+                    prompt_logprobs=self._prompt_logprobs(hidden[first:], row),
+                )
+        return outputs
+
+    def _prompt_logprobs(self, hidden: torch.Tensor, row: ScheduledRow) -> list[TokenLogprobs]:
+        """Logprobs of row.prompt_targets, the first of which follows the first row of hidden."""
+        targets = row.prompt_targets
+        assert targets is not None
+        found: list[TokenLogprobs] = []
+        # In pieces: fp32 logits of a whole prompt would be larger than the model.
+        for first in range(0, len(targets), _PROMPT_LOGPROBS_ROWS):
+            some = targets[first : first + _PROMPT_LOGPROBS_ROWS]
+            logits = self.model.logits(hidden[first : first + len(some)])
+            found += compute_logprobs(logits, some, row.num_prompt_logprobs)
+        return found
 
     def _load_model(self, folder: Path, on_progress: OnProgress) -> Decoder:
         on_progress("load", 0.0, 0.0)

@@ -7,10 +7,10 @@ tokens whatever else is in the batch, and again after a preemption.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from pagoda_runtime.engine.messages import RowOutput, ScheduledRow, TokenLogprobs
 from pagoda_runtime.sampling_params import SamplingParams
 
 # Candidates looked at first when only top_p limits them. A row of so much entropy that they do not
@@ -20,37 +20,63 @@ _CHUNK = 512
 _MASK64 = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """What one row's draw depends on, beside its logits."""
-
-    params: SamplingParams
-    seed: int
-    position: int
-    """Position in the sequence of the token that is drawn."""
-
-
-def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """One token id per row.
+def sample(logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> list[RowOutput]:
+    """One output per row, with one token for each of its seeds.
 
     Order: temperature, top-k, top-p, draw. Greedy rows take the largest logit, the first of equals.
 
     Args:
         logits: [num_rows, vocab_size], any float dtype.
+        rows: with sampling_params.
     """
-    random_rows = [index for index, row in enumerate(rows) if not row.params.is_greedy]
-    if not random_rows:
-        return _argmax(logits)
-    token_ids = [-1] * len(rows)
-    greedy_rows = [index for index, row in enumerate(rows) if row.params.is_greedy]
+    params = [_params_of(row) for row in rows]
+    greedy_rows = [index for index, p in enumerate(params) if p.is_greedy]
+    best = []
     if greedy_rows:
-        for index, token_id in zip(greedy_rows, _argmax(logits[greedy_rows]), strict=True):
-            token_ids[index] = token_id
+        best = _argmax(logits if len(greedy_rows) == len(rows) else logits[greedy_rows])
+    greedy = dict(zip(greedy_rows, best, strict=True))
+    outputs = []
     # Row by row: a vocabulary of fp32 in the processor's cache beats a batch in memory, and no
     # row's rounding depends on its neighbours.
-    for index in random_rows:
-        token_ids[index] = _draw(logits[index], rows[index])
-    return token_ids
+    for index, row in enumerate(rows):
+        if index in greedy:
+            token_ids = [greedy[index]] * len(row.seeds)
+        else:
+            position = row.start + len(row.token_ids)
+            token_ids = [_draw(logits[index], params[index], s, position) for s in row.seeds]
+        outputs.append(RowOutput(token_ids=token_ids))
+    return outputs
+
+
+def _params_of(row: ScheduledRow) -> SamplingParams:
+    assert row.sampling_params is not None
+    return row.sampling_params
+
+
+def compute_logprobs(
+    logits: torch.Tensor, token_ids: Sequence[int], num_top: int
+) -> list[TokenLogprobs]:
+    """The logprobs of one token per row, and of the num_top likeliest ones.
+
+    Args:
+        logits: [num_rows, vocab_size], any float dtype.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
+    ranks = (logprobs > chosen).sum(-1) + 1
+    values, tops = logprobs.topk(num_top, dim=-1)
+    rows = zip(
+        token_ids,
+        chosen.flatten().tolist(),
+        ranks.tolist(),
+        tops.tolist(),
+        values.tolist(),
+        strict=True,
+    )
+    return [
+        TokenLogprobs(token_id, logprob, rank, list(zip(ids, top, strict=True)))
+        for token_id, logprob, rank, ids, top in rows
+    ]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -82,11 +108,10 @@ def _argmax(logits: torch.Tensor) -> list[int]:
     return [int(token_id) for token_id in token_ids.tolist()]
 
 
-def _draw(logits: torch.Tensor, row: SampleRow) -> int:
-    """Invert the cumulative distribution at this row's uniform number."""
-    params = row.params
+def _draw(logits: torch.Tensor, params: SamplingParams, seed: int, position: int) -> int:
+    """Invert the cumulative distribution at the uniform number of (seed, position)."""
     scaled = logits.float() / params.temperature
-    target = uniform(row.seed, row.position)
+    target = uniform(seed, position)
     if params.top_k <= 0 and params.top_p >= 1.0:
         return _invert(scaled.softmax(-1), target)
     probabilities, token_ids = _candidates(scaled, params)

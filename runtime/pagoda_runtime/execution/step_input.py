@@ -10,7 +10,6 @@ import torch
 
 from pagoda_kernels.paged_attention import AttentionMetadata, GatherBuffer
 from pagoda_runtime.engine.messages import ScheduledRow
-from pagoda_runtime.execution.sampler import SampleRow
 from pagoda_runtime.models.decoder import StepInput
 
 
@@ -21,7 +20,10 @@ class PreparedStep:
     step_input: StepInput
     sampled_tokens: torch.Tensor
     """int64: indices of the tokens whose logits are wanted, in the rows' order, then padding."""
-    sample_rows: list[SampleRow]
+    sampled_rows: list[int]
+    """Indices of the rows that they belong to."""
+    first_tokens: list[int]
+    """For each row, the index of its first token."""
 
 
 def prepare_step(
@@ -64,8 +66,9 @@ def prepare_step(
         buffer=buffer,
     )
     sampled = [index for index, row in enumerate(rows) if row.sampling_params is not None]
-    last_tokens = np.empty(len(rows), dtype=np.int64)
-    last_tokens[order] = first_tokens + query_lens - 1
+    row_starts = np.empty(len(rows), dtype=np.int64)
+    row_starts[order] = first_tokens
+    last_tokens = row_starts + np.array([len(row.token_ids) for row in rows]) - 1
     return PreparedStep(
         StepInput(
             _pad(token_ids, min_tokens).to(device),
@@ -74,7 +77,8 @@ def prepare_step(
             metadata,
         ),
         _pad(last_tokens[sampled], min_tokens).to(device),
-        [_sample_row(rows[index]) for index in sampled],
+        sampled,
+        row_starts.tolist(),
     )
 
 
@@ -85,11 +89,6 @@ def _slots(
     blocks, offsets = np.divmod(positions, block_size)
     slots: np.ndarray = block_table[seqs, blocks].astype(np.int64) * block_size + offsets
     return slots
-
-
-def _sample_row(row: ScheduledRow) -> SampleRow:
-    assert row.sampling_params is not None
-    return SampleRow(row.sampling_params, row.seed, row.start + len(row.token_ids))
 
 
 def _pad(values: np.ndarray, min_length: int) -> torch.Tensor:

@@ -47,12 +47,12 @@ def generate(
                     start=computed[index],
                     block_table=tables[index],
                     sampling_params=row_params if is_sampled else None,
-                    seed=row_params.seed or 0,
+                    seeds=(row_params.seed or 0,),
+                    num_prompt_tokens=len(prompts[index]),
+                    num_output_tokens=len(tokens[index]) - len(prompts[index]),
                 )
             )
             computed[index] = last
-        sampled = iter(runner.execute(rows))
-        for index, row in zip(running, rows, strict=True):
-            if row.sampling_params is not None:
-                tokens[index].append(next(sampled))
+        for index, output in zip(running, runner.execute(rows), strict=True):
+            tokens[index].extend(output.token_ids)
     return [row[len(prompt) :] for row, prompt in zip(tokens, prompts, strict=True)]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from pagoda_runtime.engine.core import EngineCore
-from pagoda_runtime.engine.messages import EngineRequest
+from pagoda_runtime.engine.messages import EngineRequest, RowOutput
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.testing import FakeRunner, fake_next_token
 
@@ -245,8 +245,8 @@ def test_all_blocks_return_after_a_thousand_random_requests_with_aborts():
 
 def test_a_step_of_16_requests_costs_less_than_2_ms_around_the_model():
     class InstantRunner(FakeRunner):
-        def execute(self, rows):
-            return [1 for row in rows if row.sampling_params is not None]
+        def execute(self, rows, copies=()):
+            return [RowOutput(token_ids=[1] if row.sampling_params else []) for row in rows]
 
     runner = InstantRunner(num_blocks=8000, block_size=16, vocab_size=10, max_model_len=8192)
     core = make_core(runner, max_num_seqs=16, max_num_batched_tokens=100_000)
