@@ -53,8 +53,8 @@ def size_kv_cache(
     if max_model_len is not None and max_model_len > limit:
         raise FatalError(
             "InvalidFlags",
-            f"--max-model-len (engine.maxModelLen) is {max_model_len}, but the model's "
-            f"max_position_embeddings is {limit}. Give at most {limit}.",
+            f"--max-model-len (engine.maxModelLen) is {max_model_len}, but the model "
+            f"reaches {limit} tokens (max_position_embeddings and rope). Give at most {limit}.",
         )
     wanted_len = limit if max_model_len is None else max_model_len
     block_bytes = config.kv_elements_per_token * element_bytes * block_size

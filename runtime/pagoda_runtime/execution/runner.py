@@ -87,6 +87,7 @@ class ModelRunner:
         )
         self.num_blocks = size.num_blocks
         self.max_model_len = size.max_model_len
+        self.model.set_max_model_len(self.max_model_len)
         self._log_size(size.total_bytes, config)
         with torch.inference_mode():
             self.kv_caches = allocate_kv_caches(

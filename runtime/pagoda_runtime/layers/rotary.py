@@ -1,4 +1,4 @@
-"""Rotary position embedding, with the frequencies of the rope types default, linear and llama3."""
+"""Rotary position embedding, with the frequencies of each rope type."""
 
 from __future__ import annotations
 
@@ -10,22 +10,71 @@ import torch
 from pagoda_runtime.models.config import RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+def inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> torch.Tensor:
     """[head_dim / 2] fp32: radians per position of each pair of dimensions.
 
-    llama3 leaves short wavelengths alone, divides long ones by the factor and blends in between.
+    They are the same for all positions and all sequences, because rotated keys stay in the cache
+    and are shared. Types that depend on the length (dynamic, longrope) take max_model_len, the
+    longest sequence that the engine serves: docs/decisions/0005-rope-by-longest-sequence.md.
+    """
+    theta = rope.theta
+    if rope.rope_type == "dynamic":
+        theta = _dynamic_theta(rope, head_dim, max_model_len)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / theta**exponents
+    match rope.rope_type:
+        case "linear":
+            return frequencies / rope.factor
+        case "llama3":
+            return _llama3_frequencies(rope, frequencies)
+        case "yarn":
+            return _yarn_frequencies(rope, frequencies)
+        case "longrope":
+            is_long = max_model_len > rope.original_max_position_embeddings
+            return frequencies / torch.tensor(rope.long_factors if is_long else rope.short_factors)
+    return frequencies
+
+
+def _dynamic_theta(rope: RopeConfig, head_dim: int, max_model_len: int) -> float:
+    """The base that stretches the longest wave over max_model_len, and the shortest not at all.
+
+    Source: "Dynamically Scaled RoPE" (NTK-aware), by emozilla and bloc97, 2023.
+    """
+    growth = max(1.0, max_model_len / rope.original_max_position_embeddings)
+    stretch = rope.factor * growth - (rope.factor - 1.0)
+    return rope.theta * stretch ** (head_dim / (head_dim - 2))
+
+
+def _llama3_frequencies(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
+    """Short waves stay, long ones are divided by the factor, those between are blended.
+
     Source: Llama 3.1's reference code, `apply_scaling`.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = 1.0 / rope.theta**exponents
-    if rope.rope_type == "default":
-        return frequencies
-    if rope.rope_type == "linear":
-        return frequencies / rope.factor
-    assert rope.rope_type == "llama3", rope.rope_type
     turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
     share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     return torch.lerp(frequencies / rope.factor, frequencies, share.clamp(0.0, 1.0))
+
+
+def _yarn_frequencies(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
+    """As llama3, but blended evenly by dimension and not by the number of turns.
+
+    Source: Peng et al., YaRN, 2023, section 3.2 ("NTK-by-parts").
+    """
+    num_pairs = len(frequencies)
+
+    def pair_with_turns(turns: float) -> float:
+        """The pair, in fractions, that turns so often in the original context."""
+        wavelength = rope.original_max_position_embeddings / (turns * 2 * math.pi)
+        return num_pairs * math.log(wavelength) / math.log(rope.theta)
+
+    first, last = pair_with_turns(rope.beta_fast), pair_with_turns(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    # The published code bounds the last one by the head's dimensions, twice the number of pairs.
+    first, last = max(first, 0), min(last, 2 * num_pairs - 1)
+    pairs = torch.arange(num_pairs, dtype=torch.float32)
+    share = ((pairs - first) / max(last - first, 0.001)).clamp(0.0, 1.0)
+    return torch.lerp(frequencies, frequencies / rope.factor, share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +88,12 @@ class RotaryAngles:
     sin: torch.Tensor
 
     @classmethod
-    def compute(cls, positions: torch.Tensor, frequencies: torch.Tensor) -> RotaryAngles:
+    def compute(
+        cls, positions: torch.Tensor, frequencies: torch.Tensor, attention_factor: float = 1.0
+    ) -> RotaryAngles:
         """positions: [num_tokens]; frequencies: [head_dim / 2] fp32."""
         angles = positions[:, None, None].float() * frequencies
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
         return cls(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
 
 

@@ -11,20 +11,35 @@ from typing import Any
 
 from pagoda_runtime.errors import FatalError
 
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary position embedding of a layer. Fields after `factor` belong to llama3 alone."""
+    """Rotary position embedding of a layer; `models/rope.py` reads it from config.json."""
 
     theta: float
     rope_type: str = "default"
     factor: float = 1.0
+    """How many times longer than the original the context is."""
     low_freq_factor: float = 1.0
+    """llama3: turns in the original context below which a frequency is divided in full."""
     high_freq_factor: float = 4.0
+    """llama3: turns above which it is left alone."""
     original_max_position_embeddings: int = 8192
+    """Positions that the model was trained on before its context was made longer."""
+    attention_factor: float = 1.0
+    """yarn, longrope: factor on cos and sin."""
+    beta_fast: float = 32.0
+    """yarn: turns in the original context above which a frequency is left alone."""
+    beta_slow: float = 1.0
+    """yarn: turns below which it is divided in full."""
+    truncate: bool = True
+    """yarn: whether the two are rounded to whole pairs of dimensions, outwards."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: divisors of the frequencies if no sequence outgrows the original context."""
+    long_factors: tuple[float, ...] = ()
+    """longrope: divisors if some sequence may."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +56,7 @@ class ModelConfig:
     head_dim: int
     norm_eps: float
     max_position_embeddings: int
+    """Positions that the model reaches, with what its rope adds."""
     activation: str
     """silu, gelu or gelu_pytorch_tanh"""
     tie_word_embeddings: bool
@@ -163,74 +179,22 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def read_rope(
-    file: ConfigFile, layer_type: str = "full_attention", *, default_theta: float = 10_000.0
-) -> RopeConfig:
-    """The rope of one layer type.
+def common_fields(file: ConfigFile, default_head_dim: int | None = None) -> dict[str, Any]:
+    """The fields of ModelConfig that all families of Llama's kind spell in the same way.
 
-    Both spellings are read: `rope_parameters` (one for all layers or one for each layer type), and
-    the older `rope_theta` with `rope_scaling`.
+    Args:
+        default_head_dim: where the file names none; None: hidden_size divided by the heads.
     """
-    parameters = dict(file.mapping("rope_parameters"))
-    key = "rope_parameters"
-    if isinstance(parameters.get(layer_type), dict):
-        key = f"rope_parameters.{layer_type}"
-        parameters = parameters[layer_type]
-    elif not parameters or all(isinstance(value, dict) for value in parameters.values()):
-        key = "rope_scaling"
-        parameters = dict(file.mapping("rope_scaling"))
-    parameters.setdefault("rope_theta", file.number("rope_theta", default_theta))
-    parameters.setdefault("rope_type", parameters.get("type", "default"))
-    return _parse_rope(file, key, parameters)
-
-
-def _parse_rope(file: ConfigFile, key: str, parameters: Mapping[str, Any]) -> RopeConfig:
-    rope_type = parameters["rope_type"]
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise FatalError(
-            "InvalidModelConfig",
-            f"{file.path}: {key} has the rope type {rope_type!r}, which this engine does not "
-            f"support. Supported: {', '.join(SUPPORTED_ROPE_TYPES)}. "
-            "Serve a checkpoint with one of these.",
-        )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise file.invalid(
-            f"{key}.partial_rotary_factor", parameters["partial_rotary_factor"], "1.0 or absent"
-        )
-
-    def value(name: str) -> float:
-        number = parameters.get(name)
-        if not is_number(number) or not 0 < float(number) < math.inf:  # type: ignore[arg-type]
-            raise file.invalid(f"{key}.{name}", number, "a positive number")
-        return float(number)  # type: ignore[arg-type]
-
-    theta = value("rope_theta")
-    if rope_type == "default":
-        return RopeConfig(theta)
-    if rope_type == "linear":
-        return RopeConfig(theta, "linear", value("factor"))
-    if parameters.get("original_max_position_embeddings") is None:
-        parameters = {
-            **parameters,
-            "original_max_position_embeddings": file.integer("max_position_embeddings"),
-        }
-    low, high = value("low_freq_factor"), value("high_freq_factor")
-    if low >= high:
-        raise file.invalid(f"{key}.high_freq_factor", high, f"above low_freq_factor, {low}")
-    original = int(value("original_max_position_embeddings"))
-    return RopeConfig(theta, "llama3", value("factor"), low, high, original)
-
-
-def common_fields(file: ConfigFile) -> dict[str, Any]:
-    """The fields of ModelConfig that all families of Llama's kind spell in the same way."""
     num_heads = file.integer("num_attention_heads")
     num_kv_heads = file.integer("num_key_value_heads", num_heads)
     hidden_size = file.integer("hidden_size")
     if num_heads % num_kv_heads:
         raise file.invalid("num_key_value_heads", num_kv_heads, f"a divisor of {num_heads}")
-    if file.values.get("head_dim") is None and hidden_size % num_heads:
-        raise file.invalid("hidden_size", hidden_size, f"a multiple of {num_heads} heads")
-    head_dim = file.integer("head_dim", hidden_size // num_heads)
+    if default_head_dim is None:
+        if file.values.get("head_dim") is None and hidden_size % num_heads:
+            raise file.invalid("hidden_size", hidden_size, f"a multiple of {num_heads} heads")
+        default_head_dim = hidden_size // num_heads
+    head_dim = file.integer("head_dim", default_head_dim)
     if head_dim % 2:
         raise file.invalid("head_dim", head_dim, "even")
     dtype_key = "dtype" if file.values.get("dtype") is not None else "torch_dtype"

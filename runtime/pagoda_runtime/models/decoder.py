@@ -101,8 +101,15 @@ class Decoder(nn.Module):
             dtype=dtype,
             device=device,
         )
+        self.device = device
+        self.set_max_model_len(config.max_position_embeddings)
+
+    def set_max_model_len(self, max_model_len: int) -> None:
+        """Say how long a sequence may become: the frequencies of some rope types depend on it."""
+        head_dim = self.config.head_dim
         self.frequencies = {
-            rope: inverse_frequencies(rope, config.head_dim).to(device) for rope in config.rope
+            rope: inverse_frequencies(rope, head_dim, max_model_len).to(self.device)
+            for rope in self.config.rope
         }
 
     def targets(self) -> dict[str, torch.Tensor]:
@@ -131,7 +138,7 @@ class Decoder(nn.Module):
             kv_caches: one for each layer, [num_blocks, block_size, 2, num_kv_heads, head_dim].
         """
         angles = {
-            rope: RotaryAngles.compute(step.positions, frequencies)
+            rope: RotaryAngles.compute(step.positions, frequencies, rope.attention_factor)
             for rope, frequencies in self.frequencies.items()
         }
         hidden = self.embed_tokens(step.token_ids)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pagoda_runtime.models.config import ConfigFile, ModelConfig, RopeConfig, read_rope
+from pagoda_runtime.models.config import ConfigFile, ModelConfig, RopeConfig
 from pagoda_runtime.models.config import common_fields as read_common_fields
 from pagoda_runtime.models.llama import ACTIVATIONS
 from pagoda_runtime.models.qwen2 import windows_of_layer_types
+from pagoda_runtime.models.rope import max_positions, read_rope
 
 
 def gemma3(file: ConfigFile) -> ModelConfig:
@@ -13,9 +14,7 @@ def gemma3(file: ConfigFile) -> ModelConfig:
     file.require_absent(
         "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"
     )
-    common = read_common_fields(file)
-    if file.values.get("head_dim") is None:
-        common["head_dim"] = 256
+    common = read_common_fields(file, default_head_dim=256)
     num_layers = common["num_layers"]
     window = file.integer("sliding_window", 4096)
     if file.values.get("layer_types") is not None:
@@ -23,8 +22,9 @@ def gemma3(file: ConfigFile) -> ModelConfig:
     else:
         pattern = file.integer("sliding_window_pattern", 6)
         windows = tuple(window if (layer + 1) % pattern else 0 for layer in range(num_layers))
-    global_rope = read_rope(file, default_theta=1_000_000.0)
-    local_rope = _read_local_rope(file)
+    global_rope = read_rope(file, common["head_dim"], default_theta=1_000_000.0)
+    local_rope = _read_local_rope(file, common["head_dim"])
+    common["max_position_embeddings"] = max_positions(file, global_rope)
     bias = file.boolean("attention_bias", False)
     return ModelConfig(
         architecture="Gemma3ForCausalLM",
@@ -43,8 +43,8 @@ def gemma3(file: ConfigFile) -> ModelConfig:
     )
 
 
-def _read_local_rope(file: ConfigFile) -> RopeConfig:
+def _read_local_rope(file: ConfigFile, head_dim: int) -> RopeConfig:
     """Local layers have a rope of their own; older files name its theta rope_local_base_freq."""
     if "sliding_attention" in file.mapping("rope_parameters"):
-        return read_rope(file, "sliding_attention")
+        return read_rope(file, head_dim, "sliding_attention")
     return RopeConfig(file.number("rope_local_base_freq", 10_000.0))

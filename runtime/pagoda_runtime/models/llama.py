@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from pagoda_runtime.models.config import ConfigFile, ModelConfig, common_fields, read_rope
+from pagoda_runtime.models.config import ConfigFile, ModelConfig, common_fields
+from pagoda_runtime.models.rope import max_positions, read_rope
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 
-def llama(file: ConfigFile) -> ModelConfig:
+def llama(file: ConfigFile, default_head_dim: int | None = None) -> ModelConfig:
     """LlamaForCausalLM"""
-    common = common_fields(file)
+    common = common_fields(file, default_head_dim)
+    rope = read_rope(file, common["head_dim"])
+    common["max_position_embeddings"] = max_positions(file, rope)
     bias = file.boolean("attention_bias", False)
     return ModelConfig(
         architecture="LlamaForCausalLM",
         **common,
         activation=file.choice("hidden_act", "silu", ACTIVATIONS),
         tie_word_embeddings=file.boolean("tie_word_embeddings", False),
-        rope=(read_rope(file),) * common["num_layers"],
+        rope=(rope,) * common["num_layers"],
         sliding_windows=(0,) * common["num_layers"],
         qkv_bias=bias,
         attention_output_bias=bias,

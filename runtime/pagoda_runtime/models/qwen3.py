@@ -11,12 +11,11 @@ from pagoda_runtime.models.qwen2 import qwen_sliding_windows
 
 def qwen3(file: ConfigFile) -> ModelConfig:
     """Qwen3ForCausalLM"""
-    config = llama(file)
+    # Not hidden_size / num_attention_heads: the published checkpoints use 128 throughout.
+    config = llama(file, default_head_dim=128)
     return replace(
         config,
         architecture="Qwen3ForCausalLM",
-        # Not hidden_size / num_attention_heads: the published checkpoints use 128 throughout.
-        head_dim=file.integer("head_dim", 128),
         sliding_windows=qwen_sliding_windows(file, config.num_layers),
         mlp_bias=False,
         qk_norm=True,

@@ -14,8 +14,6 @@ from pagoda_runtime.layers.linear import (
     make_linear_method,
 )
 from pagoda_runtime.layers.norm import RMSNorm
-from pagoda_runtime.layers.rotary import RotaryAngles, apply_rotary, inverse_frequencies
-from pagoda_runtime.models.config import RopeConfig
 
 CPU = torch.device("cpu")
 
@@ -84,29 +82,3 @@ def test_the_scale_of_an_embedding_is_rounded_to_its_dtype():
     embedding = Embedding(4, 2, scale=math.sqrt(640), dtype=torch.bfloat16, device=CPU)
     embedding.weight.fill_(1.0)
     assert embedding(torch.tensor([3]))[0, 0].item() == 25.25
-
-
-def test_rotation_turns_pairs_of_dimensions_by_position_times_frequency():
-    frequencies = torch.tensor([1.0, 0.1])
-    x = torch.tensor([[[1.0, 0.0, 0.0, 2.0]]])
-    angles = RotaryAngles.compute(torch.tensor([3]), frequencies)
-    expected = [math.cos(3), -2 * math.sin(0.3), math.sin(3), 2 * math.cos(0.3)]
-    torch.testing.assert_close(apply_rotary(x, angles).flatten(), torch.tensor(expected))
-
-
-def test_linear_rope_divides_all_frequencies():
-    plain = inverse_frequencies(RopeConfig(1e4), 16)
-    assert torch.equal(inverse_frequencies(RopeConfig(1e4, "linear", 4.0), 16), plain / 4)
-
-
-def test_llama3_rope_keeps_short_waves_divides_long_ones_and_blends_between():
-    plain = inverse_frequencies(RopeConfig(1e4), 64)
-    rope = RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, 1024)
-    ratio = inverse_frequencies(rope, 64) / plain
-    wavelengths = 2 * math.pi / plain
-    torch.testing.assert_close(ratio[wavelengths < 256], torch.ones(int((wavelengths < 256).sum())))
-    long = ratio[wavelengths > 1024]
-    torch.testing.assert_close(long, torch.full_like(long, 1 / 8))
-    between = ratio[(wavelengths > 256) & (wavelengths < 1024)]
-    assert len(between) > 0
-    assert torch.all((between > 1 / 8) & (between < 1))

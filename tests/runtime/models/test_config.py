@@ -27,6 +27,8 @@ GEMMA = {
     "head_dim": 32,
     "sliding_window": 16,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -79,6 +81,23 @@ def test_llama3_rope_takes_its_original_length_from_the_model_if_it_names_none(t
     assert config.rope[0].original_max_position_embeddings == 512
 
 
+def test_a_rope_that_extends_the_context_says_how_far_the_model_reaches(tmp_path):
+    dynamic = load(tmp_path, {**LLAMA, "rope_scaling": {"rope_type": "dynamic", "factor": 3.0}})
+    assert dynamic.max_position_embeddings == 1536
+    assert dynamic.rope[0].original_max_position_embeddings == 512
+    # Some files with yarn name the original positions, some those that it reaches.
+    for positions in (256, 1024):
+        file = {**LLAMA, "max_position_embeddings": positions, "rope_scaling": YARN}
+        assert load(tmp_path, file).max_position_embeddings == 1024
+
+
+def test_longrope_reads_the_original_positions_where_phi_3_names_them(tmp_path):
+    file = {**LLAMA, "original_max_position_embeddings": 128, "rope_scaling": LONGROPE}
+    rope = load(tmp_path, file).rope[0]
+    assert (rope.original_max_position_embeddings, rope.factor) == (128, 4.0)
+    assert load(tmp_path, file).max_position_embeddings == 512
+
+
 def test_end_tokens_and_sampling_come_from_generation_config(tmp_path):
     generation = {"eos_token_id": [3, 4], "do_sample": True, "temperature": 0.6, "top_k": 20}
     config = load(tmp_path, LLAMA, generation)
@@ -118,10 +137,10 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
 
 
 def test_an_unknown_rope_type_is_refused_with_the_known_ones(tmp_path):
-    error = refusal(tmp_path, {**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+    error = refusal(tmp_path, {**LLAMA, "rope_scaling": {"rope_type": "xpos", "factor": 2.0}})
     assert error.reason == "InvalidModelConfig"
-    assert "'yarn'" in error.message
-    assert "default, linear, llama3" in error.message
+    assert "'xpos'" in error.message
+    assert "default, linear, dynamic, llama3, yarn, longrope" in error.message
 
 
 @pytest.mark.parametrize(
@@ -139,6 +158,16 @@ def test_an_unknown_rope_type_is_refused_with_the_known_ones(tmp_path):
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is None"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "high_freq_factor is 4.0"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_scaling.factor is None"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1}}, "rope_scaling.beta_fast is 1.0"),
+        ({"rope_scaling": {**YARN, "attention_factor": -1}}, "attention_factor is -1"),
+        ({"rope_scaling": {**YARN, "truncate": "no"}}, "truncate is 'no'"),
+        ({"rope_scaling": {**YARN, "mscale": "x", "mscale_all_dim": 1}}, "mscale is 'x'"),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": 1}}, "embeddings is 1"),
+        ({"rope_theta": 1, "rope_scaling": YARN}, "rope_theta is 1.0"),
+        ({"rope_scaling": {**LONGROPE, "long_factor": [1.0]}}, "long_factor is [1.0]"),
+        ({"rope_scaling": {**LONGROPE, "short_factor": [0] * 8}}, "short_factor is [0, 0"),
+        ({"rope_scaling": {**LONGROPE, "short_factor": 2}}, "short_factor is 2"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
     ],
 )

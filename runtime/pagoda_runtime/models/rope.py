@@ -1,0 +1,216 @@
+"""The rotary position embedding of a layer, read from config.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.models.config import ConfigFile, RopeConfig, is_number
+
+
+def read_rope(
+    file: ConfigFile,
+    head_dim: int,
+    layer_type: str = "full_attention",
+    *,
+    default_theta: float = 10_000.0,
+) -> RopeConfig:
+    """The rope of one layer type.
+
+    Both spellings are read: `rope_parameters` (one for all layers or one for each layer type), and
+    the older `rope_theta` with `rope_scaling`.
+    """
+    parameters = dict(file.mapping("rope_parameters"))
+    key = "rope_parameters"
+    if isinstance(parameters.get(layer_type), dict):
+        key = f"rope_parameters.{layer_type}"
+        parameters = dict(parameters[layer_type])
+    elif not parameters or all(isinstance(value, dict) for value in parameters.values()):
+        key = "rope_scaling"
+        parameters = dict(file.mapping("rope_scaling"))
+    parameters.setdefault("rope_theta", file.number("rope_theta", default_theta))
+    parameters.setdefault("rope_type", parameters.get("type", "default"))
+    rope_type = parameters["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        raise FatalError(
+            "InvalidModelConfig",
+            f"{file.path}: {key} has the rope type {rope_type!r}, which this engine does not "
+            f"support. Supported: {', '.join(ROPE_TYPES)}. Serve a checkpoint with one of these.",
+        )
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise file.invalid(
+            f"{key}.partial_rotary_factor", parameters["partial_rotary_factor"], "1.0 or absent"
+        )
+    return ROPE_TYPES[rope_type](_Parameters(file, key, parameters, head_dim))
+
+
+def max_positions(file: ConfigFile, rope: RopeConfig) -> int:
+    """Positions that a model with this rope reaches.
+
+    Files with dynamic rope name the original positions, those with yarn often do; the rope reaches
+    `factor` times as many.
+    """
+    named = file.integer("max_position_embeddings")
+    if rope.rope_type not in ("dynamic", "yarn"):
+        return named
+    return max(named, int(rope.factor * rope.original_max_position_embeddings))
+
+
+class _Parameters:
+    """One rope's object in config.json, read with types; errors name file, key and value."""
+
+    def __init__(
+        self, file: ConfigFile, key: str, values: Mapping[str, Any], head_dim: int
+    ) -> None:
+        self.file = file
+        self.key = key
+        self.values = values
+        self.head_dim = head_dim
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive finite number; without a default the key is required."""
+        value = self.values.get(name)
+        if value is None and default is not None:
+            return default
+        if not _is_positive(value):
+            raise self.file.invalid(f"{self.key}.{name}", value, "a positive number")
+        return float(value)  # type: ignore[arg-type]
+
+    @property
+    def theta(self) -> float:
+        theta = self.number("rope_theta")
+        # The types below divide by its logarithm.
+        if theta <= 1.0:
+            raise self.file.invalid(f"{self.key}.rope_theta", theta, "above 1")
+        return theta
+
+    def original_positions(self) -> int:
+        positions = self.file.integer("max_position_embeddings")
+        original = self.number("original_max_position_embeddings", positions)
+        if original < 2:
+            raise self.file.invalid(
+                f"{self.key}.original_max_position_embeddings", original, "at least 2"
+            )
+        return int(original)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.values.get(name, default)
+        if not isinstance(value, bool):
+            raise self.file.invalid(f"{self.key}.{name}", value, "true or false")
+        return value
+
+    def divisors(self, name: str) -> tuple[float, ...]:
+        """A positive number for each pair of dimensions of a head."""
+        values, count = self.values.get(name), self.head_dim // 2
+        if (
+            not isinstance(values, list)
+            or len(values) != count
+            or not all(map(_is_positive, values))
+        ):
+            raise self.file.invalid(
+                f"{self.key}.{name}", values, f"a list of {count} positive numbers"
+            )
+        return tuple(map(float, values))
+
+
+def _is_positive(value: object) -> bool:
+    return is_number(value) and 0 < value < math.inf  # type: ignore[operator]
+
+
+def _default(parameters: _Parameters) -> RopeConfig:
+    return RopeConfig(parameters.theta)
+
+
+def _linear(parameters: _Parameters) -> RopeConfig:
+    return RopeConfig(parameters.theta, "linear", parameters.number("factor"))
+
+
+def _dynamic(parameters: _Parameters) -> RopeConfig:
+    return RopeConfig(
+        parameters.theta,
+        "dynamic",
+        parameters.number("factor"),
+        original_max_position_embeddings=parameters.file.integer("max_position_embeddings"),
+    )
+
+
+def _llama3(parameters: _Parameters) -> RopeConfig:
+    low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
+    if low >= high:
+        raise parameters.file.invalid(
+            f"{parameters.key}.high_freq_factor", high, f"above low_freq_factor, {low}"
+        )
+    factor, original = parameters.number("factor"), parameters.original_positions()
+    return RopeConfig(parameters.theta, "llama3", factor, low, high, original)
+
+
+def _yarn(parameters: _Parameters) -> RopeConfig:
+    original = parameters.original_positions()
+    # DeepSeek's files leave the factor out.
+    positions = parameters.file.integer("max_position_embeddings")
+    factor = parameters.number("factor", positions / original)
+    fast, slow = parameters.number("beta_fast", 32.0), parameters.number("beta_slow", 1.0)
+    if fast <= slow:
+        raise parameters.file.invalid(
+            f"{parameters.key}.beta_fast", fast, f"above beta_slow, {slow}"
+        )
+    growth = _yarn_scale(factor, 1.0)
+    if parameters.values.get("mscale") and parameters.values.get("mscale_all_dim"):
+        growth = _yarn_scale(factor, parameters.number("mscale"))
+        growth /= _yarn_scale(factor, parameters.number("mscale_all_dim"))
+    return RopeConfig(
+        parameters.theta,
+        "yarn",
+        factor,
+        original_max_position_embeddings=original,
+        attention_factor=parameters.number("attention_factor", growth),
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=parameters.boolean("truncate", True),
+    )
+
+
+def _yarn_scale(factor: float, mscale: float) -> float:
+    """What keeps the entropy of attention over a longer context.
+
+    Source: Peng et al., YaRN, 2023, section 3.4.
+    """
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
+def _longrope(parameters: _Parameters) -> RopeConfig:
+    positions = parameters.file.integer("max_position_embeddings")
+    # Phi 3's files name the original positions outside of the rope's object.
+    original = parameters.file.integer(
+        "original_max_position_embeddings", parameters.original_positions()
+    )
+    if original < 2:
+        raise parameters.file.invalid("original_max_position_embeddings", original, "at least 2")
+    factor = parameters.number("factor", positions / original)
+    growth = 1.0
+    if factor > 1.0:
+        growth = math.sqrt(1.0 + math.log(factor) / math.log(original))
+    return RopeConfig(
+        parameters.theta,
+        "longrope",
+        factor,
+        original_max_position_embeddings=original,
+        attention_factor=parameters.number("attention_factor", growth),
+        short_factors=parameters.divisors("short_factor"),
+        long_factors=parameters.divisors("long_factor"),
+    )
+
+
+ROPE_TYPES: Mapping[str, Callable[[_Parameters], RopeConfig]] = MappingProxyType(
+    {
+        "default": _default,
+        "linear": _linear,
+        "dynamic": _dynamic,
+        "llama3": _llama3,
+        "yarn": _yarn,
+        "longrope": _longrope,
+    }
+)
