@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 from tokenizers import Tokenizer as FastTokenizer
@@ -99,6 +99,39 @@ class Tokenizer:
         text = self._special_tokens.get(name)
         token_id: int | None = None if text is None else self._tokenizer.token_to_id(text)
         return token_id
+
+
+class Encoder(Protocol):
+    """What `tokenize_bad_words` asks of a tokenizer."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+
+
+def tokenize_bad_words(tokenizer: Encoder, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that write one of the words, each once.
+
+    A word has one sequence at the start of a text or within a word, and mostly another after a
+    space. Other ways to write it, as letter by letter, are not among them.
+
+    Raises: RequestError: a word is empty or white space alone.
+    """
+    sequences: dict[tuple[int, ...], None] = {}
+    for word in words:
+        if not word.strip():
+            raise RequestError(
+                f"bad_words has {word!r}; each must have a character that is not white space.",
+                param="bad_words",
+            )
+        plain, spaced = (
+            tuple(tokenizer.encode(text, add_special_tokens=False))
+            for text in (word.lstrip(), " " + word.lstrip())
+        )
+        sequences[plain] = None
+        # Where the space is a token of its own, the plain sequence is found behind it anyway.
+        if spaced[-len(plain) :] != plain:
+            sequences[spaced] = None
+    # What the tokenizer has no tokens for cannot be written.
+    return tuple(sequence for sequence in sequences if sequence)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

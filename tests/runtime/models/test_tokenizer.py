@@ -8,7 +8,7 @@ import pytest
 
 from pagoda_runtime.errors import FatalError, RequestError
 from pagoda_runtime.models.testing import write_tiny_tokenizer
-from pagoda_runtime.models.tokenizer import load_tokenizer
+from pagoda_runtime.models.tokenizer import load_tokenizer, tokenize_bad_words
 
 MESSAGES = [{"role": "user", "content": "Hi <b> ünï"}, {"role": "assistant", "content": "Hello"}]
 TEMPLATE = """\
@@ -123,3 +123,29 @@ def test_importing_it_imports_neither_torch_nor_transformers():
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class WordPieces:
+    """Each text is one token; a space before it makes another, or is a token of its own."""
+
+    def __init__(self, has_space_token):
+        self.has_space_token = has_space_token
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        number = sum(map(ord, text.strip()))
+        if not text.startswith(" "):
+            return [number]
+        return [1, number] if self.has_space_token else [number + 1]
+
+
+@pytest.mark.parametrize(
+    ("has_space_token", "expected"), [(False, ((97,), (98,))), (True, ((97,),))]
+)
+def test_a_bad_word_is_forbidden_with_and_without_a_space_before_it(has_space_token, expected):
+    assert tokenize_bad_words(WordPieces(has_space_token), ["a", " a", "a"]) == expected
+
+
+def test_a_bad_word_of_white_space_alone_is_refused():
+    with pytest.raises(RequestError, match="bad_words has ' '"):
+        tokenize_bad_words(WordPieces(False), ["a", " "])
