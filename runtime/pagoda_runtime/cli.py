@@ -154,6 +154,18 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens of one step, over all requests (512 on a CPU, 2048 on a GPU)",
     )
     group.add_argument(
+        "--long-prefill-token-threshold",
+        type=integer(1),
+        help="prompt tokens of a step in which others decode; less is smoother for them and slower "
+        "for long prompts (128 on a CPU, 2048 on a GPU)",
+    )
+    group.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="plan the next step while one runs (off)",
+    )
+    group.add_argument(
         "--num-threads",
         type=integer(1, 4096),
         help="CPU threads of the engine (the cores it may use)",
@@ -278,7 +290,7 @@ def parse_serve_args(argv: Sequence[str]) -> ServerConfig:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
-    from pagoda_runtime import convert
+    from pagoda_runtime import bench, convert
 
     parser = FlagParser(prog="pagoda", description="Serve large language models.")
     parser.add_argument("--version", action="version", version=f"pagoda {version('pagoda-serve')}")
@@ -287,6 +299,8 @@ def build_parser() -> argparse.ArgumentParser:
     build_serve_parser(commands.add_parser("serve", help=serve, description=serve))
     folder = "make a folder in Hugging Face layout from a GGUF file"
     convert.add_arguments(commands.add_parser("convert", help=folder, description=folder))
+    speed = "measure an engine or a server"
+    bench.add_arguments(commands.add_parser("bench", help=speed, description=speed))
     return parser
 
 
@@ -299,9 +313,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_last_words(error.reason, error.message)
         return EXIT_INVALID_FLAGS
     if config is None:
-        from pagoda_runtime import convert
+        from pagoda_runtime import bench, convert
 
-        return convert.run(args)
+        return {"bench": bench.run, "convert": convert.run}[args.command](args)
     from pagoda_runtime.server.run import serve
 
     try:

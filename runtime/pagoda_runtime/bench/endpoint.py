@@ -1,0 +1,231 @@
+"""The two streaming endpoints of OpenAI's API, and the measuring of one request to them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from pagoda_runtime.bench.client import Answer, CannotConnect, HttpClient
+from pagoda_runtime.bench.http1 import BrokenAnswer, ConnectionLost, EventParser
+from pagoda_runtime.bench.workloads.base import BenchRequest, render_words
+
+MAX_SHOWN_CHARACTERS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where requests go and what of the prompt they carry."""
+
+    name: str
+    path: str
+    make_prompt: Callable[[BenchRequest, bool], dict[str, Any]]
+    """(request, whether as text) → the fields that hold the prompt."""
+    max_tokens_field: str
+
+
+def _completion_prompt(request: BenchRequest, as_text: bool) -> dict[str, Any]:
+    ids = request.prompt_token_ids
+    return {"prompt": render_words(ids) if as_text else ids}
+
+
+def _chat_prompt(request: BenchRequest, as_text: bool) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": render_words(request.prompt_token_ids)}]}
+
+
+ENDPOINTS = {
+    endpoint.name: endpoint
+    for endpoint in (
+        Endpoint("completions", "/v1/completions", _completion_prompt, "max_tokens"),
+        Endpoint("chat", "/v1/chat/completions", _chat_prompt, "max_completion_tokens"),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BodyOptions:
+    """What every request of a run says beside its prompt."""
+
+    model: str
+    temperature: float
+    ignore_eos: bool
+    prompt_as_text: bool
+
+
+def encode_body(endpoint: Endpoint, request: BenchRequest, options: BodyOptions) -> bytes:
+    """The JSON body of a streaming request."""
+    body = {
+        "model": options.model,
+        **endpoint.make_prompt(request, options.prompt_as_text),
+        endpoint.max_tokens_field: request.output_len,
+        "temperature": options.temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    # Not a field of OpenAI's own: sent only where it asks for something.
+    if options.ignore_eos:
+        body["ignore_eos"] = True
+    return msgspec.json.encode(body)
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What one request showed; all times in seconds."""
+
+    started: float
+    """time.perf_counter() when it was sent."""
+    ended: float = 0.0
+    """time.perf_counter() of the last event with a choice, or of the failure."""
+    time_to_first_token: float | None = None
+    gaps: list[float] = field(default_factory=list)
+    """Between one event with text and the next."""
+    num_prompt_tokens: int | None = None
+    """As the server counts them; None: it does not say."""
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    is_counted_by_server: bool = False
+    """False: the output tokens are the events with text, for want of the server's count."""
+    failure: str | None = None
+    """The kind: HTTP 429, cannot connect, connection lost, timeout, error event, …"""
+    detail: str = ""
+
+    @property
+    def end_to_end(self) -> float:
+        return self.ended - self.started
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Mean over the tokens after the first; None for a single token."""
+        if self.time_to_first_token is None or self.num_output_tokens < 2:
+            return None
+        return (self.end_to_end - self.time_to_first_token) / (self.num_output_tokens - 1)
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Delta | None = None
+
+    @property
+    def has_text(self) -> bool:
+        delta = self.delta
+        return bool(self.text or (delta and (delta.content or delta.reasoning_content)))
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _PromptDetails | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+class _StreamFailed(Exception):
+    """The stream carried an error or broke off: (kind, detail)."""
+
+
+_decoder = msgspec.json.Decoder(_Chunk)
+
+
+async def measure(
+    client: HttpClient, path: str, body: bytes, *, timeout_seconds: float
+) -> RequestRecord:
+    """Send one streaming request and record it; failures are part of the record."""
+    record = RequestRecord(started=time.perf_counter())
+    try:
+        async with (
+            asyncio.timeout(timeout_seconds),
+            client.request("POST", path, body) as answer,
+        ):
+            if answer.status != 200:
+                detail = show_error(await answer.read_all())
+                raise _StreamFailed(f"HTTP {answer.status}", detail)
+            await _read_stream(answer, record)
+    except _StreamFailed as error:
+        record.failure, record.detail = error.args
+    except TimeoutError:
+        record.failure, record.detail = "timeout", f"no end after {timeout_seconds:g} s"
+    except CannotConnect as error:
+        record.failure, record.detail = "cannot connect", str(error)
+    except ConnectionLost as error:
+        record.failure, record.detail = "connection lost", str(error)
+    except BrokenAnswer as error:
+        record.failure, record.detail = "broken answer", str(error)
+    if record.failure is not None:
+        record.ended = time.perf_counter()
+    return record
+
+
+async def _read_stream(answer: Answer, record: RequestRecord) -> None:
+    events, num_texts, last_text, is_done = EventParser(), 0, 0.0, False
+    async for piece in answer.pieces():
+        now = time.perf_counter()
+        for data in events.feed(piece):
+            if data == b"[DONE]":
+                is_done = True
+                continue
+            chunk = _decode(data)
+            if chunk.usage is not None:
+                _take_usage(record, chunk.usage)
+            if not chunk.choices:
+                continue
+            record.ended = now
+            if any(choice.has_text for choice in chunk.choices):
+                if num_texts == 0:
+                    record.time_to_first_token = now - record.started
+                else:
+                    record.gaps.append(now - last_text)
+                num_texts, last_text = num_texts + 1, now
+    if not is_done:
+        raise _StreamFailed("connection lost", "the stream ended without [DONE]")
+    if not record.ended:
+        raise _StreamFailed("broken answer", "the stream held no choice")
+    if record.time_to_first_token is None:
+        # Tokens without text, such as special ones: all that is known is when they were complete.
+        record.time_to_first_token = record.end_to_end
+    if not record.is_counted_by_server:
+        record.num_output_tokens = num_texts
+
+
+def _decode(data: bytes) -> _Chunk:
+    try:
+        chunk = _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _StreamFailed("broken answer", f"an event is no chunk: {error}") from error
+    if chunk.error is not None:
+        raise _StreamFailed("error event", show_error(data))
+    return chunk
+
+
+def _take_usage(record: RequestRecord, usage: _Usage) -> None:
+    record.num_prompt_tokens = usage.prompt_tokens
+    if usage.prompt_tokens_details is not None:
+        record.num_cached_tokens = usage.prompt_tokens_details.cached_tokens or 0
+    if usage.completion_tokens is not None:
+        record.num_output_tokens = usage.completion_tokens
+        record.is_counted_by_server = True
+
+
+def show_error(body: bytes) -> str:
+    """The message of an error in OpenAI's shape, or the beginning of whatever it is."""
+    try:
+        message = msgspec.json.decode(body)["error"]["message"]
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+        message = body.decode(errors="replace")
+    return str(message)[:MAX_SHOWN_CHARACTERS]
