@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,10 @@ from pagoda_runtime.engine.messages import (
     EngineReady,
     EngineRequest,
     EngineStats,
+    FinishChoices,
     LoadProgress,
+    PrefixCacheReset,
+    ResetPrefixCache,
     Shutdown,
     StepOutput,
     ToApi,
@@ -61,6 +65,8 @@ class EngineClient:
         self.on_stats: Callable[[StepOutput], None] | None = None
         self._engine_stats = EngineStats(slots=config.max_num_seqs)
         self._mailboxes: dict[str, Mailbox] = {}
+        self._resets: deque[asyncio.Future[int]] = deque()
+        """Who waits for the prefix cache to be emptied, in the order of asking."""
         self._loop = asyncio.get_running_loop()
         self._settled = asyncio.Event()
         """Set when the engine is ready or has failed."""
@@ -87,11 +93,14 @@ class EngineClient:
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's latest state. Every accepted request that does not run counts as waiting."""
-        running = min(self._engine_stats.running, len(self._mailboxes))
-        return msgspec.structs.replace(
-            self._engine_stats, running=running, waiting=len(self._mailboxes) - running
-        )
+        """The engine's latest state: running counts sequences, as the slots do.
+
+        Every accepted request that does not run counts as waiting, those on their way included.
+        """
+        num_open, stats = len(self._mailboxes), self._engine_stats
+        running = min(stats.running, sum(m.num_sequences for m in self._mailboxes.values()))
+        waiting = max(num_open - running, min(stats.waiting, num_open))
+        return msgspec.structs.replace(stats, running=running, waiting=waiting)
 
     async def wait_ready(self) -> EngineReady:
         """Wait for the model. Raises FatalError with the engine's reason and message."""
@@ -103,13 +112,22 @@ class EngineClient:
         return self.ready
 
     def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], sampling_params: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> RequestStream:
         """Take a request now and return its stream of deltas.
 
         Closing the stream, cancelling the task that waits on it, or dropping it aborts the request
         in the engine before its next step.
 
+        Args:
+            priority: lower is served earlier.
+            cache_salt: prefixes are shared only among requests with the same salt.
         Raises, at once and not at the first delta: PromptTooLong, RequestError (values out of
         range, no or unknown tokens, an id in use), QueueFull, EngineDead.
         """
@@ -123,27 +141,50 @@ class EngineClient:
         )
         if not self._mailboxes:
             self.last_step_seconds = time.monotonic()
-        mailbox = self._mailboxes[request_id] = Mailbox(request_id)
+        mailbox = Mailbox(request_id, sampling_params.num_sequences)
+        self._mailboxes[request_id] = mailbox
         self._send(
             EngineRequest(
                 request_id=request_id,
                 prompt_token_ids=list(prompt_token_ids),
                 sampling_params=sampling_params,
                 arrival_seconds=time.time(),
+                priority=priority,
+                cache_salt=cache_salt,
             )
         )
-        return RequestStream(mailbox, self._loop, self._abort)
+        # Of the beams only those come here that are returned.
+        num_choices = sampling_params.n if sampling_params.use_beam_search else None
+        return RequestStream(
+            mailbox,
+            self._loop,
+            num_choices or sampling_params.num_sequences,
+            abort=self._abort,
+            finish=self._finish_choice,
+        )
+
+    async def reset_prefix_cache(self) -> int:
+        """Empty the prefix cache; the number of blocks that held something. Raises EngineDead."""
+        self._verify_serving()
+        waiter: asyncio.Future[int] = self._loop.create_future()
+        self._resets.append(waiter)
+        self._send(ResetPrefixCache())
+        return await waiter
 
     def verify(self, prompt_token_ids: Sequence[int], sampling_params: SamplingParams) -> None:
         """Raise what `generate` would raise for this request, whatever else the engine does."""
+        facts = self._verify_serving()
+        sampling_params.verify()
+        verify_fits(prompt_token_ids, sampling_params, facts)
+
+    def _verify_serving(self) -> EngineReady:
         if self.failure is not None:
             raise EngineDead(self.failure.message)
         if self._is_shut_down:
             raise EngineDead("The engine was shut down.")
         if self.ready is None:
             raise PagodaError("The engine is still loading its model.")
-        sampling_params.verify()
-        verify_fits(prompt_token_ids, sampling_params, self.ready)
+        return self.ready
 
     async def shutdown(self, timeout_seconds: float = 10.0) -> None:
         """End the engine process after its current step; kill it when the time is over."""
@@ -214,12 +255,20 @@ class EngineClient:
         if self._mailboxes.pop(request_id, None) is not None and not self._exited.is_set():
             self._send(AbortRequests(request_ids=[request_id]))
 
+    def _finish_choice(self, request_id: str, index: int) -> None:
+        if request_id in self._mailboxes and not self._exited.is_set():
+            self._send(FinishChoices(request_id=request_id, indices=[index]))
+
     async def _read(self) -> None:
         while True:
             message = self._decoder.decode(await self._output.recv())
             match message:
                 case StepOutput():
                     self._take_step(message)
+                case PrefixCacheReset():
+                    waiter = self._resets.popleft()
+                    if not waiter.done():
+                        waiter.set_result(message.num_blocks)
                 case LoadProgress():
                     self.progress = message
                 case EngineReady():
@@ -237,7 +286,7 @@ class EngineClient:
             mailbox = self._mailboxes.get(delta.request_id)
             if mailbox is not None:
                 mailbox.put(delta)
-                if delta.finish_reason is not None:
+                if delta.is_last:
                     del self._mailboxes[delta.request_id]
         if self.on_stats is not None:
             self.on_stats(output)
@@ -252,6 +301,9 @@ class EngineClient:
         mailboxes, self._mailboxes = self._mailboxes, {}
         for mailbox in mailboxes.values():
             mailbox.fail(message)
+        for waiter in self._resets:
+            if not waiter.done():
+                waiter.set_exception(EngineDead(message))
 
     def _on_exit(self) -> None:
         """The process ended: called by the event loop, through the process's file descriptor."""

@@ -7,32 +7,29 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
-from pagoda_runtime.engine.messages import RequestDelta
+from pagoda_runtime.engine.messages import RequestDelta, TokenLogprobs
 from pagoda_runtime.errors import EngineDead
 
 
 class Mailbox:
     """Holds what the engine sent for a request until its stream takes it.
 
-    Deltas that pile up become one, so a slow reader costs memory for its tokens alone.
+    Deltas of a choice that pile up become one, so a slow reader costs memory for its tokens alone.
     """
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, num_sequences: int = 1) -> None:
         self.request_id = request_id
-        self._delta: RequestDelta | None = None
+        self.num_sequences = num_sequences
+        """Sequences that run for the request at once."""
+        self._deltas: dict[int, RequestDelta] = {}
+        """By choice. The last delta of the request is the last here."""
         self._error: str | None = None
         self._reader: asyncio.Future[None] | None = None
 
     def put(self, delta: RequestDelta) -> None:
-        if self._delta is None:
-            self._delta = delta
-        else:
-            # The list is this mailbox's own since it was decoded; extending it copies nothing.
-            token_ids, queue_seconds = self._delta.new_token_ids, self._delta.queue_seconds
-            token_ids.extend(delta.new_token_ids)
-            self._delta = msgspec.structs.replace(
-                delta, new_token_ids=token_ids, queue_seconds=queue_seconds
-            )
+        # Taken out and put in again, so that the request's last delta stands behind all others.
+        held = self._deltas.pop(delta.index, None)
+        self._deltas[delta.index] = delta if held is None else _join(held, delta)
         self._wake_reader()
 
     def fail(self, message: str) -> None:
@@ -41,52 +38,102 @@ class Mailbox:
 
     async def take(self) -> RequestDelta:
         """Wait for tokens. Raises EngineDead once all that came before the death is taken."""
-        while self._delta is None:
+        while not self._deltas:
             if self._error is not None:
                 raise EngineDead(self._error)
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
-        delta, self._delta = self._delta, None
-        return delta
+        return self._deltas.pop(next(iter(self._deltas)))
 
     def _wake_reader(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
 
+def _join(first: RequestDelta, second: RequestDelta) -> RequestDelta:
+    """One delta of the same choice. The lists are the mailbox's own since they were decoded."""
+    first.new_token_ids.extend(second.new_token_ids)
+    return msgspec.structs.replace(
+        second,
+        new_token_ids=first.new_token_ids,
+        logprobs=_extend(first.logprobs, second.logprobs),
+        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
+        num_cached_tokens=first.num_cached_tokens or second.num_cached_tokens,
+        queue_seconds=first.queue_seconds,
+    )
+
+
+def _extend(
+    first: list[TokenLogprobs] | None, second: list[TokenLogprobs] | None
+) -> list[TokenLogprobs] | None:
+    if first is None or second is None:
+        return first or second
+    first.extend(second)
+    return first
+
+
 class RequestStream(AsyncIterator[RequestDelta]):
-    """The deltas of one request; the last one has a finish_reason.
+    """The deltas of one request; the last one of each choice has a finish_reason.
 
     One task reads it. It is like an asynchronous generator (`aclose`, works with
     `contextlib.aclosing`), but the request is in the engine before the first delta is asked for.
     """
 
     def __init__(
-        self, mailbox: Mailbox, loop: asyncio.AbstractEventLoop, abort: Callable[[str], None]
+        self,
+        mailbox: Mailbox,
+        loop: asyncio.AbstractEventLoop,
+        num_choices: int,
+        *,
+        abort: Callable[[str], None],
+        finish: Callable[[str, int], None],
     ) -> None:
         self.request_id = mailbox.request_id
         self._mailbox = mailbox
         self._loop = loop
         self._abort = abort
+        self._finish = finish
+        self._open = set(range(num_choices))
         self._is_over = False
 
     def __aiter__(self) -> RequestStream:
         return self
 
     async def __anext__(self) -> RequestDelta:
-        if self._is_over:
-            raise StopAsyncIteration
-        try:
-            delta = await self._mailbox.take()
-        except BaseException:
-            await self.aclose()
-            raise
-        self._is_over = delta.finish_reason is not None
-        return delta
+        while not self._is_over:
+            try:
+                delta = await self._mailbox.take()
+            except BaseException:
+                await self.aclose()
+                raise
+            # What the engine sent before it learned that a choice is finished is passed over.
+            is_wanted = delta.index in self._open
+            if delta.is_last:
+                self._is_over = True
+            elif delta.finish_reason is not None:
+                self._close(delta.index)
+            if is_wanted:
+                return delta
+        raise StopAsyncIteration
+
+    def finish(self, index: int) -> None:
+        """Want no more of a choice; the request is over with the last one."""
+        if self._is_over or index not in self._open:
+            return
+        self._close(index)
+        if not self._is_over:
+            self._finish(self.request_id, index)
 
     async def aclose(self) -> None:
         """Abort the request if it still runs."""
         if not self._is_over:
+            self._is_over = True
+            self._abort(self.request_id)
+
+    def _close(self, index: int) -> None:
+        self._open.discard(index)
+        if not self._open:
+            # Each choice ended, but the engine does not know of all.
             self._is_over = True
             self._abort(self.request_id)
 
