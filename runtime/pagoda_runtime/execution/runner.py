@@ -30,7 +30,8 @@ from pagoda_runtime.execution.kv_cache import (
     format_bytes,
     size_kv_cache,
 )
-from pagoda_runtime.execution.sampler import compute_logprobs, sample
+from pagoda_runtime.execution.logprobs import compute_logprobs
+from pagoda_runtime.execution.sampler import sample
 from pagoda_runtime.execution.step_input import prepare_step
 from pagoda_runtime.layers.linear import fastest_min_rows
 from pagoda_runtime.models.decoder import Decoder
@@ -137,8 +138,11 @@ class ModelRunner:
         if prepared.sampled_rows:
             logits = self.model.logits(hidden.index_select(0, prepared.sampled_tokens))
             sampled = [rows[index] for index in prepared.sampled_rows]
+            logits = logits[: len(sampled)]
             for index, output in zip(
-                prepared.sampled_rows, sample(logits[: len(sampled)], sampled), strict=True
+                prepared.sampled_rows,
+                sample(logits, sampled, self.model_config.eos_token_ids),
+                strict=True,
             ):
                 outputs[index] = output
         for index, row in enumerate(rows):

@@ -1,40 +1,56 @@
-"""Choose one token per row from its logits.
+"""Choose the tokens of each row from its logits.
 
-A draw depends on the row's logits, parameters, seed and position alone, so a request gets the same
-tokens whatever else is in the batch, and again after a preemption.
+A draw depends on the row's logits, parameters, history, seed and position alone, so a request gets
+the same tokens whatever else is in the batch, and again after a preemption.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
-from pagoda_runtime.engine.messages import RowOutput, ScheduledRow, TokenLogprobs
+from pagoda_runtime.engine.messages import RowOutput, ScheduledRow
+from pagoda_runtime.execution.logits import is_processed, process_logits
+from pagoda_runtime.execution.logprobs import (
+    describe_tokens,
+    find_candidates,
+    likeliest,
+    token_logprobs,
+)
 from pagoda_runtime.sampling_params import SamplingParams
 
-# Candidates looked at first when only top_p limits them. A row of so much entropy that they do not
-# reach top_p is cut by a threshold instead; sorting a whole vocabulary would cost many times more.
-_FIRST_CANDIDATES = 1024
 _CHUNK = 512
 _MASK64 = (1 << 64) - 1
 
 
-def sample(logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> list[RowOutput]:
-    """One output per row, with one token for each of its seeds.
+def sample(
+    logits: torch.Tensor, rows: Sequence[ScheduledRow], eos_token_ids: Collection[int] = ()
+) -> list[RowOutput]:
+    """One output per row: one token for each of its seeds, or a beam's candidates.
 
-    Order: temperature, top-k, top-p, draw. Greedy rows take the largest logit, the first of equals.
+    Order: `logits.process_logits`, temperature, min_p, top-k, top-p, draw. Greedy rows take the
+    largest processed logit, the first of equals. Logprobs are of the logits before all that.
 
     Args:
         logits: [num_rows, vocab_size], any float dtype.
         rows: with sampling_params.
+        eos_token_ids: the model's end tokens.
     """
     params = [_params_of(row) for row in rows]
-    greedy_rows = [index for index, p in enumerate(params) if p.is_greedy]
+    plain = [
+        index
+        for index, row in enumerate(rows)
+        if params[index].is_greedy and not row.num_candidates and not is_processed(row)
+    ]
     best = []
-    if greedy_rows:
-        best = _argmax(logits if len(greedy_rows) == len(rows) else logits[greedy_rows])
-    greedy = dict(zip(greedy_rows, best, strict=True))
+    if plain:
+        best = _argmax(logits if len(plain) == len(rows) else logits[plain])
+    greedy = dict(zip(plain, best, strict=True))
     outputs = []
     # Row by row: a vocabulary of fp32 in the processor's cache beats a batch in memory, and no
     # row's rounding depends on its neighbours.
@@ -42,9 +58,12 @@ def sample(logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> list[RowOutput
         if index in greedy:
             token_ids = [greedy[index]] * len(row.seeds)
         else:
-            position = row.start + len(row.token_ids)
-            token_ids = [_draw(logits[index], params[index], s, position) for s in row.seeds]
-        outputs.append(RowOutput(token_ids=token_ids))
+            processed = process_logits(logits[index], row, eos_token_ids)
+            if row.num_candidates:
+                outputs.append(find_candidates(processed, row.num_candidates))
+                continue
+            token_ids = _choose(processed, row, params[index])
+        outputs.append(_describe(logits[index], token_ids, params[index]))
     return outputs
 
 
@@ -53,39 +72,29 @@ def _params_of(row: ScheduledRow) -> SamplingParams:
     return row.sampling_params
 
 
-def compute_logprobs(
-    logits: torch.Tensor, token_ids: Sequence[int], num_top: int
-) -> list[TokenLogprobs]:
-    """The logprobs of one token per row, and of the num_top likeliest ones.
-
-    Args:
-        logits: [num_rows, vocab_size], any float dtype.
-    """
-    logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
-    ranks = (logprobs > chosen).sum(-1) + 1
-    values, tops = logprobs.topk(num_top, dim=-1)
-    rows = zip(
-        token_ids,
-        chosen.flatten().tolist(),
-        ranks.tolist(),
-        tops.tolist(),
-        values.tolist(),
-        strict=True,
-    )
-    return [
-        TokenLogprobs(token_id, logprob, rank, list(zip(ids, top, strict=True)))
-        for token_id, logprob, rank, ids, top in rows
-    ]
+def _describe(logits: torch.Tensor, token_ids: list[int], params: SamplingParams) -> RowOutput:
+    """The tokens with the logprobs that the parameters ask for."""
+    if params.logprobs is not None:
+        logprobs = describe_tokens(logits, token_ids, params.logprobs)
+        return RowOutput(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            token_logprobs=[token.logprob for token in logprobs],
+        )
+    if params.needs_logprobs:
+        return RowOutput(token_ids=token_ids, token_logprobs=token_logprobs(logits, token_ids))
+    return RowOutput(token_ids=token_ids)
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number from 0 to below 1, made from (seed, position) alone.
+def uniform(seed: int, position: int, attempt: int = 0) -> float:
+    """A number from 0 to below 1, made from the arguments alone.
 
     Source: SplitMix64 of Steele, Lea and Flood, Fast splittable pseudorandom number generators,
     2014.
     """
-    state = (_mix(seed & _MASK64) + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64
+    state = seed & _MASK64
+    for step in (position, attempt):
+        state = (_mix(state) + (step + 1) * 0x9E3779B97F4A7C15) & _MASK64
     return (_mix(state) >> 11) / (1 << 53)
 
 
@@ -108,79 +117,87 @@ def _argmax(logits: torch.Tensor) -> list[int]:
     return [int(token_id) for token_id in token_ids.tolist()]
 
 
-def _draw(logits: torch.Tensor, params: SamplingParams, seed: int, position: int) -> int:
-    """Invert the cumulative distribution at the uniform number of (seed, position)."""
-    scaled = logits.float() / params.temperature
-    target = uniform(seed, position)
-    if params.top_k <= 0 and params.top_p >= 1.0:
-        return _invert(scaled.softmax(-1), target)
-    probabilities, token_ids = _candidates(scaled, params)
-    return int(token_ids[_invert(probabilities, target)])
+def _choose(logits: torch.Tensor, row: ScheduledRow, params: SamplingParams) -> list[int]:
+    """One token for each of the row's seeds.
 
-
-def _candidates(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights, largest first, and ids of the tokens that top-k and top-p leave."""
-    vocab_size = len(scaled)
-    if params.top_k > 0:
-        values, token_ids = scaled.topk(min(params.top_k, vocab_size))
-        probabilities = values.softmax(-1)
-    else:
-        values, token_ids = scaled.topk(min(_FIRST_CANDIDATES, vocab_size))
-        probabilities = (values - scaled.logsumexp(-1)).exp_()
-        if float(probabilities.sum()) < params.top_p:
-            return _cut_by_threshold(scaled.softmax(-1), params.top_p)
-    before = probabilities.cumsum(-1, dtype=torch.float64) - probabilities
-    # The token that crosses top_p stays, so at least one always does.
-    kept = max(1, int((before < params.top_p).sum()))
-    return probabilities[:kept], token_ids[:kept]
-
-
-def _cut_by_threshold(
-    probabilities: torch.Tensor, top_p: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest tokens that reach top_p together, in the vocabulary's order.
-
-    Finds the least probability that is kept as quickselect finds a rank: halves that are known to
-    be kept or dropped are not looked at again. Tokens of equal probability stay together.
+    Args:
+        logits: [vocab_size] fp32, processed.
     """
-    undecided, kept_mass = probabilities, 0.0
-    while len(undecided) > _FIRST_CANDIDATES:
-        is_upper = undecided > undecided.mean()
-        upper = undecided[is_upper]
-        # Equal values; their mean may be rounded to either side of them.
-        if len(upper) in (0, len(undecided)):
+    if params.is_greedy:
+        return _argmax(logits[None]) * len(row.seeds)
+    scaled, token_ids = logits / params.temperature, None
+    if 0 < params.top_k < len(logits):
+        scaled, token_ids = likeliest(scaled, params.top_k)
+    weights = scaled.softmax(-1)
+    # min_p and top-k each leave the likeliest tokens, so either may come first.
+    if params.min_p > 0.0:
+        weights = F.threshold(weights, _just_below(params.min_p * float(weights.amax())), 0.0)
+    if len(weights) > _CHUNK:
+        weights = F.pad(weights, (0, -len(weights) % _CHUNK))
+    position = row.start + len(row.token_ids)
+    drawn = [_draw(weights, params.top_p, seed, position) for seed in row.seeds]
+    return drawn if token_ids is None else token_ids[drawn].tolist()
+
+
+def _draw(weights: torch.Tensor, top_p: float, seed: int, position: int) -> int:
+    """An index in proportion to the weights of the likeliest tokens that reach top_p together.
+
+    Of equal weights the lower index is likelier. Instead of sorting, draws from all tokens, and if
+    those likelier than the drawn one reach top_p without it, again from these: among the tokens
+    that may be drawn the proportions are the same in every attempt.
+    Source: Ye et al., FlashInfer, MLSys 2025 (sorting-free sampling).
+    """
+    sums = _chunk_sums(weights)
+    wanted = top_p * float(sums.sum())
+    for attempt in itertools.count():
+        index = _invert(weights, sums, uniform(seed, position, attempt))
+        if top_p >= 1.0:
             break
-        upper_mass = float(upper.sum(dtype=torch.float64))
-        if kept_mass + upper_mass >= top_p:
-            undecided = upper
-        else:
-            kept_mass += upper_mass
-            undecided = undecided[~is_upper]
-    undecided = undecided.sort(descending=True).values
-    is_reached = undecided.cumsum(-1, dtype=torch.float64) + kept_mass >= top_p
-    # If rounding leaves the sum of all below top_p, all are kept.
-    last = int(is_reached.int().argmax()) if bool(is_reached.any()) else -1
-    token_ids = (probabilities >= undecided[last]).nonzero().flatten()
-    return probabilities[token_ids], token_ids
+        weights = _likelier(weights, index)
+        sums = _chunk_sums(weights)
+        # Not `<`, for which NaN would go on for ever.
+        if not float(sums.sum()) >= wanted:
+            break
+    return index
 
 
-def _invert(weights: torch.Tensor, target: float) -> int:
+def _likelier(weights: torch.Tensor, index: int) -> torch.Tensor:
+    """The weights, with 0 in place of the one at index and of all that are not likelier."""
+    weight = float(weights[index])
+    return torch.cat(
+        [
+            F.threshold(weights[:index], _just_below(weight), 0.0),
+            F.threshold(weights[index:], weight, 0.0),
+        ]
+    )
+
+
+def _just_below(weight: float) -> float:
+    """The fp32 number before this one: what is above it is at least the weight."""
+    return float(np.nextafter(np.float32(weight), np.float32(-math.inf)))
+
+
+def _chunk_sums(weights: torch.Tensor) -> torch.Tensor:
+    """[num_chunks] float64: sums of weights, or the weights themselves if they are few."""
+    if len(weights) <= _CHUNK:
+        return weights.double()
+    return weights.view(-1, _CHUNK).sum(-1).double()
+
+
+def _invert(weights: torch.Tensor, sums: torch.Tensor, target: float) -> int:
     """The first index whose cumulative weight exceeds target × the total."""
-    num_chunks, rest = divmod(len(weights), _CHUNK)
-    if num_chunks > 1 and not rest:
-        # A running sum is not vectorized: take it of the sums of chunks, then of one chunk.
-        chunks = weights.view(-1, _CHUNK)
-        sums = chunks.sum(-1, dtype=torch.float64)
-        chunk = _invert_directly(sums, target)
-        before = float(sums[:chunk].sum())
-        within = (target * float(sums.sum()) - before) / float(sums[chunk])
-        return chunk * _CHUNK + _invert_directly(chunks[chunk], min(max(within, 0.0), 1.0))
-    return _invert_directly(weights, target)
+    # A running sum is not vectorized: take it of the sums of chunks, then of one chunk.
+    chunk, rest = _invert_directly(sums, target * float(sums.sum()))
+    if len(sums) == len(weights):
+        return chunk
+    weights = weights[chunk * _CHUNK : (chunk + 1) * _CHUNK].double()
+    return chunk * _CHUNK + _invert_directly(weights, rest)[0]
 
 
-def _invert_directly(weights: torch.Tensor, target: float) -> int:
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    wanted = target * float(cumulative[-1])
+def _invert_directly(weights: torch.Tensor, wanted: float) -> tuple[int, float]:
+    """The first index whose cumulative weight exceeds `wanted`, and what was wanted of it."""
+    cumulative = weights.cumsum(-1)
     index = int(torch.searchsorted(cumulative, wanted, right=True))
-    # Rounding may leave the last sum below the target; the last token with any weight is meant.
-    return min(index, int(weights.nonzero()[-1]))
+    # Rounding may leave the last sum below what is wanted; the last with any weight is meant.
+    index = min(index, int(weights.nonzero()[-1]))
+    return index, max(0.0, wanted - float(cumulative[index] - weights[index]))

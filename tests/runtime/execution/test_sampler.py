@@ -1,19 +1,59 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pagoda_runtime.execution.sampler import SampleRow, sample, uniform
+from pagoda_runtime.engine.messages import ScheduledRow
+from pagoda_runtime.execution.sampler import sample, uniform
 from pagoda_runtime.sampling_params import SamplingParams
 
 LOGITS = torch.tensor([[2.0, 0.5, 1.0, -1.0, 0.0]])
+GREEDY = SamplingParams(temperature=0.0)
 
 
-def draws(logits, num_draws=2500, **params):
-    """Share of each token among draws at successive positions."""
-    rows = [SampleRow(SamplingParams(**params), 5, position) for position in range(num_draws)]
-    token_ids = sample(logits.expand(num_draws, -1), rows)
-    return torch.bincount(torch.tensor(token_ids), minlength=logits.shape[-1]) / num_draws
+def make_row(params, *, seeds=(1,), position=1, **fields):
+    return ScheduledRow(
+        request_id="r",
+        token_ids=[0],
+        start=position - 1,
+        block_table=[1],
+        sampling_params=params,
+        seeds=tuple(seeds),
+        **fields,
+    )
+
+
+def draw(logits, params, num_draws, position=7):
+    """Tokens drawn with the seeds 0, 1, …"""
+    (output,) = sample(logits, [make_row(params, seeds=range(num_draws), position=position)])
+    return output.token_ids
+
+
+def shares(logits, *, num_draws=2500, **params):
+    """Share of each token among draws."""
+    token_ids = torch.tensor(draw(logits, SamplingParams(**params), num_draws))
+    return torch.bincount(token_ids, minlength=logits.shape[-1]) / num_draws
+
+
+def plain_distribution(logits, params):
+    """Probability of each token that may be drawn: sort, then cut by min_p, top-k and top-p."""
+    weights = (torch.tensor(logits, dtype=torch.float64) / params.temperature).softmax(-1).tolist()
+    order = sorted(range(len(weights)), key=lambda token_id: (-weights[token_id], token_id))
+    least = params.min_p * max(weights)
+    order = [token_id for token_id in order if weights[token_id] >= least]
+    if params.top_k > 0:
+        order = order[: params.top_k]
+    total, mass, kept = sum(weights[token_id] for token_id in order), 0.0, []
+    for token_id in order:
+        kept.append(token_id)
+        mass += weights[token_id]
+        if mass >= params.top_p * total:
+            break
+    return {token_id: weights[token_id] / mass for token_id in kept}
 
 
 @pytest.mark.parametrize("vocab_size", [7, 1024, 65536])
@@ -22,90 +62,203 @@ def test_greedy_takes_the_first_of_the_largest(vocab_size, dtype):
     torch.manual_seed(0)
     logits = torch.randn(3, vocab_size).to(dtype)
     logits[1, [vocab_size // 2, vocab_size - 1]] = 50.0
-    rows = [SampleRow(SamplingParams(temperature=0.0), 0, 0)] * 3
-    assert sample(logits, rows) == logits.float().argmax(-1).tolist()
-    assert sample(logits, rows)[1] == vocab_size // 2
+    outputs = sample(logits, [make_row(GREEDY)] * 3)
+    assert [output.token_ids for output in outputs] == [[i] for i in logits.float().argmax(-1)]
+    assert outputs[1].token_ids == [vocab_size // 2]
 
 
-def test_draws_follow_the_distribution():
+@settings(deadline=None)
+@given(
+    # Quarters, so that no sum of probabilities but 1 is a boundary, and equal logits occur.
+    logits=st.lists(st.integers(-8, 8).map(lambda n: n / 4), min_size=1, max_size=12),
+    params=st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([0.3, 1.0, 1.7]),
+        top_k=st.integers(-1, 14).filter(lambda top_k: top_k != 1),
+        top_p=st.sampled_from([0.137, 0.5013, 0.8111, 0.9777, 1.0]),
+        min_p=st.sampled_from([0.0, 0.0613, 0.333, 1.0]),
+    ),
+)
+def test_draws_follow_the_distribution_that_a_sort_would_give(logits, params):
+    expected = plain_distribution(logits, params)
+    drawn = draw(torch.tensor([logits]), params, 150)
+    assert set(drawn) <= set(expected)
+    for token_id, probability in expected.items():
+        # Five standard deviations.
+        tolerance = 5 * math.sqrt(probability * (1 - probability) / len(drawn)) + 1e-9
+        assert drawn.count(token_id) / len(drawn) == pytest.approx(probability, abs=tolerance)
+
+
+def test_temperature_sharpens_the_distribution():
     for temperature in (1.0, 0.5):
         expected = (LOGITS[0] / temperature).softmax(-1)
-        shares = draws(LOGITS, temperature=temperature)
-        torch.testing.assert_close(shares, expected, atol=0.025, rtol=0)
-
-
-def test_top_k_leaves_k_tokens_in_proportion():
-    expected = torch.tensor([2.0, -torch.inf, 1.0, -torch.inf, -torch.inf]).softmax(-1)
-    torch.testing.assert_close(draws(LOGITS, top_k=2), expected, atol=0.025, rtol=0)
+        found = shares(LOGITS, temperature=temperature)
+        torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
 
 
 def test_top_p_keeps_the_token_that_crosses_it():
     # Probabilities: 0.56, 0.21, 0.13, 0.08, 0.03.
-    assert draws(LOGITS, top_p=0.5, num_draws=200).nonzero().flatten().tolist() == [0]
-    assert draws(LOGITS, top_p=0.6, num_draws=200).nonzero().flatten().tolist() == [0, 2]
+    assert shares(LOGITS, top_p=0.5, num_draws=200).nonzero().flatten().tolist() == [0]
+    assert shares(LOGITS, top_p=0.6, num_draws=200).nonzero().flatten().tolist() == [0, 2]
 
 
-def test_top_p_looks_beyond_the_first_candidates_when_it_must():
-    flat = torch.zeros(1, 5000)
-    flat[0, :2500] = 1e-3
-    rows = [SampleRow(SamplingParams(top_p=0.9), 1, position) for position in range(200)]
-    token_ids = sample(flat.expand(200, -1), rows)
-    assert len({token_id // 500 for token_id in token_ids}) >= 8
+def test_of_equal_tokens_the_first_ones_are_kept():
+    flat = torch.zeros(1, 2000)
+    assert max(draw(flat, SamplingParams(top_p=0.25), 500)) in range(450, 500)
+    assert max(draw(flat, SamplingParams(top_k=5), 100)) == 4
+
+
+def test_min_p_keeps_tokens_by_their_share_of_the_likeliest():
+    # Shares: 1, 0.22, 0.37, 0.05, 0.14.
+    assert shares(LOGITS, min_p=0.2, num_draws=200).nonzero().flatten().tolist() == [0, 1, 2]
+    assert shares(LOGITS, min_p=1.0, num_draws=50).nonzero().flatten().tolist() == [0]
 
 
 def test_a_token_of_probability_zero_is_never_drawn():
-    logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]])
-    assert draws(logits, num_draws=500)[[1, 3]].tolist() == [0.0, 0.0]
-
-
-def test_a_draw_depends_on_seed_and_position_alone():
-    torch.manual_seed(0)
-    logits = torch.randn(4, 100)
-    rows = [SampleRow(SamplingParams(), seed, seed + 3) for seed in range(4)]
-    together = sample(logits, rows)
-    assert together == [sample(logits[i : i + 1], rows[i : i + 1])[0] for i in range(4)]
-    assert together == sample(logits.flip(0), rows[::-1])[::-1]
-
-
-def test_greedy_and_random_rows_mix():
-    logits = LOGITS.expand(3, -1)
-    rows = [
-        SampleRow(SamplingParams(), 1, 1),
-        SampleRow(SamplingParams(temperature=0.0), 1, 1),
-        SampleRow(SamplingParams(), 1, 1),
-    ]
-    token_ids = sample(logits, rows)
-    assert token_ids[1] == 0
-    assert token_ids[0] == token_ids[2] == sample(LOGITS, rows[:1])[0]
-
-
-def test_uniform_numbers_are_even_over_positions_and_over_seeds():
-    for numbers in (
-        [uniform(-3, position) for position in range(5000)],
-        [uniform(seed, 7) for seed in range(5000)],
-    ):
-        assert all(0.0 <= number < 1.0 for number in numbers)
-        counts = torch.histc(torch.tensor(numbers), bins=10, min=0.0, max=1.0)
-        assert counts.min() > 400
-        assert counts.max() < 600
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    for params in ({}, {"top_k": 4}, {"top_p": 0.999}, {"min_p": 0.1}):
+        assert set(draw(logits, SamplingParams(**params), 300)) == {1, 3}
 
 
 def test_top_p_cuts_a_large_vocabulary_where_a_sort_would():
     torch.manual_seed(0)
     logits = torch.randn(1, 20_000)
-    sorted_ids = logits[0].argsort(descending=True)
-    reached = logits[0, sorted_ids].softmax(-1).cumsum(-1, dtype=torch.float64) >= 0.7
-    kept = set(sorted_ids[: int(reached.int().argmax()) + 1].tolist())
+    kept = plain_distribution(logits[0].tolist(), SamplingParams(top_p=0.7))
     assert len(kept) > 1024
-    rows = [SampleRow(SamplingParams(top_p=0.7), 1, position) for position in range(300)]
-    assert set(sample(logits.expand(300, -1), rows)) <= kept
+    drawn = draw(logits, SamplingParams(top_p=0.7), 300)
+    assert set(drawn) <= set(kept)
+    assert len(set(drawn)) > 250
 
 
-@pytest.mark.parametrize("params", [{}, {"top_p": 0.9999}])
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9999}, {"top_k": 8000}, {"min_p": 0.01}])
 def test_draws_of_a_large_vocabulary_follow_the_distribution(params):
-    torch.manual_seed(0)
-    # 16 groups of 512 tokens; each group has one weight, so that its share can be counted.
+    # 16 groups of 500 tokens; each group has one weight, so that its share can be counted.
     group_logits = torch.linspace(-1.0, 1.0, 16)
-    logits = group_logits.repeat_interleave(512)[None]
-    shares = draws(logits, num_draws=600, **params).view(16, 512).sum(-1)
-    torch.testing.assert_close(shares, group_logits.softmax(-1), atol=0.05, rtol=0)
+    logits = group_logits.repeat_interleave(500)[None]
+    found = shares(logits, num_draws=600, **params).view(16, 500).sum(-1)
+    torch.testing.assert_close(found, group_logits.softmax(-1), atol=0.05, rtol=0)
+
+
+def test_processed_logits_are_what_is_chosen_from():
+    params = {"logit_bias": {3: 9.0}, "allowed_token_ids": (3, 4)}
+    rows = [
+        make_row(SamplingParams(temperature=0.0)),
+        make_row(SamplingParams(temperature=0.0, **params)),
+        make_row(SamplingParams(**params)),
+        make_row(SamplingParams(**params, min_tokens=1), num_output_tokens=0),
+    ]
+    outputs = sample(LOGITS.expand(4, -1), rows, eos_token_ids=[3])
+    assert [output.token_ids for output in outputs] == [[0], [3], [3], [4]]
+
+
+def test_penalties_choose_among_what_was_not_said():
+    params = SamplingParams(temperature=0.0, presence_penalty=1.5)
+    row = make_row(params, history=[2, 0], num_prompt_tokens=1, num_output_tokens=1)
+    assert sample(LOGITS, [row])[0].token_ids == [2]
+
+
+def test_logprobs_are_of_the_unprocessed_logits():
+    params = SamplingParams(logprobs=2, temperature=0.1, logit_bias={3: 90.0})
+    (output,) = sample(LOGITS, [make_row(params, seeds=[1, 2])])
+    logprobs = LOGITS[0].log_softmax(-1).tolist()
+    assert output.token_ids == [3, 3]
+    assert output.logprobs is not None
+    for token in output.logprobs:
+        assert (token.token_id, token.rank) == (3, 5)
+        assert token.logprob == pytest.approx(logprobs[3])
+        assert [token_id for token_id, _ in token.top] == [0, 2]
+    assert output.token_logprobs == [token.logprob for token in output.logprobs]
+
+
+def test_best_of_has_the_logprob_of_each_token_and_no_more():
+    params = SamplingParams(n=1, best_of=3)
+    (output,) = sample(LOGITS, [make_row(params, seeds=[1, 2, 3])])
+    logprobs = LOGITS[0].log_softmax(-1)
+    assert output.logprobs is None
+    assert output.token_logprobs == pytest.approx(logprobs[output.token_ids].tolist())
+    assert sample(LOGITS, [make_row(SamplingParams())])[0].token_logprobs is None
+
+
+def test_a_beam_gets_candidates_in_place_of_draws():
+    params = SamplingParams(temperature=0.0, n=2, use_beam_search=True, logit_bias={3: 9.0})
+    (output,) = sample(LOGITS, [make_row(params, num_candidates=4)])
+    assert output.token_ids == [3, 0, 2, 1]
+    biased = LOGITS[0] + torch.tensor([0.0, 0.0, 0.0, 9.0, 0.0])
+    assert output.token_logprobs == pytest.approx(biased.log_softmax(-1)[[3, 0, 2, 1]].tolist())
+
+
+def test_seeds_of_one_row_draw_as_rows_of_their_own():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 3000)
+    params = SamplingParams(top_p=0.9)
+    alone = [sample(logits, [make_row(params, seeds=[seed])])[0].token_ids[0] for seed in range(9)]
+    assert draw(logits, params, 9, position=1) == alone
+    assert len(set(alone)) > 5
+
+
+EVERY_KIND = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"top_k": 20, "top_p": 0.9},
+    {"top_k": 2000},
+    {"min_p": 0.05, "logprobs": 3},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "logprobs": 0},
+    {"frequency_penalty": 0.5, "presence_penalty": 0.5, "top_p": 0.99},
+    {"bad_words_token_ids": ((3, 5), (6,)), "logit_bias": {8: 2.0}, "best_of": 2},
+    {"allowed_token_ids": tuple(range(0, 2000, 3)), "min_tokens": 9},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [2001, 4096])
+def test_what_is_beside_a_row_changes_nothing(vocab_size, dtype):
+    torch.manual_seed(0)
+    logits = torch.randn(len(EVERY_KIND), vocab_size).to(dtype)
+    rows = [
+        make_row(
+            SamplingParams(**params),
+            seeds=[index, -index - 1],
+            position=4 + index,
+            history=[1, 2, 3, 3],
+            num_prompt_tokens=2,
+            num_output_tokens=2,
+        )
+        for index, params in enumerate(EVERY_KIND)
+    ]
+    eos = [0, 3]
+    together = sample(logits, rows, eos)
+    assert together == sample(logits.flip(0), rows[::-1], eos)[::-1]
+    for index, row in enumerate(rows):
+        assert sample(logits[index][None].clone(), [row], eos) == [together[index]]
+
+
+def test_greedy_and_random_rows_mix():
+    rows = [make_row(SamplingParams()), make_row(GREEDY), make_row(SamplingParams())]
+    outputs = sample(LOGITS.expand(3, -1), rows)
+    assert outputs[1].token_ids == [0]
+    assert outputs[0] == outputs[2] == sample(LOGITS, rows[:1])[0]
+
+
+def test_logits_that_are_no_numbers_end_no_step():
+    logits = torch.full((len(EVERY_KIND), 2001), math.nan)
+    rows = [
+        make_row(SamplingParams(**params), history=[0], num_prompt_tokens=1)
+        for params in EVERY_KIND
+    ]
+    for output in sample(logits, rows):
+        assert output.token_ids[0] in range(2001)
+
+
+@pytest.mark.parametrize("values", [(0, 0), (-3, 0), (0, 7), (2**62, 1)])
+def test_uniform_numbers_are_even_over_each_of_their_arguments(values):
+    first, second = values
+    for numbers in (
+        [uniform(seed, first, second) for seed in range(5000)],
+        [uniform(first, position, abs(second)) for position in range(5000)],
+        [uniform(first, abs(second), attempt) for attempt in range(5000)],
+    ):
+        assert all(0.0 <= number < 1.0 for number in numbers)
+        counts = torch.histc(torch.tensor(numbers), bins=10, min=0.0, max=1.0)
+        assert counts.min() > 400
+        assert counts.max() < 600

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagoda_runtime.engine.messages import ScheduledRow
+from pagoda_runtime.execution.logits import is_processed, process_logits
+from pagoda_runtime.sampling_params import SamplingParams
+
+INF = math.inf
+VOCAB_SIZE = 12
+EOS = (1, 2)
+
+
+def make_row(params, *, prompt=(), output=()):
+    history = [*prompt, *output]
+    return ScheduledRow(
+        request_id="r",
+        token_ids=[0],
+        start=len(history),
+        block_table=[1],
+        sampling_params=params,
+        num_prompt_tokens=len(prompt),
+        num_output_tokens=len(output),
+        history=history if params.needs_history else None,
+    )
+
+
+def process(logits, *, prompt=(), output=(), **params):
+    row = make_row(SamplingParams(**params), prompt=prompt, output=output)
+    return process_logits(torch.tensor(logits), row, EOS).tolist()
+
+
+def plainly_processed(logits, params, prompt, output):
+    """What process_logits says it does, token by token."""
+    said = [*prompt, *output]
+    forbidden = set()
+    for word in params.bad_words_token_ids:
+        start = len(said) - len(word) + 1
+        if start >= 0 and said[start:] == list(word[:-1]):
+            forbidden.add(word[-1])
+    if len(output) < params.min_tokens:
+        forbidden |= {*EOS, *params.stop_token_ids}
+    allowed = set(range(VOCAB_SIZE))
+    if params.allowed_token_ids is not None:
+        allowed = set(params.allowed_token_ids)
+    possible = allowed - forbidden or allowed
+    result = []
+    for token_id, logit in enumerate(logits):
+        value = logit if token_id in possible else -INF
+        value += params.logit_bias.get(token_id, 0.0)
+        if token_id in said:
+            penalty = params.repetition_penalty
+            value = value / penalty if value > 0 else value * penalty
+        if token_id in output:
+            value -= params.frequency_penalty * output.count(token_id) + params.presence_penalty
+        result.append(value)
+    return result
+
+
+token_id = st.integers(0, VOCAB_SIZE - 1)
+numbers = st.floats(-2, 2, width=32)
+every_params = st.builds(
+    SamplingParams,
+    presence_penalty=numbers,
+    frequency_penalty=numbers,
+    repetition_penalty=st.floats(0.5, 4, width=32),
+    logit_bias=st.dictionaries(token_id, st.floats(-100, 100, width=32), max_size=4),
+    allowed_token_ids=st.none() | st.lists(token_id, min_size=1, max_size=4).map(tuple),
+    bad_words_token_ids=st.lists(
+        st.lists(token_id, min_size=1, max_size=3).map(tuple), max_size=6
+    ).map(tuple),
+    min_tokens=st.integers(0, 4),
+    stop_token_ids=st.lists(token_id, max_size=3).map(tuple),
+)
+
+
+@settings(deadline=None)
+@given(
+    logits=st.lists(st.floats(-30, 30, width=32), min_size=VOCAB_SIZE, max_size=VOCAB_SIZE),
+    params=every_params,
+    prompt=st.lists(token_id, max_size=6),
+    output=st.lists(token_id, max_size=6),
+)
+def test_logits_are_processed_as_a_plain_loop_would(logits, params, prompt, output):
+    given_logits = torch.tensor(logits)
+    row = make_row(params, prompt=prompt, output=output)
+    processed = process_logits(given_logits, row, EOS)
+    expected = torch.tensor(plainly_processed(logits, params, prompt, output))
+    torch.testing.assert_close(processed, expected, atol=1e-4, rtol=1e-5)
+    assert given_logits.tolist() == logits
+    if not is_processed(row):
+        assert processed.tolist() == logits
+
+
+def test_only_allowed_tokens_are_left():
+    assert process([1.0, 2.0, 3.0, 4.0], allowed_token_ids=(2, 0, 2)) == [1.0, -INF, 3.0, -INF]
+
+
+def test_a_bad_word_is_forbidden_where_it_would_be_completed():
+    words = {"bad_words_token_ids": ((3,), (0, 0, 4))}
+    logits = [0.0] * 5
+    assert process(logits, output=[0], **words) == [0.0, 0.0, 0.0, -INF, 0.0]
+    assert process(logits, prompt=[0], output=[0], **words) == [0.0, 0.0, 0.0, -INF, -INF]
+    assert process(logits, output=[0, 0, 1], **words) == [0.0, 0.0, 0.0, -INF, 0.0]
+
+
+def test_min_tokens_holds_back_end_tokens_and_stop_ids():
+    params = {"min_tokens": 2, "stop_token_ids": (3,)}
+    logits = [0.0] * 5
+    assert process(logits, output=[4], **params) == [0.0, -INF, -INF, -INF, 0.0]
+    assert process(logits, output=[4, 4], **params) == logits
+
+
+def test_bans_that_leave_no_token_give_way():
+    assert process([1.0, 2.0, 3.0], allowed_token_ids=(1,), min_tokens=1) == [-INF, 2.0, -INF]
+    assert process([1.0, 2.0], bad_words_token_ids=((0,), (1,))) == [1.0, 2.0]
+
+
+def test_repetition_sees_the_prompt_and_the_other_penalties_do_not():
+    history = {"prompt": [0, 1], "output": [1, 2, 2]}
+    logits = [4.0, -4.0, 4.0, 4.0]
+    assert process(logits, repetition_penalty=2.0, **history) == [2.0, -8.0, 2.0, 4.0]
+    assert process(logits, presence_penalty=1.0, **history) == [4.0, -5.0, 3.0, 4.0]
+    assert process(logits, frequency_penalty=1.0, **history) == [4.0, -5.0, 2.0, 4.0]
+
+
+def test_the_penalty_of_repetition_is_that_of_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    torch.manual_seed(0)
+    logits, said = torch.randn(50), torch.randint(0, 50, (30,))
+    row = make_row(SamplingParams(repetition_penalty=1.3), prompt=said.tolist())
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(said[None], logits[None].clone())[0]
+    assert torch.equal(process_logits(logits, row, EOS), expected)
+
+
+def test_a_bias_is_added_before_penalties():
+    logits = process([1.0, 1.0], prompt=[0], logit_bias={0: 3.0}, repetition_penalty=2.0)
+    assert logits == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_no_numbers_end_no_step(dtype):
+    row = make_row(SamplingParams())
+    processed = process_logits(torch.tensor([math.nan, -INF, 2.0], dtype=dtype), row, EOS)
+    assert processed.tolist() == [0.0, -INF, 2.0]
