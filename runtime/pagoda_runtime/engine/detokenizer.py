@@ -10,6 +10,8 @@ from pagoda_runtime.sampling_params import SamplingParams
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Prompt tokens that the first new token is decoded with, so that it keeps its leading space.
 NUM_CONTEXT_TOKENS = 5
+# Where they are looked for; a prompt may end with several tokens that give no text.
+NUM_SEARCHED_TOKENS = 64
 # A character has at most 4 bytes, and so at most 4 tokens. What is no character after many more
 # never becomes one, and waiting for it would decode an ever longer tail at every token.
 MAX_UNDECODED_TOKENS = 16
@@ -29,15 +31,17 @@ class IncrementalDetokenizer:
 
     Text is held back while it may still change: bytes of an unfinished character, and whatever may
     be the beginning of a stop string. Of several stop strings the one that is complete first wins;
-    it and all that follows is dropped. How tokens are grouped into pushes makes no difference.
-    Stop token ids of the sampling parameters give no text.
+    it and all that follows is dropped, or all that follows it alone (include_stop_str_in_output).
+    How tokens are grouped into pushes makes no difference. Stop token ids of the sampling
+    parameters give no text, unless what stopped it is to be in the output.
 
     Decoding token by token would lose spaces (sentencepiece drops one at the start) and characters
     that span tokens; so each decode starts some tokens back, and what was known is cut off.
 
     Args:
         tokenizer: decodes ids to text.
-        sampling_params: stop, stop_token_ids and skip_special_tokens are used.
+        sampling_params: stop, stop_token_ids, include_stop_str_in_output and skip_special_tokens
+            are used.
         prompt_token_ids: the prompt that the text continues; without it the text begins as a
             text of its own, and a sentencepiece tokenizer drops its leading space.
     """
@@ -51,14 +55,21 @@ class IncrementalDetokenizer:
     ) -> None:
         self.stopped_by: str | None = None
         """The stop string that ended the text."""
+        self.num_decoded = 0
+        """Characters so far, held ones included: where the text of the next token begins. The
+        tokens of one character all begin where it begins."""
+        self.num_shown = 0
+        """Characters that were returned so far."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = sampling_params.skip_special_tokens
         self._stop = sampling_params.stop
-        self._silent_ids = set(sampling_params.stop_token_ids)
+        self._shows_stop = sampling_params.include_stop_str_in_output
+        self._silent_ids = set() if self._shows_stop else set(sampling_params.stop_token_ids)
         if self._skip_special_tokens:
             self._silent_ids.update(tokenizer.all_special_ids)
         # The window: ids[:num_known] give known_text, the rest is not shown yet.
-        self._ids = [i for i in prompt_token_ids if i not in self._silent_ids][-NUM_CONTEXT_TOKENS:]
+        ends = prompt_token_ids[-NUM_SEARCHED_TOKENS:]
+        self._ids = [i for i in ends if i not in self._silent_ids][-NUM_CONTEXT_TOKENS:]
         self._known_text = self._decode(self._ids)
         if self._known_text.endswith(REPLACEMENT):
             # The prompt ends, or the window begins and ends, within a character.
@@ -67,28 +78,37 @@ class IncrementalDetokenizer:
         self._held = ""
         """Decoded text that may be the beginning of a stop string."""
 
+    @property
+    def is_certain(self) -> bool:
+        """Whether all that was pushed is returned, or dropped by a stop string."""
+        return not self._held and len(self._ids) == self._num_known
+
     def push(self, token_ids: Sequence[int]) -> str:
         """Take new tokens; return the text that is certain now. Empty after a stop string."""
-        if self.stopped_by is not None:
-            return ""
-        shown = []
+        shown = ""
         # One by one, so that the text does not depend on how a slow reader's tokens were merged.
         for token_id in token_ids:
-            if token_id in self._silent_ids:
-                continue
-            shown.append(self._cut(self._advance(token_id)))
             if self.stopped_by is not None:
                 break
-        return "".join(shown)
+            if token_id in self._silent_ids:
+                continue
+            new_text = self._advance(token_id)
+            if new_text:
+                shown += self._cut(new_text) if self._stop else new_text
+        self.num_shown += len(shown)
+        return shown
 
     def finish(self) -> str:
         """No more tokens come: return what was held back."""
         if self.stopped_by is not None:
             return ""
-        text = self._cut(self._decode(self._ids)[len(self._known_text) :])
+        rest = self._decode(self._ids)[len(self._known_text) :]
+        self.num_decoded += len(rest)
+        text = self._cut(rest)
         if self.stopped_by is None:
             text, self._held = text + self._held, ""
         self._ids, self._known_text, self._num_known = [], "", 0
+        self.num_shown += len(text)
         return text
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -96,16 +116,17 @@ class IncrementalDetokenizer:
 
     def _advance(self, token_id: int) -> str:
         """The text that this token completes; the window moves on only at a whole character."""
-        self._ids.append(token_id)
-        text = self._decode(self._ids)
-        num_undecoded = len(self._ids) - self._num_known
-        is_whole = len(text) > len(self._known_text) and not text.endswith(REPLACEMENT)
-        if not is_whole and num_undecoded < MAX_UNDECODED_TOKENS:
+        ids, num_known_characters = self._ids, len(self._known_text)
+        ids.append(token_id)
+        text = self._tokenizer.decode(ids, self._skip_special_tokens)
+        is_whole = len(text) > num_known_characters and not text.endswith(REPLACEMENT)
+        if not is_whole and len(ids) - self._num_known < MAX_UNDECODED_TOKENS:
             return ""
-        new_text = text[len(self._known_text) :]
-        self._ids = self._ids[self._num_known :]
-        self._num_known = len(self._ids)
-        self._known_text = self._decode(self._ids)
+        del ids[: self._num_known]
+        self._num_known = len(ids)
+        self._known_text = self._tokenizer.decode(ids, self._skip_special_tokens)
+        new_text = text[num_known_characters:]
+        self.num_decoded += len(new_text)
         return new_text
 
     def _cut(self, new_text: str) -> str:
@@ -116,7 +137,7 @@ class IncrementalDetokenizer:
         if found:
             end, minus_length, self.stopped_by = min(found)
             self._held = ""
-            return text[: end + minus_length]
+            return text[: end if self._shows_stop else end + minus_length]
         num_held = self._num_ambiguous(text)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]

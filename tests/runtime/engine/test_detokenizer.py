@@ -133,3 +133,28 @@ def test_nothing_is_shown_after_a_stop():
     detokenizer = make(stop=("x",))
     detokenizer.push(list(b"ax"))
     assert detokenizer.push(list(b"more")) + detokenizer.finish() == ""
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_stop_string_is_the_end_of_the_text_if_it_is_asked_for(grouped):
+    detokenizer = make(stop=("bc",), include_stop_str_in_output=True)
+    data = list(b"abcd")
+    pushes = [data] if grouped else [[byte] for byte in data]
+    assert "".join(detokenizer.push(ids) for ids in pushes) == "abc"
+    assert (detokenizer.stopped_by, detokenizer.num_shown) == ("bc", 3)
+
+
+def test_a_stop_token_gives_text_if_it_is_asked_for():
+    params = {"stop_token_ids": (ord("\n"),), "include_stop_str_in_output": True}
+    assert make(**params).push(list(b"hi\n")) == "hi\n"
+
+
+def test_each_token_knows_where_its_text_begins():
+    detokenizer = make(stop=("b€!",))
+    begins, shown = [], []
+    for byte in "ab€c".encode():
+        begins.append(detokenizer.num_decoded)
+        detokenizer.push([byte])
+        shown.append((detokenizer.num_shown, detokenizer.is_certain))
+    assert begins == [0, 1, 2, 2, 2, 3]
+    assert shown == [(1, True), (1, False), (1, False), (1, False), (1, False), (4, True)]
