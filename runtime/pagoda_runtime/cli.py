@@ -264,7 +264,7 @@ def build_serve_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     return parser
 
 
-def to_server_config(args: argparse.Namespace) -> ServerConfig:
+def to_engine_config(args: argparse.Namespace) -> EngineConfig:
     """The config of parsed flags. Raises FatalError InvalidFlags if there is not one model."""
     values = vars(args)
     if args.model_argument is not None and args.model not in (None, args.model_argument):
@@ -274,12 +274,17 @@ def to_server_config(args: argparse.Namespace) -> ServerConfig:
         )
     values["model"] = args.model_argument or args.model
     if values["model"] is None:
-        raise FatalError("InvalidFlags", "no model is given: pagoda serve MODEL, or --model MODEL.")
+        raise FatalError("InvalidFlags", "no model is given: name it as MODEL, or --model MODEL.")
+    return EngineConfig(**{field.name: values[field.name] for field in fields(EngineConfig)})
+
+
+def to_server_config(args: argparse.Namespace) -> ServerConfig:
+    """The config of parsed flags. Raises FatalError InvalidFlags if there is not one model."""
+    values = vars(args)
     for name in ("served_model_name", "api_key"):
         values[name] = tuple(values[name] or ())
-    engine = EngineConfig(**{field.name: values[field.name] for field in fields(EngineConfig)})
     rest = {f.name: values[f.name] for f in fields(ServerConfig) if f.name != "engine"}
-    return ServerConfig(engine=engine, **rest)
+    return ServerConfig(engine=to_engine_config(args), **rest)
 
 
 def parse_serve_args(argv: Sequence[str]) -> ServerConfig:
@@ -290,7 +295,7 @@ def parse_serve_args(argv: Sequence[str]) -> ServerConfig:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
-    from pagoda_runtime import bench, convert
+    from pagoda_runtime import batch, bench, convert
 
     parser = FlagParser(prog="pagoda", description="Serve large language models.")
     parser.add_argument("--version", action="version", version=f"pagoda {version('pagoda-serve')}")
@@ -299,6 +304,8 @@ def build_parser() -> argparse.ArgumentParser:
     build_serve_parser(commands.add_parser("serve", help=serve, description=serve))
     folder = "make a folder in Hugging Face layout from a GGUF file"
     convert.add_arguments(commands.add_parser("convert", help=folder, description=folder))
+    lines = "answer a file of requests in OpenAI's batch format"
+    batch.add_arguments(commands.add_parser("run-batch", help=lines, description=lines))
     speed = "measure an engine or a server"
     bench.add_arguments(commands.add_parser("bench", help=speed, description=speed))
     return parser
@@ -313,9 +320,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_last_words(error.reason, error.message)
         return EXIT_INVALID_FLAGS
     if config is None:
-        from pagoda_runtime import bench, convert
+        from pagoda_runtime import batch, bench, convert
 
-        return {"bench": bench.run, "convert": convert.run}[args.command](args)
+        runs = {"bench": bench.run, "convert": convert.run, "run-batch": batch.run}
+        return runs[args.command](args)
     from pagoda_runtime.server.run import serve
 
     try:

@@ -80,7 +80,7 @@ def test_every_flag_reaches_its_field():
         (["m", "--max-num-seq", "4"], ["--max-num-seq"]),
         (["m", "--api-key", ""], ["--api-key", "empty"]),
         (["a", "--model", "b"], ["'a'", "'b'"]),
-        ([], ["pagoda serve MODEL"]),
+        ([], ["as MODEL", "--model MODEL"]),
     ],
 )
 def test_a_wrong_flag_is_named_with_its_value_and_range(argv, words):

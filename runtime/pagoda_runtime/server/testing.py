@@ -50,6 +50,7 @@ READY = EngineReady(
     block_size=4,
     num_blocks=64,
     vocab_size=VOCAB_SIZE,
+    max_num_seqs=256,
     eos_token_ids=[0],
     dtype="float32",
     device="cpu",

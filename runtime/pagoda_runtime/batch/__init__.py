@@ -1,0 +1,127 @@
+"""`pagoda run-batch -i in.jsonl -o out.jsonl MODEL`: OpenAI's batch format, without a server.
+
+`lines` reads the input, `results` keeps the output and knows what is done, `job` sends the lines
+through the server's own application (`asgi`), so that every field means what it means over HTTP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pagoda_runtime.config import ServerConfig
+from pagoda_runtime.errors import FatalError, PagodaError
+
+T = TypeVar("T")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `pagoda run-batch` to its parser."""
+    from pagoda_runtime import cli
+
+    parser.add_argument(
+        "-i",
+        "--input-file",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a request per line: custom_id, method POST, url, body",
+    )
+    parser.add_argument(
+        "-o",
+        "--output-file",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="gets a line for each; lines that it has already are not asked again",
+    )
+    parser.add_argument(
+        "--served-model-name",
+        nargs="+",
+        action="extend",
+        type=cli.text_value,
+        metavar="NAME",
+        help="names that bodies may use as model (MODEL as given)",
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        type=cli.text_value,
+        help="Jinja file in place of the model's template",
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=cli.LOG_LEVELS,
+        default="info",
+        help="least level that is logged (info)",
+    )
+    cli.add_model_flags(parser)
+    cli.add_engine_flags(parser)
+    cli.add_cache_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the batch that the flags name; returns the exit status, with errors on stderr.
+
+    0: every line has an answer or an error of its own. 1: the engine or the disk failed. 2: a flag
+    or file is wrong. 128 + a signal's number: stopped. The same command continues.
+    """
+    from pagoda_runtime.batch import job
+    from pagoda_runtime.cli import EXIT_INVALID_FLAGS
+    from pagoda_runtime.server.run import configure_logging
+
+    started = time.monotonic()
+    try:
+        config = _make_config(args)
+        configure_logging(config.log_level)
+        work = job.run_batch(config, args.input_file, args.output_file)
+        outcome = asyncio.run(_until_signal(work))
+    except PagodaError as error:
+        print(f"pagoda run-batch: {error}", file=sys.stderr)
+        is_flag = isinstance(error, FatalError) and error.reason == "InvalidFlags"
+        return EXIT_INVALID_FLAGS if is_flag else 1
+    if isinstance(outcome, signal.Signals):
+        print("pagoda run-batch: stopped; the same command continues.", file=sys.stderr)
+        return 128 + outcome
+    print(
+        f"{args.output_file}: {outcome.num_answers} answers and {outcome.num_errors} errors in "
+        f"{time.monotonic() - started:.1f} s",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _make_config(args: argparse.Namespace) -> ServerConfig:
+    from pagoda_runtime.cli import to_engine_config
+
+    return ServerConfig(
+        engine=to_engine_config(args),
+        served_model_name=tuple(args.served_model_name or ()),
+        chat_template=args.chat_template,
+        log_level=args.log_level,
+    )
+
+
+async def _until_signal(work: Coroutine[Any, Any, T]) -> T | signal.Signals:
+    """The result of `work`, or the signal SIGINT or SIGTERM that cancelled it."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+    taken: list[signal.Signals] = []
+
+    def stop(number: signal.Signals) -> None:
+        taken.append(number)
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not taken:
+            raise
+        return taken[0]

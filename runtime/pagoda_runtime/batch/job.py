@@ -1,0 +1,175 @@
+"""The work between input and output: an engine, and a bounded number of requests to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from starlette.types import ASGIApp
+
+from pagoda_runtime.batch.asgi import post
+from pagoda_runtime.batch.lines import BadLine, Line, pending, read_lines
+from pagoda_runtime.batch.results import ResultFile, make_bad_result, make_result, read_error
+from pagoda_runtime.config import ServerConfig
+from pagoda_runtime.engine.client import ENGINE_COMMAND, EngineClient
+from pagoda_runtime.errors import EngineDead, FatalError, PagodaError
+from pagoda_runtime.server.app import MAX_BODY_BYTES, ROUTES, create_app, create_state
+from pagoda_runtime.server.run import load_from_folder, read_chat_template
+
+logger = logging.getLogger("pagoda.batch")
+
+URLS = tuple(route.removeprefix("POST ") for route in ROUTES if route.startswith("POST /v1/"))
+# A body of the largest size, and room for the other fields.
+MAX_LINE_BYTES = MAX_BODY_BYTES + 65536
+SYNC_SECONDS = 1.0
+PROGRESS_SECONDS = 10.0
+QUEUE_FULL_SECONDS = 0.1
+
+
+@dataclass(slots=True)
+class Progress:
+    """What came of this run's lines."""
+
+    num_answers: int = 0
+    num_errors: int = 0
+
+    def count(self, *, is_error: bool) -> None:
+        self.num_errors += is_error
+        self.num_answers += not is_error
+
+
+async def run_batch(
+    config: ServerConfig,
+    source: Path,
+    destination: Path,
+    *,
+    engine_command: Sequence[str] = ENGINE_COMMAND,
+) -> Progress:
+    """Answer each line of source that has no line in destination yet.
+
+    Raises: FatalError: a file cannot be used, the engine cannot start, or the disk is full;
+        EngineDead. Whatever was answered until then is in destination.
+    """
+    chat_template = read_chat_template(config.chat_template)
+    _refuse_same_file(source, destination)
+    progress = Progress()
+    results = ResultFile(destination)
+    try:
+        with open(source, "rb") as file:
+            lines = pending(
+                read_lines(file, URLS, MAX_LINE_BYTES), results.custom_ids, results.line_numbers
+            )
+            first = next(lines, None)
+            if first is None:
+                return progress
+            async with _running_app(config, chat_template, engine_command) as app:
+                reporter = asyncio.create_task(_report(progress, results))
+                try:
+                    num_at_once = _num_at_once(config)
+                    await answer_all(app, chain([first], lines), results, progress, num_at_once)
+                finally:
+                    reporter.cancel()
+    finally:
+        results.close()
+    return progress
+
+
+async def answer_all(
+    app: ASGIApp,
+    lines: Iterator[Line | BadLine],
+    results: ResultFile,
+    progress: Progress,
+    num_at_once: int,
+) -> None:
+    """Answer the lines, at most num_at_once at a time. The first exception ends all of them."""
+
+    async def work() -> None:
+        # All workers draw from one iterator: a line is read when somebody is free to answer it.
+        for line in lines:
+            if isinstance(line, BadLine):
+                result = make_bad_result(line)
+                await asyncio.sleep(0)  # a long run of bad lines must not stop the others
+            else:
+                result = make_result(line, *await _answer(app, line))
+            results.write(result)
+            progress.count(is_error=result.error is not None)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(num_at_once):
+                group.create_task(work())
+    except* PagodaError as errors:
+        # When the engine dies, all workers hear the same.
+        raise errors.exceptions[0] from None
+
+
+async def _answer(app: ASGIApp, line: Line) -> tuple[int, bytes]:
+    """Raises EngineDead, since later lines would fail as this one did."""
+    while True:
+        status, body = await post(app, line.url, line.body)
+        if status == 503:
+            raise EngineDead(read_error(body).message)
+        if status != 429:
+            return status, body
+        # Lines with several prompts or choices filled the queue; it empties as they end.
+        await asyncio.sleep(QUEUE_FULL_SECONDS)
+
+
+def _num_at_once(config: ServerConfig) -> int:
+    """Twice what the engine computes at once, so that it never waits for the next line."""
+    engine = config.engine
+    return engine.max_num_seqs + min(engine.max_num_seqs, engine.max_num_waiting)
+
+
+def _refuse_same_file(source: Path, destination: Path) -> None:
+    try:
+        with open(source, "rb"):
+            pass
+        is_same = destination.exists() and destination.samefile(source)
+    except OSError as error:
+        raise FatalError(
+            "InvalidFlags", f"-i {source} cannot be read: {error.strerror}. Name a JSONL file."
+        ) from error
+    if is_same:
+        raise FatalError("InvalidFlags", f"-i and -o are the same file, {source}. Name another -o.")
+
+
+@asynccontextmanager
+async def _running_app(
+    config: ServerConfig, chat_template: str | None, engine_command: Sequence[str]
+) -> AsyncIterator[ASGIApp]:
+    """The server's application over an engine process, without HTTP."""
+    started = time.monotonic()
+    engine = await EngineClient.start(config.engine, command=engine_command)
+    try:
+        state = create_state(config, engine, chat_template)
+        await engine.wait_ready()
+        state.tokenizer = await load_from_folder(config.engine)(engine)
+        logger.info("Loaded %s in %.1f s", config.engine.model, time.monotonic() - started)
+        yield create_app(state)
+    finally:
+        await engine.shutdown()
+
+
+async def _report(progress: Progress, results: ResultFile) -> None:
+    """Bring results to the disk and progress to the log, as long as the run goes."""
+    started = last_report = time.monotonic()
+    while True:
+        await asyncio.sleep(SYNC_SECONDS)
+        await asyncio.to_thread(results.sync)
+        now = time.monotonic()
+        if now - last_report >= PROGRESS_SECONDS:
+            last_report = now
+            done = progress.num_answers + progress.num_errors
+            logger.info(
+                "%d lines done, %d of them errors, %.1f a second",
+                done,
+                progress.num_errors,
+                done / (now - started),
+            )
