@@ -16,6 +16,22 @@ from pagoda_runtime.errors import FatalError, RequestError
 from pagoda_runtime.models.chat_template import compile_chat_template
 from pagoda_runtime.models.config import ConfigFile
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character of each byte in a byte-level vocabulary: itself if it is printable, else one of
+    those from 256 on. Source: Radford et al., GPT-2, 2019."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {
+        **{chr(byte): byte for byte in printable},
+        **{chr(256 + number): byte for number, byte in enumerate(others)},
+    }
+
+
+BYTE_OF = _byte_characters()
+
 
 class Tokenizer:
     """A model's tokenizer.json with the settings of its tokenizer_config.json."""
@@ -55,6 +71,23 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_text(self, token_id: int) -> str:
+        """The text of a token within a text; for part of a character a replacement character."""
+        # At the start of a text a sentencepiece tokenizer drops a token's leading space.
+        once, twice = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
+        return twice[len(once) :]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 of a token's text; of part of a character its true bytes, if they are known."""
+        text = self.token_text(token_id)
+        if REPLACEMENT in text:
+            name: str = self._tokenizer.id_to_token(token_id)
+            if len(name) == 6 and name.startswith("<0x"):
+                return bytes([int(name[3:5], 16)])
+            if all(character in BYTE_OF for character in name):
+                return bytes(BYTE_OF[character] for character in name)
+        return text.encode()
 
     def apply_chat_template(
         self,

@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders
+from tokenizers.models import BPE
 
 from pagoda_runtime.errors import FatalError, RequestError
 from pagoda_runtime.models.testing import write_tiny_tokenizer
-from pagoda_runtime.models.tokenizer import load_tokenizer, tokenize_bad_words
+from pagoda_runtime.models.tokenizer import Tokenizer, load_tokenizer, tokenize_bad_words
 
 MESSAGES = [{"role": "user", "content": "Hi <b> ünï"}, {"role": "assistant", "content": "Hello"}]
 TEMPLATE = """\
@@ -37,6 +40,30 @@ def test_text_survives_the_way_to_ids_and_back(folder):
     assert tokenizer.decode(token_ids) == text
     assert tokenizer.encode(text, add_special_tokens=False) == token_ids[1:]
     assert tokenizer.decode(token_ids, skip_special_tokens=False) == "<s>" + text
+
+
+def test_a_token_has_the_bytes_that_it_stands_for(folder):
+    tokenizer = load_tokenizer(folder)
+    token_ids = tokenizer.encode("a €", add_special_tokens=False)
+    assert [tokenizer.token_text(i) for i in token_ids] == ["a", " ", "\ufffd", "\ufffd", "\ufffd"]
+    assert b"".join(map(tokenizer.token_bytes, token_ids)) == "a €".encode()
+    assert tokenizer.token_bytes(1) == b"<s>"
+
+
+def test_a_sentencepiece_token_has_its_space_and_its_byte():
+    vocabulary = {"<unk>": 0, "▁the": 1, "<0xE2>": 2, "x": 3}
+    fast = FastTokenizer(BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    fast.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer = Tokenizer(fast, special_tokens={})
+    assert [tokenizer.token_text(i) for i in (1, 2, 3)] == [" the", "\ufffd", "x"]
+    assert [tokenizer.token_bytes(i) for i in (1, 2, 3)] == [b" the", b"\xe2", b"x"]
 
 
 def test_special_tokens_are_known(folder):
