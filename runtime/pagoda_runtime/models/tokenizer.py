@@ -82,10 +82,10 @@ class Tokenizer:
         """The UTF-8 of a token's text; of part of a character its true bytes, if they are known."""
         text = self.token_text(token_id)
         if REPLACEMENT in text:
-            name: str = self._tokenizer.id_to_token(token_id)
+            name = self._tokenizer.id_to_token(token_id) or ""
             if len(name) == 6 and name.startswith("<0x"):
                 return bytes([int(name[3:5], 16)])
-            if all(character in BYTE_OF for character in name):
+            if name and all(character in BYTE_OF for character in name):
                 return bytes(BYTE_OF[character] for character in name)
         return text.encode()
 
