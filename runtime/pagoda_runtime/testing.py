@@ -39,10 +39,15 @@ def fake_next_token(
     token_ids: Sequence[int], sampling_params: SamplingParams, seed: int, vocab_size: int
 ) -> int:
     """The token that FakeRunner samples after token_ids: a function of all of them."""
+    return _sample(fake_state(token_ids), sampling_params, seed, vocab_size)
+
+
+def fake_state(token_ids: Sequence[int]) -> int:
+    """A hash of all tokens, as FakeRunner's slots hold it."""
     state = 0
     for token_id in token_ids:
         state = mix(state, token_id)
-    return _sample(state, sampling_params, seed, vocab_size)
+    return state
 
 
 def _sample(state: int, sampling_params: SamplingParams, seed: int, vocab_size: int) -> int:
@@ -79,6 +84,7 @@ class FakeRunner:
         vocab_size: int = 100,
         max_model_len: int = 128,
         eos_token_ids: Sequence[int] = (0,),
+        sliding_window: int = 0,
         step_seconds: float = 0.0,
     ) -> None:
         self.num_blocks = num_blocks
@@ -86,6 +92,7 @@ class FakeRunner:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.eos_token_ids = list(eos_token_ids)
+        self.sliding_window = sliding_window
         self.step_seconds = step_seconds
         self.num_steps = 0
         self._cache: dict[tuple[int, int], _Slot] = {}
@@ -98,6 +105,7 @@ class FakeRunner:
             num_blocks=self.num_blocks,
             vocab_size=self.vocab_size,
             max_num_seqs=256,
+            sliding_window=self.sliding_window,
             eos_token_ids=self.eos_token_ids,
             dtype="float32",
             device="cpu",
@@ -174,10 +182,13 @@ class FakeRunner:
             self._cache[place] = _Slot(position, token_id, state)
 
     def _read(self, row: ScheduledRow) -> int:
+        end = row.start + len(row.token_ids)
+        first = max(0, row.start - self.sliding_window + 1) if self.sliding_window else 0
         state = 0
-        for position in range(row.start + len(row.token_ids)):
+        for position in range(first, end):
             slot = self._cache[self._place(row, position)]
-            state = mix(state, slot.token_id)
+            # What a window hides is in the state of the first token that is seen.
+            state = slot.state if first and position == first else mix(state, slot.token_id)
             assert slot.position == position, f"{row.request_id} reads another position's slot"
             assert slot.state == state, f"{row.request_id} reads what another request wrote"
         return state

@@ -37,6 +37,7 @@ def test_every_flag_reaches_its_field():
         "max_model_len": 4096,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 512,
+        "long_prefill_token_threshold": 64,
         "block_size": 32,
         "gpu_memory_utilization": 0.5,
         "kv_cache_memory_bytes": 1 << 30,
@@ -51,7 +52,16 @@ def test_every_flag_reaches_its_field():
         "drain_seconds": 2.0,
         "log_level": "debug",
     }
-    argv = ["m", "--no-enable-prefix-caching", "--served-model-name", "a", "b", "--api-key", "k"]
+    argv = [
+        "m",
+        "--no-enable-prefix-caching",
+        "--async-scheduling",
+        "--served-model-name",
+        "a",
+        "b",
+        "--api-key",
+        "k",
+    ]
     for name, value in flags.items():
         argv += [f"--{name.replace('_', '-')}", str(value)]
     config = parse_serve_args(argv)
@@ -63,6 +73,7 @@ def test_every_flag_reaches_its_field():
         **flags,
         "model": "m",
         "enable_prefix_caching": False,
+        "async_scheduling": True,
         "served_model_name": ("a", "b"),
         "api_key": ("k",),
     }

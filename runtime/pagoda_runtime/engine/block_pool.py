@@ -7,11 +7,17 @@ the runner lets padding write there.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
 from collections.abc import Iterable, Sequence
 
-# Parent of the first block of every chain.
-ROOT_HASH = bytes(32)
+# Blocks with the same past that are compared when a prompt parts from all of them.
+_MAX_DONORS = 32
+
+
+def root_hash(cache_salt: str) -> bytes:
+    """Parent of the first block of a chain; prefixes with different salts never meet."""
+    return hashlib.sha256(cache_salt.encode()).digest()
 
 
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -29,6 +35,10 @@ class BlockPool:
     it is handed out again, so that a later prompt may take it back from the middle of the list.
     The list is two int arrays, a ring through block 0: next[0] is the block that is handed out
     next, prev[0] the one that lives longest.
+
+    A block in the prefix cache is found in two ways. A full one has a hash, by which it is shared.
+    Any one, also the partly filled end of a sequence, is listed under the hash of its past, so that
+    a prompt that parts within the block can copy what they have in common.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
@@ -43,6 +53,10 @@ class BlockPool:
         self._prev = [num_blocks, *range(num_blocks)]
         self._hash_of_block: list[bytes | None] = [None] * (num_blocks + 1)
         self._block_of_hash: dict[bytes, int] = {}
+        self._content: list[tuple[bytes, array[int]] | None] = [None] * (num_blocks + 1)
+        """For each block in the prefix cache the hash of its past, and its tokens."""
+        self._donors: dict[tuple[bytes, int], dict[int, None]] = {}
+        """Blocks by the hash of their past and their first token."""
 
     @property
     def num_used(self) -> int:
@@ -61,6 +75,24 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def find_donor(self, parent: bytes, token_ids: Sequence[int]) -> tuple[int, int]:
+        """The block that begins with the most of token_ids after this past, and how many.
+
+        (0, 0) if there is none. Its content is good until the step that is being planned has run.
+        """
+        best, most = 0, 0
+        donors = self._donors.get((parent, token_ids[0]), {}) if token_ids else {}
+        for block in itertools.islice(reversed(donors), _MAX_DONORS):
+            content = self._content[block]
+            assert content is not None
+            num_common = _common_length(content[1], token_ids)
+            if num_common > most:
+                best, most = block, num_common
+        return best, most
+
+    def is_shared(self, block: int) -> bool:
+        return self._references[block] > 1
+
     def num_free_among(self, blocks: Iterable[int]) -> int:
         return sum(1 for block in blocks if self._references[block] == 0)
 
@@ -78,10 +110,7 @@ class BlockPool:
         for _ in range(count):
             block = self._next[0]
             self._unlink(block)
-            block_hash = self._hash_of_block[block]
-            if block_hash is not None:
-                del self._block_of_hash[block_hash]
-                self._hash_of_block[block] = None
+            self._forget(block)
             self._references[block] = 1
             blocks.append(block)
         return blocks
@@ -92,14 +121,18 @@ class BlockPool:
         Last block first: the tail of a prompt is evicted before the head, which more prompts share.
         """
         for block in reversed(block_table):
+            if block == 0:
+                continue
             assert self._references[block] > 0, f"block {block} is not held"
             self._references[block] -= 1
             if self._references[block] == 0:
                 # A block that no prompt can find is of no use in the cache: reuse it first.
-                before = self._prev[0] if self._hash_of_block[block] is not None else 0
+                before = self._prev[0] if self._content[block] is not None else 0
                 self._link_after(before, block)
 
-    def register(self, block: int, block_hash: bytes) -> None:
+    def register(
+        self, block: int, block_hash: bytes, parent: bytes, token_ids: Sequence[int]
+    ) -> None:
         """Let later prompts find this full, computed block by its content.
 
         If another block holds the same content already, that one stays the one to be found.
@@ -108,15 +141,29 @@ class BlockPool:
         if self._hash_of_block[block] is None and block_hash not in self._block_of_hash:
             self._hash_of_block[block] = block_hash
             self._block_of_hash[block_hash] = block
+            self._list_donor(block, parent, token_ids)
+
+    def register_tail(self, block: int, parent: bytes, token_ids: Sequence[int]) -> None:
+        """Let later prompts copy from this partly filled block, which nobody writes any more."""
+        if self._content[block] is None and not self.is_shared(block):
+            self._list_donor(block, parent, token_ids)
+
+    def reset_prefix_cache(self) -> int:
+        """Forget what every block holds; how many held something that could be found."""
+        known = [block for block, content in enumerate(self._content) if content is not None]
+        for block in known:
+            self._forget(block)
+        return len(known)
 
     def check(self, block_tables: Iterable[Sequence[int]]) -> None:
         """Assert that references equal table entries, and that free and used blocks are all."""
         references = [0] * (self.num_blocks + 1)
         for block_table in block_tables:
-            assert len(set(block_table)) == len(block_table), f"{block_table} repeats a block"
+            held = [block for block in block_table if block != 0]
+            assert len(set(held)) == len(held), f"{block_table} repeats a block"
             for block in block_table:
                 references[block] += 1
-        assert references[0] == 0, "block 0 is in a table"
+        references[0] = 0  # It stands for blocks behind the window, any number of times.
         assert references == self._references, "references differ from the tables' entries"
         free, block, before = set(), self._next[0], 0
         while block != 0:
@@ -129,6 +176,27 @@ class BlockPool:
         assert free == {b for b in range(1, self.num_blocks + 1) if references[b] == 0}
         hashed = {b: h for b, h in enumerate(self._hash_of_block) if h is not None}
         assert {h: b for b, h in hashed.items()} == self._block_of_hash
+        assert all(self._content[block] is not None for block in hashed)
+        listed = [block for donors in self._donors.values() for block in donors]
+        known = [block for block, content in enumerate(self._content) if content is not None]
+        assert sorted(listed) == known, "the lists of donors differ from the blocks' contents"
+
+    def _list_donor(self, block: int, parent: bytes, token_ids: Sequence[int]) -> None:
+        self._content[block] = (parent, array("i", token_ids))
+        self._donors.setdefault((parent, token_ids[0]), {})[block] = None
+
+    def _forget(self, block: int) -> None:
+        block_hash, content = self._hash_of_block[block], self._content[block]
+        if block_hash is not None:
+            del self._block_of_hash[block_hash]
+            self._hash_of_block[block] = None
+        if content is not None:
+            parent, token_ids = content
+            donors = self._donors[parent, token_ids[0]]
+            del donors[block]
+            if not donors:
+                del self._donors[parent, token_ids[0]]
+            self._content[block] = None
 
     def _unlink(self, block: int) -> None:
         before, after = self._prev[block], self._next[block]
@@ -142,3 +210,11 @@ class BlockPool:
         self._prev[block] = before
         self._next[block] = after
         self.num_free += 1
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of equal tokens at the beginning of both."""
+    for length, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return length
+    return min(len(first), len(second))

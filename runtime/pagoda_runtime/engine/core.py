@@ -1,10 +1,13 @@
-"""The engine's step: schedule, execute, update."""
+"""The engine's step: schedule, execute, take over the results."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
+
+import msgspec
 
 from pagoda_runtime.engine.block_pool import BlockPool
 from pagoda_runtime.engine.messages import (
@@ -16,6 +19,7 @@ from pagoda_runtime.engine.messages import (
     ScheduledRow,
     StepOutput,
 )
+from pagoda_runtime.engine.progress import Progress, advance
 from pagoda_runtime.engine.request import Request
 from pagoda_runtime.engine.scheduler import Plan, Scheduler
 
@@ -37,7 +41,11 @@ class Runner(Protocol):
 
 
 class EngineCore:
-    """Requests in, steps out; no process, no socket, no clock of its own."""
+    """Requests in, steps out; no process, no socket, no clock of its own.
+
+    With `overlap` a thread executes, and while it does the next step is planned: a token that is
+    still being computed stands in it as a promise (`ScheduledRow.token_ids`).
+    """
 
     def __init__(
         self,
@@ -45,11 +53,14 @@ class EngineCore:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        long_prefill_token_threshold: int,
         max_num_waiting: int,
         max_model_len: int,
         eos_token_ids: Iterable[int],
         enable_prefix_caching: bool,
         seed: int,
+        sliding_window: int = 0,
+        overlap: bool = False,
     ) -> None:
         self.runner = runner
         self.seed = seed
@@ -59,28 +70,36 @@ class EngineCore:
             ),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            long_prefill_token_threshold=long_prefill_token_threshold,
             max_num_waiting=max_num_waiting,
             max_model_len=max_model_len,
             eos_token_ids=eos_token_ids,
+            sliding_window=sliding_window,
         )
         self._num_arrived = 0
+        self._thread = ThreadPoolExecutor(1, "pagoda-step") if overlap else None
+        self._in_flight: tuple[Plan, Future[list[RowOutput]]] | None = None
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.requests)
+        return bool(self.scheduler.requests) or self._in_flight is not None
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request. Raises PromptTooLong or QueueFull; then nothing of it is kept."""
+        """Queue a request.
+
+        Raises: PromptTooLong, RequestError or QueueFull; then nothing of it is kept.
+        """
         params = request.sampling_params
         self.scheduler.add(
             Request(
                 request_id=request.request_id,
-                token_ids=list(request.prompt_token_ids),
+                prompt_token_ids=list(request.prompt_token_ids),
                 sampling_params=params,
                 seed=self._derive_seed(request.request_id) if params.seed is None else params.seed,
                 arrival=self._num_arrived,
                 arrival_seconds=request.arrival_seconds,
-                num_prompt_tokens=len(request.prompt_token_ids),
+                priority=request.priority,
+                cache_salt=request.cache_salt,
             )
         )
         self._num_arrived += 1
@@ -89,35 +108,88 @@ class EngineCore:
         """Forget requests; their blocks are free at once. No delta follows."""
         self.scheduler.abort(request_ids)
 
+    def finish_choices(self, request_id: str, indices: Iterable[int]) -> None:
+        """End some choices of a request. No delta of theirs follows."""
+        request = self.scheduler.requests.get(request_id)
+        if request is not None:
+            for sequence in [s for s in request.sequences if s.index in set(indices)]:
+                self.scheduler.finish(sequence, "abort")
+
+    def reset_prefix_cache(self) -> int:
+        """Let no later request find what is cached now; the number of blocks that held it."""
+        return self.scheduler.block_pool.reset_prefix_cache()
+
     def step(self, now: float) -> StepOutput:
-        """Compute one step; `now` is time.time(). Without work it only reports the state."""
+        """Compute one step; `now` is time.time(). Without work it only reports the state.
+
+        With overlap the deltas are those of the step before.
+        """
         plan = self.scheduler.schedule()
         for request in plan.admitted:
             request.queue_seconds = max(0.0, now - request.arrival_seconds)
-        outputs = self.runner.execute(plan.rows) if plan.rows else []
-        sampled = [token_id for output in outputs for token_id in output.token_ids]
-        assert plan.rows or not self.has_work, "there is work, but nothing was scheduled"
-        advanced = self.scheduler.update(plan, sampled)
-        return StepOutput(
-            deltas=[_make_delta(request) for request in advanced], stats=self._make_stats(plan)
-        )
+        progress: list[Progress] = []
+        if self._thread is None:
+            assert plan.rows or not self.has_work, "there is work, but nothing was scheduled"
+            if plan.rows:
+                outputs = self.runner.execute(plan.rows, plan.copies)
+                progress = advance(self.scheduler, plan, outputs)
+        else:
+            before, self._in_flight = self._in_flight, self._launch(self._thread, plan)
+            assert before or self._in_flight or not self.scheduler.requests
+            if before is not None:
+                progress = advance(self.scheduler, before[0], before[1].result())
+        return StepOutput(deltas=self._make_deltas(progress), stats=self._make_stats(plan))
 
     def check(self) -> None:
         """Assert that every block is accounted for."""
         self.scheduler.check()
+
+    def close(self) -> None:
+        """Wait for a step in flight and end the thread."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _launch(
+        self, thread: ThreadPoolExecutor, plan: Plan
+    ) -> tuple[Plan, Future[list[RowOutput]]] | None:
+        if not plan.rows:
+            return None
+        before = self._in_flight
+
+        def execute() -> list[RowOutput]:
+            # The thread runs one step after the other: what was promised is there by now.
+            rows = plan.rows if before is None else keep_promises(plan.rows, before[1].result())
+            return self.runner.execute(rows, plan.copies)
+
+        return plan, thread.submit(execute)
 
     def _derive_seed(self, request_id: str) -> int:
         """A seed for a request that brings none: reproducible for equal engine seeds and ids."""
         digest = hashlib.sha256(f"{self.seed}/{request_id}".encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1
 
+    def _make_deltas(self, progress: Sequence[Progress]) -> list[RequestDelta]:
+        """The last delta of a request that has ended says so."""
+        open_requests = self.scheduler.requests
+        last_of = {item.request: number for number, item in enumerate(progress)}
+        return [
+            _make_delta(
+                item,
+                is_last=last_of[item.request] == number
+                and item.request.request_id not in open_requests,
+            )
+            for number, item in enumerate(progress)
+        ]
+
     def _make_stats(self, plan: Plan) -> EngineStats:
         scheduler, pool = self.scheduler, self.scheduler.block_pool
+        num_held_slots = pool.num_used * pool.block_size
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             slots=scheduler.max_num_seqs,
             kv_usage=pool.num_used / pool.num_blocks,
+            kv_waste=scheduler.num_unfilled_slots() / num_held_slots if num_held_slots else 0.0,
             preemptions_total=scheduler.preemptions_total,
             finished_total=scheduler.finished_total,
             prefix_cache_queries=scheduler.prefix_cache_queries,
@@ -126,14 +198,37 @@ class EngineCore:
         )
 
 
-def _make_delta(request: Request) -> RequestDelta:
-    is_first = request.num_output_tokens == 1
+def keep_promises(
+    rows: Sequence[ScheduledRow], outputs_before: Sequence[RowOutput]
+) -> list[ScheduledRow]:
+    """The rows with real tokens in the place of those that the step before was to sample."""
+    kept = []
+    for row in rows:
+        promise = row.token_ids[-1]
+        if promise < 0:
+            token_ids = [*row.token_ids[:-1], outputs_before[-promise - 1].token_ids[0]]
+            row = msgspec.structs.replace(row, token_ids=token_ids)
+        kept.append(row)
+    return kept
+
+
+def _make_delta(item: Progress, *, is_last: bool) -> RequestDelta:
+    request = item.request
+    is_first = item.is_first and item.index == 0
     return RequestDelta(
         request_id=request.request_id,
-        new_token_ids=[request.token_ids[-1]],
-        finish_reason=request.finish_reason,
-        is_last=request.finish_reason is not None,
-        stop_reason=request.stop_reason,
+        index=item.index,
+        new_token_ids=item.token_ids,
+        logprobs=item.logprobs,
+        prompt_logprobs=(
+            request.prompt_logprobs
+            if is_first and request.sampling_params.prompt_logprobs is not None
+            else None
+        ),
+        finish_reason=item.finish_reason,
+        stop_reason=item.stop_reason,
+        cumulative_logprob=item.cumulative_logprob,
+        is_last=is_last,
         num_cached_tokens=request.num_cached_tokens,
-        queue_seconds=request.queue_seconds if is_first else None,
+        queue_seconds=request.queue_seconds if item.is_first else None,
     )

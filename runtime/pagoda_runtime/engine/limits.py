@@ -27,6 +27,62 @@ def verify_fits(
     verify_max_tokens_fit(
         num_prompt_tokens, sampling_params.max_tokens, max_model_len=max_model_len
     )
+    verify_num_sequences(sampling_params, max_num_seqs=facts.max_num_seqs)
+    verify_beams_fit(
+        num_prompt_tokens,
+        sampling_params,
+        max_model_len=max_model_len,
+        num_blocks=facts.num_blocks,
+        block_size=facts.block_size,
+    )
+
+
+def most_tokens(max_model_len: int, num_blocks: int, block_size: int) -> int:
+    """Tokens of the longest sequence. Its last token is never computed and needs no place."""
+    return min(max_model_len, num_blocks * block_size + 1)
+
+
+def verify_num_sequences(sampling_params: SamplingParams, *, max_num_seqs: int) -> None:
+    """Raise RequestError if the choices of the request can never run at once."""
+    num_sequences = sampling_params.num_sequences
+    if num_sequences > max_num_seqs:
+        names = ("beam_width", "best_of", "n")
+        name = next(name for name in names if getattr(sampling_params, name) == num_sequences)
+        raise RequestError(
+            f"{name} is {num_sequences}; this engine runs {max_num_seqs} sequences at once "
+            "(--max-num-seqs), and those of a request run together.",
+            param=name,
+        )
+
+
+def verify_beams_fit(
+    num_prompt_tokens: int,
+    sampling_params: SamplingParams,
+    *,
+    max_model_len: int,
+    num_blocks: int,
+    block_size: int,
+) -> None:
+    """Raise RequestError if the beams, which run together, may need more blocks than there are.
+
+    They share the full blocks of the prompt; in the worst case each has all others for itself.
+    """
+    if not sampling_params.use_beam_search:
+        return
+    width = sampling_params.num_beams
+    num_left = most_tokens(max_model_len, num_blocks, block_size) - num_prompt_tokens
+    num_tokens = min(sampling_params.max_tokens or num_left, num_left)
+    num_shared = num_prompt_tokens // block_size
+    # The last token is not computed. One more block holds what the beams part from.
+    num_own = -(-(num_prompt_tokens + num_tokens - 1) // block_size) - num_shared
+    needed = num_shared + width * num_own + 1
+    if needed > num_blocks:
+        raise RequestError(
+            f"{width} beams of {num_tokens} tokens after a prompt of {num_prompt_tokens} may need "
+            f"{needed} KV cache blocks; this engine has {num_blocks}. Lower max_tokens or "
+            "beam_width, or raise --kv-cache-memory-bytes (CPU) or --gpu-memory-utilization (GPU).",
+            param="max_tokens",
+        )
 
 
 def verify_prompt_fits(

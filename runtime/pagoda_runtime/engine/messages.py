@@ -18,7 +18,7 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
     """Which choice of the request this sequence is."""
     token_ids: list[int]
     """Inputs of this step, at positions start, start + 1, … A negative id -k - 1 stands for the
-    k-th token that the step before samples, which may still be running."""
+    token that row k of the step before samples, which may still be running."""
     start: int
     """Tokens of this sequence whose keys and values are in the cache already."""
     block_table: list[int]
@@ -188,6 +188,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     device: str
     max_num_seqs: int = 0
     """Sequences that run at once; the choices of one request count each."""
+    sliding_window: int = 0
+    """Positions that a token sees at most, itself included; 0 if some layer sees all."""
     default_sampling: dict[str, float | int] = msgspec.field(default_factory=dict)
     """temperature, top_p, top_k of generation_config.json, where it names them."""
 

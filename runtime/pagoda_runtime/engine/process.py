@@ -29,8 +29,11 @@ from pagoda_runtime.engine.messages import (
     EngineFailed,
     EngineReady,
     EngineRequest,
+    FinishChoices,
     LoadProgress,
+    PrefixCacheReset,
     RequestDelta,
+    ResetPrefixCache,
     Shutdown,
     StepOutput,
     ToApi,
@@ -42,7 +45,9 @@ logger = logging.getLogger("pagoda.engine")
 
 # Tokens of a step if --max-num-batched-tokens is not given. A prompt chunk delays everybody's
 # next token by the time it takes: about a quarter of a second for a small model on two CPU cores.
+# So a step in which somebody decodes takes fewer (--long-prefill-token-threshold).
 DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 2048}
+DEFAULT_LONG_PREFILL_TOKEN_THRESHOLD = {"cpu": 128, "cuda": 2048}
 IDLE_CHECK_MILLISECONDS = 1000
 LINGER_MILLISECONDS = 1000
 
@@ -115,6 +120,10 @@ def serve(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
                     refused.extend(_add(core, message))
                 case AbortRequests():
                     core.abort(message.request_ids)
+                case FinishChoices():
+                    core.finish_choices(message.request_id, message.indices)
+                case ResetPrefixCache():
+                    outbox.send(PrefixCacheReset(num_blocks=core.reset_prefix_cache()))
                 case Shutdown():
                     return
         output = core.step(time.time())
@@ -131,7 +140,12 @@ def _add(core: EngineCore, request: EngineRequest) -> list[RequestDelta]:
         # request must end, and must not take the others with it.
         logger.error("Request %s was refused by the engine: %s", request.request_id, error)
         return [
-            RequestDelta(request_id=request.request_id, new_token_ids=[], finish_reason="abort")
+            RequestDelta(
+                request_id=request.request_id,
+                new_token_ids=[],
+                finish_reason="abort",
+                is_last=True,
+            )
         ]
     return []
 
@@ -144,11 +158,17 @@ def make_core(config: EngineConfig, runner: ReadyRunner) -> EngineCore:
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens
         or DEFAULT_MAX_NUM_BATCHED_TOKENS.get(device, DEFAULT_MAX_NUM_BATCHED_TOKENS["cuda"]),
+        long_prefill_token_threshold=config.long_prefill_token_threshold
+        or DEFAULT_LONG_PREFILL_TOKEN_THRESHOLD.get(
+            device, DEFAULT_LONG_PREFILL_TOKEN_THRESHOLD["cuda"]
+        ),
         max_num_waiting=config.max_num_waiting,
         max_model_len=facts.max_model_len,
         eos_token_ids=facts.eos_token_ids,
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
+        sliding_window=runner.ready_facts.sliding_window,
+        overlap=config.async_scheduling,
     )
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from bisect import insort
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pagoda_runtime.engine.block_pool import ROOT_HASH, BlockPool, hash_block
-from pagoda_runtime.engine.limits import verify_prompt_fits, verify_queue_has_room
-from pagoda_runtime.engine.messages import ScheduledRow
-from pagoda_runtime.engine.request import Request, RequestStatus
+from pagoda_runtime.engine.beam import BeamSearch
+from pagoda_runtime.engine.block_pool import BlockPool, hash_block, root_hash
+from pagoda_runtime.engine.limits import (
+    most_tokens,
+    verify_beams_fit,
+    verify_prompt_fits,
+    verify_queue_has_room,
+)
+from pagoda_runtime.engine.messages import BlockCopy, ScheduledRow
+from pagoda_runtime.engine.request import Request, Sequence, Status, seed_of_choice
 
 # Share of the blocks that admission leaves free for the growth of running requests. Without it
 # every admission soon costs a preemption.
@@ -18,13 +24,15 @@ WATERMARK = 0.03
 
 @dataclass(slots=True)
 class Plan:
-    """One step. rows[i] belongs to requests[i]."""
+    """One step. rows[i] belongs to sequences[i]."""
 
     rows: list[ScheduledRow]
-    requests: list[Request]
+    sequences: list[Sequence]
+    copies: list[BlockCopy]
+    """Done before anything is written."""
     admitted: list[Request]
     """Requests that run for the first time."""
-    preempted: list[Request]
+    preempted: list[Sequence]
     num_tokens: int
 
 
@@ -33,29 +41,49 @@ class _Draft:
     """A plan in the making."""
 
     budget: int
-    num_tokens_of: dict[Request, int] = field(default_factory=dict)
+    num_decoding: int = 0
+    """Sequences in the step that compute their last token."""
+    num_tokens_of: dict[Sequence, int] = field(default_factory=dict)
+    source_of: dict[int, int] = field(default_factory=dict)
+    """Block copies, by target."""
     admitted: list[Request] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
 
-    def take(self, request: Request) -> None:
-        num_tokens = min(request.num_pending_tokens, self.budget)
-        self.num_tokens_of[request] = num_tokens
+    def take(self, sequence: Sequence, num_tokens: int) -> None:
+        self.num_tokens_of[sequence] = num_tokens
         self.budget -= num_tokens
+        self.num_decoding += sequence.num_pending_tokens == 1
 
-    def give_back(self, request: Request) -> None:
-        self.budget += self.num_tokens_of.pop(request, 0)
+    def give_back(self, sequence: Sequence) -> None:
+        if sequence in self.num_tokens_of:
+            self.budget += self.num_tokens_of.pop(sequence)
+            self.num_decoding -= sequence.num_pending_tokens == 1
+        for block in sequence.block_table:
+            self.source_of.pop(block, None)
 
 
 class Scheduler:
-    """Hands out a budget of tokens per step: running requests first, then waiting ones.
+    """Hands out a budget of tokens per step: running sequences first, then waiting ones.
 
     There is no prefill phase and no decode phase: a prompt is computed in chunks beside the
-    decoding requests. When blocks run out, a running request is preempted: it gives its blocks
-    back, keeps its tokens, and computes them again later.
+    decoding sequences. When blocks run out, a running sequence is preempted: it gives its blocks
+    back, keeps its tokens, and computes them again later. Beams run in step with each other and
+    are preempted together; they begin again, because alone they share the most blocks.
 
-    Nobody starves: `waiting` is in order of arrival, nobody overtakes its head, and the oldest
-    running request is never preempted. So the oldest request of all either runs to its end, or
-    waits only for running ones to end.
+    Nobody starves: `waiting` is in order of rank, nobody overtakes its head, and the first of the
+    running is never preempted. So the first of all either runs to its end, or waits only for
+    running ones to end; and only a bounded number of later arrivals can rank before it.
+
+    A step may be planned before the one before it has run (`Sequence.num_in_flight`): everything
+    here counts tokens from the moment they are handed out.
+
+    Args:
+        max_num_seqs: sequences that run at once.
+        max_num_batched_tokens: tokens of a step.
+        long_prefill_token_threshold: prompt tokens of a step in which others decode; what bounds
+            the time that they wait for their next token.
+        sliding_window: positions that any layer sees back from a token, itself included; 0 if some
+            layer sees all. Blocks behind it are given back.
     """
 
     def __init__(
@@ -64,24 +92,29 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        long_prefill_token_threshold: int,
         max_num_waiting: int,
         max_model_len: int,
         eos_token_ids: Iterable[int],
+        sliding_window: int = 0,
     ) -> None:
         assert max_num_seqs >= 1
         assert max_num_batched_tokens >= 1
+        assert long_prefill_token_threshold >= 1
         self.block_pool = block_pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.long_prefill_token_threshold = long_prefill_token_threshold
         self.max_num_waiting = max_num_waiting
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
-        # The last token of a request is never computed, so it needs no place in the cache.
-        capacity = block_pool.num_blocks * block_pool.block_size
-        self.max_num_tokens = min(max_model_len, capacity + 1)
+        self.sliding_window = sliding_window
+        self.max_num_tokens = most_tokens(
+            max_model_len, block_pool.num_blocks, block_pool.block_size
+        )
         self.watermark_blocks = int(WATERMARK * block_pool.num_blocks)
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
         self.requests: dict[str, Request] = {}
         self.preemptions_total = 0
         self.finished_total = 0
@@ -89,13 +122,24 @@ class Scheduler:
         self.prefix_cache_hits = 0
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises PromptTooLong or QueueFull; then nothing of it is kept."""
+        """Queue a request.
+
+        Raises: PromptTooLong, RequestError or QueueFull; then nothing of it is kept.
+        """
         assert request.request_id not in self.requests, request.request_id
+        pool = self.block_pool
         verify_prompt_fits(
             request.num_prompt_tokens,
             max_model_len=self.max_model_len,
-            num_blocks=self.block_pool.num_blocks,
-            block_size=self.block_pool.block_size,
+            num_blocks=pool.num_blocks,
+            block_size=pool.block_size,
+        )
+        verify_beams_fit(
+            request.num_prompt_tokens,
+            request.sampling_params,
+            max_model_len=self.max_model_len,
+            num_blocks=pool.num_blocks,
+            block_size=pool.block_size,
         )
         verify_queue_has_room(
             len(self.requests),
@@ -103,14 +147,39 @@ class Scheduler:
             max_num_waiting=self.max_num_waiting,
         )
         self.requests[request.request_id] = request
-        self.waiting.append(request)
+        self._enqueue(request.start(self._make_beams(request)))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forget requests and free their blocks; ids that are not known have ended already."""
         for request_id in request_ids:
             request = self.requests.get(request_id)
             if request is not None:
-                self._finish(request, "abort")
+                for sequence in list(request.sequences):
+                    self.finish(sequence, "abort")
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence and free its blocks; with its last one the request ends."""
+        self._leave(sequence)
+        sequence.finish_reason = reason
+        request = sequence.request
+        request.sequences.remove(sequence)
+        if not request.sequences:
+            self.finished_total += 1
+            del self.requests[request.request_id]
+
+    def fork(self, parent: Sequence, index: int) -> Sequence:
+        """A sequence in its parent's queue that shares all its blocks."""
+        child = parent.fork(index)
+        self.block_pool.hold(block for block in child.block_table if block != 0)
+        if child.status is Status.RUNNING:
+            self.running.append(child)
+        else:
+            self._enqueue(child)
+        return child
+
+    def discard(self, sequence: Sequence) -> None:
+        """Drop a beam that did not survive."""
+        self._leave(sequence)
 
     def schedule(self) -> Plan:
         draft = _Draft(budget=self.max_num_batched_tokens)
@@ -118,173 +187,336 @@ class Scheduler:
         # Admission after a preemption would take the blocks that were just made free.
         if not draft.preempted:
             self._schedule_waiting(draft)
-        return Plan(
+        plan = Plan(
             rows=[self._make_row(*item) for item in draft.num_tokens_of.items()],
-            requests=list(draft.num_tokens_of),
+            sequences=list(draft.num_tokens_of),
+            copies=[BlockCopy(source, target) for target, source in draft.source_of.items()],
             admitted=draft.admitted,
             preempted=draft.preempted,
             num_tokens=self.max_num_batched_tokens - draft.budget,
         )
+        self._hand_out(plan)
+        return plan
 
-    def update(self, plan: Plan, sampled_token_ids: Sequence[int]) -> list[Request]:
-        """Take over the results of a step, one token for each row that samples, in row order.
+    def register_blocks(self, sequence: Sequence, num_computed_tokens: int) -> None:
+        """Let others find the blocks that were filled up to here, by a step that has run."""
+        pool = self.block_pool
+        num_full = num_computed_tokens // pool.block_size
+        if not pool.enable_prefix_caching or num_full <= sequence.num_registered_blocks:
+            return
+        self._extend_hashes(sequence, num_full)
+        for i in range(sequence.num_registered_blocks, num_full):
+            if sequence.block_table[i] != 0:
+                pool.register(
+                    sequence.block_table[i],
+                    sequence.block_hashes[i],
+                    self._past_of_block(sequence, i),
+                    sequence.token_ids[i * pool.block_size : (i + 1) * pool.block_size],
+                )
+        sequence.num_registered_blocks = num_full
 
-        Returns the requests that got a token; their last token is the new one.
-        """
-        tokens = iter(sampled_token_ids)
-        advanced = []
-        for row, request in zip(plan.rows, plan.requests, strict=True):
-            request.num_computed_tokens += len(row.token_ids)
-            self._register_full_blocks(request)
-            if row.sampling_params is not None:
-                request.token_ids.append(next(tokens))
-                advanced.append(request)
-                self._finish_if_ended(request)
-        assert next(tokens, None) is None, "more tokens than rows that sample"
-        return advanced
+    def num_unfilled_slots(self) -> int:
+        """Slots of held blocks that no known token fills or is going to."""
+        size = self.block_pool.block_size
+        unfilled = {
+            sequence.block_table[-1]: len(sequence.block_table) * size - sequence.num_tokens
+            for sequence in self.running
+            if sequence.block_table
+        }
+        return sum(max(0, slots) for slots in unfilled.values())
 
     def check(self) -> None:
         """Assert that every block is accounted for."""
-        self.block_pool.check(request.block_table for request in self.requests.values())
-        assert len(self.requests) == len(self.running) + len(self.waiting)
-        assert all(not request.block_table for request in self.waiting)
+        sequences = [s for request in self.requests.values() for s in request.sequences]
+        self.block_pool.check(sequence.block_table for sequence in sequences)
+        assert len(sequences) == len(self.running) + len(self.waiting)
+        assert all(not sequence.block_table for sequence in self.waiting)
+        assert sum(s.num_slots for s in self.running) <= self.max_num_seqs
+        assert all(len(s.unit) <= self.max_num_seqs for s in self.running)
+
+    # Running sequences
 
     def _schedule_running(self, draft: _Draft) -> None:
-        # Decoding requests first: a long prompt must not delay anybody's next token.
-        for request in sorted(self.running, key=lambda r: r.num_pending_tokens > 1):
-            if draft.budget == 0:
-                break
-            if request.status is RequestStatus.RUNNING and self._make_room(request, draft):
-                draft.take(request)
+        # Decoding sequences first: a long prompt must not delay anybody's next token.
+        decoding = [s for s in self.running if s.num_pending_tokens <= 1]
+        prefilling = [s for s in self.running if s.num_pending_tokens > 1]
+        for sequence in decoding:
+            unit = sequence.unit
+            if sequence is not unit[0] or not self._can_step(unit, draft):
+                continue
+            if all(self._make_room(member, draft) for member in unit):
+                for member in unit:
+                    draft.take(member, 1)
+        for sequence in prefilling:
+            num_tokens = min(sequence.num_pending_tokens, self._prefill_budget(draft))
+            if num_tokens > 0 and self._make_room(sequence, draft):
+                draft.take(sequence, num_tokens)
 
-    def _make_room(self, request: Request, draft: _Draft) -> bool:
-        """Extend the block table to all tokens, preempting others if need be.
+    def _can_step(self, unit: list[Sequence], draft: _Draft) -> bool:
+        """Whether these decoding sequences can be in the step, before blocks are asked for."""
+        if len(unit) > draft.budget or unit[0].status is not Status.RUNNING:
+            return False
+        if unit[0].num_in_flight == 0:
+            return True
+        # The token in flight is computed next, unless it is known to be the last one.
+        sequence = unit[0]
+        return sequence.can_run_ahead and not (
+            sequence.num_output_tokens == sequence.request.sampling_params.max_tokens
+            or sequence.num_tokens >= self.max_num_tokens
+        )
 
-        False: the request itself was preempted.
+    def _prefill_budget(self, draft: _Draft) -> int:
+        """Prompt tokens that the step can still take."""
+        if draft.num_decoding == 0:
+            return draft.budget
+        num_prefilling = self.max_num_batched_tokens - draft.budget - draft.num_decoding
+        return min(draft.budget, max(0, self.long_prefill_token_threshold - num_prefilling))
+
+    def _make_room(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Make the table hold all tokens, and its end this sequence's own, preempting if need be.
+
+        False: the sequence itself was preempted.
         """
-        pool = self.block_pool
-        missing = pool.num_blocks_for(request.num_tokens) - len(request.block_table)
-        while missing > pool.num_free:
-            victim = self._choose_victim()
-            draft.give_back(victim)
-            self._preempt(victim)
-            draft.preempted.append(victim)
-            if victim is request:
+        if sequence.status is not Status.RUNNING:
+            return False
+        self._give_back_behind_window(sequence)
+        pool, table = self.block_pool, sequence.block_table
+        first_written = sequence.num_computed_tokens // pool.block_size
+        while True:
+            # Asked anew each time: the victim may have been the other holder.
+            is_shared = first_written < len(table) and pool.is_shared(table[first_written])
+            missing = pool.num_blocks_for(sequence.num_tokens) - len(table)
+            if missing + is_shared <= pool.num_free:
+                break
+            if not self._preempt_one(sequence, draft):
                 return False
+        # New lists: the row of a step in flight may show the old one.
+        if is_shared:
+            shared, own = table[first_written], pool.allocate(1)[0]
+            pool.release([shared])
+            sequence.block_table = [*table[:first_written], own, *table[first_written + 1 :]]
+            draft.source_of[own] = shared
         if missing > 0:
-            request.block_table.extend(pool.allocate(missing))
+            sequence.block_table = [*sequence.block_table, *pool.allocate(missing)]
         return True
 
-    def _choose_victim(self) -> Request:
-        """The request that loses least, the oldest one excepted; of equals the youngest."""
-        oldest = min(self.running, key=lambda r: r.arrival)
-        # Alone, a request always has room, because it ends at max_num_tokens.
-        assert len(self.running) > 1
-        candidates = (request for request in self.running if request is not oldest)
-        return min(candidates, key=lambda r: (r.num_computed_tokens, -r.arrival))
+    def _give_back_behind_window(self, sequence: Sequence) -> None:
+        if not self.sliding_window:
+            return
+        first_visible = max(0, sequence.num_computed_tokens - self.sliding_window + 1)
+        num_behind = first_visible // self.block_pool.block_size
+        if num_behind > sequence.num_behind_window:
+            table = sequence.block_table
+            self.block_pool.release(table[sequence.num_behind_window : num_behind])
+            sequence.block_table = [*[0] * num_behind, *table[num_behind:]]
+            sequence.num_behind_window = num_behind
 
-    def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
-        self._release_blocks(request)
-        request.status = RequestStatus.WAITING
-        request.num_preemptions += 1
+    def _preempt_one(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Preempt what loses least, the first in rank excepted; of equals the last.
+
+        False: it was the sequence itself.
+        """
+        first = min(self.running, key=_order)
+        candidates = [s for s in self.running if s.unit[0] is not first.unit[0]]
+        # Alone, a request always has room: verify_prompt_fits and verify_beams_fit.
+        assert candidates
+        victim = min(
+            candidates,
+            key=lambda s: (s.num_computed_tokens, -s.request.rank, -s.request.arrival, -s.index),
+        )
+        for member in list(victim.unit):
+            draft.give_back(member)
+            draft.preempted.append(member)
+        self._preempt(victim)
+        return sequence.status is Status.RUNNING
+
+    def _preempt(self, victim: Sequence) -> None:
         self.preemptions_total += 1
-        place = 0
-        while place < len(self.waiting) and self.waiting[place].arrival < request.arrival:
-            place += 1
-        self.waiting.insert(place, request)
+        request = victim.request
+        if request.beams is not None:
+            for member in request.sequences:
+                self._leave(member)
+            self._enqueue(request.start(self._make_beams(request)))
+            return
+        self._leave(victim)
+        victim.num_preemptions += 1
+        self._enqueue(victim)
+
+    # Waiting sequences
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        insort(self.waiting, sequence, key=_order)
 
     def _schedule_waiting(self, draft: _Draft) -> None:
-        while self.waiting and len(self.running) < self.max_num_seqs and draft.budget > 0:
-            request = self.waiting[0]
-            if not self._admit(request):
+        num_slots = sum(sequence.num_slots for sequence in self.running)
+        while self.waiting:
+            sequence = self.waiting[0]
+            request = sequence.request
+            if num_slots + sequence.num_slots > self.max_num_seqs:
                 break
-            self.waiting.popleft()
-            self.running.append(request)
-            request.status = RequestStatus.RUNNING
-            if request.num_preemptions == 0:
-                request.num_cached_tokens = request.num_computed_tokens
-                self.prefix_cache_queries += request.num_tokens
-                self.prefix_cache_hits += request.num_computed_tokens
+            num_tokens = self._prefill_budget(draft)
+            # A sequence that was preempted knows all its tokens only when its step has run.
+            if num_tokens == 0 or sequence.num_in_flight or not self._admit(sequence, draft):
+                break
+            self.waiting.pop(0)
+            self.running.append(sequence)
+            sequence.status = Status.RUNNING
+            num_slots += sequence.num_slots
+            if not request.was_admitted:
+                request.was_admitted = True
+                request.num_cached_tokens = sequence.num_computed_tokens
+                self.prefix_cache_queries += sequence.num_tokens
+                self.prefix_cache_hits += sequence.num_computed_tokens
                 draft.admitted.append(request)
-            draft.take(request)
+            draft.take(sequence, min(sequence.num_pending_tokens, num_tokens))
 
-    def _admit(self, request: Request) -> bool:
-        """Give the request blocks for all its tokens, or nothing.
+    def _admit(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Give the sequence blocks for all its tokens, or nothing.
 
         All at once although the prompt may be computed in chunks: half-computed prompts that wait
         for each other's blocks would deadlock.
         """
         pool = self.block_pool
-        cached: list[int] = []
-        if pool.enable_prefix_caching:
-            # At least one token is computed, because sampling needs its logits.
-            num_full_blocks = (request.num_tokens - 1) // pool.block_size
-            self._extend_hashes(request, num_full_blocks)
-            cached = pool.find_prefix(request.block_hashes[:num_full_blocks])
-        num_new = pool.num_blocks_for(request.num_tokens) - len(cached)
+        cached = self._find_prefix(sequence)
+        num_new = pool.num_blocks_for(sequence.num_tokens) - len(cached)
         reserve = self.watermark_blocks if self.running else 0
         if pool.num_free - pool.num_free_among(cached) - num_new < reserve:
             return False
+        donor, num_common = self._find_donor(sequence, len(cached))
         pool.hold(cached)
-        request.block_table = [*cached, *pool.allocate(num_new)]
-        request.num_computed_tokens = len(cached) * pool.block_size
-        request.num_registered_blocks = len(cached)
+        new = pool.allocate(num_new)
+        sequence.block_table = [*cached, *new]
+        sequence.num_computed_tokens = len(cached) * pool.block_size + num_common
+        sequence.num_registered_blocks = len(cached)
+        # The donor itself may be what was handed out; then its content is in place.
+        if num_common and donor != new[0]:
+            draft.source_of[new[0]] = donor
         return True
 
-    def _make_row(self, request: Request, num_tokens: int) -> ScheduledRow:
-        start, end = request.num_computed_tokens, request.num_computed_tokens + num_tokens
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        pool = self.block_pool
+        # Who asks for the logprobs of the prompt needs all its logits.
+        if (
+            not pool.enable_prefix_caching
+            or sequence.request.sampling_params.prompt_logprobs is not None
+        ):
+            return []
+        # At least one token is computed, because sampling needs its logits.
+        num_full_blocks = (sequence.num_tokens - 1) // pool.block_size
+        self._extend_hashes(sequence, num_full_blocks)
+        return pool.find_prefix(sequence.block_hashes[:num_full_blocks])
+
+    def _find_donor(self, sequence: Sequence, num_cached_blocks: int) -> tuple[int, int]:
+        """A block to copy the beginning of the first new block from, and how many tokens."""
+        pool = self.block_pool
+        if (
+            not pool.enable_prefix_caching
+            or sequence.request.sampling_params.prompt_logprobs is not None
+        ):
+            return 0, 0
+        first = num_cached_blocks * pool.block_size
+        wanted = sequence.token_ids[first : min(first + pool.block_size, sequence.num_tokens - 1)]
+        return pool.find_donor(self._past_of_block(sequence, num_cached_blocks), wanted)
+
+    # Both
+
+    def _make_beams(self, request: Request) -> BeamSearch | None:
+        params = request.sampling_params
+        if not params.use_beam_search:
+            return None
+        num_left = self.max_num_tokens - request.num_prompt_tokens
+        return BeamSearch(
+            params,
+            eos_token_ids=self.eos_token_ids,
+            max_tokens=num_left if params.max_tokens is None else min(params.max_tokens, num_left),
+        )
+
+    def _hand_out(self, plan: Plan) -> None:
+        """Count the plan's tokens as computed and its samples as known to come."""
+        for number, (row, sequence) in enumerate(zip(plan.rows, plan.sequences, strict=True)):
+            sequence.num_computed_tokens += len(row.token_ids)
+            if row.sampling_params is not None:
+                sequence.num_in_flight += 1
+                sequence.row_in_flight = number
+
+    def _make_row(self, sequence: Sequence, num_tokens: int) -> ScheduledRow:
+        request = sequence.request
+        params = request.sampling_params
+        start = sequence.num_computed_tokens
+        end = start + num_tokens
         num_blocks = self.block_pool.num_blocks_for(end)
-        table = request.block_table
+        table = sequence.block_table
+        token_ids = sequence.token_ids[start:end]
+        if len(token_ids) < num_tokens:
+            token_ids.append(-sequence.row_in_flight - 1)
+        is_sampled = end == sequence.num_tokens
+        beams = request.beams
+        num_draws = 1 if request.is_forked or beams is not None else params.num_sequences
+        targets = None
+        if params.prompt_logprobs is not None and start < request.num_prompt_tokens:
+            targets = request.prompt_token_ids[start + 1 : end + 1]
         return ScheduledRow(
             request_id=request.request_id,
-            token_ids=request.token_ids[start:end],
+            index=sequence.index,
+            token_ids=token_ids,
             start=start,
             # Copied only for the chunks of a long prompt; a decode step copies nothing.
             block_table=table if num_blocks == len(table) else table[:num_blocks],
-            sampling_params=request.sampling_params if end == request.num_tokens else None,
-            seeds=(request.seed,),
+            sampling_params=params if is_sampled else None,
+            seeds=(
+                sequence.seed,
+                *(seed_of_choice(request.seed, index) for index in range(1, num_draws)),
+            ),
+            num_candidates=beams.num_candidates if beams is not None else 0,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_output_tokens=sequence.num_output_tokens,
+            history=list(sequence.token_ids) if is_sampled and params.needs_history else None,
+            prompt_targets=targets,
+            num_prompt_logprobs=params.prompt_logprobs or 0,
         )
 
-    def _extend_hashes(self, request: Request, num_blocks: int) -> None:
-        size, hashes = self.block_pool.block_size, request.block_hashes
+    def _past_of_block(self, sequence: Sequence, number: int) -> bytes:
+        """The hash of all that comes before a block of the sequence; it must be known."""
+        if number == 0:
+            return root_hash(sequence.request.cache_salt)
+        return sequence.block_hashes[number - 1]
+
+    def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
+        size, hashes = self.block_pool.block_size, sequence.block_hashes
         for i in range(len(hashes), num_blocks):
-            parent = hashes[-1] if hashes else ROOT_HASH
-            hashes.append(hash_block(parent, request.token_ids[i * size : (i + 1) * size]))
+            block_tokens = sequence.token_ids[i * size : (i + 1) * size]
+            hashes.append(hash_block(self._past_of_block(sequence, i), block_tokens))
 
-    def _register_full_blocks(self, request: Request) -> None:
-        """Blocks are found by others only after the step that filled them."""
-        num_full = request.num_computed_tokens // self.block_pool.block_size
-        if not self.block_pool.enable_prefix_caching or num_full == request.num_registered_blocks:
-            return
-        self._extend_hashes(request, num_full)
-        for i in range(request.num_registered_blocks, num_full):
-            self.block_pool.register(request.block_table[i], request.block_hashes[i])
-        request.num_registered_blocks = num_full
-
-    def _finish_if_ended(self, request: Request) -> None:
-        params, token_id = request.sampling_params, request.token_ids[-1]
-        if token_id in params.stop_token_ids:
-            request.stop_reason = token_id
-            self._finish(request, "stop")
-        elif token_id in self.eos_token_ids and not params.ignore_eos:
-            self._finish(request, "stop")
-        elif (
-            request.num_output_tokens == params.max_tokens
-            or request.num_tokens >= self.max_num_tokens
-        ):
-            self._finish(request, "length")
-
-    def _finish(self, request: Request, reason: str) -> None:
-        (self.running if request.status is RequestStatus.RUNNING else self.waiting).remove(request)
-        self._release_blocks(request)
-        request.status = RequestStatus.FINISHED
-        request.finish_reason = reason
-        self.finished_total += 1
-        del self.requests[request.request_id]
-
-    def _release_blocks(self, request: Request) -> None:
-        self.block_pool.release(request.block_table)
+    def _leave(self, sequence: Sequence) -> None:
+        """Out of its queue, without blocks."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        self._register_tail(sequence)
+        self.block_pool.release(sequence.block_table)
         # A new list: the rows of an earlier plan may still show the old one.
-        request.block_table = []
-        request.num_computed_tokens = 0
+        sequence.block_table = []
+        sequence.num_behind_window = 0
+        sequence.num_computed_tokens = 0
+        sequence.num_registered_blocks = 0
+
+    def _register_tail(self, sequence: Sequence) -> None:
+        """Let others copy from the partly filled last block; what steps in flight add is not in."""
+        size = self.block_pool.block_size
+        num_known = min(sequence.num_computed_tokens, len(sequence.token_ids))
+        num_full, num_rest = divmod(num_known, size)
+        if self.block_pool.enable_prefix_caching and num_rest and sequence.block_table[num_full]:
+            self._extend_hashes(sequence, num_full)
+            self.block_pool.register_tail(
+                sequence.block_table[num_full],
+                self._past_of_block(sequence, num_full),
+                sequence.token_ids[num_full * size : num_known],
+            )
+
+
+def _order(sequence: Sequence) -> tuple[int, int, int]:
+    request = sequence.request
+    return request.rank, request.arrival, sequence.index

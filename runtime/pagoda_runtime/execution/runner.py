@@ -104,6 +104,7 @@ class ModelRunner:
             num_blocks=self.num_blocks,
             vocab_size=self.model_config.vocab_size,
             max_num_seqs=config.max_num_seqs,
+            sliding_window=0 if 0 in self.windows else max(self.windows),
             eos_token_ids=list(self.model_config.eos_token_ids),
             dtype=dtype_name,
             device=self.device.type,

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from pagoda_runtime.engine.block_pool import ROOT_HASH, BlockPool, hash_block
+from pagoda_runtime.engine.block_pool import BlockPool, hash_block, root_hash
+
+ROOT_HASH = root_hash("")
 
 
 def make_pool(num_blocks: int = 4) -> BlockPool:
@@ -12,8 +14,9 @@ def make_pool(num_blocks: int = 4) -> BlockPool:
 def register_chain(pool: BlockPool, blocks: list[int]) -> list[bytes]:
     hashes = []
     for block in blocks:
-        hashes.append(hash_block(hashes[-1] if hashes else ROOT_HASH, [block, block]))
-        pool.register(block, hashes[-1])
+        parent = hashes[-1] if hashes else ROOT_HASH
+        hashes.append(hash_block(parent, [block, block]))
+        pool.register(block, hashes[-1], parent, [block, block])
     return hashes
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from pagoda_runtime.engine.beam import BeamSearch
 from pagoda_runtime.engine.core import EngineCore
 from pagoda_runtime.engine.messages import EngineRequest, RowOutput
+from pagoda_runtime.engine.request import seed_of_choice
+from pagoda_runtime.errors import RequestError
 from pagoda_runtime.sampling_params import SamplingParams
-from pagoda_runtime.testing import FakeRunner, fake_next_token
+from pagoda_runtime.testing import FakeRunner, fake_candidates, fake_next_token, fake_state
 
 VOCAB_SIZE = 3  # So few that prompts share beginnings by chance.
 EOS = 0
@@ -22,6 +26,7 @@ def make_core(runner: FakeRunner, **overrides: object) -> EngineCore:
     settings_ = {
         "max_num_seqs": 4,
         "max_num_batched_tokens": 7,
+        "long_prefill_token_threshold": 5,
         "max_num_waiting": 1000,
         "max_model_len": runner.max_model_len,
         "eos_token_ids": [EOS],
@@ -31,12 +36,13 @@ def make_core(runner: FakeRunner, **overrides: object) -> EngineCore:
     return EngineCore(runner, **{**settings_, **overrides})
 
 
-def unbatched(request: EngineRequest, max_num_tokens: int) -> tuple[list[int], str]:
-    """What the request gives when nothing else is in the world."""
+def unbatched(request: EngineRequest, max_num_tokens: int, index: int = 0) -> tuple[list[int], str]:
+    """What a choice of the request gives when nothing else is in the world."""
     params, token_ids = request.sampling_params, list(request.prompt_token_ids)
+    seed = seed_of_choice(params.seed or 0, index)
     output: list[int] = []
     while True:
-        output.append(fake_next_token(token_ids, params, params.seed or 0, VOCAB_SIZE))
+        output.append(fake_next_token(token_ids, params, seed, VOCAB_SIZE))
         token_ids.append(output[-1])
         if output[-1] == EOS and not params.ignore_eos:
             return output, "stop"
@@ -44,82 +50,172 @@ def unbatched(request: EngineRequest, max_num_tokens: int) -> tuple[list[int], s
             return output, "length"
 
 
-requests_strategy = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=14),
-        st.integers(1, 12),  # max_tokens
-        st.booleans(),  # ignore_eos
-        st.booleans(),  # is_greedy
-        st.integers(0, 25),  # arrives at step
-        st.one_of(st.none(), st.integers(0, 40)),  # aborted at step
-    ),
-    min_size=1,
-    max_size=10,
-)
+def unbatched_beams(request: EngineRequest, max_num_tokens: int) -> list[tuple[list[int], str]]:
+    """The beams of the request, each computed from its own tokens alone."""
+    params, prompt = request.sampling_params, list(request.prompt_token_ids)
+    max_tokens = min(params.max_tokens or max_num_tokens, max_num_tokens - len(prompt))
+    search = BeamSearch(params, eos_token_ids=[EOS], max_tokens=max_tokens)
+    beams: list[tuple[list[int], float]] = [([], 0.0)]
+    while not search.is_done:
+        candidates = [
+            fake_candidates(fake_state([*prompt, *out]), search.num_candidates, VOCAB_SIZE)
+            for out, _ in beams
+        ]
+        following = search.advance([out for out, _ in beams], [c for _, c in beams], candidates)
+        beams = [([*beams[c.parent][0], c.token_id], c.cumulative_logprob) for c in following]
+    return [(h.token_ids, h.finish_reason) for h in search.finished[: params.n]]
 
 
-@settings(max_examples=200, deadline=None)
+@st.composite
+def sampling_params_strategy(draw: st.DrawFn) -> SamplingParams:
+    kind = draw(st.sampled_from(["greedy", "random", "choices", "beams"]))
+    width = draw(st.integers(2, 3))
+    return SamplingParams(
+        temperature=1.0 if kind in ("random", "choices") else 0.0,
+        n=width if kind in ("choices", "beams") else 1,
+        use_beam_search=kind == "beams",
+        length_penalty=draw(st.sampled_from([0.0, 1.0, -1.0])) if kind == "beams" else 1.0,
+        early_stopping=draw(st.sampled_from([True, False, "never"])) if kind == "beams" else False,
+        seed=draw(st.integers(0, 3)),
+        max_tokens=draw(st.integers(1, 12)),
+        ignore_eos=draw(st.booleans()),
+        # The fake runner does not look at it: a sequence with a history is not planned ahead.
+        presence_penalty=draw(st.sampled_from([0.0, 0.0, 1.0])),
+    )
+
+
+@dataclass
+class Arrival:
+    """One request of a random run, and what becomes of it."""
+
+    request: EngineRequest
+    step: int
+    abort_step: int | None
+    finish_choice_step: int | None
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+    is_over: bool = False
+
+
+@st.composite
+def arrivals_strategy(draw: st.DrawFn) -> list[Arrival]:
+    return [
+        Arrival(
+            EngineRequest(
+                request_id=f"r{number}",
+                prompt_token_ids=draw(
+                    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=14)
+                ),
+                sampling_params=draw(sampling_params_strategy()),
+                arrival_seconds=0.0,
+                priority=draw(st.integers(-1, 1)),
+                cache_salt=draw(st.sampled_from(["", "", "salt"])),
+            ),
+            step=draw(st.integers(0, 25)),
+            abort_step=draw(st.one_of(st.none(), st.none(), st.integers(0, 40))),
+            finish_choice_step=draw(st.one_of(st.none(), st.none(), st.integers(0, 40))),
+        )
+        for number in range(draw(st.integers(1, 8)))
+    ]
+
+
+@settings(max_examples=250, deadline=None)
 @given(
-    requests=requests_strategy,
-    num_blocks=st.integers(5, 20),
+    arrivals=arrivals_strategy(),
+    num_blocks=st.integers(5, 24),
     block_size=st.integers(1, 4),
-    max_num_seqs=st.integers(1, 5),
-    max_num_batched_tokens=st.integers(1, 20),
+    max_num_seqs=st.integers(3, 6),
+    max_num_batched_tokens=st.integers(3, 20),
     enable_prefix_caching=st.booleans(),
+    sliding_window=st.sampled_from([0, 0, 3, 7]),
+    overlap=st.booleans(),
 )
 def test_whatever_arrives_and_leaves_every_output_is_the_unbatched_one(
-    requests, num_blocks, block_size, max_num_seqs, max_num_batched_tokens, enable_prefix_caching
+    arrivals,
+    num_blocks,
+    block_size,
+    max_num_seqs,
+    max_num_batched_tokens,
+    enable_prefix_caching,
+    sliding_window,
+    overlap,
 ):
-    runner = FakeRunner(num_blocks=num_blocks, block_size=block_size, vocab_size=VOCAB_SIZE)
+    runner = FakeRunner(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        vocab_size=VOCAB_SIZE,
+        sliding_window=sliding_window,
+    )
     core = make_core(
         runner,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=enable_prefix_caching,
+        sliding_window=sliding_window,
+        overlap=overlap,
     )
-    capacity = num_blocks * block_size
-    expected, outputs, reasons, aborts = {}, {}, {}, {}
-    arrivals: dict[int, list[EngineRequest]] = {}
-    for i, (prompt, max_tokens, ignore_eos, is_greedy, arrival, abort) in enumerate(requests):
-        request = EngineRequest(
-            request_id=f"r{i}",
-            prompt_token_ids=prompt[: capacity - 1],
-            sampling_params=SamplingParams(
-                temperature=0.0 if is_greedy else 1.0,
-                seed=i,
-                max_tokens=max_tokens,
-                ignore_eos=ignore_eos,
-            ),
-            arrival_seconds=0.0,
+    by_id = {arrival.request.request_id: arrival for arrival in arrivals}
+    try:
+        # Nobody starves: alone, one after the other, a token at a time, all would be through.
+        limit = 60 + 2 * len(arrivals) * sum(
+            len(a.request.prompt_token_ids) + 6 * (a.request.sampling_params.max_tokens or 0)
+            for a in arrivals
         )
-        arrivals.setdefault(arrival, []).append(request)
-        expected[request.request_id] = unbatched(request, min(capacity + 1, runner.max_model_len))
-        outputs[request.request_id] = []
-        if abort is not None:
-            aborts.setdefault(abort, []).append(request.request_id)
+        for now in range(limit):
+            _let_arrive_and_leave(core, arrivals, now)
+            for delta in core.step(float(now)).deltas:
+                arrival = by_id[delta.request_id]
+                assert not arrival.is_over, "a delta after the last one"
+                arrival.outputs.setdefault(delta.index, []).extend(delta.new_token_ids)
+                if delta.finish_reason is not None:
+                    arrival.reasons[delta.index] = delta.finish_reason
+                arrival.is_over = delta.is_last
+            core.check()
+            if now > 40 and not core.has_work:
+                break
+        assert not core.has_work
+        assert core.scheduler.block_pool.num_used == 0
+        for arrival in arrivals:
+            _verify_outputs(arrival, min(num_blocks * block_size + 1, runner.max_model_len))
+    finally:
+        core.close()
 
-    gone = set()
-    # Nobody starves: alone, one after the other, and a token at a time, all would be through.
-    for now in range(60 + sum(len(p) + 2 * n for p, n, *_ in requests) * len(requests) * 2):
-        for request in arrivals.pop(now, []):
-            core.add(request)
-        gone.update(i for i in aborts.get(now, []) if i in core.scheduler.requests)
-        core.abort(aborts.get(now, []))
-        for delta in core.step(float(now)).deltas:
-            assert delta.request_id not in gone
-            outputs[delta.request_id] += delta.new_token_ids
-            reasons[delta.request_id] = delta.finish_reason
-        core.check()
-        if not arrivals and not core.has_work:
-            break
-    assert not core.has_work
-    assert core.scheduler.block_pool.num_used == 0
-    for request_id, (tokens, reason) in expected.items():
-        if reasons.get(request_id) is not None:
-            assert (outputs[request_id], reasons[request_id]) == (tokens, reason)
+
+def _let_arrive_and_leave(core: EngineCore, arrivals: list[Arrival], now: int) -> None:
+    for arrival in arrivals:
+        request_id = arrival.request.request_id
+        if arrival.step == now:
+            try:
+                core.add(arrival.request)
+            except RequestError:
+                arrival.is_over = True
+        elif request_id in core.scheduler.requests:
+            if arrival.abort_step == now:
+                core.abort([request_id])
+                arrival.is_over = True
+            elif (
+                arrival.finish_choice_step == now
+                and not arrival.request.sampling_params.use_beam_search
+                and core.scheduler.requests[request_id].is_forked
+            ):
+                core.finish_choices(request_id, [0])
+                arrival.reasons[0] = "finished by the client"
+
+
+def _verify_outputs(arrival: Arrival, max_num_tokens: int) -> None:
+    request, outputs, reasons = arrival.request, arrival.outputs, arrival.reasons
+    if request.sampling_params.use_beam_search:
+        expected = unbatched_beams(request, max_num_tokens)
+        found = [(outputs[index], reasons[index]) for index in sorted(outputs)]
+        assert found in (expected, []) if arrival.is_over else found == expected
+        return
+    for index in range(request.sampling_params.n):
+        tokens, reason = unbatched(request, max_num_tokens, index)
+        if reasons.get(index) in ("stop", "length"):
+            assert (outputs[index], reasons[index]) == (tokens, reason)
         else:
-            assert request_id in gone
-            assert outputs[request_id] == tokens[: len(outputs[request_id])]
+            assert arrival.is_over or index in reasons, f"choice {index} never ended"
+            assert outputs.get(index, []) == tokens[: len(outputs.get(index, []))]
 
 
 def test_preemption_with_shared_prefixes_changes_no_token():
@@ -164,7 +260,7 @@ def test_the_fake_runner_shows_a_wrong_block_table_in_the_tokens():
     core.step(0.0)
     first, second = core.scheduler.running
     first.block_table[0] = second.block_table[0]
-    right = [fake_next_token(request.token_ids, params, 0, 100) for request in (first, second)]
+    right = [fake_next_token(s.token_ids, params, 0, 100) for s in (first, second)]
     tokens = [delta.new_token_ids[0] for delta in core.step(0.0).deltas]
     assert tokens[0] != right[0]
     assert tokens[1] == right[1]

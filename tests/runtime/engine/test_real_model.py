@@ -53,6 +53,7 @@ def make_core(
         SmallRunner(runner, num_blocks or runner.num_blocks),
         max_num_seqs=slots,
         max_num_batched_tokens=64,
+        long_prefill_token_threshold=64,
         max_num_waiting=2000,
         max_model_len=runner.max_model_len,
         eos_token_ids=[2],

@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 
 from pagoda_runtime.engine.block_pool import BlockPool
-from pagoda_runtime.engine.request import Request, RequestStatus
+from pagoda_runtime.engine.messages import RowOutput
+from pagoda_runtime.engine.progress import advance
+from pagoda_runtime.engine.request import Request, Sequence, Status
 from pagoda_runtime.engine.scheduler import Plan, Scheduler
 from pagoda_runtime.errors import PromptTooLong, QueueFull
 from pagoda_runtime.sampling_params import SamplingParams
@@ -16,6 +18,7 @@ def make_scheduler(num_blocks: int = 100, block_size: int = 4, **limits: int) ->
     defaults = {
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
+        "long_prefill_token_threshold": 1000,
         "max_num_waiting": 8,
         "max_model_len": 1000,
     }
@@ -26,24 +29,34 @@ def make_scheduler(num_blocks: int = 100, block_size: int = 4, **limits: int) ->
     )
 
 
-def add(scheduler: Scheduler, prompt: list[int], **params: object) -> Request:
+def add(
+    scheduler: Scheduler, prompt: list[int], *, priority: int = 0, salt: str = "", **params: object
+) -> Sequence:
+    number = scheduler.finished_total + len(scheduler.requests)
     request = Request(
-        request_id=f"r{scheduler.finished_total + len(scheduler.requests)}",
-        token_ids=list(prompt),
+        request_id=f"r{number}",
+        prompt_token_ids=list(prompt),
         sampling_params=SamplingParams(**{"max_tokens": 50, **params}),
         seed=0,
-        arrival=scheduler.finished_total + len(scheduler.requests),
+        arrival=number,
         arrival_seconds=0.0,
-        num_prompt_tokens=len(prompt),
+        priority=priority,
+        cache_salt=salt,
     )
     scheduler.add(request)
-    return request
+    return request.sequences[0]
+
+
+def outputs_of(plan: Plan, token: int = 7) -> list[RowOutput]:
+    return [
+        RowOutput(token_ids=[token] * len(row.seeds) if row.sampling_params else [])
+        for row in plan.rows
+    ]
 
 
 def step(scheduler: Scheduler, token: int = 7) -> Plan:
     plan = scheduler.schedule()
-    num_sampled = sum(row.sampling_params is not None for row in plan.rows)
-    scheduler.update(plan, [token] * num_sampled)
+    advance(scheduler, plan, outputs_of(plan, token))
     scheduler.check()
     return plan
 
@@ -67,11 +80,11 @@ def test_decoding_requests_come_before_the_chunks_of_a_long_prompt():
     short = add(scheduler, [2, 2, 2])
     step(scheduler)
     step(scheduler)
-    assert [row.request_id for row in step(scheduler).rows][:1] == [long.request_id]
+    assert [row.request_id for row in step(scheduler).rows][:1] == [long.request.request_id]
     late = add(scheduler, [3] * 9)
     plan = step(scheduler)
     assert num_tokens(plan) == [1, 1, 2]
-    assert plan.requests == [long, short, late]
+    assert plan.sequences == [long, short, late]
 
 
 def test_a_row_holds_exactly_the_blocks_of_its_tokens():
@@ -88,16 +101,16 @@ def test_a_prompt_that_was_seen_before_computes_only_what_is_new():
     request = add(scheduler, [1, 2, 3, 4, 9])
     plan = step(scheduler)
     assert plan.rows[0].token_ids == [9]
-    assert request.num_cached_tokens == 4
+    assert request.request.num_cached_tokens == 4
     assert scheduler.prefix_cache_hits == 4
 
 
-def test_a_prompt_that_is_cached_whole_still_computes_its_last_block():
+def test_a_prompt_that_is_cached_whole_still_computes_its_last_token():
     scheduler = make_scheduler(block_size=4)
     for _ in range(2):
         add(scheduler, [1, 2, 3, 4, 5, 6, 7, 8], max_tokens=1)
         plan = step(scheduler)
-    assert plan.rows[0].start == 4
+    assert plan.rows[0].start == 7
 
 
 def test_blocks_of_a_prompt_aborted_midway_are_found_only_as_far_as_they_were_computed():
@@ -105,10 +118,10 @@ def test_blocks_of_a_prompt_aborted_midway_are_found_only_as_far_as_they_were_co
     prompt = [1, 2, 3, 4, 5, 6, 7, 8]
     aborted = add(scheduler, prompt)
     step(scheduler)
-    scheduler.abort([aborted.request_id])
+    scheduler.abort([aborted.request.request_id])
     again = add(scheduler, prompt)
     assert step(scheduler).rows[0].start == 4
-    assert again.num_cached_tokens == 4
+    assert again.request.num_cached_tokens == 4
 
 
 def test_without_prefix_caching_nothing_is_found():
@@ -124,7 +137,7 @@ def test_a_request_waits_until_its_whole_prompt_fits():
     add(scheduler, [1] * 9)
     second = add(scheduler, [2] * 8)
     step(scheduler)
-    assert second.status is RequestStatus.WAITING
+    assert second.status is Status.WAITING
     assert not second.block_table
 
 
@@ -136,7 +149,7 @@ def test_admission_leaves_a_reserve_for_the_running_but_an_empty_pool_has_none()
     add(scheduler, [2] * 50)
     beyond_reserve = add(scheduler, [3] * 48)
     step(scheduler)
-    assert beyond_reserve.status is RequestStatus.WAITING
+    assert beyond_reserve.status is Status.WAITING
 
 
 def test_the_request_with_the_least_computed_tokens_is_preempted_and_keeps_its_output():
@@ -148,7 +161,7 @@ def test_the_request_with_the_least_computed_tokens_is_preempted_and_keeps_its_o
     assert scheduler.waiting[0] is short
     assert short.num_output_tokens > 0
     assert not short.block_table
-    assert long.status is RequestStatus.RUNNING
+    assert long.status is Status.RUNNING
 
 
 def test_the_oldest_request_is_not_preempted_even_if_it_has_computed_least():
@@ -157,7 +170,7 @@ def test_the_oldest_request_is_not_preempted_even_if_it_has_computed_least():
     add(scheduler, [2] * 5)
     while not scheduler.preemptions_total:
         step(scheduler)
-    assert oldest.status is RequestStatus.RUNNING
+    assert oldest.status is Status.RUNNING
 
 
 def test_preempted_requests_return_to_the_head_of_the_queue_in_order_of_arrival():
@@ -208,7 +221,7 @@ def test_an_aborted_request_frees_its_blocks_at_once():
     running = add(scheduler, [1] * 9)
     step(scheduler)
     waiting = add(scheduler, [2] * 9)
-    scheduler.abort([running.request_id, waiting.request_id, "unknown"])
+    scheduler.abort([running.request.request_id, waiting.request.request_id, "unknown"])
     assert scheduler.block_pool.num_used == 0
     assert not scheduler.requests
 

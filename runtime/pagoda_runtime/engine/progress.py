@@ -1,0 +1,166 @@
+"""What a step's outputs do to the sequences: new tokens, forks, beams, ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+
+from pagoda_runtime.engine.beam import Continuation
+from pagoda_runtime.engine.messages import RowOutput, ScheduledRow, TokenLogprobs
+from pagoda_runtime.engine.request import Request, Sequence, Status
+from pagoda_runtime.engine.scheduler import Plan, Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """New tokens of one choice."""
+
+    request: Request
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    cumulative_logprob: float | None
+    finish_reason: str | None
+    stop_reason: int | None
+    is_first: bool
+
+
+def advance(scheduler: Scheduler, plan: Plan, outputs: Several[RowOutput]) -> list[Progress]:
+    """Take over the outputs of a step, one for each row, in order; what became of each choice.
+
+    Sequences that ended since the step was planned are passed over; those that were preempted keep
+    what it sampled for them.
+    """
+    progress: list[Progress] = []
+    beams: dict[Request, list[tuple[Sequence, RowOutput]]] = {}
+    for row, sequence, output in zip(plan.rows, plan.sequences, outputs, strict=True):
+        if sequence.status is Status.FINISHED:
+            continue
+        _take_prompt_logprobs(sequence, row, output)
+        if row.sampling_params is not None:
+            sequence.num_in_flight -= 1
+        if sequence.status is Status.RUNNING:
+            scheduler.register_blocks(sequence, row.start + len(row.token_ids))
+        if row.sampling_params is None:
+            continue
+        if sequence.request.beams is not None:
+            beams.setdefault(sequence.request, []).append((sequence, output))
+        else:
+            progress += _take_samples(scheduler, sequence, output)
+    for request, members in beams.items():
+        progress += _advance_beams(scheduler, request, members)
+    return progress
+
+
+def _take_prompt_logprobs(sequence: Sequence, row: ScheduledRow, output: RowOutput) -> None:
+    found = output.prompt_logprobs
+    if found is not None:
+        # By place: a prompt that was preempted is computed again.
+        sequence.request.prompt_logprobs[row.start : row.start + len(found)] = found
+
+
+def _take_samples(scheduler: Scheduler, sequence: Sequence, output: RowOutput) -> list[Progress]:
+    """The sampled token; if there are several, forks of the sequence take the others."""
+    request = sequence.request
+    takers = [sequence]
+    if not request.is_forked:
+        takers += [scheduler.fork(sequence, i) for i in range(1, len(output.token_ids))]
+        request.sequences = list(takers)
+        request.is_forked = True
+    progress = []
+    for number, taker in enumerate(takers):
+        taker.token_ids.append(output.token_ids[number])
+        if output.token_logprobs is not None:
+            taker.cumulative_logprob += output.token_logprobs[number]
+        num_output_tokens = len(taker.token_ids) - request.num_prompt_tokens
+        _finish_if_ended(scheduler, taker, num_output_tokens)
+        progress.append(
+            Progress(
+                request=request,
+                index=taker.index,
+                token_ids=[output.token_ids[number]],
+                logprobs=None if output.logprobs is None else [output.logprobs[number]],
+                cumulative_logprob=(
+                    None if output.token_logprobs is None else taker.cumulative_logprob
+                ),
+                finish_reason=taker.finish_reason,
+                stop_reason=taker.stop_reason,
+                is_first=num_output_tokens == 1,
+            )
+        )
+    return progress
+
+
+def _finish_if_ended(scheduler: Scheduler, sequence: Sequence, num_output_tokens: int) -> None:
+    """End the sequence if its last known token is its last."""
+    params, token_id = sequence.request.sampling_params, sequence.token_ids[-1]
+    if token_id in params.stop_token_ids:
+        sequence.stop_reason = token_id
+        scheduler.finish(sequence, "stop")
+    elif token_id in scheduler.eos_token_ids and not params.ignore_eos:
+        scheduler.finish(sequence, "stop")
+    elif (
+        num_output_tokens == params.max_tokens
+        or len(sequence.token_ids) >= scheduler.max_num_tokens
+    ):
+        scheduler.finish(sequence, "length")
+
+
+def _advance_beams(
+    scheduler: Scheduler, request: Request, members: list[tuple[Sequence, RowOutput]]
+) -> list[Progress]:
+    beams = request.beams
+    assert beams is not None
+    assert [sequence for sequence, _ in members] == request.sequences
+    continuations = beams.advance(
+        [sequence.known_output for sequence, _ in members],
+        [sequence.cumulative_logprob for sequence, _ in members],
+        [
+            list(zip(output.token_ids, output.token_logprobs or [], strict=True))
+            for _, output in members
+        ],
+    )
+    request.is_forked = True
+    if not beams.is_done:
+        _replace_beams(scheduler, request, continuations)
+        return []
+    hypotheses = beams.finished[: request.sampling_params.n]
+    for sequence in list(request.sequences):
+        scheduler.finish(sequence, "stop")
+    return [
+        Progress(
+            request=request,
+            index=index,
+            token_ids=hypothesis.token_ids,
+            logprobs=None,
+            cumulative_logprob=hypothesis.cumulative_logprob,
+            finish_reason=hypothesis.finish_reason,
+            stop_reason=hypothesis.stop_reason,
+            is_first=True,
+        )
+        for index, hypothesis in enumerate(hypotheses)
+    ]
+
+
+def _replace_beams(
+    scheduler: Scheduler, request: Request, continuations: Several[Continuation]
+) -> None:
+    """Each beam goes on as its first continuation; the others fork off; without one it is gone."""
+    old = request.sequences
+    taken: dict[int, Sequence] = {}
+    new: list[Sequence] = []
+    for continuation in continuations:
+        parent = old[continuation.parent]
+        if continuation.parent in taken:
+            new.append(scheduler.fork(parent, parent.index))
+        else:
+            taken[continuation.parent] = parent
+            new.append(parent)
+    for number, sequence in enumerate(old):
+        if number not in taken:
+            scheduler.discard(sequence)
+    request.sequences = new
+    for index, (sequence, continuation) in enumerate(zip(new, continuations, strict=True)):
+        sequence.index = index
+        sequence.token_ids.append(continuation.token_id)
+        sequence.cumulative_logprob = continuation.cumulative_logprob
