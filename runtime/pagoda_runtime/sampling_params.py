@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from pagoda_runtime.errors import RequestError
-
-MAX_STOP_STRINGS = 16
-MAX_SEED = 2**63 - 1
+from pagoda_runtime.sampling_limits import MAX_SEED as MAX_SEED
+from pagoda_runtime.sampling_limits import verify_sampling_params
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -42,7 +40,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
-    """bad_words as token ids; whoever has the tokenizer fills them in."""
+    """bad_words as token ids; whoever has the tokenizer fills them in. Where they and min_tokens
+    leave no token that is allowed, they give way."""
     min_tokens: int = 0
     """Tokens before an end token or stop id may come."""
     seed: int | None = None
@@ -88,31 +87,4 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def verify(self) -> None:
         """Raise RequestError that names field, value and range for the first value out of range."""
-        checks = (
-            ("temperature", self.temperature, 0.0 <= self.temperature <= 2.0, "from 0 to 2"),
-            ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            ("top_k", self.top_k, self.top_k >= -1, "-1 or 0 (all tokens), or at least 1"),
-            (
-                "seed",
-                self.seed,
-                self.seed is None or -MAX_SEED - 1 <= self.seed <= MAX_SEED,
-                "a 64-bit integer",
-            ),
-            (
-                "max_tokens",
-                self.max_tokens,
-                self.max_tokens is None or self.max_tokens >= 1,
-                "at least 1",
-            ),
-            ("stop", list(self.stop), len(self.stop) <= MAX_STOP_STRINGS, "at most 16 strings"),
-            ("stop", list(self.stop), all(self.stop), "strings of at least one character"),
-            (
-                "stop_token_ids",
-                list(self.stop_token_ids),
-                all(token_id >= 0 for token_id in self.stop_token_ids),
-                "ids of at least 0",
-            ),
-        )
-        for name, value, in_range, expected in checks:
-            if not in_range:
-                raise RequestError(f"{name} is {value!r}; it must be {expected}.", param=name)
+        verify_sampling_params(self)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pagoda_runtime.engine.messages import EngineReady
 from pagoda_runtime.errors import PromptTooLong, QueueFull, RequestError
+from pagoda_runtime.sampling_limits import verify_token_id_fields
 from pagoda_runtime.sampling_params import SamplingParams
 
 # Long enough for some running requests to end, short enough for a person to wait.
@@ -17,6 +18,7 @@ def verify_fits(
 ) -> None:
     """Raise RequestError or PromptTooLong for what this engine can never serve."""
     verify_token_ids(prompt_token_ids, vocab_size=facts.vocab_size)
+    verify_token_id_fields(sampling_params, vocab_size=facts.vocab_size)
     num_prompt_tokens, max_model_len = len(prompt_token_ids), facts.max_model_len
     verify_prompt_fits(
         num_prompt_tokens,
