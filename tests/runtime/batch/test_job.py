@@ -154,5 +154,8 @@ async def test_files_are_checked_before_an_engine_is_started(tmp_path):
     source.write_text("")
     with pytest.raises(FatalError, match="the same file"):
         await run_batch(config, source, source, engine_command=command)
+    odd = ServerConfig(engine=config.engine, chat_template="absent.jinja")
+    with pytest.raises(FatalError, match=r"--chat-template absent\.jinja"):
+        await run_batch(odd, source, tmp_path / "out.jsonl", engine_command=command)
     progress = await run_batch(config, source, tmp_path / "out.jsonl", engine_command=command)
     assert progress == Progress()
