@@ -87,22 +87,17 @@ def _penalize(logits: torch.Tensor, row: ScheduledRow) -> None:
     if repetition == 1.0 and not frequency and not presence:
         return
     assert row.history is not None
-    history = _array(row.history)
+    said = _tensor(row.history, logits.device)
+    output = said[row.num_prompt_tokens :]
+    # A token that occurs again is written again, with the same value.
     if repetition != 1.0:
-        # A token that occurs again is written again, with the same value.
-        ids = torch.from_numpy(history).to(logits.device)
-        said = logits[ids]
-        logits[ids] = torch.where(said > 0, said / repetition, said * repetition)
-    if frequency or presence:
-        token_ids, counts = np.unique(history[row.num_prompt_tokens :], return_counts=True)
-        penalties = (frequency * counts + presence).astype(np.float32)
-        ids = torch.from_numpy(token_ids).to(logits.device)
-        logits[ids] -= torch.from_numpy(penalties).to(logits.device)
-
-
-def _array(token_ids: Collection[int]) -> np.ndarray:
-    return np.fromiter(token_ids, np.int64, len(token_ids))
+        values = logits[said]
+        logits[said] = torch.where(values > 0, values / repetition, values * repetition)
+    if presence:
+        logits[output] = logits[output] - presence
+    if frequency:
+        logits.index_add_(0, output, logits.new_full((len(output),), -frequency))
 
 
 def _tensor(token_ids: Collection[int], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(_array(token_ids)).to(device)
+    return torch.from_numpy(np.fromiter(token_ids, np.int64, len(token_ids))).to(device)

@@ -262,3 +262,21 @@ def test_uniform_numbers_are_even_over_each_of_their_arguments(values):
         counts = torch.histc(torch.tensor(numbers), bins=10, min=0.0, max=1.0)
         assert counts.min() > 400
         assert counts.max() < 600
+
+
+@pytest.mark.gpu
+def test_a_gpu_chooses_what_a_cpu_chooses():
+    torch.manual_seed(0)
+    # Far apart, so that no rounding moves a token over a border.
+    logits = torch.stack([torch.randperm(2001) for _ in EVERY_KIND]).float() / 100
+    rows = [
+        make_row(SamplingParams(**params), history=[1, 2, 3, 3], num_prompt_tokens=2)
+        for params in EVERY_KIND
+    ]
+    rows.append(make_row(SamplingParams(use_beam_search=True), num_candidates=9))
+    logits = torch.cat([logits, logits[:1]])
+    for output, expected in zip(sample(logits.cuda(), rows), sample(logits, rows), strict=True):
+        assert output.token_ids == expected.token_ids
+        assert output.token_logprobs == (
+            expected.token_logprobs and pytest.approx(expected.token_logprobs, abs=1e-5)
+        )
