@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pagoda_runtime.engine.beam import BeamSearch
-from pagoda_runtime.engine.block_pool import BlockPool, hash_block, root_hash
+from pagoda_runtime.engine.block_pool import BlockPool
 from pagoda_runtime.engine.limits import (
     most_tokens,
     verify_beams_fit,
@@ -15,7 +15,9 @@ from pagoda_runtime.engine.limits import (
     verify_queue_has_room,
 )
 from pagoda_runtime.engine.messages import BlockCopy, ScheduledRow
-from pagoda_runtime.engine.request import Request, Sequence, Status, seed_of_choice
+from pagoda_runtime.engine.prefix_cache import PrefixCache
+from pagoda_runtime.engine.request import Request, Sequence, Status
+from pagoda_runtime.engine.rows import make_row
 
 # Share of the blocks that admission leaves free for the growth of running requests. Without it
 # every admission soon costs a preemption.
@@ -102,6 +104,7 @@ class Scheduler:
         assert max_num_batched_tokens >= 1
         assert long_prefill_token_threshold >= 1
         self.block_pool = block_pool
+        self.prefix_cache = PrefixCache(block_pool)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.long_prefill_token_threshold = long_prefill_token_threshold
@@ -188,7 +191,10 @@ class Scheduler:
         if not draft.preempted:
             self._schedule_waiting(draft)
         plan = Plan(
-            rows=[self._make_row(*item) for item in draft.num_tokens_of.items()],
+            rows=[
+                make_row(*item, block_size=self.block_pool.block_size)
+                for item in draft.num_tokens_of.items()
+            ],
             sequences=list(draft.num_tokens_of),
             copies=[BlockCopy(source, target) for target, source in draft.source_of.items()],
             admitted=draft.admitted,
@@ -197,23 +203,6 @@ class Scheduler:
         )
         self._hand_out(plan)
         return plan
-
-    def register_blocks(self, sequence: Sequence, num_computed_tokens: int) -> None:
-        """Let others find the blocks that were filled up to here, by a step that has run."""
-        pool = self.block_pool
-        num_full = num_computed_tokens // pool.block_size
-        if not pool.enable_prefix_caching or num_full <= sequence.num_registered_blocks:
-            return
-        self._extend_hashes(sequence, num_full)
-        for i in range(sequence.num_registered_blocks, num_full):
-            if sequence.block_table[i] != 0:
-                pool.register(
-                    sequence.block_table[i],
-                    sequence.block_hashes[i],
-                    self._past_of_block(sequence, i),
-                    sequence.token_ids[i * pool.block_size : (i + 1) * pool.block_size],
-                )
-        sequence.num_registered_blocks = num_full
 
     def num_unfilled_slots(self) -> int:
         """Slots of held blocks that no known token fills or is going to."""
@@ -378,12 +367,12 @@ class Scheduler:
         for each other's blocks would deadlock.
         """
         pool = self.block_pool
-        cached = self._find_prefix(sequence)
+        cached = self.prefix_cache.find_prefix(sequence)
         num_new = pool.num_blocks_for(sequence.num_tokens) - len(cached)
         reserve = self.watermark_blocks if self.running else 0
         if pool.num_free - pool.num_free_among(cached) - num_new < reserve:
             return False
-        donor, num_common = self._find_donor(sequence, len(cached))
+        donor, num_common = self.prefix_cache.find_donor(sequence, len(cached))
         pool.hold(cached)
         new = pool.allocate(num_new)
         sequence.block_table = [*cached, *new]
@@ -393,31 +382,6 @@ class Scheduler:
         if num_common and donor != new[0]:
             draft.source_of[new[0]] = donor
         return True
-
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        pool = self.block_pool
-        # Who asks for the logprobs of the prompt needs all its logits.
-        if (
-            not pool.enable_prefix_caching
-            or sequence.request.sampling_params.prompt_logprobs is not None
-        ):
-            return []
-        # At least one token is computed, because sampling needs its logits.
-        num_full_blocks = (sequence.num_tokens - 1) // pool.block_size
-        self._extend_hashes(sequence, num_full_blocks)
-        return pool.find_prefix(sequence.block_hashes[:num_full_blocks])
-
-    def _find_donor(self, sequence: Sequence, num_cached_blocks: int) -> tuple[int, int]:
-        """A block to copy the beginning of the first new block from, and how many tokens."""
-        pool = self.block_pool
-        if (
-            not pool.enable_prefix_caching
-            or sequence.request.sampling_params.prompt_logprobs is not None
-        ):
-            return 0, 0
-        first = num_cached_blocks * pool.block_size
-        wanted = sequence.token_ids[first : min(first + pool.block_size, sequence.num_tokens - 1)]
-        return pool.find_donor(self._past_of_block(sequence, num_cached_blocks), wanted)
 
     # Both
 
@@ -440,54 +404,6 @@ class Scheduler:
                 sequence.num_in_flight += 1
                 sequence.row_in_flight = number
 
-    def _make_row(self, sequence: Sequence, num_tokens: int) -> ScheduledRow:
-        request = sequence.request
-        params = request.sampling_params
-        start = sequence.num_computed_tokens
-        end = start + num_tokens
-        num_blocks = self.block_pool.num_blocks_for(end)
-        table = sequence.block_table
-        token_ids = sequence.token_ids[start:end]
-        if len(token_ids) < num_tokens:
-            token_ids.append(-sequence.row_in_flight - 1)
-        is_sampled = end == sequence.num_tokens
-        beams = request.beams
-        num_draws = 1 if request.is_forked or beams is not None else params.num_sequences
-        targets = None
-        if params.prompt_logprobs is not None and start < request.num_prompt_tokens:
-            targets = request.prompt_token_ids[start + 1 : end + 1]
-        return ScheduledRow(
-            request_id=request.request_id,
-            index=sequence.index,
-            token_ids=token_ids,
-            start=start,
-            # Copied only for the chunks of a long prompt; a decode step copies nothing.
-            block_table=table if num_blocks == len(table) else table[:num_blocks],
-            sampling_params=params if is_sampled else None,
-            seeds=(
-                sequence.seed,
-                *(seed_of_choice(request.seed, index) for index in range(1, num_draws)),
-            ),
-            num_candidates=beams.num_candidates if beams is not None else 0,
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_output_tokens=sequence.num_output_tokens,
-            history=list(sequence.token_ids) if is_sampled and params.needs_history else None,
-            prompt_targets=targets,
-            num_prompt_logprobs=params.prompt_logprobs or 0,
-        )
-
-    def _past_of_block(self, sequence: Sequence, number: int) -> bytes:
-        """The hash of all that comes before a block of the sequence; it must be known."""
-        if number == 0:
-            return root_hash(sequence.request.cache_salt)
-        return sequence.block_hashes[number - 1]
-
-    def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
-        size, hashes = self.block_pool.block_size, sequence.block_hashes
-        for i in range(len(hashes), num_blocks):
-            block_tokens = sequence.token_ids[i * size : (i + 1) * size]
-            hashes.append(hash_block(self._past_of_block(sequence, i), block_tokens))
-
     def _leave(self, sequence: Sequence) -> None:
         """Out of its queue, without blocks."""
         if sequence.status is Status.RUNNING:
@@ -495,26 +411,13 @@ class Scheduler:
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
-        self._register_tail(sequence)
+        self.prefix_cache.register_tail(sequence)
         self.block_pool.release(sequence.block_table)
         # A new list: the rows of an earlier plan may still show the old one.
         sequence.block_table = []
         sequence.num_behind_window = 0
         sequence.num_computed_tokens = 0
         sequence.num_registered_blocks = 0
-
-    def _register_tail(self, sequence: Sequence) -> None:
-        """Let others copy from the partly filled last block; what steps in flight add is not in."""
-        size = self.block_pool.block_size
-        num_known = min(sequence.num_computed_tokens, len(sequence.token_ids))
-        num_full, num_rest = divmod(num_known, size)
-        if self.block_pool.enable_prefix_caching and num_rest and sequence.block_table[num_full]:
-            self._extend_hashes(sequence, num_full)
-            self.block_pool.register_tail(
-                sequence.block_table[num_full],
-                self._past_of_block(sequence, num_full),
-                sequence.token_ids[num_full * size : num_known],
-            )
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:

@@ -5,9 +5,9 @@ import pytest
 from pagoda_runtime.engine.block_pool import BlockPool
 from pagoda_runtime.engine.messages import RowOutput
 from pagoda_runtime.engine.progress import advance
-from pagoda_runtime.engine.request import Request, Sequence, Status
+from pagoda_runtime.engine.request import ARRIVALS_PER_PRIORITY, Request, Sequence, Status
 from pagoda_runtime.engine.scheduler import Plan, Scheduler
-from pagoda_runtime.errors import PromptTooLong, QueueFull
+from pagoda_runtime.errors import PromptTooLong, QueueFull, RequestError
 from pagoda_runtime.sampling_params import SamplingParams
 
 EOS = 0
@@ -244,3 +244,85 @@ def test_a_request_beyond_slots_and_queue_is_refused():
     add(scheduler, [1])
     with pytest.raises(QueueFull, match="--max-num-waiting"):
         add(scheduler, [1])
+
+
+def test_a_request_of_higher_priority_overtakes_but_only_so_many_others():
+    scheduler = make_scheduler(max_num_seqs=1, max_num_waiting=1000)
+    add(scheduler, [1])
+    step(scheduler)
+    patient = add(scheduler, [2], priority=1)
+    urgent = [add(scheduler, [3]) for _ in range(ARRIVALS_PER_PRIORITY + 1)]
+    order = scheduler.waiting
+    assert order[0] is urgent[0]
+    assert order.index(patient) == ARRIVALS_PER_PRIORITY - 1
+
+
+def test_a_long_prompt_takes_few_tokens_of_a_step_in_which_others_decode():
+    scheduler = make_scheduler(max_num_batched_tokens=64, long_prefill_token_threshold=8)
+    add(scheduler, [1] * 4)
+    step(scheduler)
+    add(scheduler, [2] * 20)
+    add(scheduler, [3] * 20)
+    assert [num_tokens(step(scheduler)) for _ in range(2)] == [[1, 8], [1, 8]]
+    # The first prompt leaves 4 tokens of the 8 to the second.
+    assert num_tokens(step(scheduler)) == [1, 4, 4]
+
+
+def test_a_long_prompt_alone_takes_the_whole_step():
+    scheduler = make_scheduler(max_num_batched_tokens=64, long_prefill_token_threshold=8)
+    add(scheduler, [2] * 100)
+    assert num_tokens(step(scheduler)) == [64]
+
+
+def test_blocks_behind_the_window_are_given_back():
+    scheduler = make_scheduler(block_size=4, sliding_window=6)
+    sequence = add(scheduler, [1] * 10)
+    step(scheduler)
+    held = [scheduler.block_pool.num_used]
+    for _ in range(20):
+        step(scheduler)
+        held.append(scheduler.block_pool.num_used)
+    assert max(held) == held[0] == 3
+    assert sequence.block_table[: sequence.num_behind_window] == [0] * 6
+    assert len(sequence.block_table) == 8
+
+
+def test_a_request_that_takes_more_slots_than_are_left_waits():
+    scheduler = make_scheduler(max_num_seqs=4)
+    add(scheduler, [1], n=2)
+    step(scheduler)
+    wide = add(scheduler, [2], n=3)
+    step(scheduler)
+    assert wide.status is Status.WAITING
+
+
+def test_beams_that_may_never_fit_are_refused_with_both_numbers():
+    scheduler = make_scheduler(num_blocks=12, block_size=4)
+    with pytest.raises(RequestError) as error:
+        add(scheduler, [1] * 9, use_beam_search=True, n=4, temperature=0.0, max_tokens=12)
+    # 2 full blocks of the prompt, 3 more for each beam, and 1 that they part from.
+    assert "15 KV cache blocks" in error.value.message
+    assert "has 12" in error.value.message
+    assert not scheduler.requests
+
+
+def test_a_step_planned_ahead_promises_the_token_that_is_still_computed():
+    scheduler = make_scheduler(block_size=4)
+    first, second = add(scheduler, [1, 2, 3]), add(scheduler, [4, 5])
+    before = scheduler.schedule()
+    ahead = scheduler.schedule()
+    assert [row.token_ids for row in ahead.rows] == [[-1], [-2]]
+    assert [row.start for row in ahead.rows] == [3, 2]
+    # What ends with the first step is passed over in the second.
+    advance(scheduler, before, [RowOutput(token_ids=[EOS]), RowOutput(token_ids=[7])])
+    advance(scheduler, ahead, outputs_of(ahead, 8))
+    scheduler.check()
+    assert (first.finish_reason, first.token_ids) == ("stop", [1, 2, 3, EOS])
+    assert second.token_ids == [4, 5, 7, 8]
+
+
+def test_what_is_known_to_end_is_not_planned_ahead():
+    scheduler = make_scheduler()
+    add(scheduler, [1, 2, 3], max_tokens=1)
+    assert scheduler.schedule().rows
+    assert not scheduler.schedule().rows
