@@ -50,7 +50,8 @@ _NUMBERS = (
     _Number("min_p", float, 0, 1, "from 0 to 1"),
     _Number("presence_penalty", float, -2, 2, "from -2 to 2"),
     _Number("frequency_penalty", float, -2, 2, "from -2 to 2"),
-    _Number("repetition_penalty", float, _ABOVE_0, 10, "above 0 and at most 10"),
+    # Divided by much less, logits leave the range of fp32.
+    _Number("repetition_penalty", float, 0.01, 10, "from 0.01 to 10"),
     _Number("min_tokens", int, 0, _MAX_INT, "an integer of at least 0"),
     _Number("max_tokens", int, 1, _MAX_INT, "an integer of at least 1", True),
     _Number("seed", int, -MAX_SEED - 1, MAX_SEED, "a 64-bit integer", True),

@@ -10,6 +10,9 @@ import torch
 
 from pagoda_runtime.engine.messages import ScheduledRow
 
+# Divided by the lowest temperature it is still in the range of fp32.
+_LARGE = 1e30
+
 
 def is_processed(row: ScheduledRow) -> bool:
     """Whether process_logits would change the row's logits."""
@@ -40,9 +43,9 @@ def process_logits(
     params = row.sampling_params
     assert params is not None
     processed = logits.float()
-    if math.isnan(float(processed.amax())):
+    if not math.isfinite(float(processed.amax())):
         # A model that overflows on one request must not end the others.
-        processed = processed.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        processed = processed.nan_to_num(nan=0.0, posinf=_LARGE, neginf=-_LARGE)
     if not is_processed(row):
         return processed
     if processed is logits:

@@ -155,8 +155,9 @@ def _draw(weights: torch.Tensor, top_p: float, seed: int, position: int) -> int:
             break
         weights = _likelier(weights, index)
         sums = _chunk_sums(weights)
-        # Not `<`, for which NaN would go on for ever.
-        if not float(sums.sum()) >= wanted:
+        mass = float(sums.sum())
+        # None is likelier than the likeliest, even if so small a top_p is rounded to 0.
+        if mass < wanted or mass == 0.0:
             break
     return index
 

@@ -144,8 +144,10 @@ def test_a_bias_is_added_before_penalties():
     assert logits == [2.0, 1.0]
 
 
+@pytest.mark.parametrize("wrong", [math.nan, INF])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_that_are_no_numbers_end_no_step(dtype):
+def test_logits_out_of_range_become_numbers(dtype, wrong):
     row = make_row(SamplingParams())
-    processed = process_logits(torch.tensor([math.nan, -INF, 2.0], dtype=dtype), row, EOS)
-    assert processed.tolist() == [0.0, -INF, 2.0]
+    processed = process_logits(torch.tensor([wrong, -INF, 2.0], dtype=dtype), row, EOS)
+    assert processed.isfinite().all()
+    assert processed[2] == 2.0

@@ -240,14 +240,27 @@ def test_greedy_and_random_rows_mix():
     assert outputs[0] == outputs[2] == sample(LOGITS, rows[:1])[0]
 
 
-def test_logits_that_are_no_numbers_end_no_step():
-    logits = torch.full((len(EVERY_KIND), 2001), math.nan)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_out_of_range_end_no_step(value):
+    kinds = [*EVERY_KIND, {"top_k": 5, "min_p": 0.5, "top_p": 0.5}]
+    logits = torch.full((len(kinds), 2001), value)
     rows = [
-        make_row(SamplingParams(**params), history=[0], num_prompt_tokens=1)
-        for params in EVERY_KIND
+        make_row(SamplingParams(**params), history=[0], num_prompt_tokens=1) for params in kinds
     ]
     for output in sample(logits, rows):
         assert output.token_ids[0] in range(2001)
+
+
+def test_the_smallest_values_in_range_leave_the_likeliest():
+    tiny = math.ulp(0.0)
+    for params in (
+        {"top_p": tiny},
+        {"top_p": tiny, "min_p": 1.0, "temperature": 2.0},
+        {"top_p": tiny, "top_k": 3},
+        {"temperature": 1e-5},
+        {"temperature": 1e-5, "min_p": tiny, "top_p": 0.5},
+    ):
+        assert set(draw(LOGITS, SamplingParams(**params), 20)) == {0}
 
 
 @pytest.mark.parametrize("values", [(0, 0), (-3, 0), (0, 7), (2**62, 1)])
