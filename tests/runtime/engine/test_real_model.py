@@ -13,7 +13,7 @@ from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
 
-FAMILIES = ("llama", "gemma3_text")
+FAMILIES = ("llama", "gemma3_text", "mistral")
 BLOCK_SIZE = 8
 NUM_OUTPUT_TOKENS = 16
 
@@ -47,7 +47,12 @@ class SmallRunner:
 
 
 def make_core(
-    runner: ModelRunner, *, num_blocks: int | None = None, caching: bool = False, slots: int = 16
+    runner: ModelRunner,
+    *,
+    num_blocks: int | None = None,
+    caching: bool = False,
+    slots: int = 16,
+    overlap: bool = False,
 ) -> EngineCore:
     return EngineCore(
         SmallRunner(runner, num_blocks or runner.num_blocks),
@@ -59,6 +64,8 @@ def make_core(
         eos_token_ids=[2],
         enable_prefix_caching=caching,
         seed=0,
+        sliding_window=runner.ready_facts.sliding_window,
+        overlap=overlap,
     )
 
 
@@ -114,9 +121,35 @@ def test_tokens_are_the_same_alone_in_a_batch_with_prefix_hits_and_with_preempti
     assert cached == alone
 
     for caching in (False, True):
-        preempted, stats = run(make_core(runner, num_blocks=20, caching=caching), requests)
-        assert stats.preemptions_total > 0
+        preempted, stats = run(make_core(runner, num_blocks=16, caching=caching), requests)
+        # Blocks behind a window come back soon enough.
+        assert stats.preemptions_total > 0 or runner.ready_facts.sliding_window
         assert preempted == alone
+
+    core = make_core(runner, num_blocks=16, caching=True, overlap=True)
+    planned_ahead, stats = run(core, requests)
+    core.close()
+    assert planned_ahead == alone
+
+
+def test_a_model_whose_layers_all_have_a_window_gives_blocks_back(runners):
+    runner = runners["mistral"]
+    params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+    request = EngineRequest(
+        request_id="r", prompt_token_ids=[5, 6, 7], sampling_params=params, arrival_seconds=0.0
+    )
+    core = make_core(runner)
+    assert core.scheduler.sliding_window == 12
+    core.add(request)
+    most, tokens = 0, []
+    while core.has_work:
+        tokens += core.step(0.0).deltas[0].new_token_ids
+        most = max(most, core.scheduler.block_pool.num_used)
+    # 12 tokens touch at most 3 blocks of 8; the whole would take 13.
+    assert most == 3
+    kept = make_core(runner)
+    kept.scheduler.sliding_window = 0
+    assert run(kept, [request])[0] == [tokens]
 
 
 def test_all_blocks_return_after_a_thousand_random_requests_with_aborts(runners):
