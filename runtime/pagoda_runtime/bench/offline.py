@@ -160,6 +160,6 @@ def _generate(llm: LLM, requests: Sequence[BenchRequest]) -> tuple[float, int]:
         for request in requests
     ]
     started = time.perf_counter()
-    outputs = llm.generate(prompts, params)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - started
     return seconds, sum(len(output.outputs[0].token_ids) for output in outputs)

@@ -6,51 +6,30 @@ import asyncio
 import dataclasses
 import itertools
 import threading
-from collections.abc import Coroutine, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import msgspec
+
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.client import ENGINE_COMMAND, EngineClient
-from pagoda_runtime.engine.detokenizer import IncrementalDetokenizer
+from pagoda_runtime.engine.outputs import Collector, RequestOutput, engine_params
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.models.source import resolve_model
-from pagoda_runtime.models.tokenizer import Tokenizer, load_tokenizer
+from pagoda_runtime.models.tokenizer import Tokenizer, load_tokenizer, tokenize_bad_words
 from pagoda_runtime.sampling_params import SamplingParams
 
 Prompt = str | dict[str, Any]
+EncodedPrompt = tuple[str | None, list[int]]
+"""Text, if the prompt was given as text, and token ids."""
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages with role and content."""
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionOutput:
-    """One continuation of a prompt."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    """All tokens that were generated, the end token and those of a stop string included."""
-    finish_reason: str
-    """stop (end token, stop id or stop string) or length."""
-    stop_reason: int | str | None = None
-    """The stop id or stop string that ended it; None for the model's end token and for length."""
-    logprobs: None = None
-    """Always None: no log probabilities were requested."""
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """What came of one prompt."""
-
-    request_id: str
-    prompt: str | None
-    """None if the prompt was given as token ids."""
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    num_cached_tokens: int
-    """Prompt tokens that were found in the prefix cache."""
 
 
 class LLM:
@@ -93,34 +72,96 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: int | Sequence[int] = 0,
+        cache_salt: str = "",
     ) -> list[RequestOutput]:
         """Continue every prompt and return the results in the order of the prompts.
 
         Args:
-            prompts: a string, {"prompt_token_ids": [...]}, or a list of these.
+            prompts: a string, {"prompt": ...}, {"prompt_token_ids": [...]}, or a list of these.
             sampling_params: one for all prompts, or one for each; by default the model's own
                 defaults (generation_config.json).
+            use_tqdm: show progress on standard error.
+            priority: one for all prompts, or one for each; lower is served earlier.
+            cache_salt: prefixes are shared only among requests with the same salt.
         Raises:
             RequestError: a prompt or its parameters are wrong; nothing was generated.
             EngineDead: the engine process ended.
         """
-        client = self._running_client()
-        prompt_list = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
-        if sampling_params is None:
-            sampling_params = SamplingParams(**self.facts.default_sampling)  # type: ignore[arg-type]
-        if isinstance(sampling_params, SamplingParams):
-            params_list = [sampling_params] * len(prompt_list)
-        else:
-            params_list = list(sampling_params)
-            if len(params_list) != len(prompt_list):
-                raise RequestError(
-                    f"{len(prompt_list)} prompts came with {len(params_list)} sampling parameters; "
-                    "give one for all or one for each."
-                )
-        token_ids_list = [self._tokenize(prompt) for prompt in prompt_list]
-        for token_ids, params in zip(token_ids_list, params_list, strict=True):
-            client.verify(token_ids, params)
-        return self._run(self._generate_all(client, prompt_list, token_ids_list, params_list))
+        texts = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
+        encoded = [self._encode(prompt) for prompt in texts]
+        return self._generate_all(encoded, sampling_params, use_tqdm, priority, cache_salt)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int | Sequence[int] = 0,
+        cache_salt: str = "",
+    ) -> list[RequestOutput]:
+        """Answer every conversation: `generate` for what the chat template makes of it.
+
+        Args:
+            messages: a list of {"role": ..., "content": ...}, or a list of such lists.
+            chat_template: Jinja text that replaces the model's own template.
+            add_generation_prompt: whether the prompt ends where the assistant begins to speak.
+            chat_template_kwargs: further variables of the template.
+        Raises: RequestError, EngineDead: as generate; also when there is no template.
+        """
+        if chat_template is None and self._tokenizer.chat_template is None:
+            raise RequestError(
+                "This model has no chat template. Pass chat_template=..., or use generate().",
+                param="messages",
+            )
+        encoded = []
+        for conversation in _list_conversations(messages):
+            text = self._tokenizer.apply_chat_template(
+                conversation,
+                template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                **(chat_template_kwargs or {}),
+            )
+            # The template writes the special tokens itself.
+            encoded.append((text, self._tokenizer.encode(text, add_special_tokens=False)))
+        return self._generate_all(encoded, sampling_params, use_tqdm, priority, cache_salt)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        beam_width: int,
+        max_tokens: int | None = 16,
+        *,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+        ignore_eos: bool = False,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """The beam_width likeliest continuations of every prompt, best first.
+
+        Args:
+            max_tokens: of each continuation; None: as many as the context holds.
+            length_penalty: they are ranked by cumulative_logprob / length ** length_penalty.
+            early_stopping: True ends at beam_width finished ones, False when no running one is
+                likely to beat them, "never" when none can.
+        Raises: RequestError, EngineDead: as generate.
+        """
+        params = SamplingParams(
+            use_beam_search=True,
+            n=beam_width,
+            beam_width=beam_width,
+            max_tokens=max_tokens,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            ignore_eos=ignore_eos,
+        )
+        return self.generate(prompts, params, use_tqdm=use_tqdm)
 
     def shutdown(self) -> None:
         """End the engine process and the thread. A second call does nothing."""
@@ -162,83 +203,143 @@ class LLM:
         folder: Path = resolve_model(self.config.model, self.config.revision, lambda *_: None)
         return load_tokenizer(folder)
 
-    def _tokenize(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: Prompt) -> EncodedPrompt:
         if isinstance(prompt, str):
-            return self._tokenizer.encode(prompt)
-        if set(prompt) != {"prompt_token_ids"}:
-            raise RequestError(
-                f"A prompt has the keys {sorted(prompt)}; it must be a string or "
-                '{"prompt_token_ids": [...]}.',
-                param="prompt",
-            )
-        return list(prompt["prompt_token_ids"])
+            return prompt, self._tokenizer.encode(prompt)
+        if set(prompt) == {"prompt"}:
+            return prompt["prompt"], self._tokenizer.encode(prompt["prompt"])
+        if set(prompt) == {"prompt_token_ids"}:
+            return None, list(prompt["prompt_token_ids"])
+        raise RequestError(
+            f"A prompt has the keys {sorted(prompt)}; it must be a string, "
+            '{"prompt": ...} or {"prompt_token_ids": [...]}.',
+            param="prompt",
+        )
 
-    async def _generate_all(
+    def _complete_params(self, params: SamplingParams) -> SamplingParams:
+        """With what only a tokenizer can fill in."""
+        if not params.bad_words:
+            return params
+        token_ids = tokenize_bad_words(self._tokenizer, params.bad_words)
+        return msgspec.structs.replace(params, bad_words_token_ids=token_ids)
+
+    def _generate_all(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+        priority: int | Sequence[int],
+        cache_salt: str,
+    ) -> list[RequestOutput]:
+        client = self._running_client()
+        if sampling_params is None:
+            sampling_params = SamplingParams(**self.facts.default_sampling)  # type: ignore[arg-type]
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [self._complete_params(sampling_params)] * len(prompts)
+        else:
+            sampling_params = [self._complete_params(params) for params in sampling_params]
+        priorities = [priority] * len(prompts) if isinstance(priority, int) else list(priority)
+        for name, values in (("sampling parameters", sampling_params), ("priorities", priorities)):
+            if len(values) != len(prompts):
+                raise RequestError(
+                    f"{len(prompts)} prompts came with {len(values)} {name}; give one for all or "
+                    "one for each."
+                )
+        for (_, token_ids), params in zip(prompts, sampling_params, strict=True):
+            client.verify(token_ids, params)
+        requests = [
+            _Request(f"llm-{next(self._request_numbers)}", *prompt, params, priority, cache_salt)
+            for prompt, params, priority in zip(prompts, sampling_params, priorities, strict=True)
+        ]
+        with _progress_bar(len(requests), is_shown=use_tqdm) as on_finished:
+            return self._run(self._finish_all(client, requests, on_finished))
+
+    async def _finish_all(
         self,
         client: EngineClient,
-        prompts: Sequence[Prompt],
-        token_ids_list: Sequence[list[int]],
-        params_list: Sequence[SamplingParams],
+        requests: Sequence[_Request],
+        on_finished: Callable[[RequestOutput, int], None],
     ) -> list[RequestOutput]:
         # The rest waits here: the engine's own queue would refuse it.
         places = asyncio.Semaphore(self.config.max_num_seqs + self.config.max_num_waiting)
 
-        async def generate_one(
-            prompt: Prompt, token_ids: list[int], params: SamplingParams
-        ) -> RequestOutput:
+        async def finish(request: _Request) -> RequestOutput:
             async with places:
-                return await self._generate(client, prompt, token_ids, params)
+                collector = await self._collect(client, request)
+            output = RequestOutput(
+                request_id=request.request_id,
+                prompt=request.prompt,
+                prompt_token_ids=request.prompt_token_ids,
+                outputs=collector.outputs(),
+                num_cached_tokens=collector.num_cached_tokens,
+                prompt_logprobs=collector.prompt_logprobs(),
+            )
+            on_finished(output, collector.num_tokens)
+            return output
 
-        tasks = [
-            asyncio.create_task(generate_one(*item))
-            for item in zip(prompts, token_ids_list, params_list, strict=True)
-        ]
+        tasks = [asyncio.create_task(finish(request)) for request in requests]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _generate(
-        self,
-        client: EngineClient,
-        prompt: Prompt,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-    ) -> RequestOutput:
-        request_id = f"llm-{next(self._request_numbers)}"
-        detokenizer = IncrementalDetokenizer(
-            self._tokenizer, params, prompt_token_ids=prompt_token_ids
+    async def _collect(self, client: EngineClient, request: _Request) -> Collector:
+        collector = Collector(self._tokenizer, request.params, request.prompt_token_ids)
+        stream = client.generate(
+            request.request_id,
+            request.prompt_token_ids,
+            engine_params(request.params),
+            priority=request.priority,
+            cache_salt=request.cache_salt,
         )
-        text, token_ids, num_cached_tokens = [], list[int](), 0
-        finish_reason: str = "length"
-        stop_reason: int | str | None = None
-        stream = client.generate(request_id, prompt_token_ids, params)
         try:
             async for delta in stream:
-                token_ids.extend(delta.new_token_ids)
-                num_cached_tokens = delta.num_cached_tokens
-                text.append(detokenizer.push(delta.new_token_ids))
-                if delta.finish_reason is not None:
-                    text.append(detokenizer.finish())
-                    finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
-                if detokenizer.stopped_by is not None:
-                    finish_reason, stop_reason = "stop", detokenizer.stopped_by
-                    break
+                if collector.take(delta):
+                    stream.finish(delta.index)
         finally:
             await stream.aclose()
-        return RequestOutput(
-            request_id=request_id,
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=prompt_token_ids,
-            outputs=[
-                CompletionOutput(
-                    index=0,
-                    text="".join(text),
-                    token_ids=token_ids,
-                    finish_reason=finish_reason,
-                    stop_reason=stop_reason,
-                )
-            ],
-            num_cached_tokens=num_cached_tokens,
-        )
+        return collector
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int
+    cache_salt: str
+
+
+def _list_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
+    """One conversation is a list of messages, several are a list of such lists."""
+    if messages and isinstance(messages[0], Mapping):
+        return [messages]  # type: ignore[list-item]
+    return list(messages)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _progress_bar(
+    num_prompts: int, *, is_shown: bool
+) -> Iterator[Callable[[RequestOutput, int], None]]:
+    """What to call for each finished prompt, with the number of its generated tokens."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    started = time.monotonic()
+    num_input_tokens = num_output_tokens = 0
+    with tqdm(total=num_prompts, desc="Prompts", disable=not is_shown) as bar:
+
+        def advance(output: RequestOutput, num_tokens: int) -> None:
+            nonlocal num_input_tokens, num_output_tokens
+            num_input_tokens += len(output.prompt_token_ids)
+            num_output_tokens += num_tokens
+            elapsed = max(time.monotonic() - started, 1e-6)
+            bar.set_postfix_str(
+                f"input: {num_input_tokens / elapsed:.1f} tokens/s, "
+                f"output: {num_output_tokens / elapsed:.1f} tokens/s",
+                refresh=False,
+            )
+            bar.update()
+
+        yield advance
