@@ -281,6 +281,7 @@ class RequestClock:
         self.now = now
         self._queue_seconds = 0.0
         self._first = self._last = arrival
+        self._last_of_choice: dict[int, float] = {}
 
     def observe(self, delta: RequestDelta) -> None:
         """Count the tokens of a delta that just came."""
@@ -295,14 +296,16 @@ class RequestClock:
         if self.num_tokens == 0:
             self._first = now
             metrics.first_token.observe(now - self.arrival)
-            num_gaps = num_new - 1
+        # Tokens that came in one delta share the time since the last one of their choice.
+        before = self._last_of_choice.get(delta.index)
+        if before is None:
+            num_gaps, gap = num_new - 1, 0.0
         else:
-            num_gaps = num_new
-        # Tokens that came in one delta share the time since the last one.
+            num_gaps, gap = num_new, (now - before) / num_new
         for _ in range(num_gaps):
-            metrics.inter_token.observe((now - self._last) / num_new if self.num_tokens else 0.0)
+            metrics.inter_token.observe(gap)
         self.num_tokens += num_new
-        self._last = now
+        self._last = self._last_of_choice[delta.index] = now
 
     def finish(self, reason: str) -> None:
         """Record the whole request; reason is one of FINISHED_REASONS."""
@@ -319,5 +322,6 @@ class RequestClock:
         metrics.queue.observe(self._queue_seconds)
         metrics.inference.observe(max(0.0, e2e - self._queue_seconds))
         metrics.prefill.observe(max(0.0, e2e - decode - self._queue_seconds))
-        if self.num_tokens > 1:
-            metrics.per_output_token.observe(decode / (self.num_tokens - 1))
+        num_choices = len(self._last_of_choice)
+        if self.num_tokens > num_choices:
+            metrics.per_output_token.observe(decode * num_choices / (self.num_tokens - num_choices))

@@ -92,6 +92,11 @@ class EngineClient:
         return self._process.pid
 
     @property
+    def num_open(self) -> int:
+        """Requests that were taken and are not over."""
+        return len(self._mailboxes)
+
+    @property
     def stats(self) -> EngineStats:
         """The engine's latest state: running counts sequences, as the slots do.
 

@@ -21,16 +21,23 @@ class Mailbox:
         self.request_id = request_id
         self.num_sequences = num_sequences
         """Sequences that run for the request at once."""
+        self.is_complete = False
+        """Whether the engine sent the last delta of the request."""
         self._deltas: dict[int, RequestDelta] = {}
-        """By choice. The last delta of the request is the last here."""
+        """By choice, in the order in which they began to wait."""
         self._error: str | None = None
         self._reader: asyncio.Future[None] | None = None
 
     def put(self, delta: RequestDelta) -> None:
-        # Taken out and put in again, so that the request's last delta stands behind all others.
-        held = self._deltas.pop(delta.index, None)
+        self.is_complete = self.is_complete or delta.is_last
+        held = self._deltas.get(delta.index)
         self._deltas[delta.index] = delta if held is None else _join(held, delta)
         self._wake_reader()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more can be taken."""
+        return self.is_complete and not self._deltas
 
     def fail(self, message: str) -> None:
         self._error = message
@@ -75,8 +82,9 @@ def _extend(
 class RequestStream(AsyncIterator[RequestDelta]):
     """The deltas of one request; the last one of each choice has a finish_reason.
 
-    One task reads it. It is like an asynchronous generator (`aclose`, works with
-    `contextlib.aclosing`), but the request is in the engine before the first delta is asked for.
+    One task reads it until it ends: deltas that piled up come by choice, so others may follow one
+    that is_last. It is like an asynchronous generator (`aclose`, works with `contextlib.aclosing`),
+    but the request is in the engine before the first delta is asked for.
     """
 
     def __init__(
@@ -108,10 +116,10 @@ class RequestStream(AsyncIterator[RequestDelta]):
                 raise
             # What the engine sent before it learned that a choice is finished is passed over.
             is_wanted = delta.index in self._open
-            if delta.is_last:
-                self._is_over = True
-            elif delta.finish_reason is not None:
-                self._close(delta.index)
+            if delta.finish_reason is not None:
+                self._open.discard(delta.index)
+            if not self._open or self._mailbox.is_over:
+                self._end()
             if is_wanted:
                 return delta
         raise StopAsyncIteration
@@ -120,21 +128,21 @@ class RequestStream(AsyncIterator[RequestDelta]):
         """Want no more of a choice; the request is over with the last one."""
         if self._is_over or index not in self._open:
             return
-        self._close(index)
-        if not self._is_over:
+        self._open.discard(index)
+        if self._open:
             self._finish(self.request_id, index)
+        else:
+            self._end()
 
     async def aclose(self) -> None:
         """Abort the request if it still runs."""
         if not self._is_over:
-            self._is_over = True
-            self._abort(self.request_id)
+            self._end()
 
-    def _close(self, index: int) -> None:
-        self._open.discard(index)
-        if not self._open:
-            # Each choice ended, but the engine does not know of all.
-            self._is_over = True
+    def _end(self) -> None:
+        self._is_over = True
+        # The engine does not know of choices that ended here alone.
+        if not self._mailbox.is_complete:
             self._abort(self.request_id)
 
     def __del__(self) -> None:

@@ -1,75 +1,73 @@
-"""From the tokens of the engine to the text of one choice, and several choices as one stream."""
+"""From the tokens of the engine to the text of choices, and several prompts as one stream."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 
-from pagoda_runtime.engine.detokenizer import IncrementalDetokenizer
+import msgspec
+
+from pagoda_runtime.engine.messages import RequestDelta, TokenLogprobs
 from pagoda_runtime.errors import PagodaError
 from pagoda_runtime.metrics import RequestClock
-from pagoda_runtime.sampling_params import SamplingParams
-from pagoda_runtime.server.state import ServerState, Tokenizer, TokenStream
+from pagoda_runtime.server.choice import ChoiceText
+from pagoda_runtime.server.logprobs import ShownToken
+from pagoda_runtime.server.state import TokenStream
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(msgspec.Struct, frozen=True):
     """What came for one choice: text that may be empty, and tokens that were counted."""
 
     index: int
     text: str
     num_tokens: int
-    num_cached_tokens: int
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
+    tokens: list[ShownToken]
+    """Those that the text shows, if logprobs were asked for."""
+    finish_reason: str | None
+    stop_reason: int | str | None
+    cumulative_logprob: float | None
 
 
-class Choice:
-    """One prompt in the engine. It is there from the start; `close` aborts it if it still runs."""
+class Generation:
+    """One prompt in the engine. It is there from the start; `close` aborts it if it still runs.
+
+    Args:
+        first_index: of its choices in the answer.
+        is_scoring: no token was asked for; the one that the engine needs is not shown.
+    """
 
     def __init__(
         self,
-        index: int,
         stream: TokenStream,
-        detokenizer: IncrementalDetokenizer,
+        choices: Sequence[ChoiceText],
         clock: RequestClock,
+        *,
+        first_index: int = 0,
+        is_scoring: bool = False,
     ) -> None:
-        self.index = index
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        """Of the prompt's second and later tokens."""
+        self.num_cached_tokens = 0
         self._stream = stream
-        self._detokenizer = detokenizer
+        self._choices = choices
         self._clock = clock
+        self._first_index = first_index
+        self._is_scoring = is_scoring
+        self._num_open = len(choices)
         self._is_finished = False
-        self._num_cached_tokens = 0
 
     async def deltas(self) -> AsyncGenerator[TextDelta, None]:
-        """The text as it comes; the last delta has a finish_reason. Raises EngineDead."""
-        detokenizer = self._detokenizer
+        """The text as it comes; the last delta of a choice has a finish_reason. EngineDead."""
+        reason = "abort"
         try:
             async for delta in self._stream:
-                self._clock.observe(delta)
-                self._num_cached_tokens = delta.num_cached_tokens or self._num_cached_tokens
-                text = detokenizer.push(delta.new_token_ids)
-                reason, stop_reason = delta.finish_reason, delta.stop_reason
-                if detokenizer.stopped_by is not None:
-                    reason, stop_reason = "stop", detokenizer.stopped_by
-                elif reason is not None:
-                    text += detokenizer.finish()
-                    if detokenizer.stopped_by is not None:
-                        reason, stop_reason = "stop", detokenizer.stopped_by
-                if reason is not None:
+                shown = self._take(delta)
+                reason = shown.finish_reason or reason
+                if not self._num_open:
                     await self.close(reason)
-                yield TextDelta(
-                    self.index,
-                    text,
-                    len(delta.new_token_ids),
-                    self._num_cached_tokens,
-                    reason,
-                    stop_reason,
-                )
-                if reason is not None:
-                    return
+                yield shown
+            await self.close(reason)
         except PagodaError:
             await self.close("error")
             raise
@@ -77,64 +75,67 @@ class Choice:
             await self.close("abort")
 
     async def close(self, reason: str) -> None:
-        """End the choice, in the engine too; only the first call counts."""
+        """End it, in the engine too; only the first call counts."""
         if not self._is_finished:
             self._is_finished = True
             await self._stream.aclose()
             self._clock.finish(reason)
 
-
-async def start_choices(
-    state: ServerState,
-    tokenizer: Tokenizer,
-    request_id: str,
-    prompts: Sequence[Sequence[int]],
-    sampling_params: Sequence[SamplingParams],
-    arrival: float,
-) -> list[Choice]:
-    """Hand every prompt to the engine; if it refuses one, it gets none of them."""
-    choices: list[Choice] = []
-    try:
-        for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
-            stream = state.engine.generate(f"{request_id}-{index}", prompt, params)
-            clock = RequestClock(
-                state.metrics,
-                arrival,
-                num_prompt_tokens=len(prompt),
-                max_tokens=params.max_tokens or 0,
+    def _take(self, delta: RequestDelta) -> TextDelta:
+        self._clock.observe(delta)
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        if delta.num_cached_tokens:
+            self.num_cached_tokens = delta.num_cached_tokens
+        if self._is_scoring:
+            delta = RequestDelta(
+                request_id=delta.request_id,
+                index=delta.index,
+                new_token_ids=[],
+                finish_reason=delta.finish_reason and "length",
             )
-            detokenizer = IncrementalDetokenizer(tokenizer, params, prompt_token_ids=prompt)
-            choices.append(Choice(index, stream, detokenizer, clock))
-    except BaseException:
-        await close_choices(choices, "error")
-        raise
-    return choices
+        choice = self._choices[delta.index]
+        text, tokens = choice.push(delta, self.prompt_logprobs)
+        if choice.finish_reason is not None:
+            self._num_open -= 1
+            if delta.finish_reason is None:
+                self._stream.finish(delta.index)
+        return TextDelta(
+            self._first_index + delta.index,
+            text,
+            len(delta.new_token_ids),
+            tokens,
+            choice.finish_reason,
+            choice.stop_reason,
+            delta.cumulative_logprob,
+        )
 
 
-async def close_choices(choices: Sequence[Choice], reason: str = "abort") -> None:
-    for choice in choices:
-        await choice.close(reason)
+async def close_all(generations: Sequence[Generation], reason: str = "abort") -> None:
+    for generation in generations:
+        await generation.close(reason)
 
 
-async def merge(choices: Sequence[Choice]) -> AsyncGenerator[TextDelta, None]:
-    """The deltas of all choices as they come. The first error ends all of them."""
-    if len(choices) == 1:
-        async with aclosing(choices[0].deltas()) as deltas:
-            async for delta in deltas:
-                yield delta
-        return
-    queue: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue(maxsize=len(choices))
+def merge(generations: Sequence[Generation]) -> AsyncGenerator[TextDelta, None]:
+    """The deltas of all prompts as they come. The first error ends all of them."""
+    if len(generations) == 1:
+        return generations[0].deltas()
+    return _merge_several(generations)
 
-    async def pump(choice: Choice) -> None:
+
+async def _merge_several(generations: Sequence[Generation]) -> AsyncGenerator[TextDelta, None]:
+    queue: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue(maxsize=len(generations))
+
+    async def pump(generation: Generation) -> None:
         try:
-            async with aclosing(choice.deltas()) as deltas:
+            async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
                     await queue.put(delta)
             await queue.put(None)
         except Exception as error:
             await queue.put(error)
 
-    pumps = [asyncio.create_task(pump(choice)) for choice in choices]
+    pumps = [asyncio.create_task(pump(generation)) for generation in generations]
     try:
         num_open = len(pumps)
         while num_open:
@@ -149,4 +150,4 @@ async def merge(choices: Sequence[Choice]) -> AsyncGenerator[TextDelta, None]:
         for task in pumps:
             task.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
-        await close_choices(choices)
+        await close_all(generations)

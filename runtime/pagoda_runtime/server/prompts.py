@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pagoda_runtime.engine.detokenizer import IncrementalDetokenizer
 from pagoda_runtime.errors import PromptTooLong
+from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.server.choice import Echo
 from pagoda_runtime.server.protocol import ChatCompletionRequest, Prompt
 from pagoda_runtime.server.state import ServerState, Tokenizer
+
+# About as many characters as a token has, to tell how long its decoding takes.
+CHARACTERS_PER_TOKEN = 4
 
 
 async def encode_prompts(
@@ -68,3 +74,31 @@ def resolve_max_tokens(
             param=param,
         )
     return asked
+
+
+async def make_echo(
+    state: ServerState,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    token_ids: Sequence[int],
+    *,
+    params: SamplingParams,
+    is_whole: bool,
+) -> Echo:
+    """What choices begin with that repeat their prompt.
+
+    The text is the prompt's own if it is one and stands in token_ids whole; else it is decoded.
+    """
+
+    def make() -> Echo:
+        # Neither stop strings nor stop ids mean anything in a prompt.
+        plain = SamplingParams(skip_special_tokens=params.skip_special_tokens)
+        detokenizer = IncrementalDetokenizer(tokenizer, plain)
+        offsets, text = [], ""
+        for token_id in token_ids:
+            offsets.append(detokenizer.num_decoded)
+            text += detokenizer.push((token_id,))
+        text += detokenizer.finish()
+        return Echo(prompt if isinstance(prompt, str) and is_whole else text, token_ids, offsets)
+
+    return await state.off_loop(CHARACTERS_PER_TOKEN * len(token_ids), make)

@@ -1,18 +1,16 @@
-"""The bodies of requests, and what of OpenAI's and vLLM's fields this engine does not serve.
+"""The bodies of requests: names and types of the fields.
 
-Three kinds of fields: those declared here; those of UNSUPPORTED, refused by name unless they ask
-for nothing; and all others, accepted and reported once in the log.
+Ranges are those of `SamplingParams.verify`, where a field is one of it. Fields that are not
+declared here are looked up in `unsupported`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
-from pagoda_runtime.errors import RequestError
-from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.sampling_limits import MAX_LOGPROBS
 
 Prompt = str | list[int]
 
@@ -28,6 +26,7 @@ def _verify_text(text: str) -> str:
 # Whole numbers that fit a message to the engine; tighter ranges are verified with the others.
 Small = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Text = Annotated[str, AfterValidator(_verify_text)]
+Salt = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_verify_text)]
 
 
 def _is_token_ids(value: Any) -> bool:
@@ -57,6 +56,13 @@ def _verify_prompt(value: Any) -> list[Prompt]:
     return prompts
 
 
+def _verify_logit_bias(value: dict[str, float]) -> dict[str, float]:
+    for key in value:
+        if not (key.isascii() and key.isdecimal() and key == str(int(key))):
+            raise ValueError(f'its keys must be token ids such as "42"; one is {key[:20]!r}')
+    return value
+
+
 class StreamOptions(BaseModel):
     """What a stream tells beside its text."""
 
@@ -74,13 +80,33 @@ class GenerationRequest(BaseModel):
     model: Text | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    n: Small | None = None
+    best_of: Small | None = None
+    use_beam_search: bool | None = None
+    beam_width: Small | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     max_tokens: int | None = None
+    min_tokens: Small | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Small | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Annotated[dict[str, float], AfterValidator(_verify_logit_bias)] | None = None
+    allowed_token_ids: list[Small] | None = None
+    bad_words: list[Text] | None = None
     seed: int | None = None
     stop: Text | list[Text] | None = None
     stop_token_ids: list[Small] | None = None
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: Small | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+    cache_salt: Salt | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     user: str | None = None
@@ -99,36 +125,22 @@ class GenerationRequest(BaseModel):
         options = self.stream_options
         return self.includes_usage and bool(options and options.continuous_usage_stats)
 
-    def to_sampling_params(
-        self, max_tokens: int | None, defaults: Mapping[str, float | int]
-    ) -> SamplingParams:
-        """What the engine is asked for; `defaults` are the checkpoint's. Raises RequestError."""
-        stop = self.stop if self.stop is not None else []
-        chosen = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-        }
-        values = {**defaults, **{name: v for name, v in chosen.items() if v is not None}}
-        params = SamplingParams(
-            temperature=values.get("temperature", 1.0),
-            top_p=values.get("top_p", 1.0),
-            top_k=int(values.get("top_k", 0)),
-            seed=self.seed,
-            max_tokens=max_tokens,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=bool(self.ignore_eos),
-            skip_special_tokens=self.skip_special_tokens is not False,
-        )
-        params.verify()
-        return params
+    @property
+    def num_logprobs(self) -> int | None:
+        """The likeliest tokens that are shown beside each token; None: no logprobs at all."""
+        raise NotImplementedError
 
 
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
     prompt: Annotated[list[Prompt], PlainValidator(_verify_prompt)]
+    logprobs: Small | None = None
+    echo: bool | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class TextPart(BaseModel):
@@ -163,106 +175,9 @@ class ChatCompletionRequest(GenerationRequest):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
-
-# Neutral values: what a client may send because it asks for nothing. None always is.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "prompt_logprobs": (),
-    "logprob_token_ids": ([],),
-    "echo": (False,),
-    "suffix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "include_stop_str_in_output": (False,),
-    "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "verbosity": ("medium",),
-    "reasoning_effort": ("none",),
-    "include_reasoning": (True, False),
-    "thinking_token_budget": (),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "add_special_tokens": (),
-    "documents": ([],),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
-    "priority": (0,),
-    "request_id": (),
-    "cache_salt": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "kv_transfer_params": (),
-    "vllm_xargs": ({},),
-}
-UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "tool_calls": ([],),
-    "function_call": (),
-    "tool_call_id": (),
-    "audio": (),
-    "refusal": (),
-}
-
-
-def _is_neutral(value: Any, neutral: Sequence[Any]) -> bool:
-    # False == 0 in Python, but `logprobs: 0` asks for something and `logprobs: false` does not.
-    return value is None or any(
-        value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral
-    )
-
-
-def _verify_supported(
-    extra: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]], prefix: str = ""
-) -> None:
-    for name, value in extra.items():
-        if name in table and not _is_neutral(value, table[name]):
-            raise RequestError(
-                f"{prefix}{name} is not supported by this server; leave it out.",
-                param=f"{prefix}{name}",
-            )
-
-
-def verify_supported(body: GenerationRequest) -> list[str]:
-    """The unknown fields of a body. Raises RequestError for a known one that is not served."""
-    extra = body.model_extra or {}
-    _verify_supported(extra, UNSUPPORTED)
-    unknown = [name for name in extra if name not in UNSUPPORTED]
-    if isinstance(body, ChatCompletionRequest):
-        for index, message in enumerate(body.messages):
-            in_message = message.model_extra or {}
-            _verify_supported(in_message, UNSUPPORTED_IN_MESSAGE, f"messages[{index}].")
-            unknown += [
-                f"messages.{name}" for name in in_message if name not in UNSUPPORTED_IN_MESSAGE
-            ]
-    if body.stream_options is not None and not body.stream:
-        raise RequestError(
-            "stream_options is only allowed with `stream: true`.", param="stream_options"
-        )
-    return unknown
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None

@@ -48,6 +48,8 @@ class TokenStream(Protocol):
 
     def __aiter__(self) -> AsyncIterator[RequestDelta]: ...
 
+    def finish(self, index: int) -> None: ...
+
     async def aclose(self) -> None: ...
 
 
@@ -65,9 +67,20 @@ class Engine(Protocol):
 
     async def wait_ready(self) -> EngineReady: ...
 
+    @property
+    def num_open(self) -> int: ...
+
     def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], sampling_params: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> TokenStream: ...
+
+    async def reset_prefix_cache(self) -> int: ...
 
     async def shutdown(self, timeout_seconds: float) -> None: ...
 
@@ -81,6 +94,10 @@ class Tokenizer(Protocol):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+    def token_text(self, token_id: int) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
 
     def apply_chat_template(
         self,
@@ -175,7 +192,7 @@ class ServerState:
     def tokenizing(self, num_prompts: int) -> Iterator[None]:
         """Count prompts as waiting until they are in the engine. Raises QueueFull."""
         engine_config = self.config.engine
-        num_open = self.engine.stats.running + self.engine.stats.waiting + self.num_tokenizing
+        num_open = self.engine.num_open + self.num_tokenizing
         room = engine_config.max_num_seqs + engine_config.max_num_waiting
         if num_open + num_prompts > room:
             raise QueueFull(

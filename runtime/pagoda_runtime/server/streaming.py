@@ -103,6 +103,7 @@ class ChunkWriter:
         text: str,
         finish_reason: str | None = None,
         stop_reason: int | str | None = None,
+        logprobs: dict[str, Any] | None = None,
         usage: dict[str, Any] | None = None,
     ) -> bytes:
         """A chunk with text of one choice; in a chat the reason comes with the same chunk."""
@@ -112,10 +113,11 @@ class ChunkWriter:
             content = b'"delta":{"content":' + content + b"}" if text else b'"delta":{}'
         else:
             content = b'"text":' + content
-        return b'%s{"index":%d,%s,"logprobs":null,"finish_reason":%s%s}]%s}\n\n' % (
+        return b'%s{"index":%d,%s,"logprobs":%s,"finish_reason":%s%s}]%s}\n\n' % (
             self._head,
             index,
             content,
+            b"null" if logprobs is None else encode(logprobs),
             encode(finish_reason),
             b"" if finish_reason is None else b',"stop_reason":' + encode(stop_reason),
             self._no_usage if usage is None else b',"usage":' + encode(usage),

@@ -35,6 +35,7 @@ from pagoda_runtime.engine.messages import (
     LoadProgress,
     RequestDelta,
     StepOutput,
+    TokenLogprobs,
 )
 from pagoda_runtime.errors import EngineDead, FatalError
 from pagoda_runtime.last_words import TERMINATION_LOG_VARIABLE, write_last_words
@@ -75,6 +76,12 @@ class ByteTokenizer:
         kept = [i for i in token_ids if not (skip_special_tokens and i in self.all_special_ids)]
         return bytes(kept).decode(errors="replace")
 
+    def token_text(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -100,6 +107,8 @@ class FakeEngine:
         self.on_stats: Callable[[StepOutput], None] | None = None
         self.running: dict[str, SamplingParams] = {}
         self.prompts: dict[str, list[int]] = {}
+        self.places: dict[str, tuple[int, str]] = {}
+        """Priority and cache salt of each request."""
         self.num_finished = 0
 
     @property
@@ -119,12 +128,23 @@ class FakeEngine:
         assert self.ready is not None
         return self.ready
 
+    @property
+    def num_open(self) -> int:
+        return len(self.running)
+
     def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], sampling_params: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> FakeStream:
         assert self.ready is not None
         if self.failure is not None:
             raise EngineDead(self.failure.message)
+        sampling_params.verify()
         verify_fits(prompt_token_ids, sampling_params, self.ready)
         verify_queue_has_room(
             len(self.running),
@@ -133,51 +153,92 @@ class FakeEngine:
         )
         self.running[request_id] = sampling_params
         self.prompts[request_id] = list(prompt_token_ids)
+        self.places[request_id] = (priority, cache_salt)
         return FakeStream(self, request_id)
+
+    async def reset_prefix_cache(self) -> int:
+        if self.failure is not None:
+            raise EngineDead(self.failure.message)
+        return 7
 
     async def shutdown(self, timeout_seconds: float = 0.0) -> None:
         self.failure = EngineFailed(reason="RankDied", message="The engine was shut down.")
 
 
 class FakeStream:
-    """One request of a FakeEngine."""
+    """One request of a FakeEngine. Its choice k begins k bytes later in the answer, and each of its
+    tokens has the logprob -1 / (k + 1)."""
 
     def __init__(self, engine: FakeEngine, request_id: str) -> None:
         self.engine = engine
         self.request_id = request_id
+        self.params = engine.running[request_id]
+        self.open = set(range(self.params.num_sequences))
         self.num_tokens = 0
 
     def __aiter__(self) -> AsyncIterator[RequestDelta]:
         return self._deltas()
 
     async def _deltas(self) -> AsyncIterator[RequestDelta]:
-        engine, params = self.engine, self.engine.running[self.request_id]
-        assert params.max_tokens is not None
+        engine = self.engine
         while self.request_id in engine.running:
             await asyncio.sleep(engine.step_seconds)
             if engine.failure is not None:
                 raise EngineDead(engine.failure.message)
             engine.last_step_seconds = time.monotonic()
-            token = engine.answer[self.num_tokens % len(engine.answer)]
             self.num_tokens += 1
-            is_stop, is_last = token in params.stop_token_ids, self.num_tokens == params.max_tokens
             if engine.on_stats is not None:
                 stats = EngineStats(num_scheduled_tokens=len(engine.running))
                 engine.on_stats(StepOutput(deltas=[], stats=stats))
-            if is_stop or is_last:
-                await self.aclose()
-            yield RequestDelta(
-                request_id=self.request_id,
-                new_token_ids=[token],
-                finish_reason="stop" if is_stop else "length" if is_last else None,
-                stop_reason=token if is_stop else None,
-                num_cached_tokens=4,
-                queue_seconds=0.001 if self.num_tokens == 1 else None,
-            )
+            for index in sorted(self.open):
+                if index in self.open:
+                    delta = self._make_delta(index)
+                    if delta.finish_reason is not None:
+                        self.finish(index)
+                    yield delta
+
+    def _make_delta(self, index: int) -> RequestDelta:
+        engine, params, logprob = self.engine, self.params, -1 / (index + 1)
+        token = engine.answer[(self.num_tokens - 1 + index) % len(engine.answer)]
+        is_stop, is_last = token in params.stop_token_ids, self.num_tokens == params.max_tokens
+        is_first = self.num_tokens == 1
+        prompt_logprobs = None
+        if params.prompt_logprobs is not None and is_first and index == 0:
+            prompt = engine.prompts[self.request_id]
+            top = params.prompt_logprobs
+            prompt_logprobs = [fake_logprobs(token, -2.0, top) for token in prompt[1:]]
+        return RequestDelta(
+            request_id=self.request_id,
+            index=index,
+            new_token_ids=[token],
+            logprobs=(
+                None
+                if params.logprobs is None
+                else [fake_logprobs(token, logprob, params.logprobs)]
+            ),
+            prompt_logprobs=prompt_logprobs,
+            finish_reason="stop" if is_stop else "length" if is_last else None,
+            stop_reason=token if is_stop else None,
+            cumulative_logprob=logprob * self.num_tokens if params.needs_logprobs else None,
+            num_cached_tokens=4,
+            queue_seconds=0.001 if is_first and index == 0 else None,
+        )
+
+    def finish(self, index: int) -> None:
+        self.open.discard(index)
+        if not self.open and self.engine.running.pop(self.request_id, None) is not None:
+            self.engine.num_finished += 1
 
     async def aclose(self) -> None:
-        if self.engine.running.pop(self.request_id, None) is not None:
-            self.engine.num_finished += 1
+        for index in list(self.open):
+            self.finish(index)
+
+
+def fake_logprobs(token_id: int, logprob: float, num_top: int) -> TokenLogprobs:
+    """The logprobs of a token that is the second likeliest; the likeliest is the letter behind."""
+    likely = [(token_id + 1, logprob + 0.5), (token_id, logprob)]
+    unlikely = [(token_id - rank, logprob - rank) for rank in range(1, max(1, num_top - 1))]
+    return TokenLogprobs(token_id, logprob, 2, [*likely, *unlikely][:num_top])
 
 
 def make_config(*flags: str) -> ServerConfig:

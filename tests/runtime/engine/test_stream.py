@@ -55,12 +55,12 @@ async def test_what_piles_up_is_one_delta_for_each_choice():
     await stream.aclose()
 
 
-async def test_the_last_delta_of_the_request_is_taken_last():
+async def test_a_stream_ends_when_all_that_piled_up_is_taken():
     put, stream = Engine().stream(2)
     put(delta(0, 1))
     put(delta(1, 2, finish_reason="stop"))
     put(delta(0, 3, finish_reason="length", is_last=True))
-    assert [(d.index, d.new_token_ids) async for d in stream] == [(1, [2]), (0, [1, 3])]
+    assert [(d.index, d.new_token_ids) async for d in stream] == [(0, [1, 3]), (1, [2])]
 
 
 async def test_a_finished_choice_is_told_to_the_engine_and_not_heard_again():

@@ -72,7 +72,7 @@ def test_a_repeated_prompt_is_found_in_the_cache(client):
     asked = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
     answers = [client.completions.create(**asked) for _ in range(2)]
     cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in answers]
-    assert cached[0] == 0
+    assert cached[0] <= 1, "other prompts began with <s> too"
     assert cached[1] >= 32
 
 

@@ -1,0 +1,122 @@
+"""Logprobs in the forms of OpenAI's answers and of vLLM's prompt_logprobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from pagoda_runtime.engine.messages import TokenLogprobs
+
+# JSON has no infinity; it stands for a probability of 0.
+LEAST_LOGPROB = -9999.0
+
+
+class ShownToken(msgspec.Struct, frozen=True):
+    """A token in a text. logprobs is None for the first one of a prompt: nothing came before it."""
+
+    offset: int
+    """The character of the text at which it begins."""
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+class Pieces(Protocol):
+    """What is asked of a tokenizer (`models.tokenizer.Tokenizer`)."""
+
+    def token_text(self, token_id: int) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class LogprobsWriter:
+    """Writes the logprobs of one answer.
+
+    Args:
+        tokenizer: knows the text of a token.
+        num_top: the likeliest tokens that are shown beside each.
+        as_token_ids: tokens are `token_id:42` and not their text.
+    """
+
+    def __init__(self, tokenizer: Pieces, *, num_top: int, as_token_ids: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._num_top = num_top
+        self._as_token_ids = as_token_ids
+        self._texts: dict[int, str] = {}
+
+    def completion(self, tokens: Sequence[ShownToken]) -> dict[str, Any]:
+        """The object `logprobs` of a choice of /v1/completions."""
+        return {
+            "tokens": [self._text(token.token_id) for token in tokens],
+            "token_logprobs": [
+                None if token.logprobs is None else clamp(token.logprobs.logprob)
+                for token in tokens
+            ],
+            "top_logprobs": [self._top(token.logprobs) for token in tokens],
+            "text_offset": [token.offset for token in tokens],
+        }
+
+    def chat(self, tokens: Sequence[ShownToken]) -> dict[str, Any]:
+        """The object `logprobs` of a choice of /v1/chat/completions."""
+        content = []
+        for token in tokens:
+            assert token.logprobs is not None, "a chat shows no token of its prompt"
+            top = token.logprobs.top[: self._num_top]
+            content.append(
+                {
+                    **self._entry(token.token_id, token.logprobs.logprob),
+                    "top_logprobs": [self._entry(*likely) for likely in top],
+                }
+            )
+        return {"content": content, "refusal": None}
+
+    def prompt(
+        self, logprobs: Sequence[TokenLogprobs], num_top: int
+    ) -> list[dict[str, dict[str, Any]] | None]:
+        """prompt_logprobs: for each token of the prompt itself and the likeliest, by token id."""
+        shown: list[dict[str, dict[str, Any]] | None] = [None]
+        for token in logprobs:
+            ranked = [(token.token_id, token.logprob, token.rank)]
+            ranked += [(i, logprob, rank) for rank, (i, logprob) in enumerate(token.top, start=1)]
+            shown.append(
+                {
+                    str(token_id): {
+                        "logprob": clamp(logprob),
+                        "rank": rank,
+                        "decoded_token": self._decode(token_id),
+                    }
+                    for token_id, logprob, rank in ranked[: num_top + 1]
+                }
+            )
+        return shown
+
+    def _top(self, logprobs: TokenLogprobs | None) -> dict[str, float] | None:
+        """By text, best first. The token itself is always among them, if need be as one more."""
+        if logprobs is None:
+            return None
+        top: dict[str, float] = {}
+        for token_id, logprob in (
+            *logprobs.top[: self._num_top],
+            (logprobs.token_id, logprobs.logprob),
+        ):
+            # Tokens may share a text; then the likeliest of them is shown.
+            top.setdefault(self._text(token_id), clamp(logprob))
+        return top
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        token_bytes = list(self._tokenizer.token_bytes(token_id))
+        return {"token": self._text(token_id), "logprob": clamp(logprob), "bytes": token_bytes}
+
+    def _text(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._as_token_ids else self._decode(token_id)
+
+    def _decode(self, token_id: int) -> str:
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._tokenizer.token_text(token_id)
+        return text
+
+
+def clamp(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)

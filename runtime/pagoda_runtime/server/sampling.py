@@ -1,0 +1,107 @@
+"""From the body of a request to what the engine is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from pagoda_runtime.errors import RequestError
+from pagoda_runtime.models.tokenizer import tokenize_bad_words
+from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
+from pagoda_runtime.server.state import Tokenizer
+
+# Fields of the same name and type in a body and in the parameters.
+SAME_FIELDS = (
+    "n",
+    "best_of",
+    "use_beam_search",
+    "beam_width",
+    "length_penalty",
+    "early_stopping",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "min_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "prompt_logprobs",
+)
+
+
+def to_sampling_params(
+    body: GenerationRequest, tokenizer: Tokenizer, defaults: Mapping[str, float | int]
+) -> SamplingParams:
+    """The parameters of a body, max_tokens left open.
+
+    Args:
+        defaults: the checkpoint's temperature, top_p and top_k. Beams do without: they search.
+    Raises: RequestError: a value is out of range, or the body's fields contradict each other.
+    """
+    _verify_body(body)
+    values = {} if body.use_beam_search else dict(defaults)
+    values |= {name: v for name in SAME_FIELDS if (v := getattr(body, name)) is not None}
+    stop = body.stop or ()
+    params = SamplingParams(
+        **values,  # type: ignore[arg-type]
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        logit_bias={int(key): bias for key, bias in (body.logit_bias or {}).items()},
+        allowed_token_ids=_as_tuple(body.allowed_token_ids),
+        bad_words=tuple(body.bad_words or ()),
+        logprobs=body.num_logprobs,
+        max_tokens=None,
+    )
+    if is_echo_with_logprobs(body):
+        most = max(params.logprobs or 0, params.prompt_logprobs or 0)
+        params = msgspec.structs.replace(params, prompt_logprobs=most)
+    params.verify()
+    words = tokenize_bad_words(tokenizer, params.bad_words)
+    return msgspec.structs.replace(params, bad_words_token_ids=words) if words else params
+
+
+def is_echo(body: GenerationRequest) -> bool:
+    """Whether each choice begins with the prompt."""
+    return isinstance(body, CompletionRequest) and bool(body.echo)
+
+
+def is_echo_with_logprobs(body: GenerationRequest) -> bool:
+    return is_echo(body) and body.num_logprobs is not None
+
+
+def _as_tuple(value: list[int] | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value)
+
+
+def _verify_body(body: GenerationRequest) -> None:
+    """Fields that contradict each other, as far as the engine does not know of them."""
+    if isinstance(body, ChatCompletionRequest) and body.top_logprobs and not body.logprobs:
+        raise RequestError(
+            f"top_logprobs is {body.top_logprobs}; it asks for `logprobs: true` beside it.",
+            param="top_logprobs",
+        )
+    if not body.stream:
+        return
+    if body.prompt_logprobs is not None:
+        raise RequestError(
+            f"prompt_logprobs is {body.prompt_logprobs}; they come only without `stream: true`.",
+            param="prompt_logprobs",
+        )
+    n, best_of = body.n or 1, body.best_of or 0
+    if best_of > n and not body.use_beam_search:
+        raise RequestError(
+            f"best_of is {best_of} and n is {n}; the best are known at the end, so best_of above "
+            "n comes only without `stream: true`.",
+            param="best_of",
+        )

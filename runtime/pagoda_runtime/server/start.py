@@ -1,0 +1,193 @@
+"""From the body of a request to prompts that are in the engine."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+
+import msgspec
+
+from pagoda_runtime.engine.detokenizer import IncrementalDetokenizer
+from pagoda_runtime.errors import RequestError
+from pagoda_runtime.metrics import RequestClock
+from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.server.answer import Answer
+from pagoda_runtime.server.choice import ChoiceText, Echo
+from pagoda_runtime.server.generation import Generation, close_all
+from pagoda_runtime.server.logprobs import LogprobsWriter
+from pagoda_runtime.server.prompts import (
+    encode_chat,
+    encode_prompts,
+    make_echo,
+    resolve_max_tokens,
+)
+from pagoda_runtime.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
+from pagoda_runtime.server.sampling import is_echo, to_sampling_params
+from pagoda_runtime.server.state import ServerState, Tokenizer
+
+# OpenAI's default for completions; a chat may use the rest of the context.
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+async def start(state: ServerState, body: GenerationRequest, arrival: float) -> Answer:
+    """Tokenize and hand over to the engine.
+
+    Args:
+        arrival: time.monotonic() at which the request came.
+    Raises: RequestError, QueueFull, EngineDead.
+    """
+    ready, tokenizer = state.loaded()
+    params = to_sampling_params(body, tokenizer, ready.default_sampling)
+    _verify_num_prompts(state, body)
+    with state.tokenizing(len(body.prompt) if isinstance(body, CompletionRequest) else 1):
+        prompts = await _encode(state, tokenizer, body)
+        echoes = await _make_echoes(state, tokenizer, body, prompts, params)
+    plan = _Plan(state, body, tokenizer, params, ready.max_model_len, arrival)
+    generations: list[Generation] = []
+    try:
+        for number, (prompt, echo) in enumerate(zip(prompts, echoes, strict=True)):
+            generations.append(plan.start_prompt(number, prompt, echo))
+    except BaseException:
+        # If the engine refuses one prompt, it gets none of them.
+        await close_all(generations, "error")
+        raise
+    return Answer(
+        request=body,
+        id=plan.id,
+        model=body.model or state.model_names[0],
+        created=int(time.time()),
+        generations=generations,
+        num_prompt_tokens=sum(map(len, prompts)),
+        num_generated=plan.num_choices,
+        num_shown=params.n,
+        logprobs=LogprobsWriter(
+            tokenizer,
+            num_top=body.num_logprobs or 0,
+            as_token_ids=bool(body.return_tokens_as_token_ids),
+        ),
+    )
+
+
+class _Plan:
+    """What the prompts of one request share."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        body: GenerationRequest,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        max_model_len: int,
+        arrival: float,
+    ) -> None:
+        self.state = state
+        self.body = body
+        self.tokenizer = tokenizer
+        self.params = params
+        self.max_model_len = max_model_len
+        self.arrival = arrival
+        kind = "chatcmpl" if isinstance(body, ChatCompletionRequest) else "cmpl"
+        self.id = f"{kind}-{uuid.uuid4().hex}"
+        # Of beams only those come from the engine that are returned.
+        self.num_choices = params.n if params.use_beam_search else params.num_sequences
+
+    def start_prompt(self, number: int, prompt: Sequence[int], echo: Echo | None) -> Generation:
+        """Hand one prompt to the engine."""
+        body, params = self.body, self.params
+        limited = _limit(body, params, len(prompt), self.max_model_len)
+        stream = self.state.engine.generate(
+            f"{self.id}-{number}",
+            prompt,
+            limited,
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt or "",
+        )
+        choices = [
+            ChoiceText(
+                IncrementalDetokenizer(self.tokenizer, params, prompt_token_ids=prompt),
+                has_logprobs=params.logprobs is not None,
+                echo=echo,
+            )
+            for _ in range(self.num_choices)
+        ]
+        clock = RequestClock(
+            self.state.metrics,
+            self.arrival,
+            num_prompt_tokens=len(prompt),
+            max_tokens=limited.max_tokens or 0,
+        )
+        return Generation(
+            stream,
+            choices,
+            clock,
+            first_index=number * self.num_choices,
+            is_scoring=is_echo(body) and body.max_tokens == 0,
+        )
+
+
+def _verify_num_prompts(state: ServerState, body: GenerationRequest) -> None:
+    num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
+    engine_config = state.config.engine
+    most = engine_config.max_num_seqs + engine_config.max_num_waiting
+    if num_prompts > most:
+        raise RequestError(
+            f"The request has {num_prompts} prompts; this server takes at most {most} at once.",
+            param="prompt",
+        )
+
+
+async def _encode(
+    state: ServerState, tokenizer: Tokenizer, body: GenerationRequest
+) -> list[list[int]]:
+    if isinstance(body, ChatCompletionRequest):
+        prompts = [await encode_chat(state, tokenizer, body)]
+    else:
+        assert isinstance(body, CompletionRequest)
+        prompts = await encode_prompts(state, tokenizer, body.prompt)
+    most = body.truncate_prompt_tokens
+    return prompts if most is None else [prompt[-most:] for prompt in prompts]
+
+
+async def _make_echoes(
+    state: ServerState,
+    tokenizer: Tokenizer,
+    body: GenerationRequest,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+) -> list[Echo | None]:
+    if not is_echo(body):
+        return [None] * len(prompts)
+    assert isinstance(body, CompletionRequest)
+    most = body.truncate_prompt_tokens
+    return [
+        await make_echo(
+            state,
+            tokenizer,
+            given,
+            token_ids,
+            params=params,
+            is_whole=most is None or len(token_ids) < most,
+        )
+        for given, token_ids in zip(body.prompt, prompts, strict=True)
+    ]
+
+
+def _limit(
+    body: GenerationRequest, params: SamplingParams, num_prompt_tokens: int, max_model_len: int
+) -> SamplingParams:
+    """The parameters with the bound of one prompt's answer. Raises PromptTooLong."""
+    max_tokens, name, default = body.max_tokens, "max_tokens", None
+    if isinstance(body, CompletionRequest):
+        default = DEFAULT_COMPLETION_TOKENS
+        if max_tokens == 0 and body.echo:
+            # Only the prompt is asked for, but its logprobs come with the first token.
+            max_tokens = 1
+    elif isinstance(body, ChatCompletionRequest) and body.max_completion_tokens is not None:
+        max_tokens, name = body.max_completion_tokens, "max_completion_tokens"
+    limit = resolve_max_tokens(max_tokens, default, num_prompt_tokens, max_model_len, param=name)
+    return msgspec.structs.replace(params, max_tokens=limit)
