@@ -36,8 +36,9 @@ model: venv     ## Gemma 3 270M, converted into the cache folder
 kubeconfig:     ## the path of the local cluster's kubeconfig
 	@python3 e2e/cluster kubeconfig
 
-bench-cpu: model ## decode speed against transformers: make bench-cpu OUT=FILE
-	@$(PYTHON) benchmarks/cpu.py --out $(or $(OUT),out/bench-cpu.json)
+bench-cpu: model ## speed against transformers: make bench-cpu [SHAPE=qwen3-1.7b] [ROUNDS=5] [OUT=FILE]
+	@$(PYTHON) benchmarks/cpu.py --shape $(or $(SHAPE),gemma-3-270m) --rounds $(or $(ROUNDS),5) \
+	  --out $(or $(OUT),out/bench-cpu-$(or $(SHAPE),gemma-3-270m).json)
 
 gpu-check:      ## on a machine with a CUDA device: every test that needs one
 	@$(or $(PYTHON),python3) -m pytest -q tests -m gpu

@@ -1,138 +1,226 @@
-"""Decode speed on a CPU: Pagoda's offline class against transformers' generate.
+"""The engine's speed on a CPU, against transformers on the same machine and prompts.
 
-Both sides run in bf16 with the same threads on the same prompts, take turns round by round, and
-are warmed up before; starting up does not count, prefill of the short prompts does.
+All sides run in bf16 with the same threads and take turns round by round; every round has new
+prompts, the same for all sides. Starting up does not count. `make bench-cpu` runs it.
 
-    python benchmarks/cpu.py --out FILE [--model FOLDER] [--rounds 5]
+    python benchmarks/cpu.py --out FILE [--shape gemma-3-270m|qwen3-1.7b] [--rounds 5]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import random
+import tempfile
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import roofline
 import torch
-from report import Result, format_table, make_report, write_report
+from checkpoints import make_qwen3_1_7b
+from http_load import measure_http
+from report import Bar, Result, publish
+from sides import (
+    KV_CACHE_BYTES,
+    Side,
+    continuous_batching_side,
+    generate_side,
+    load_transformers,
+    make_prompts,
+    pagoda_side,
+    timed,
+)
+from turns import take_turns
 
-from pagoda_runtime import LLM, SamplingParams
+from pagoda_runtime import LLM
 from pagoda_runtime.execution import machine
 
 OUTPUT_TOKENS = 64
 PROMPT_TOKENS = 16
-BATCH_SIZES = (1, 16)
+LONG_PROMPT_TOKENS = 1000
+SHARED_TOKENS = 960
+BARS = {
+    "decode_1": Bar(at_least=1.5),
+    "decode_16": Bar(at_least=2.8),
+    "decode_16_cb": Bar(at_least=3.0),
+    "prefill_1000": Bar(at_least=1.2),
+    "prefix_hit_ttft": Bar(at_most=0.15),
+    "http_16": Bar(at_least=0.85),
+    "roofline_1": Bar(at_least=0.75),
+}
+GENERATE, BATCHING, PAGODA = "transformers generate", "transformers batching", "pagoda"
 
-Side = Callable[[Sequence[list[int]]], int]
-"""Generates OUTPUT_TOKENS for each prompt and returns how many tokens came out."""
+
+class Benchmark:
+    """The metrics of one model; those that are not asked for are left out."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path, llm: LLM) -> None:
+        self.folder = folder
+        self.rounds: int = arguments.rounds
+        self.metrics: list[str] = arguments.metrics
+        self.bars = BARS if arguments.shape == "gemma-3-270m" else {}
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        self.vocab_size = llm.facts.vocab_size
+        self.ours = pagoda_side(llm)
+
+    def run(self) -> list[Result]:
+        """Every metric, with its bar where the model has one."""
+        results = [*self._against_transformers(), *self._prefix_hit(), *self._roofline()]
+        if "http_16" in self.metrics:
+            with tempfile.TemporaryDirectory() as scratch:
+                bar = self.bars.get("http_16")
+                results.append(
+                    measure_http(self.folder, self.ours, self.rounds, bar, Path(scratch))
+                )
+        return results
+
+    def _against_transformers(self) -> list[Result]:
+        wanted = {"decode_1", "decode_16", "decode_16_cb", "prefill_1000"} & set(self.metrics)
+        if not wanted:
+            return []
+        # Not kept: the server needs the memory later.
+        model = load_transformers(self.folder)
+        generate = generate_side(model)
+        results = []
+        if "decode_1" in wanted:
+            speeds = self._decode(1, {PAGODA: self.ours, GENERATE: generate})
+            results.append(self._speed("decode_1", speeds, GENERATE))
+        if {"decode_16", "decode_16_cb"} & wanted:
+            with continuous_batching_side(model) as batching:
+                sides = {PAGODA: self.ours, GENERATE: generate, BATCHING: batching}
+                speeds = self._decode(16, sides)
+            results.append(self._speed("decode_16", speeds, GENERATE))
+            results.append(self._speed("decode_16_cb", speeds, BATCHING))
+        if "prefill_1000" in wanted:
+            speeds = self._prefill({PAGODA: self.ours, GENERATE: generate})
+            results.append(self._speed("prefill_1000", speeds, GENERATE, "prompt tokens/s"))
+        return results
+
+    def _decode(self, batch_size: int, sides: dict[str, Side]) -> dict[str, float]:
+        def measure(side: Side, number: int) -> float:
+            prompts = self._prompts(batch_size, PROMPT_TOKENS, "decode", batch_size, number)
+            return batch_size * OUTPUT_TOKENS / timed(side, prompts, OUTPUT_TOKENS)
+
+        return take_turns(f"decode_{batch_size}", _bind(measure, sides), self.rounds)
+
+    def _prefill(self, sides: dict[str, Side]) -> dict[str, float]:
+        def measure(side: Side, number: int) -> float:
+            prompts = self._prompts(1, LONG_PROMPT_TOKENS, "prefill", number)
+            return LONG_PROMPT_TOKENS / timed(side, prompts, 1)
+
+        return take_turns("prefill_1000", _bind(measure, sides), self.rounds)
+
+    def _prefix_hit(self) -> list[Result]:
+        """Milliseconds to the first token, which here is all there is to generate."""
+        if "prefix_hit_ttft" not in self.metrics:
+            return []
+
+        def measure(ending: str, number: int) -> float:
+            (prefix,) = self._prompts(1, SHARED_TOKENS, "prefix", number)
+            (suffix,) = self._prompts(1, LONG_PROMPT_TOKENS - SHARED_TOKENS, ending, number)
+            return 1000 * timed(self.ours, [[*prefix, *suffix]], 1)
+
+        # The cold one comes first in each round, and leaves the prefix in the cache.
+        seconds = take_turns(
+            "prefix_hit_ttft", _bind(measure, {"cold": "a", "hit": "b"}), self.rounds
+        )
+        return [
+            Result(
+                metric="prefix_hit_ttft",
+                value=seconds["hit"],
+                unit="ms",
+                peer="without a hit",
+                peer_value=seconds["cold"],
+                bar=self.bars.get("prefix_hit_ttft"),
+            )
+        ]
+
+    def _roofline(self) -> list[Result]:
+        if "roofline_1" not in self.metrics:
+            return []
+        num_bytes = roofline.weight_bytes_of_step(self.folder, self.config)
+
+        def decode(number: int) -> float:
+            prompts = self._prompts(1, PROMPT_TOKENS, "roofline", number)
+            return OUTPUT_TOKENS / timed(self.ours, prompts, OUTPUT_TOKENS)
+
+        figures = take_turns(
+            "roofline_1",
+            {
+                "decode, tokens/s": decode,
+                "sum, GB/s": lambda _: roofline.sum_bandwidth() / 1e9,
+                "vocabulary, GB/s": lambda _: roofline.vocabulary_bandwidth(self.config) / 1e9,
+            },
+            self.rounds,
+        )
+        bandwidth = max(figures["sum, GB/s"], figures["vocabulary, GB/s"])
+        return [
+            Result(
+                metric="roofline_1",
+                value=figures["decode, tokens/s"],
+                unit="output tokens/s",
+                peer="bandwidth ÷ weight bytes",
+                peer_value=bandwidth * 1e9 / num_bytes,
+                bar=self.bars.get("roofline_1"),
+                details={
+                    "weight_bytes": num_bytes,
+                    "sum_gbps": round(figures["sum, GB/s"], 1),
+                    "vocabulary_gbps": round(figures["vocabulary, GB/s"], 1),
+                },
+            )
+        ]
+
+    def _speed(
+        self, metric: str, speeds: dict[str, float], peer: str, unit: str = "output tokens/s"
+    ) -> Result:
+        return Result(metric, speeds[PAGODA], unit, peer, speeds[peer], bar=self.bars.get(metric))
+
+    def _prompts(self, num_prompts: int, num_tokens: int, *seed: object) -> list[list[int]]:
+        return make_prompts(num_prompts, num_tokens, self.vocab_size, *seed)
+
+
+def _bind(measure: Any, sides: dict[str, Any]) -> dict[str, Any]:
+    """name → measure(side, round number) of the round number alone."""
+    return {name: lambda number, side=side: measure(side, number) for name, side in sides.items()}
 
 
 def main() -> None:
     arguments = parse_arguments()
-    if not (arguments.model / "config.json").exists():
-        raise SystemExit(f"{arguments.model} is not a model folder. Run `make model` first.")
+    folder = find_model(arguments)
     torch.set_num_threads(machine.allowed_cores())
     started = time.monotonic()
-    print(f"Loading {arguments.model} on both sides …", flush=True)
-    theirs = transformers_side(arguments.model)
-    # Without its prefix cache: the same prompts come back in every round.
-    engine = LLM(
-        str(arguments.model), dtype="bfloat16", max_model_len=1024, enable_prefix_caching=False
-    )
-    try:
-        ours = pagoda_side(engine)
-        prompts = make_prompts(max(BATCH_SIZES), engine.facts.vocab_size)
-        results = [
-            compare(ours, theirs, prompts[:batch_size], arguments.rounds)
-            for batch_size in BATCH_SIZES
-        ]
-    finally:
-        engine.shutdown()
-    print(format_table(results))
-    report = make_report("cpu", results, ["pagoda-serve", "torch", "transformers"])
-    write_report(report, arguments.out)
-    print(f"Wrote {arguments.out} after {time.monotonic() - started:.0f} s.")
+    flags = {"max_model_len": 2048, "kv_cache_memory_bytes": KV_CACHE_BYTES}
+    with LLM(str(folder), dtype="bfloat16", **flags) as llm:
+        results = Benchmark(arguments, folder, llm).run()
+    print(f"{len(results)} metrics of {folder.name} in {time.monotonic() - started:.0f} s")
+    publish(f"cpu-{arguments.shape}", results, arguments.out, rounds=arguments.rounds)
 
 
 def parse_arguments() -> argparse.Namespace:
-    cache = Path(os.environ.get("PAGODA_CACHE", "~/.cache/pagoda")).expanduser()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--model", type=Path, default=cache / "model" / "gemma-3-270m")
     parser.add_argument("--rounds", type=int, default=5, help="of each side; the median counts")
+    parser.add_argument(
+        "--shape",
+        choices=("gemma-3-270m", "qwen3-1.7b"),
+        default="gemma-3-270m",
+        help="gemma-3-270m: the real model, with bars; qwen3-1.7b: random weights of its shape",
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", choices=tuple(BARS), default=list(BARS), help="only these"
+    )
     return parser.parse_args()
 
 
-def make_prompts(num_prompts: int, vocab_size: int) -> list[list[int]]:
-    """Random tokens: the speed does not depend on what they say, and any model can be measured."""
-    rng = random.Random(0)
-    return [
-        [rng.randrange(100, vocab_size) for _ in range(PROMPT_TOKENS)] for _ in range(num_prompts)
-    ]
-
-
-def pagoda_side(engine: LLM) -> Side:
-    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
-
-    def generate(prompts: Sequence[list[int]]) -> int:
-        outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params)
-        return sum(len(output.outputs[0].token_ids) for output in outputs)
-
-    return generate
-
-
-def transformers_side(folder: Path) -> Side:
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-
-    def generate(prompts: Sequence[list[int]]) -> int:
-        ids = torch.tensor(prompts)
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=OUTPUT_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        return int(output[:, ids.shape[1] :].numel())
-
-    return generate
-
-
-def compare(ours: Side, theirs: Side, prompts: list[list[int]], rounds: int) -> Result:
-    """Medians over rounds in which both sides take turns."""
-    sides = (ours, theirs)
-    for side in sides:
-        tokens_per_second(side, prompts)
-    speeds = [[tokens_per_second(side, prompts) for side in sides] for _ in range(rounds)]
-    for number, (our_speed, their_speed) in enumerate(speeds, start=1):
-        print(
-            f"  batch {len(prompts)}, round {number}: "
-            f"pagoda {our_speed:.1f}, transformers {their_speed:.1f} tokens/s",
-            flush=True,
-        )
-    our_speeds, their_speeds = zip(*speeds, strict=True)
-    return Result(
-        metric=f"decode_{len(prompts)}",
-        value=median(our_speeds),
-        unit="output tokens/s",
-        peer="transformers generate",
-        peer_value=median(their_speeds),
-    )
-
-
-def tokens_per_second(side: Side, prompts: Sequence[list[int]]) -> float:
-    started = time.perf_counter()
-    num_tokens = side(prompts)
-    seconds = time.perf_counter() - started
-    assert num_tokens == len(prompts) * OUTPUT_TOKENS, num_tokens
-    return num_tokens / seconds
+def find_model(arguments: argparse.Namespace) -> Path:
+    cache = Path(os.environ.get("PAGODA_CACHE", "~/.cache/pagoda")).expanduser()
+    if arguments.shape == "qwen3-1.7b":
+        return make_qwen3_1_7b(cache)
+    folder = cache / "model" / "gemma-3-270m"
+    if not (folder / "config.json").exists():
+        raise SystemExit(f"{folder} is not a model folder. Run `make model` first.")
+    return folder
 
 
 if __name__ == "__main__":

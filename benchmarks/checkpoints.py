@@ -1,0 +1,53 @@
+"""Model folders with a real model's shape and random weights, which cost the same time."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pagoda_runtime.models.testing import write_tiny_tokenizer
+
+# config.json of Qwen/Qwen3-1.7B, as far as it determines the computation.
+QWEN3_1_7B: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+NEEDED_BYTES = 8 << 30
+
+
+def make_qwen3_1_7b(cache: Path) -> Path:
+    """The folder in the cache, made at the first call (3.4 GB)."""
+    folder = cache / "random" / "qwen3-1.7b"
+    if (folder / "config.json").exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache).free
+    if free < NEEDED_BYTES:
+        raise SystemExit(f"{cache} has {free >> 30} GiB free; this needs {NEEDED_BYTES >> 30} GiB.")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    print(f"Making {folder} …", flush=True)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3", **QWEN3_1_7B)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(partial)
+    write_tiny_tokenizer(partial)
+    partial.rename(folder)
+    return folder
