@@ -18,6 +18,8 @@ MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 300
 # Each is looked for at every step.
 MAX_BAD_WORDS = 1000
+# Each makes every beam look at more continuations.
+MAX_STOP_TOKEN_IDS_OF_BEAMS = 64
 _MAX_INT = 2**31 - 1
 _ABOVE_0 = 5e-324
 
@@ -193,6 +195,12 @@ def _verify_beams(params: SamplingParams) -> None:
         value = getattr(params, name)
         if value not in neutral and value != []:
             _refuse(name, value, "use_beam_search does not heed it. Leave one of the two out")
+    if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS_OF_BEAMS:
+        raise RequestError(
+            f"stop_token_ids has {len(params.stop_token_ids)} entries; with use_beam_search at "
+            f"most {MAX_STOP_TOKEN_IDS_OF_BEAMS} fit.",
+            param="stop_token_ids",
+        )
     width = params.num_beams
     if width > MAX_BEAMS:
         name = "n" if params.best_of is None else "best_of"

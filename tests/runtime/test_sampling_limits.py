@@ -150,10 +150,11 @@ def test_beam_search_refuses_what_it_would_not_heed(field, value):
         ({"n": 65}, "n is 65; with use_beam_search it must be at most 64"),
         ({"n": 2, "best_of": 100}, "best_of is 100; with use_beam_search it must be at most 64"),
         ({"n": 5, "beam_width": 4}, "n is 5; it must be at most beam_width, which is 4"),
+        ({"stop_token_ids": (1,) * 65}, "has 65 entries; with use_beam_search at most 64 fit"),
         ({"best_of": 5, "beam_width": 4}, "best_of is 5; .* it must be beam_width, which is 4"),
     ],
 )
-def test_the_width_of_beams_fits_its_other_numbers(fields, message):
+def test_the_numbers_of_a_beam_search_fit_each_other(fields, message):
     with pytest.raises(RequestError, match=message):
         SamplingParams(use_beam_search=True, **fields).verify()
 
