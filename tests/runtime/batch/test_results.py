@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -102,11 +103,8 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
 
 
 def test_a_full_disk_says_how_to_go_on(path):
-    file = ResultFile.__new__(ResultFile)
-    file.__init__(path)
+    file = ResultFile(path)
     with open("/dev/full", "wb") as full:
-        import os
-
         os.dup2(full.fileno(), file._file)
         with pytest.raises(FatalError, match="run the same command again") as caught:
             file.write(make_result(LINE, 200, ANSWER))
