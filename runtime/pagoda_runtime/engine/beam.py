@@ -59,8 +59,8 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """Continuations to look at: enough that beam_width of them do not end."""
-        return max(2, 1 + len(self.end_token_ids)) * self.width
+        """Continuations to look at for each beam: enough that beam_width of them do not end."""
+        return self.width + len(self.end_token_ids)
 
     def advance(
         self,
@@ -86,7 +86,7 @@ class BeamSearch:
                 for token_id, logprob in tokens
             ),
             key=lambda c: -c.cumulative_logprob,
-        )[: self.num_candidates]
+        )
         if self._num_tokens >= self.max_tokens:
             self._finish(ranked[: self.width], outputs)
             self.is_done = True
