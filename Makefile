@@ -3,7 +3,8 @@
 
 PYTHON ?= .venv/bin/python
 
-.PHONY: demo demo-down test check lint types unit venv model kubeconfig bench-cpu lock gpu-check
+.PHONY: demo demo-down test check lint types unit venv model kubeconfig lock gpu-check \
+  bench-cpu bench-long bench-waste soak
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
 	@python3 e2e/phases.py demo
@@ -39,6 +40,15 @@ kubeconfig:     ## the path of the local cluster's kubeconfig
 bench-cpu: model ## speed against transformers: make bench-cpu [SHAPE=qwen3-1.7b] [ROUNDS=5] [OUT=FILE]
 	@$(PYTHON) benchmarks/cpu.py --shape $(or $(SHAPE),gemma-3-270m) --rounds $(or $(ROUNDS),5) \
 	  --out $(or $(OUT),out/bench-cpu-$(or $(SHAPE),gemma-3-270m).json)
+
+bench-long: model ## a 16k-token prompt among decoding requests: make bench-long [OUT=FILE]
+	@$(PYTHON) benchmarks/long_prompt.py --out $(or $(OUT),out/bench-long.json)
+
+bench-waste: venv ## slots of the KV cache that are held and not filled: make bench-waste [OUT=FILE]
+	@$(PYTHON) benchmarks/waste.py --out $(or $(OUT),out/bench-waste.json)
+
+soak: venv      ## a server's memory over 10,000 requests: make soak [OUT=FILE]
+	@$(PYTHON) benchmarks/soak.py --out $(or $(OUT),out/soak.json)
 
 gpu-check:      ## on a machine with a CUDA device: every test that needs one
 	@$(or $(PYTHON),python3) -m pytest -q tests -m gpu
