@@ -166,6 +166,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="plan the next step while one runs (off)",
     )
     group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="same bits for a request whatever the batch, preemptions and cache hits; slower (off)",
+    )
+    group.add_argument(
         "--num-threads",
         type=integer(1, 4096),
         help="CPU threads of the engine (the cores it may use)",

@@ -40,6 +40,8 @@ class EngineConfig:
     max_num_waiting: int = 1024
     """Bound of the waiting queue; a request beyond it is refused with 429."""
     seed: int = 0
+    deterministic: bool = False
+    """Whether a request's tokens are the same, bit by bit, whatever else the engine does."""
     stall_seconds: float = 120.0
 
 

@@ -12,7 +12,9 @@ CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
-def make_case(query_lens, seq_lens, *, heads=4, kv_heads=2, window=0, dtype=torch.float32, seed=0):
+def make_case(
+    query_lens, seq_lens, *, heads=4, kv_heads=2, window=0, dtype=torch.float32, seed=0, **options
+):
     """Random sequences in randomly ordered blocks; every slot that nobody owns holds NaN."""
     torch.manual_seed(seed)
     block_size, head_dim = 4, 16
@@ -37,6 +39,7 @@ def make_case(query_lens, seq_lens, *, heads=4, kv_heads=2, window=0, dtype=torc
         windows=[window],
         dtype=dtype,
         device=CPU,
+        **options,
     )
     return q, cache, metadata, keys_values
 
@@ -75,6 +78,39 @@ def test_both_paths_equal_the_brute_force_sum(case, window):
     for attend in (paged_attention, paged_attention_reference):
         result = attend(q, cache, metadata, scale=0.3, sliding_window=window)
         torch.testing.assert_close(result, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [0, 6])
+@pytest.mark.parametrize("case", CASES)
+def test_deterministic_plans_give_the_same_sums(case, window):
+    query_lens, seq_lens = CASES[case]
+    q, cache, metadata, keys_values = make_case(
+        query_lens, seq_lens, window=window, is_deterministic=True
+    )
+    result = paged_attention(q, cache, metadata, scale=0.3, sliding_window=window)
+    expected = brute_force(q, keys_values, query_lens, scale=0.3, window=window)
+    torch.testing.assert_close(result, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("window", [0, 600])
+def test_the_bits_of_a_deterministic_token_do_not_depend_on_how_its_prompt_was_cut(dtype, window):
+    options = {"window": window, "dtype": dtype, "is_deterministic": True}
+    q, cache, metadata, _ = make_case([1300], [1300], **options)
+    whole = paged_attention(q, cache, metadata, scale=0.3, sliding_window=window)
+    for first, last in ((0, 7), (500, 530), (1110, 1300), (1299, 1300)):
+        piece = AttentionMetadata.build(
+            [last - first],
+            [last],
+            metadata.block_table.numpy(),
+            block_size=4,
+            windows=[window],
+            dtype=dtype,
+            device=CPU,
+            is_deterministic=True,
+        )
+        result = paged_attention(q[first:last], cache, piece, scale=0.3, sliding_window=window)
+        assert torch.equal(result, whole[first:last])
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

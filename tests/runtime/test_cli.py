@@ -56,6 +56,7 @@ def test_every_flag_reaches_its_field():
         "m",
         "--no-enable-prefix-caching",
         "--async-scheduling",
+        "--deterministic",
         "--served-model-name",
         "a",
         "b",
@@ -74,6 +75,7 @@ def test_every_flag_reaches_its_field():
         "model": "m",
         "enable_prefix_caching": False,
         "async_scheduling": True,
+        "deterministic": True,
         "served_model_name": ("a", "b"),
         "api_key": ("k",),
     }

@@ -42,6 +42,19 @@ def paged_attention_cpu(
             scale=scale,
         )
         out[bucket.first : bucket.last] = attended.reshape(rows, num_heads, head_dim)
+    for single in plan.singles:
+        kv = slots.index_select(0, single.slots)
+        num_queries = single.last - single.first
+        # Queries stand in the place of the batch, which torch computes one by one.
+        shape = (num_queries, num_kv_heads, kv.shape[0], head_dim)
+        attended = scaled_dot_product_attention(
+            q[single.first : single.last].view(num_queries, num_kv_heads, group_size, head_dim),
+            kv[:, 0].transpose(0, 1).expand(shape),
+            kv[:, 1].transpose(0, 1).expand(shape),
+            attn_mask=single.mask,
+            scale=scale,
+        )
+        out[single.first : single.last] = attended.reshape(num_queries, num_heads, head_dim)
     for prefill in plan.prefills:
         kv = slots.index_select(0, prefill.slots)
         # Key heads stand in the place of the batch, so sharing one among a group is a view.

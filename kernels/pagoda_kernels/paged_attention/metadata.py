@@ -36,11 +36,25 @@ class PrefillGather:
 
 
 @dataclass(frozen=True, slots=True)
+class SingleQueries:
+    """Query tokens of one sequence, each attended to as if it were alone."""
+
+    first: int
+    last: int
+    """Query tokens first … last - 1 of the step."""
+    slots: torch.Tensor
+    """[width] int64: cache slots of the keys; past the end a slot is repeated."""
+    mask: torch.Tensor
+    """[num_queries, 1, 1, width] in the dtype of the queries: 0 or -inf, added to the scores."""
+
+
+@dataclass(frozen=True, slots=True)
 class GatherPlan:
     """How the CPU path reads the cache in one step, for one sliding window."""
 
     buckets: tuple[DecodeBucket, ...]
     prefills: tuple[PrefillGather, ...]
+    singles: tuple[SingleQueries, ...] = ()
 
 
 class GatherBuffer:
@@ -92,6 +106,7 @@ class AttentionMetadata:
         dtype: torch.dtype,
         device: torch.device,
         buffer: GatherBuffer | None = None,
+        is_deterministic: bool = False,
     ) -> AttentionMetadata:
         """Lay out one step.
 
@@ -102,6 +117,8 @@ class AttentionMetadata:
             windows: the sliding windows of the model's layers, 0 for full attention.
             dtype: of the queries.
             buffer: pass the same one at each step, so that its memory is reused.
+            is_deterministic: let the bits of a token's result depend on its own sequence alone,
+                not on the step's other tokens nor on how prompts are cut; slower.
         """
         num_decodes = 0
         while num_decodes < len(query_lens) and query_lens[num_decodes] == 1:
@@ -113,7 +130,8 @@ class AttentionMetadata:
         plans = {}
         if device.type == "cpu":
             layout = _Layout(query_lens, seq_lens, starts, block_table, block_size, num_decodes)
-            plans = {window: _plan(layout, window, dtype) for window in windows}
+            plan = _plan_singles if is_deterministic else _plan
+            plans = {window: plan(layout, window, dtype) for window in windows}
         return cls(
             query_start_loc=torch.from_numpy(starts).to(device),
             seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
@@ -203,3 +221,32 @@ def _prefill_gather(layout: _Layout, window: int, seq: int) -> PrefillGather:
     return PrefillGather(
         first, first + num_queries, torch.from_numpy(layout.slots(seq, keys)), mask
     )
+
+
+# Keys are gathered in widths of this many, from a position that is a multiple of it. It is the
+# number of keys that torch's attention on a CPU takes at a time, so a key always has the same
+# place in the same sum, and what is masked adds zeros to it.
+_FIXED_WIDTH = 512
+
+
+def _plan_singles(layout: _Layout, window: int, dtype: torch.dtype) -> GatherPlan:
+    singles = [_single_queries(layout, window, seq, dtype) for seq in range(len(layout.seq_lens))]
+    return GatherPlan((), (), tuple(singles))
+
+
+def _single_queries(layout: _Layout, window: int, seq: int, dtype: torch.dtype) -> SingleQueries:
+    num_queries, seq_len = layout.query_lens[seq], layout.seq_lens[seq]
+    start = seq_len - num_queries
+    oldest = max(0, start - window + 1) if window else 0
+    base = oldest // _FIXED_WIDTH * _FIXED_WIDTH
+    width = -(-(seq_len - base) // _FIXED_WIDTH) * _FIXED_WIDTH
+    keys = np.arange(base, base + width)
+    queries = np.arange(start, seq_len)[:, None]
+    hidden = keys > queries
+    if window:
+        hidden |= keys <= queries - window
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), -torch.inf)
+    first = int(layout.starts[seq])
+    # Blocks before the window may have been given back: their slots are not read.
+    slots = layout.slots(seq, np.clip(keys, oldest, seq_len - 1))
+    return SingleQueries(first, first + num_queries, torch.from_numpy(slots), mask[:, None, None])

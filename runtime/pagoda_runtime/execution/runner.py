@@ -72,8 +72,9 @@ class ModelRunner:
         dtype_name = self.model_config.dtype if config.dtype == "auto" else config.dtype
         self.dtype = _DTYPES[dtype_name]
         with _timed("Loading the weights"), torch.inference_mode():
-            self.model = self._load_model(folder, on_progress)
+            self.model = self._load_model(folder, config, on_progress)
         self.block_size = config.block_size or (16 if self.device.type == "cuda" else 32)
+        self.is_deterministic = config.deterministic
         self.min_tokens = fastest_min_rows(self.dtype, self.device)
         self.gather_buffer = GatherBuffer()
         self.windows = sorted(set(self.model_config.sliding_windows))
@@ -131,6 +132,7 @@ class ModelRunner:
             windows=self.windows,
             min_tokens=self.min_tokens,
             buffer=self.gather_buffer,
+            is_deterministic=self.is_deterministic,
             dtype=self.dtype,
             device=self.device,
         )
@@ -167,7 +169,7 @@ class ModelRunner:
             found += compute_logprobs(logits, some, row.num_prompt_logprobs)
         return found
 
-    def _load_model(self, folder: Path, on_progress: OnProgress) -> Decoder:
+    def _load_model(self, folder: Path, config: EngineConfig, on_progress: OnProgress) -> Decoder:
         on_progress("load", 0.0, 0.0)
         try:
             model = Decoder(self.model_config, dtype=self.dtype, device=self.device)
@@ -176,6 +178,8 @@ class ModelRunner:
                 model.targets(), folder, ignored=ignored, on_progress=on_progress
             )
             model.after_loading()
+            if config.deterministic:
+                model.fix_rows()
         except torch.OutOfMemoryError as error:
             raise FatalError(
                 "GpuOutOfMemory" if self.device.type == "cuda" else "OutOfMemory",
@@ -264,6 +268,11 @@ def require_supported(config: EngineConfig) -> None:
             "InvalidFlags",
             f"--kv-cache-dtype (engine.kvCacheDtype) is {config.kv_cache_dtype}; this version "
             "keeps the KV cache in the model's dtype only. Set it to auto.",
+        )
+    if config.deterministic and choose_device(config.device).type != "cpu":
+        raise FatalError(
+            "InvalidFlags",
+            "--deterministic is for the CPU in this version. Leave it out, or give --device cpu.",
         )
     if config.dtype not in ("auto", *_DTYPES):
         raise FatalError(

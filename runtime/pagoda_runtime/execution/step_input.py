@@ -33,6 +33,7 @@ def prepare_step(
     windows: Sequence[int],
     min_tokens: int = 1,
     buffer: GatherBuffer | None = None,
+    is_deterministic: bool = False,
     dtype: torch.dtype,
     device: torch.device,
 ) -> PreparedStep:
@@ -64,6 +65,7 @@ def prepare_step(
         dtype=dtype,
         device=device,
         buffer=buffer,
+        is_deterministic=is_deterministic,
     )
     sampled = [index for index, row in enumerate(rows) if row.sampling_params is not None]
     row_starts = np.empty(len(rows), dtype=np.int64)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 
 class LinearMethod(Protocol):
@@ -48,6 +48,27 @@ class PrepackedLinear:
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         product: torch.Tensor = self._multiply(x, self.packed, bias, "none", [], "")
         return product
+
+
+class FixedRowsLinear:
+    """Another method, always called with the same number of rows.
+
+    How a product sums may depend on its number of rows; so the bits of a row's result would depend
+    on its neighbours. With one number of rows they do not.
+    """
+
+    NUM_ROWS = 16
+
+    def __init__(self, method: LinearMethod) -> None:
+        self.method = method
+        self.copies_weight = method.copies_weight
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        num_rows = len(x)
+        missing = -num_rows % self.NUM_ROWS
+        padded = pad(x, (0, 0, 0, missing)) if missing else x
+        tiles = [self.method.apply(tile, bias) for tile in padded.split(self.NUM_ROWS)]
+        return torch.cat(tiles)[:num_rows] if len(tiles) > 1 else tiles[0][:num_rows]
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from pagoda_kernels.paged_attention import AttentionMetadata
 from pagoda_runtime.layers.attention import QKNorm, SelfAttention
 from pagoda_runtime.layers.embedding import Embedding, LanguageModelHead
-from pagoda_runtime.layers.linear import Linear
+from pagoda_runtime.layers.linear import FixedRowsLinear, Linear
 from pagoda_runtime.layers.mlp import GatedMLP
 from pagoda_runtime.layers.norm import RMSNorm
 from pagoda_runtime.layers.rotary import RotaryAngles, inverse_frequencies
@@ -130,6 +130,12 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear | RMSNorm | QKNorm | LanguageModelHead):
                 module.after_loading()
+
+    def fix_rows(self) -> None:
+        """Let the bits of a token's result not depend on how many tokens a step has; slower."""
+        for module in self.modules():
+            if isinstance(module, Linear | LanguageModelHead):
+                module.method = FixedRowsLinear(module.method)
 
     def forward(self, step: StepInput, kv_caches: Sequence[torch.Tensor]) -> torch.Tensor:
         """Hidden states before the last norm, [num_tokens, hidden_size] fp32.

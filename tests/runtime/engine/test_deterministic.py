@@ -1,0 +1,146 @@
+"""--deterministic: the same bits whatever the batch, the chunks, preemptions and cache hits."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.engine.core import EngineCore
+from pagoda_runtime.engine.messages import EngineRequest
+from pagoda_runtime.execution.runner import ModelRunner
+from pagoda_runtime.models.testing import make_tiny_checkpoint
+from pagoda_runtime.sampling_params import SamplingParams
+
+BLOCK_SIZE = 8
+
+
+class SmallRunner:
+    """The same model with a smaller part of its cache."""
+
+    def __init__(self, runner: ModelRunner, num_blocks: int) -> None:
+        assert num_blocks <= runner.num_blocks
+        self.num_blocks = num_blocks
+        self.block_size = runner.block_size
+        self.execute = runner.execute
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
+def runner(request, dtype, tmp_path_factory):
+    folder = make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), request.param)
+    return ModelRunner(
+        EngineConfig(
+            model=str(folder),
+            dtype=dtype,
+            device="cpu",
+            num_threads=1,
+            block_size=BLOCK_SIZE,
+            max_model_len=256,
+            kv_cache_memory_bytes=8 * 2**20,
+            deterministic=True,
+        )
+    )
+
+
+def run(
+    runner: ModelRunner,
+    prompts: list[list[int]],
+    *,
+    num_blocks: int = 200,
+    budget: int = 512,
+    slots: int = 16,
+    rounds: int = 1,
+) -> tuple[list[list[tuple]], EngineCore]:
+    """Every token of each prompt with its logprobs: equal only if the logits' bits are."""
+    core = EngineCore(
+        SmallRunner(runner, num_blocks),
+        max_num_seqs=slots,
+        max_num_batched_tokens=budget,
+        long_prefill_token_threshold=budget,
+        max_num_waiting=100,
+        max_model_len=256,
+        eos_token_ids=[],
+        enable_prefix_caching=True,
+        seed=0,
+        sliding_window=runner.ready_facts.sliding_window,
+    )
+    found: list[list[tuple]] = []
+    for _ in range(rounds):
+        found = [[] for _ in prompts]
+        for number, prompt in enumerate(prompts):
+            params = SamplingParams(
+                temperature=number % 2, seed=number, max_tokens=12, ignore_eos=True, logprobs=3
+            )
+            core.add(
+                EngineRequest(
+                    request_id=str(number),
+                    prompt_token_ids=prompt,
+                    sampling_params=params,
+                    arrival_seconds=0.0,
+                )
+            )
+        while core.has_work:
+            for delta in core.step(0.0).deltas:
+                entry = delta.logprobs[0]
+                found[int(delta.request_id)].append((entry.token_id, entry.logprob, *entry.top))
+    return found, core
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    random_ = random.Random(0)
+    shared = random_.choices(range(3, 300), k=20)
+    return [
+        (shared if i % 2 else []) + random_.choices(range(3, 300), k=random_.randint(5, 60))
+        for i in range(16)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(runner, prompts):
+    """Each prompt as the only one, at its own place in the list of seeds."""
+    return run(runner, prompts, slots=1)[0]
+
+
+def test_in_a_batch_as_alone(runner, prompts, alone):
+    assert run(runner, prompts)[0] == alone
+
+
+def test_in_small_chunks_as_in_one_piece(runner, prompts, alone):
+    assert run(runner, prompts, budget=21)[0] == alone
+    assert run(runner, prompts, budget=7)[0] == alone
+
+
+def test_with_cache_hits_as_without(runner, prompts, alone):
+    found, core = run(runner, prompts, rounds=2)
+    assert core.scheduler.prefix_cache_hits > 300
+    assert found == alone
+
+
+def test_with_preemptions_as_without(runner, prompts, alone):
+    found, core = run(runner, prompts, num_blocks=24)
+    assert core.scheduler.preemptions_total > 0
+    assert found == alone
+
+
+def test_without_the_flag_the_same_requests_differ_somewhere(dtype, prompts, tmp_path):
+    """Else the tests above could not fail."""
+    folder = make_tiny_checkpoint(tmp_path / "tiny", "gemma3_text")
+    plain = ModelRunner(
+        EngineConfig(
+            model=str(folder),
+            dtype=dtype,
+            device="cpu",
+            num_threads=1,
+            block_size=BLOCK_SIZE,
+            max_model_len=256,
+            kv_cache_memory_bytes=8 * 2**20,
+        )
+    )
+    assert run(plain, prompts)[0] != run(plain, prompts, slots=1, budget=21)[0]
