@@ -249,6 +249,8 @@ class Metrics:
 
     def observe_step(self, output: StepOutput) -> None:
         """Take what the engine tells after each step."""
+        if output.deltas:
+            self.generation_tokens.inc(sum(len(d.new_token_ids) for d in output.deltas))
         if output.stats.num_scheduled_tokens:
             self.iteration_tokens.observe(output.stats.num_scheduled_tokens)
 
@@ -292,7 +294,6 @@ class RequestClock:
         if not num_new:
             return
         now, metrics = self.now(), self.metrics
-        metrics.generation_tokens.inc(num_new)
         if self.num_tokens == 0:
             self._first = now
             metrics.first_token.observe(now - self.arrival)

@@ -25,6 +25,10 @@ class Decoder(Protocol):
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
+    def piece(self, token_id: int, /) -> str | None:
+        """The text of a token behind a whole character, if it depends on nothing else."""
+        ...
+
 
 class IncrementalDetokenizer:
     """Turns pushed token ids into text, and ends it at the first stop string.
@@ -36,7 +40,8 @@ class IncrementalDetokenizer:
     parameters give no text, unless what stopped it is to be in the output.
 
     Decoding token by token would lose spaces (sentencepiece drops one at the start) and characters
-    that span tokens; so each decode starts some tokens back, and what was known is cut off.
+    that span tokens; so each decode starts some tokens back, and what was known is cut off. Most
+    tokens are spared it: behind a whole character their text is a piece that the tokenizer knows.
 
     Args:
         tokenizer: decodes ids to text.
@@ -70,11 +75,14 @@ class IncrementalDetokenizer:
         # The window: ids[:num_known] give known_text, the rest is not shown yet.
         ends = prompt_token_ids[-NUM_SEARCHED_TOKENS:]
         self._ids = [i for i in ends if i not in self._silent_ids][-NUM_CONTEXT_TOKENS:]
-        self._known_text = self._decode(self._ids)
+        self._known_text: str | None = self._decode(self._ids)
+        """None if nobody asked for it yet."""
         if self._known_text.endswith(REPLACEMENT):
             # The prompt ends, or the window begins and ends, within a character.
             self._ids, self._known_text = [], ""
         self._num_known = len(self._ids)
+        self._is_broken = False
+        """Whether the window begins with what is no character."""
         self._held = ""
         """Decoded text that may be the beginning of a stop string."""
 
@@ -102,7 +110,7 @@ class IncrementalDetokenizer:
         """No more tokens come: return what was held back."""
         if self.stopped_by is not None:
             return ""
-        rest = self._decode(self._ids)[len(self._known_text) :]
+        rest = "" if self._known_text is None else self._decode(self._ids)[len(self._known_text) :]
         self.num_decoded += len(rest)
         text = self._cut(rest)
         if self.stopped_by is None:
@@ -116,15 +124,25 @@ class IncrementalDetokenizer:
 
     def _advance(self, token_id: int) -> str:
         """The text that this token completes; the window moves on only at a whole character."""
-        ids, num_known_characters = self._ids, len(self._known_text)
+        ids = self._ids
+        if ids and len(ids) == self._num_known and not self._is_broken:
+            piece = self._tokenizer.piece(token_id)
+            if piece:
+                self._ids, self._num_known, self._known_text = [token_id], 1, None
+                self.num_decoded += len(piece)
+                return piece
+        if self._known_text is None:
+            self._known_text = self._decode(ids)
+        num_known_characters = len(self._known_text)
         ids.append(token_id)
-        text = self._tokenizer.decode(ids, self._skip_special_tokens)
+        text = self._decode(ids)
         is_whole = len(text) > num_known_characters and not text.endswith(REPLACEMENT)
         if not is_whole and len(ids) - self._num_known < MAX_UNDECODED_TOKENS:
             return ""
+        self._is_broken = not is_whole
         del ids[: self._num_known]
         self._num_known = len(ids)
-        self._known_text = self._tokenizer.decode(ids, self._skip_special_tokens)
+        self._known_text = self._decode(ids)
         new_text = text[num_known_characters:]
         self.num_decoded += len(new_text)
         return new_text

@@ -5,7 +5,8 @@ Built on the `tokenizers` library alone: importing transformers would cost the A
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,10 @@ from tokenizers import Tokenizer as FastTokenizer
 from pagoda_runtime.errors import FatalError, RequestError
 from pagoda_runtime.models.chat_template import compile_chat_template
 from pagoda_runtime.models.config import ConfigFile
+from pagoda_runtime.models.pieces import is_context_free
 
+# Of about 100 bytes each.
+NUM_KEPT_PIECES = 65536
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -55,6 +59,9 @@ class Tokenizer:
         self._forced_bos = self.bos_token_id if add_bos_token else None
         added = tokenizer.get_added_tokens_decoder().items()
         self.all_special_ids = frozenset(token_id for token_id, token in added if token.special)
+        self._is_context_free = is_context_free(tokenizer.decoder)
+        self.piece: Callable[[int], str | None] = lru_cache(NUM_KEPT_PIECES)(self._find_piece)
+        """The text of a token behind a whole character, if it depends on nothing else."""
         if chat_template is not None:
             self._compile(chat_template)
 
@@ -77,6 +84,10 @@ class Tokenizer:
         # At the start of a text a sentencepiece tokenizer drops a token's leading space.
         once, twice = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
         return twice[len(once) :]
+
+    def _find_piece(self, token_id: int) -> str | None:
+        text = self.token_text(token_id) if self._is_context_free else REPLACEMENT
+        return None if REPLACEMENT in text else text
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 of a token's text; of part of a character its true bytes, if they are known."""

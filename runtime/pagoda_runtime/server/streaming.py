@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pagoda_runtime.server.errors import to_api_error
+from pagoda_runtime.server.middleware import RAW_SEND
 
 T = TypeVar("T")
 
@@ -65,18 +66,18 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await run_while_connected(receive, self._send_all(send))
+            await run_while_connected(receive, self._send_all(send, scope.get(RAW_SEND, send)))
         except ClientDisconnected:
             logger.debug("A client left its stream.")
         finally:
             await self.chunks.aclose()
             await self.close()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, send_body: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
         try:
             async for chunk in self.chunks:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send_body({"type": "http.response.body", "body": chunk, "more_body": True})
             last = DONE
         except Exception as error:
             # The status is sent; clients know an error by this event.
@@ -84,7 +85,7 @@ class EventStream(Response):
             if api_error.status == 500:
                 logger.error("A stream failed.", exc_info=error)
             last = b"data: " + api_error.encode() + b"\n\n" + DONE
-        await send({"type": "http.response.body", "body": last})
+        await send_body({"type": "http.response.body", "body": last})
 
 
 class ChunkWriter:

@@ -76,6 +76,9 @@ class ByteTokenizer:
         kept = [i for i in token_ids if not (skip_special_tokens and i in self.all_special_ids)]
         return bytes(kept).decode(errors="replace")
 
+    def piece(self, token_id: int) -> str | None:
+        return chr(token_id) if token_id < 128 else None
+
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode(errors="replace")
 
@@ -187,12 +190,13 @@ class FakeStream:
                 raise EngineDead(engine.failure.message)
             engine.last_step_seconds = time.monotonic()
             self.num_tokens += 1
+            deltas = [self._make_delta(index) for index in sorted(self.open)]
             if engine.on_stats is not None:
                 stats = EngineStats(num_scheduled_tokens=len(engine.running))
-                engine.on_stats(StepOutput(deltas=[], stats=stats))
-            for index in sorted(self.open):
+                engine.on_stats(StepOutput(deltas=deltas, stats=stats))
+            for delta in deltas:
+                index = delta.index
                 if index in self.open:
-                    delta = self._make_delta(index)
                     if delta.finish_reason is not None:
                         self.finish(index)
                     yield delta

@@ -5,8 +5,12 @@ from collections.abc import Sequence
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, pre_tokenizers
+from tokenizers.models import BPE
 
 from pagoda_runtime.engine.detokenizer import MAX_UNDECODED_TOKENS, IncrementalDetokenizer
+from pagoda_runtime.models.tokenizer import Tokenizer
 from pagoda_runtime.sampling_params import SamplingParams
 
 END = 256
@@ -21,6 +25,9 @@ class ByteTokenizer:
         parts = bytes(i for i in ids if i != END).decode("utf-8", errors="replace")
         return parts if skip_special_tokens or END not in ids else parts + "<end>"
 
+    def piece(self, token_id: int) -> str | None:
+        return chr(token_id) if token_id < 128 else None
+
 
 class WordTokenizer:
     """As sentencepiece: words begin with a space, which a text loses at its start."""
@@ -31,6 +38,45 @@ class WordTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         text = "".join(self.words[i] for i in ids if i or not skip_special_tokens)
         return text.replace("▁", " ").removeprefix(" ")
+
+    def piece(self, token_id: int) -> str | None:
+        return None
+
+
+class WithoutPieces:
+    """A tokenizer of which every token is decoded among its neighbours."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.all_special_ids = tokenizer.all_special_ids
+        self.decode = tokenizer.decode
+
+    def piece(self, token_id: int) -> str | None:
+        return None
+
+
+def byte_level_tokenizer() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["Ġthe", "âĤ¬", "âĤ", "¬x", "Ċ"]
+    vocabulary = {token: number for number, token in enumerate(alphabet + words)}
+    fast = FastTokenizer(BPE(vocab=vocabulary, merges=[]))
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<end>"])
+    return Tokenizer(fast, special_tokens={})
+
+
+def sentencepiece_tokenizer() -> Tokenizer:
+    words = ["<unk>", "▁", "▁the", "s", "€", "▁▁", "\n"] + [
+        f"<0x{byte:02X}>" for byte in range(256)
+    ]
+    vocabulary = {token: number for number, token in enumerate(words)}
+    fast = FastTokenizer(BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    fast.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    fast.add_special_tokens(["<end>"])
+    return Tokenizer(fast, special_tokens={})
+
+
+TOKENIZERS = {"byte level": byte_level_tokenizer(), "sentencepiece": sentencepiece_tokenizer()}
 
 
 def make(**params: object) -> IncrementalDetokenizer:
@@ -66,6 +112,21 @@ def test_any_text_comes_through_however_it_is_cut(text, sizes):
         shown.append(detokenizer.push(data[:size]))
         data = data[size:]
     assert "".join(shown) + detokenizer.finish() == text
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(data=st.data())
+def test_pieces_give_the_text_that_decoding_gives(kind, data):
+    tokenizer = TOKENIZERS[kind]
+    token_ids = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40)
+    prompt, output = data.draw(token_ids), data.draw(token_ids)
+    params = SamplingParams(skip_special_tokens=data.draw(st.booleans()))
+    shown = []
+    for decoder in (tokenizer, WithoutPieces(tokenizer)):
+        detokenizer = IncrementalDetokenizer(decoder, params, prompt_token_ids=prompt)
+        pushes = [(detokenizer.push([i]), detokenizer.num_decoded) for i in output]
+        shown.append([*pushes, detokenizer.finish()])
+    assert shown[0] == shown[1]
 
 
 def test_spaces_between_words_are_kept():

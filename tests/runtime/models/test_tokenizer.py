@@ -64,6 +64,15 @@ def test_a_sentencepiece_token_has_its_space_and_its_byte():
     tokenizer = Tokenizer(fast, special_tokens={})
     assert [tokenizer.token_text(i) for i in (1, 2, 3)] == [" the", "\ufffd", "x"]
     assert [tokenizer.token_bytes(i) for i in (1, 2, 3)] == [b" the", b"\xe2", b"x"]
+    assert [tokenizer.piece(i) for i in (1, 2, 3)] == [" the", None, "x"]
+
+
+def test_a_decoder_that_looks_at_neighbours_has_no_pieces():
+    fast = FastTokenizer(BPE(vocab={"the": 0}, merges=[]))
+    for decoder in (None, decoders.WordPiece(), decoders.BPEDecoder(), decoders.CTC()):
+        if decoder is not None:
+            fast.decoder = decoder
+        assert Tokenizer(fast, special_tokens={}).piece(0) is None
 
 
 def test_special_tokens_are_known(folder):
