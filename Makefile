@@ -4,7 +4,7 @@
 PYTHON ?= .venv/bin/python
 
 .PHONY: demo demo-down test check lint types unit venv model kubeconfig lock gpu-check \
-  bench-cpu bench-long bench-waste soak
+  bench-cpu bench-long bench-waste bench-overhead soak
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
 	@python3 e2e/phases.py demo
@@ -46,6 +46,9 @@ bench-long: model ## a 16k-token prompt among decoding requests: make bench-long
 
 bench-waste: venv ## slots of the KV cache that are held and not filled: make bench-waste [OUT=FILE]
 	@$(PYTHON) benchmarks/waste.py --out $(or $(OUT),out/bench-waste.json)
+
+bench-overhead: model ## what a decode step costs outside the model: make bench-overhead [OUT=FILE]
+	@$(PYTHON) benchmarks/overhead.py --out $(or $(OUT),out/bench-overhead.json)
 
 soak: venv      ## a server's memory over 10,000 requests: make soak [OUT=FILE]
 	@$(PYTHON) benchmarks/soak.py --out $(or $(OUT),out/soak.json)

@@ -1,0 +1,129 @@
+"""Where a decode step of 16 requests spends its time outside the model.
+
+The engine's core runs the real model in this process; the phases around it are timed by wrapping
+them. `make bench-overhead` runs it.
+
+    python benchmarks/overhead.py --out FILE [--model FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import msgspec
+from report import Bar, Result, publish
+from sides import make_prompts
+
+from pagoda_runtime import SamplingParams
+from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.engine import core as engine_core
+from pagoda_runtime.engine.messages import EngineRequest
+from pagoda_runtime.engine.process import make_core
+from pagoda_runtime.execution import runner as model_runner
+from pagoda_runtime.execution.runner import ModelRunner
+
+NUM_REQUESTS = 16
+PROMPT_TOKENS = 64
+NUM_STEPS = 200
+# What belongs to the model; all else of a step is overhead.
+MODEL_PHASES = ("decoder", "vocabulary")
+
+
+class Stopwatch:
+    """Seconds by phase, of one step at a time."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def wrap(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[phase] += time.perf_counter() - started
+
+        return timed
+
+
+class TimedModel:
+    """The decoder, its two parts timed."""
+
+    def __init__(self, model: Any, watch: Stopwatch) -> None:
+        self.forward = watch.wrap("decoder", model)
+        self.logits = watch.wrap("vocabulary", model.logits)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.forward(*args)
+
+
+def measure(folder: Path) -> dict[str, list[float]]:
+    """Seconds of each phase, step by step; "step" is the whole."""
+    config = EngineConfig(
+        model=str(folder), dtype="bfloat16", max_model_len=1024, max_num_seqs=NUM_REQUESTS
+    )
+    runner = ModelRunner(config)
+    core = make_core(config, runner)
+    watch = Stopwatch()
+    runner.model = TimedModel(runner.model, watch)
+    core.scheduler.schedule = watch.wrap("schedule", core.scheduler.schedule)
+    model_runner.prepare_step = watch.wrap("prepare", model_runner.prepare_step)
+    model_runner.sample = watch.wrap("sample", model_runner.sample)
+    engine_core.advance = watch.wrap("advance", engine_core.advance)
+    encode = watch.wrap("encode", msgspec.msgpack.Encoder().encode)
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS + 50, ignore_eos=True)
+    prompts = make_prompts(NUM_REQUESTS, PROMPT_TOKENS, runner.ready_facts.vocab_size, "overhead")
+    for number, prompt in enumerate(prompts):
+        core.add(
+            EngineRequest(
+                request_id=str(number),
+                prompt_token_ids=prompt,
+                sampling_params=params,
+                arrival_seconds=0.0,
+            )
+        )
+    while any(s.num_output_tokens < 8 for s in core.scheduler.running) or core.scheduler.waiting:
+        core.step(0.0)
+    steps: dict[str, list[float]] = defaultdict(list)
+    for _ in range(NUM_STEPS):
+        watch.seconds.clear()
+        started = time.perf_counter()
+        encode(core.step(0.0))
+        steps["step"].append(time.perf_counter() - started)
+        for phase, seconds in watch.seconds.items():
+            steps[phase].append(seconds)
+    return steps
+
+
+def main() -> None:
+    cache = Path(os.environ.get("PAGODA_CACHE", "~/.cache/pagoda")).expanduser()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--model", type=Path, default=cache / "model" / "gemma-3-270m")
+    arguments = parser.parse_args()
+    steps = measure(arguments.model)
+    in_model = [steps[phase] for phase in MODEL_PHASES]
+    outside = [whole - sum(parts) for whole, *parts in zip(steps["step"], *in_model, strict=True)]
+    phases = {phase: round(1000 * median(seconds), 3) for phase, seconds in steps.items()}
+    print("  " + ", ".join(f"{phase} {ms} ms" for phase, ms in phases.items()))
+    result = Result(
+        metric="step_overhead_16",
+        value=1000 * median(outside),
+        unit="ms",
+        peer="allowed",
+        peer_value=2.0,
+        bar=Bar(at_most=1.0),
+        details={"median_ms": phases, "steps": NUM_STEPS},
+    )
+    publish("overhead", [result], arguments.out)
+
+
+if __name__ == "__main__":
+    main()
