@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from pagoda_kernels.paged_attention import AttentionMetadata, paged_attention
 from pagoda_kernels.write_kv_cache import write_kv_cache
@@ -13,13 +12,12 @@ from pagoda_runtime.layers.rotary import RotaryAngles, apply_rotary
 from pagoda_runtime.models.config import ModelConfig
 
 
-class SelfAttention(nn.Module):
+class SelfAttention:
     """q, k and v in one product; k and v go to the cache; the heads' results through o_proj."""
 
     def __init__(
         self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__()
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
@@ -50,7 +48,17 @@ class SelfAttention(nn.Module):
             targets |= self.qk_norm.targets(prefix)
         return targets
 
-    def forward(
+    def after_loading(self) -> None:
+        self.qkv_proj.after_loading()
+        self.o_proj.after_loading()
+        if self.qk_norm is not None:
+            self.qk_norm.after_loading()
+
+    def fix_rows(self) -> None:
+        self.qkv_proj.fix_rows()
+        self.o_proj.fix_rows()
+
+    def __call__(
         self,
         x: torch.Tensor,
         angles: RotaryAngles,
@@ -77,11 +85,10 @@ class SelfAttention(nn.Module):
         return self.o_proj(attended.flatten(1))
 
 
-class QKNorm(nn.Module):
+class QKNorm:
     """The norms of q's and k's heads in one pass."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
         self.weight_offset = config.norm_weight_offset
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.q_weight = torch.empty(config.head_dim, dtype=dtype, device=device)
@@ -96,6 +103,6 @@ class QKNorm(nn.Module):
         rows = [self.q_weight] * self.num_heads + [self.k_weight] * self.num_kv_heads
         self.weight = folded_weight(torch.stack(rows), self.weight_offset)
 
-    def forward(self, qk: torch.Tensor) -> torch.Tensor:
+    def __call__(self, qk: torch.Tensor) -> torch.Tensor:
         """qk: [num_tokens, num_heads + num_kv_heads, head_dim]; the result is fp32."""
         return to_unit_norm(qk, self.floor).mul_(self.weight)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.nn.functional import embedding
 
-from pagoda_runtime.layers.linear import LinearMethod, PlainLinear, make_linear_method
+from pagoda_runtime.layers.linear import (
+    FixedRowsLinear,
+    LinearMethod,
+    PlainLinear,
+    make_linear_method,
+)
 
 
-class Embedding(nn.Module):
+class Embedding:
     """Rows of a table by token id, times a scale, in fp32.
 
     Args:
@@ -25,16 +29,15 @@ class Embedding(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__()
         self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
         self.scale = torch.tensor(scale, dtype=dtype).item()
 
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         rows = embedding(token_ids, self.weight)
         return rows.float().mul_(self.scale)
 
 
-class LanguageModelHead(nn.Module):
+class LanguageModelHead:
     """Logits over the vocabulary: hidden @ weight.T.
 
     A tied head multiplies by the embedding's table. A packed layout cannot serve as a table, so
@@ -50,7 +53,6 @@ class LanguageModelHead(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__()
         self.is_tied = tied_to is not None
         self.weight = (
             torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
@@ -63,5 +65,8 @@ class LanguageModelHead(nn.Module):
         self.method = make_linear_method(self.weight)
         del self.weight
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def fix_rows(self) -> None:
+        self.method = FixedRowsLinear(self.method)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.method.apply(hidden, None)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
-from torch import nn
 
 from pagoda_runtime.layers.activation import ACTIVATIONS, gated_activation
-from pagoda_runtime.layers.linear import Linear
+from pagoda_runtime.layers.linear import (
+    FixedRowsLinear,
+    Linear,
+    LinearMethod,
+    PrepackedLinear,
+    has_fast_bf16,
+)
 from pagoda_runtime.models.config import ModelConfig
 
 
-class GatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)), with gate and up in one product."""
+class GatedMLP:
+    """down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
         size, bias = config.intermediate_size, config.mlp_bias
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = config.activation
         self.gate_up_proj = Linear(
             config.hidden_size,
             {"gate_proj": size, "up_proj": size},
@@ -27,9 +33,68 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(
             size, {"down_proj": config.hidden_size}, bias=bias, dtype=dtype, device=device
         )
+        self.gate: Gate = MergedGate(self.gate_up_proj, self.activation)
 
     def targets(self, prefix: str) -> dict[str, torch.Tensor]:
         return self.gate_up_proj.targets(prefix) | self.down_proj.targets(prefix)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(gated_activation(self.gate_up_proj(x), self.activation))
+    def after_loading(self) -> None:
+        weight = self.gate_up_proj.weight
+        if weight.dtype is torch.bfloat16 and has_fast_bf16(weight.device):
+            self.gate = FusedGate(self.gate_up_proj, self.activation)
+        else:
+            self.gate_up_proj.after_loading()
+        del self.gate_up_proj
+        self.down_proj.after_loading()
+
+    def fix_rows(self) -> None:
+        self.gate.fix_rows()
+        self.down_proj.fix_rows()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.gate(x))
+
+
+class Gate(Protocol):
+    """activation(gate(x)) * up(x)"""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def fix_rows(self) -> None:
+        """See `Decoder.fix_rows`."""
+
+
+class MergedGate:
+    """gate and up in one product."""
+
+    def __init__(self, gate_up_proj: Linear, activation: str) -> None:
+        self.gate_up_proj = gate_up_proj
+        self.activation = ACTIVATIONS[activation]
+
+    def fix_rows(self) -> None:
+        self.gate_up_proj.fix_rows()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return gated_activation(self.gate_up_proj(x), self.activation)
+
+
+class FusedGate:
+    """oneDNN's product that activates its result at once; made of a layer with gate, then up.
+
+    The activation costs less there than torch's does by itself: 20 against 45 us at 16 rows of
+    2048, which is more than what one product instead of two saves.
+    """
+
+    def __init__(self, gate_up_proj: Linear, activation: str) -> None:
+        gate, up = gate_up_proj.weight.chunk(2)
+        self.gate: LinearMethod = PrepackedLinear(gate, activation)
+        self.up: LinearMethod = PrepackedLinear(up)
+        self.gate_bias, self.up_bias = None, None
+        if gate_up_proj.bias is not None:
+            self.gate_bias, self.up_bias = gate_up_proj.bias.chunk(2)
+
+    def fix_rows(self) -> None:
+        self.gate, self.up = FixedRowsLinear(self.gate), FixedRowsLinear(self.up)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gate.apply(x, self.gate_bias).mul_(self.up.apply(x, self.up_bias))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch.linalg import vector_norm
 
 
-class RMSNorm(nn.Module):
+class RMSNorm:
     """x / rms(x) * weight over the last dimension, computed in fp32.
 
     With the square root of the size folded into the weight this is
@@ -29,7 +29,6 @@ class RMSNorm(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__()
         self.dtype = dtype
         self.weight_offset = weight_offset
         self.weight = torch.empty(size, dtype=dtype, device=device)
@@ -38,7 +37,7 @@ class RMSNorm(nn.Module):
     def after_loading(self) -> None:
         self.weight = folded_weight(self.weight, self.weight_offset)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., size], any float dtype; the result has the model's dtype."""
         return to_unit_norm(x, self.floor).mul_(self.weight).to(self.dtype)
 
@@ -50,8 +49,9 @@ class RMSNorm(nn.Module):
 def to_unit_norm(x: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
     """x / hypot(|x|, floor) over the last dimension, in fp32."""
     # Cast once: an operation on two dtypes would cast again by itself.
-    x = x.float()
-    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
+    wide = x.float()
+    norm = vector_norm(wide, 2, -1, True).hypot_(floor)
+    return wide / norm if wide is x else wide.div_(norm)
 
 
 def norm_floor(eps: float, size: int, device: torch.device) -> torch.Tensor:

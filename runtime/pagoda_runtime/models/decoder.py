@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from pagoda_kernels.paged_attention import AttentionMetadata
-from pagoda_runtime.layers.attention import QKNorm, SelfAttention
+from pagoda_runtime.layers.attention import SelfAttention
 from pagoda_runtime.layers.embedding import Embedding, LanguageModelHead
-from pagoda_runtime.layers.linear import FixedRowsLinear, Linear
 from pagoda_runtime.layers.mlp import GatedMLP
 from pagoda_runtime.layers.norm import RMSNorm
 from pagoda_runtime.layers.rotary import RotaryAngles, inverse_frequencies
@@ -28,13 +26,12 @@ class StepInput:
     metadata: AttentionMetadata
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer:
     """Norm, attention, add; norm, feed-forward, add; with sandwich norms before each add too."""
 
     def __init__(
         self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__()
         self.self_attn = SelfAttention(config, layer, dtype=dtype, device=device)
         self.mlp = GatedMLP(config, dtype=dtype, device=device)
         self.attention_norm = make_norm(config, dtype, device)
@@ -61,7 +58,19 @@ class DecoderLayer(nn.Module):
             | {f"{prefix}{name}.weight": norm.weight for name, norm in norms.items()}
         )
 
-    def forward(
+    def after_loading(self) -> None:
+        self.self_attn.after_loading()
+        self.mlp.after_loading()
+        for norm in (
+            self.attention_norm,
+            self.mlp_norm,
+            self.after_attention_norm,
+            self.after_mlp_norm,
+        ):
+            if norm is not None:
+                norm.after_loading()
+
+    def __call__(
         self,
         hidden: torch.Tensor,
         angles: RotaryAngles,
@@ -76,11 +85,10 @@ class DecoderLayer(nn.Module):
         _add(hidden, self.mlp(self.mlp_norm(hidden)), self.after_mlp_norm)
 
 
-class Decoder(nn.Module):
+class Decoder:
     """Token ids to hidden states, and hidden states to logits."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
         self.config = config
         self.embed_tokens = Embedding(
             config.vocab_size,
@@ -89,10 +97,10 @@ class Decoder(nn.Module):
             dtype=dtype,
             device=device,
         )
-        self.layers = nn.ModuleList(
+        self.layers = [
             DecoderLayer(config, layer, dtype=dtype, device=device)
             for layer in range(config.num_layers)
-        )
+        ]
         self.norm = make_norm(config, dtype, device)
         self.lm_head = LanguageModelHead(
             config.vocab_size,
@@ -121,23 +129,24 @@ class Decoder(nn.Module):
         if not self.lm_head.is_tied:
             targets["lm_head.weight"] = self.lm_head.weight
         for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
             targets |= layer.targets(f"model.layers.{index}.")
         return targets
 
     def after_loading(self) -> None:
         """Bring every layer into the form it computes with."""
-        for module in self.modules():
-            if isinstance(module, Linear | RMSNorm | QKNorm | LanguageModelHead):
-                module.after_loading()
+        for layer in self.layers:
+            layer.after_loading()
+        self.norm.after_loading()
+        self.lm_head.after_loading()
 
     def fix_rows(self) -> None:
         """Let the bits of a token's result not depend on how many tokens a step has; slower."""
-        for module in self.modules():
-            if isinstance(module, Linear | LanguageModelHead):
-                module.method = FixedRowsLinear(module.method)
+        for layer in self.layers:
+            layer.self_attn.fix_rows()
+            layer.mlp.fix_rows()
+        self.lm_head.fix_rows()
 
-    def forward(self, step: StepInput, kv_caches: Sequence[torch.Tensor]) -> torch.Tensor:
+    def __call__(self, step: StepInput, kv_caches: Sequence[torch.Tensor]) -> torch.Tensor:
         """Hidden states before the last norm, [num_tokens, hidden_size] fp32.
 
         Args:
@@ -153,7 +162,7 @@ class Decoder(nn.Module):
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_rows, vocab_size], for the rows of `forward`'s result that are sampled."""
+        """[num_rows, vocab_size], for the rows of `__call__`'s result that are sampled."""
         return self.lm_head(self.norm(hidden))
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pagoda_runtime.layers.activation import ACTIVATIONS
 from pagoda_runtime.layers.embedding import Embedding
 from pagoda_runtime.layers.linear import (
     Linear,
@@ -13,6 +14,7 @@ from pagoda_runtime.layers.linear import (
     has_fast_bf16,
     make_linear_method,
 )
+from pagoda_runtime.layers.mlp import FusedGate, MergedGate
 from pagoda_runtime.layers.norm import RMSNorm
 
 CPU = torch.device("cpu")
@@ -71,6 +73,19 @@ def test_the_prepacked_product_equals_torchs(rows, has_bias):
     expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
     result = PrepackedLinear(weight).apply(x, bias)
     torch.testing.assert_close(result.double(), expected, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.skipif(not has_fast_bf16(CPU), reason="this processor does not multiply bf16 itself")
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_fused_gate_equals_the_merged_one(activation, has_bias):
+    torch.manual_seed(0)
+    layer = Linear(64, {"gate": 96, "up": 96}, bias=has_bias, dtype=torch.bfloat16, device=CPU)
+    for target in layer.targets("").values():
+        target.copy_(torch.randn(target.shape) * 0.2)
+    x = torch.randn(5, 64).bfloat16()
+    expected = MergedGate(layer, activation)(x)
+    torch.testing.assert_close(FusedGate(layer, activation)(x), expected, atol=0.03, rtol=0.02)
 
 
 def test_bf16_is_prepacked_where_the_processor_multiplies_it():
