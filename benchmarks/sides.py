@@ -42,7 +42,8 @@ def pagoda_side(llm: LLM) -> Side:
 
     def generate(prompts: Sequence[list[int]], max_tokens: int) -> int:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = llm.generate(inputs, params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
     return generate

@@ -111,7 +111,7 @@ def measure_throughput(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     Raises: RequestError: the workload's flags are wrong, or a request does not fit.
     """
     requests = make_requests(args, llm.facts.vocab_size, random.Random(args.seed))
-    seconds, num_output = _generate(llm, requests)
+    seconds, num_output = _generate(llm, requests, shows_progress=True)
     num_input = sum(len(request.prompt_token_ids) for request in requests)
     return {
         "dataset_name": args.dataset_name,
@@ -150,7 +150,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(llm: LLM, requests: Sequence[BenchRequest]) -> tuple[float, int]:
+def _generate(
+    llm: LLM, requests: Sequence[BenchRequest], *, shows_progress: bool = False
+) -> tuple[float, int]:
     """(seconds, output tokens) of generating all requests at once."""
     from pagoda_runtime import SamplingParams
 
