@@ -72,7 +72,13 @@ def transformers_tokens(folder, prompts):
 def make_runner(folder, **settings):
     config = EngineConfig(
         model=str(folder),
-        **{"dtype": "float32", "block_size": 8, "kv_cache_memory_bytes": 1 << 24, **settings},
+        **{
+            "dtype": "float32",
+            "block_size": 8,
+            "kv_cache_memory_bytes": 1 << 24,
+            "num_threads": 1,
+            **settings,
+        },
     )
     return ModelRunner(config)
 

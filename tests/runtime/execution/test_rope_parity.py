@@ -51,6 +51,7 @@ def make_runner(folder, max_model_len=EXTENDED):
             model=str(folder),
             dtype="float32",
             block_size=8,
+            num_threads=1,
             kv_cache_memory_bytes=1 << 24,
             max_model_len=max_model_len,
         )

@@ -18,7 +18,9 @@ def folder(tmp_path_factory):
 
 
 def make_runner(folder, **flags):
-    return ModelRunner(EngineConfig(model=str(folder), kv_cache_memory_bytes=1 << 22, **flags))
+    return ModelRunner(
+        EngineConfig(model=str(folder), num_threads=1, kv_cache_memory_bytes=1 << 22, **flags)
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_the_facts_are_those_of_the_model_and_the_cache(folder):
 
 def test_progress_goes_through_load_and_warmup(folder):
     seen = []
-    config = EngineConfig(model=str(folder), kv_cache_memory_bytes=1 << 22)
+    config = EngineConfig(model=str(folder), num_threads=1, kv_cache_memory_bytes=1 << 22)
     ModelRunner(config, lambda *report: seen.append(report))
     assert list(dict.fromkeys(phase for phase, _, _ in seen)) == ["load", "warmup"]
     assert seen[-1][:2] == ("warmup", 100.0)
@@ -63,7 +65,9 @@ def test_each_phase_is_logged_with_its_seconds(folder, caplog):
 
 
 def test_a_context_that_was_lowered_is_told(folder, caplog):
-    config = EngineConfig(model=str(folder), dtype="float32", kv_cache_memory_bytes=1 << 18)
+    config = EngineConfig(
+        model=str(folder), dtype="float32", num_threads=1, kv_cache_memory_bytes=1 << 18
+    )
     runner = ModelRunner(config)
     assert runner.max_model_len < 512
     assert "--kv-cache-memory-bytes" in caplog.text

@@ -15,7 +15,9 @@ PROMPTS = [[5, 9, 100, 7, 42]]
 
 
 def run(folder):
-    config = EngineConfig(model=str(folder), dtype="float32", kv_cache_memory_bytes=1 << 22)
+    config = EngineConfig(
+        model=str(folder), dtype="float32", num_threads=1, kv_cache_memory_bytes=1 << 22
+    )
     return generate(ModelRunner(config), PROMPTS, 8)
 
 
