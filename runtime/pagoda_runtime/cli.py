@@ -222,6 +222,17 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--port", type=integer(0, 65535), default=8000, help="port; 0 takes a free one (8000)"
     )
     group.add_argument(
+        "--admin-port",
+        type=integer(0, 65535),
+        help="port of /reset_prefix_cache; 0 takes a free one (none: there is no admin port)",
+    )
+    group.add_argument(
+        "--admin-host",
+        type=text_value,
+        default="127.0.0.1",
+        help="address of the admin port; not one that clients reach (127.0.0.1)",
+    )
+    group.add_argument(
         "--served-model-name",
         nargs="+",
         action="extend",

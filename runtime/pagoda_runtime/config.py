@@ -52,6 +52,9 @@ class ServerConfig:
     engine: EngineConfig
     host: str = "0.0.0.0"
     port: int = 8000
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None
+    """None: there is no admin port."""
     served_model_name: tuple[str, ...] = ()
     """Names a request may use; the first one is shown in responses. Default: the model as given."""
     api_key: tuple[str, ...] = field(default=(), repr=False)

@@ -47,6 +47,8 @@ def test_every_flag_reaches_its_field():
         "stall_seconds": 60.0,
         "host": "127.0.0.1",
         "port": 9000,
+        "admin_host": "127.0.0.2",
+        "admin_port": 9001,
         "chat_template": "template.jinja",
         "drain_delay_seconds": 1.0,
         "drain_seconds": 2.0,

@@ -62,10 +62,11 @@ class Observe:
 
 
 class Authenticate:
-    """Asks for one of the keys on /v1/*, if there are keys."""
+    """Asks for one of the keys on the paths below prefix, if there are keys."""
 
-    def __init__(self, app: ASGIApp, keys: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Collection[str], prefix: str = "/v1") -> None:
         self.app = app
+        self.prefix = prefix
         # Digests have one length, so comparing them tells nothing about a key's length.
         self.digests = [_digest(key.encode()) for key in keys]
 
@@ -73,7 +74,7 @@ class Authenticate:
         if (
             scope["type"] != "http"
             or not self.digests
-            or not (scope["path"] == "/v1" or scope["path"].startswith("/v1/"))
+            or not f"{scope['path']}/".startswith(f"{self.prefix}/")
             or self._is_allowed(scope)
         ):
             await self.app(scope, receive, send)

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.engine.client import ENGINE_COMMAND, EngineClient
 from pagoda_runtime.errors import FatalError
+from pagoda_runtime.server.admin import create_admin_app
 from pagoda_runtime.server.app import create_app, create_state
 from pagoda_runtime.server.lifecycle import LoadTokenizer, StopSignals, live
 from pagoda_runtime.server.state import Engine, Tokenizer
@@ -59,37 +61,59 @@ async def serve_async(
 ) -> int:
     """`serve` inside a running loop, with a tokenizer and an engine process of choice."""
     chat_template = read_chat_template(config.chat_template)
-    listener = listen(config.host, config.port)
     stop = StopSignals()
-    with listener, stop.installed():
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(listen(config.host, config.port))
+        admin_listener = None
+        if config.admin_port is not None:
+            admin_listener = stack.enter_context(
+                listen(config.admin_host, config.admin_port, prefix="admin-")
+            )
+        stack.enter_context(stop.installed())
         engine = await EngineClient.start(config.engine, command=engine_command)
         state = create_state(config, engine, chat_template)
-        server = HttpServer(
-            uvicorn.Config(
-                create_app(state),
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=LAST_BYTES_SECONDS,
-            )
-        )
-        http = asyncio.create_task(server.serve(sockets=[listener]))
-        host, port = listener.getsockname()[:2]
-        logger.info("Listening on http://%s:%d; loading %s", host, port, config.engine.model)
+        servers = [_start_http(create_app(state), listener)]
+        logger.info("Listening on %s; loading %s", _url(listener), config.engine.model)
+        if admin_listener is not None:
+            servers.append(_start_http(create_admin_app(state), admin_listener))
+            logger.info("Admin port on %s", _url(admin_listener))
         try:
             return await live(state, load_tokenizer, stop)
         finally:
             # Streams that are still open end with an error that says so, then HTTP ends.
             await engine.shutdown(0.0 if stop.insisted.is_set() else ENGINE_END_SECONDS)
-            server.should_exit = True
-            server.force_exit = stop.insisted.is_set()
-            await http
+            for server, _ in servers:
+                server.should_exit = True
+                server.force_exit = stop.insisted.is_set()
+            await asyncio.gather(*(serving for _, serving in servers))
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises FatalError InvalidFlags if the address cannot be had."""
+def _start_http(app: ASGIApp, listener: socket.socket) -> tuple[HttpServer, asyncio.Task[None]]:
+    """A server and the task in which it serves."""
+    server = HttpServer(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=LAST_BYTES_SECONDS,
+        )
+    )
+    return server, asyncio.create_task(server.serve(sockets=[listener]))
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{host}:{port}"
+
+
+def listen(host: str, port: int, prefix: str = "") -> socket.socket:
+    """A listening socket; prefix is of its flags.
+
+    Raises: FatalError: InvalidFlags, the address cannot be had.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -97,7 +121,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise FatalError(
             "InvalidFlags",
             f"Cannot listen on {host} port {port}: {error.strerror or error}. Choose another "
-            "--port or --host.",
+            f"--{prefix}port or --{prefix}host.",
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -200,6 +201,29 @@ def test_a_client_that_leaves_frees_its_slot_in_the_engine_process(start):
         time.sleep(0.2)
         load = httpx.get(f"{url}/load").json()
         assert (load["running"], load["waiting"], load["kv_usage"]) == (0, 0, 0)
+
+
+def test_the_admin_port_empties_the_prefix_cache_and_ends_with_the_server(start):
+    server = start("--admin-port", "0", "--drain-delay-seconds", "0")
+    url = server.wait_for_url()
+    wait_until_ready(url)
+    (admin,) = re.findall(r"Admin port on (http://127.0.0.1:\d+)", "".join(server.lines))
+    body = {"prompt": list(range(20)), "max_tokens": 1}
+    httpx.post(f"{url}/v1/completions", json=body)
+    assert httpx.post(f"{admin}/reset_prefix_cache").json()["num_blocks"] == 5
+    assert httpx.post(f"{admin}/reset_prefix_cache").json()["num_blocks"] == 0
+    answer = httpx.post(f"{url}/v1/completions", json=body).json()
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert httpx.post(f"{url}/reset_prefix_cache").status_code == 404
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+
+
+def test_an_admin_port_in_use_is_named(start, log):
+    port = start().wait_for_url().rpartition(":")[2]
+    assert start("--admin-port", port).wait() == 1
+    assert f"{port}" in json.loads(log.read_text())["message"]
+    assert "--admin-port" in json.loads(log.read_text())["message"]
 
 
 def test_a_port_in_use_is_named(start, log):

@@ -1,0 +1,35 @@
+"""The admin port: what changes the server for everybody, for its owner alone.
+
+It has an address of its own, so that no Service or ingress in front of the server leads here.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+from fastapi import FastAPI
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from pagoda_runtime.server.errors import add_error_handlers
+from pagoda_runtime.server.middleware import Authenticate
+from pagoda_runtime.server.state import ServerState
+
+logger = logging.getLogger("pagoda.server")
+
+
+def create_admin_app(state: ServerState) -> ASGIApp:
+    """The application of the admin port; every path asks for an API key, if there are keys."""
+    app = FastAPI(title="Pagoda admin", docs_url=None, redoc_url=None, openapi_url=None)
+
+    async def reset_prefix_cache() -> Response:
+        state.loaded()
+        num_blocks = await state.engine.reset_prefix_cache()
+        logger.info("The prefix cache was emptied: %d blocks.", num_blocks)
+        content = msgspec.json.encode({"num_blocks": num_blocks})
+        return Response(content, media_type="application/json")
+
+    app.add_api_route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"])
+    add_error_handlers(app)
+    return Authenticate(app, state.config.api_key, prefix="")
