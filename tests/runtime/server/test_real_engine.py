@@ -18,6 +18,7 @@ from pagoda_runtime.server.testing import ServerProcess
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 FLAGS = ["--host", "127.0.0.1", "--port", "0", "--kv-cache-memory-bytes", "4000000"]
 FLAGS += ["--num-threads", "1", "--drain-delay-seconds", "0.2", "--max-num-batched-tokens", "64"]
+FLAGS += ["--max-num-seqs", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,110 @@ def test_a_repeated_prompt_is_found_in_the_cache(client):
     cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in answers]
     assert cached[0] <= 1, "other prompts began with <s> too"
     assert cached[1] >= 32
+
+
+def test_choices_are_drawn_on_their_own_and_the_first_as_if_it_were_alone(client):
+    asked = {"model": "tiny", "prompt": "abc", "max_tokens": 12, "seed": 5}
+    alone = client.completions.create(**asked).choices[0].text
+    texts = [choice.text for choice in client.completions.create(**asked, n=3).choices]
+    assert texts[0] == alone
+    assert len(set(texts)) == 3
+    streamed = ["", "", ""]
+    for chunk in client.completions.create(**asked, n=3, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == texts
+
+
+def test_a_stop_string_ends_one_choice_of_several(client):
+    asked = {"model": "tiny", "prompt": "abc", "max_tokens": 30, "seed": 5, "n": 2, "logprobs": 0}
+    whole = [choice.text for choice in client.completions.create(**asked).choices]
+    stop = next(c for c in whole[0] if c not in whole[1] and c != "\ufffd")
+    answer = client.completions.create(**asked, stop=stop)
+    assert [choice.text for choice in answer.choices] == [whole[0].split(stop)[0], whole[1]]
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "length"]
+
+
+def test_a_scored_prompt_has_the_logprobs_with_which_it_was_generated(client):
+    prompt = list(b"xabcx")
+    asked = {"model": "tiny", "temperature": 0, "logprobs": 2}
+    tokens = {"extra_body": {"return_tokens_as_token_ids": True, "ignore_eos": True}}
+    answer = client.completions.create(**asked, **tokens, prompt=prompt, max_tokens=6)
+    drawn = answer.choices[0].logprobs
+    ids = [int(token.removeprefix("token_id:")) for token in drawn.tokens]
+    scored = client.completions.create(**asked, prompt=[*prompt, *ids], max_tokens=0, echo=True)
+    logprobs = scored.choices[0].logprobs
+    assert logprobs.token_logprobs[0] is None
+    assert logprobs.token_logprobs[-6:] == pytest.approx(drawn.token_logprobs, abs=1e-4)
+    assert scored.usage.completion_tokens == 0
+    assert all(
+        max(top.values()) == top_1
+        for top, top_1 in zip(drawn.top_logprobs, drawn.token_logprobs, strict=True)
+    ), "a greedy token is the likeliest"
+
+
+def test_beams_are_several_texts_best_first_and_the_same_in_a_stream(client):
+    asked = {"model": "tiny", "prompt": [1, 5, 6], "max_tokens": 5}
+    beams = {"use_beam_search": True, "beam_width": 4, "ignore_eos": True}
+    answer = client.completions.create(**asked, n=3, extra_body=beams)
+    texts = [choice.text for choice in answer.choices]
+    assert len(set(texts)) == 3
+    assert answer.usage.completion_tokens == 15
+    best = client.completions.create(**asked, n=1, extra_body=beams)
+    assert best.choices[0].text == texts[0]
+    chunks = list(client.completions.create(**asked, n=3, extra_body=beams, stream=True))
+    assert [chunk.choices[0].text for chunk in chunks] == texts
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logit_bias": {"100": 100}},
+        {"allowed_token_ids": [100]},
+        {"logit_bias": {"100": 100}, "n": 2},
+        {"logit_bias": {"100": 100}, "min_tokens": 4, "stop_token_ids": [101]},
+    ],
+)
+def test_a_field_that_forces_a_token_forces_it(client, fields):
+    body = {"logprobs": 0, "return_tokens_as_token_ids": True, **fields}
+    answer = client.completions.create(model="tiny", prompt="a", max_tokens=4, extra_body=body)
+    for choice in answer.choices:
+        assert choice.logprobs.tokens == ["token_id:100"] * 4
+
+
+def test_a_bad_word_is_not_written(client):
+    asked = {"model": "tiny", "prompt": "abc", "max_tokens": 12, "temperature": 0}
+    text = client.completions.create(**asked).choices[0].text
+    word = next(c for c in text if c.isascii() and c.strip())
+    answer = client.completions.create(**asked, extra_body={"bad_words": [word]})
+    assert word not in answer.choices[0].text
+
+
+def test_the_best_of_several_are_the_likeliest(client):
+    asked = {"model": "tiny", "prompt": "abc", "max_tokens": 8, "seed": 5, "logprobs": 0}
+    body = {"ignore_eos": True}
+    every = client.completions.create(**asked, n=4, extra_body=body).choices
+    best = client.completions.create(**asked, n=2, best_of=4, extra_body=body).choices
+    ranked = sorted(every, key=lambda choice: -sum(choice.logprobs.token_logprobs))
+    assert [choice.text for choice in best] == [choice.text for choice in ranked[:2]]
+
+
+def test_more_choices_than_slots_are_refused_with_both_numbers(client):
+    with pytest.raises(openai.BadRequestError, match=r"n is 9; .* 8 sequences.*--max-num-seqs"):
+        client.completions.create(model="tiny", prompt="a", n=9)
+
+
+def test_a_cache_salt_parts_the_prefixes(client):
+    prompt = "Another long prompt of several blocks, for one group of people alone. " * 2
+    asked = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
+    salts = ["one", "two", "one"]
+    cached = [
+        client.completions.create(
+            **asked, extra_body={"cache_salt": salt}
+        ).usage.prompt_tokens_details.cached_tokens
+        for salt in salts
+    ]
+    assert cached[:2] == [0, 0]
+    assert cached[2] >= 32
 
 
 def test_a_chat_is_streamed_with_usage(client):
