@@ -29,7 +29,11 @@ def verify_fits(
     verify_max_tokens_fit(
         num_prompt_tokens, sampling_params.max_tokens, max_model_len=max_model_len
     )
-    verify_num_sequences(sampling_params, max_num_seqs=facts.max_num_seqs)
+    verify_num_sequences(
+        sampling_params,
+        max_num_seqs=facts.max_num_seqs,
+        max_num_batched_tokens=facts.max_num_batched_tokens,
+    )
     verify_beams_fit(
         num_prompt_tokens,
         sampling_params,
@@ -44,15 +48,21 @@ def most_tokens(max_model_len: int, num_blocks: int, block_size: int) -> int:
     return min(max_model_len, num_blocks * block_size + 1)
 
 
-def verify_num_sequences(sampling_params: SamplingParams, *, max_num_seqs: int) -> None:
-    """Raise RequestError if the choices of the request can never run at once."""
+def verify_num_sequences(
+    sampling_params: SamplingParams, *, max_num_seqs: int, max_num_batched_tokens: int
+) -> None:
+    """Raise RequestError if the sequences of the request can never run at once."""
     num_sequences = sampling_params.num_sequences
-    if num_sequences > max_num_seqs:
+    limit, flag = max_num_seqs, "--max-num-seqs"
+    # Beams take their steps together.
+    if sampling_params.use_beam_search and max_num_batched_tokens < max_num_seqs:
+        limit, flag = max_num_batched_tokens, "--max-num-batched-tokens"
+    if num_sequences > limit:
         names = ("beam_width", "best_of", "n")
         name = next(name for name in names if getattr(sampling_params, name) == num_sequences)
         raise RequestError(
-            f"{name} is {num_sequences}; this engine runs {max_num_seqs} sequences at once "
-            "(--max-num-seqs), and those of a request run together.",
+            f"{name} is {num_sequences}; this engine runs {limit} sequences at once "
+            f"({flag}), and those of a request run together.",
             param=name,
         )
 

@@ -188,6 +188,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     device: str
     max_num_seqs: int = 0
     """Sequences that run at once; the choices of one request count each."""
+    max_num_batched_tokens: int = 2**31
+    """Tokens of a step; the engine process fills it in."""
     sliding_window: int = 0
     """Positions that a token sees at most, itself included; 0 if some layer sees all."""
     default_sampling: dict[str, float | int] = msgspec.field(default_factory=dict)

@@ -224,7 +224,11 @@ def main(make_runner: MakeRunner) -> int:
         # What loading left is never garbage; without this every full collection walks over it.
         gc.collect()
         gc.freeze()
-        outbox.send(runner.ready_facts)
+        outbox.send(
+            msgspec.structs.replace(
+                runner.ready_facts, max_num_batched_tokens=core.scheduler.max_num_batched_tokens
+            )
+        )
         serve(core, Inbox(input_socket), outbox)
     except Exception as error:
         failure = describe_failure(error)

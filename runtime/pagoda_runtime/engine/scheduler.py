@@ -11,6 +11,7 @@ from pagoda_runtime.engine.block_pool import BlockPool
 from pagoda_runtime.engine.limits import (
     most_tokens,
     verify_beams_fit,
+    verify_num_sequences,
     verify_prompt_fits,
     verify_queue_has_room,
 )
@@ -136,6 +137,11 @@ class Scheduler:
             max_model_len=self.max_model_len,
             num_blocks=pool.num_blocks,
             block_size=pool.block_size,
+        )
+        verify_num_sequences(
+            request.sampling_params,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
         )
         verify_beams_fit(
             request.num_prompt_tokens,

@@ -306,6 +306,26 @@ def test_beams_that_may_never_fit_are_refused_with_both_numbers():
     assert not scheduler.requests
 
 
+@pytest.mark.parametrize(
+    ("limits", "params", "words"),
+    [
+        ({"max_num_seqs": 4}, {"n": 5}, ["n is 5", "4", "--max-num-seqs"]),
+        ({"max_num_seqs": 4}, {"best_of": 6}, ["best_of is 6", "4"]),
+        (
+            {"max_num_batched_tokens": 3},
+            {"use_beam_search": True, "beam_width": 4},
+            ["beam_width is 4", "3", "--max-num-batched-tokens"],
+        ),
+    ],
+)
+def test_more_sequences_than_can_run_together_are_refused(limits, params, words):
+    scheduler = make_scheduler(**limits)
+    with pytest.raises(RequestError) as error:
+        add(scheduler, [1], **params)
+    assert all(word in error.value.message for word in words)
+    assert not scheduler.requests
+
+
 def test_a_step_planned_ahead_promises_the_token_that_is_still_computed():
     scheduler = make_scheduler(block_size=4)
     first, second = add(scheduler, [1, 2, 3]), add(scheduler, [4, 5])
