@@ -36,6 +36,7 @@ def make_case(
         seq_lens,
         table,
         block_size=block_size,
+        num_kv_heads=kv_heads,
         windows=[window],
         dtype=dtype,
         device=CPU,
@@ -65,6 +66,7 @@ CASES = {
     "whole prompt": ([6], [6]),
     "chunk of a prompt": ([5], [13]),
     "mixed": ([1, 1, 7, 3, 9], [2, 30, 7, 11, 20]),
+    "a chunk of several blocks of queries": ([1, 300], [9, 340]),
     "buckets of very different length": ([1, 1, 1, 1], [3, 250, 600, 900]),
 }
 
@@ -104,6 +106,7 @@ def test_the_bits_of_a_deterministic_token_do_not_depend_on_how_its_prompt_was_c
             [last],
             metadata.block_table.numpy(),
             block_size=4,
+            num_kv_heads=2,
             windows=[window],
             dtype=dtype,
             device=CPU,
@@ -117,7 +120,7 @@ def test_the_bits_of_a_deterministic_token_do_not_depend_on_how_its_prompt_was_c
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_cpu_path_equals_the_reference(kv_heads, dtype):
     q, cache, metadata, _ = make_case(
-        [1, 1, 1, 8, 12], [63, 100, 300, 40, 12], kv_heads=kv_heads, dtype=dtype
+        [1, 1, 1, 8, 150], [63, 100, 300, 40, 190], kv_heads=kv_heads, dtype=dtype
     )
     result = paged_attention(q, cache, metadata, scale=0.25)
     expected = paged_attention_reference(q, cache, metadata, scale=0.25, sliding_window=0)
@@ -132,6 +135,7 @@ def test_a_row_has_the_same_result_alone_and_among_longer_rows():
         [9],
         metadata.block_table[:1].numpy(),
         block_size=4,
+        num_kv_heads=2,
         windows=[0],
         dtype=torch.float32,
         device=CPU,

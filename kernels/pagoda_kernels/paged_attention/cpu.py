@@ -1,16 +1,28 @@
-"""Paged attention on a CPU: gather by slot, then torch's fused attention.
+"""Paged attention on a CPU: gather each head's keys and values, then products of matrices.
 
 Decode rows are attended to in buckets of similar length, so the work in Python does not grow with
 the number of requests. What to gather is planned once a step (`AttentionMetadata.plans`) and used
 by all layers with the same sliding window.
+
+Two batched products and a softmax take less than half of the time of torch's fused attention on a
+CPU, whose products are of one sequence and one head at a time. They round the scores to the dtype
+of the queries before the softmax, which does not show beside the rounding of keys and queries.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pagoda_kernels.paged_attention.metadata import AttentionMetadata
+from pagoda_kernels.paged_attention.metadata import (
+    AttentionMetadata,
+    DecodeBucket,
+    GatherBuffer,
+    PrefillGather,
+    SingleQueries,
+)
 
 
 def paged_attention_cpu(
@@ -23,50 +35,113 @@ def paged_attention_cpu(
 ) -> torch.Tensor:
     """See `pagoda_kernels.paged_attention.paged_attention`; nothing is checked here."""
     plan = metadata.plans[sliding_window]
-    _, num_heads, head_dim = q.shape
-    num_kv_heads = kv_cache.shape[3]
-    group_size = num_heads // num_kv_heads
-    slots = kv_cache.flatten(0, 1)
     out = torch.zeros(q.shape, dtype=q.dtype)
     for bucket in plan.buckets:
-        rows = bucket.last - bucket.first
-        gathered = metadata.buffer.rows(len(bucket.slots), slots)
-        torch.index_select(slots, 0, bucket.slots, out=gathered)
-        kv = gathered.view(rows, -1, 2, num_kv_heads, head_dim)
-        # The query heads that share a key head stand where query tokens usually stand.
-        attended = scaled_dot_product_attention(
-            q[bucket.first : bucket.last].view(rows, num_kv_heads, group_size, head_dim),
-            kv[:, :, 0].transpose(1, 2),
-            kv[:, :, 1].transpose(1, 2),
-            attn_mask=bucket.mask,
-            scale=scale,
-        )
-        out[bucket.first : bucket.last] = attended.reshape(rows, num_heads, head_dim)
+        _attend_bucket(q, kv_cache, bucket, metadata.buffer, scale, out)
     for single in plan.singles:
-        kv = slots.index_select(0, single.slots)
-        num_queries = single.last - single.first
-        # Queries stand in the place of the batch, which torch computes one by one.
-        shape = (num_queries, num_kv_heads, kv.shape[0], head_dim)
-        attended = scaled_dot_product_attention(
-            q[single.first : single.last].view(num_queries, num_kv_heads, group_size, head_dim),
-            kv[:, 0].transpose(0, 1).expand(shape),
-            kv[:, 1].transpose(0, 1).expand(shape),
-            attn_mask=single.mask,
-            scale=scale,
-        )
-        out[single.first : single.last] = attended.reshape(num_queries, num_heads, head_dim)
+        _attend_singly(q, kv_cache, single, scale, out)
     for prefill in plan.prefills:
-        kv = slots.index_select(0, prefill.slots)
-        # Key heads stand in the place of the batch, so sharing one among a group is a view.
-        shape = (num_kv_heads, group_size, kv.shape[0], head_dim)
-        queries = q[prefill.first : prefill.last].view(-1, num_kv_heads, group_size, head_dim)
-        attended = scaled_dot_product_attention(
-            queries.permute(1, 2, 0, 3),
-            kv[:, 0].transpose(0, 1)[:, None].expand(shape),
-            kv[:, 1].transpose(0, 1)[:, None].expand(shape),
-            attn_mask=prefill.mask,
-            is_causal=prefill.mask is None,
-            scale=scale,
-        )
-        out[prefill.first : prefill.last] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+        _attend_prefill(q, kv_cache, prefill, metadata.buffer, scale, out)
     return out
+
+
+def _attend_bucket(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    bucket: DecodeBucket,
+    buffer: GatherBuffer,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    keys, values = _gather(kv_cache, bucket.head_rows, buffer, len(bucket.mask))
+    rows = slice(bucket.first, bucket.last)
+    # The query heads that share a key head stand where query tokens usually stand.
+    queries = q[rows].reshape(len(keys), -1, q.shape[2])
+    attended = _attend(queries, keys, values, scale, bucket.mask)
+    out[rows] = attended.view(-1, *q.shape[1:])
+
+
+def _attend_prefill(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    prefill: PrefillGather,
+    buffer: GatherBuffer,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    num_kv_heads, head_dim = kv_cache.shape[3:]
+    keys, values = _gather(kv_cache, prefill.head_rows, buffer, num_kv_heads)
+    for block in prefill.blocks:
+        tokens, visible = slice(block.first, block.last), slice(block.first_key, block.last_key)
+        grouped = q[tokens].view(block.last - block.first, num_kv_heads, -1, head_dim)
+        # Those that share a key head: all tokens of the first query head, then of the second.
+        by_head = grouped.permute(1, 2, 0, 3)
+        attended = _attend(
+            by_head.reshape(num_kv_heads, -1, head_dim),
+            keys[:, visible],
+            values[:, visible],
+            scale,
+            block.mask,
+        )
+        out[tokens].view(grouped.shape).copy_(attended.view(by_head.shape).permute(2, 0, 1, 3))
+
+
+def _gather(
+    kv_cache: torch.Tensor, head_rows: torch.Tensor, buffer: GatherBuffer, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, each [num_heads, num_keys, head_dim]; the buffer's memory."""
+    table = kv_cache.view(-1, kv_cache.shape[4])
+    gathered = buffer.rows(len(head_rows), table)
+    torch.index_select(table, 0, head_rows, out=gathered)
+    keys, values = gathered.view(2, num_heads, -1, table.shape[1])
+    return keys, values
+
+
+def _attend(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, mask: torch.Tensor
+) -> torch.Tensor:
+    """q: [heads, queries, head_dim]; mask: see DecodeBucket and PrefillBlock."""
+    dtype = _product_dtype(q.dtype)
+    if dtype is not q.dtype:
+        wide = _attend(q.to(dtype), keys.to(dtype), values.to(dtype), scale, mask.to(dtype))
+        return wide.to(q.dtype)
+    # With beta=0 the first argument is not read.
+    scores = torch.baddbmm(mask[..., :1, :1], q, keys.transpose(1, 2), beta=0, alpha=scale)
+    if mask.dim() == 3:
+        scores.add_(mask)
+    else:
+        num_queries, num_masked = mask.shape
+        corner = scores.view(len(q), -1, num_queries, scores.shape[2])[..., -num_masked:]
+        corner.add_(mask)
+    return torch.bmm(scores.softmax(-1), values)
+
+
+@functools.cache
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 if torch multiplies matrices of this dtype one number at a time on this CPU."""
+    is_fast = dtype is torch.bfloat16 and (
+        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    )
+    return dtype if is_fast or dtype is torch.float64 else torch.float32
+
+
+def _attend_singly(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    single: SingleQueries,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    kv = kv_cache.flatten(0, 1).index_select(0, single.slots)
+    num_keys, _, num_kv_heads, head_dim = kv.shape
+    num_queries = single.last - single.first
+    # Queries stand in the place of the batch, which torch computes one by one.
+    shape = (num_queries, num_kv_heads, num_keys, head_dim)
+    attended = scaled_dot_product_attention(
+        q[single.first : single.last].view(num_queries, num_kv_heads, -1, head_dim),
+        kv[:, 0].transpose(0, 1).expand(shape),
+        kv[:, 1].transpose(0, 1).expand(shape),
+        attn_mask=single.mask,
+        scale=scale,
+    )
+    out[single.first : single.last] = attended.reshape(num_queries, *q.shape[1:])

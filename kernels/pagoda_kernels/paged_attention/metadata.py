@@ -16,23 +16,34 @@ class DecodeBucket:
     first: int
     last: int
     """Sequences first … last - 1 of the step."""
-    slots: torch.Tensor
-    """[rows * width] int64: cache slots; past the end of a row a slot of that row is repeated."""
+    head_rows: torch.Tensor
+    """[2 * rows * num_kv_heads * width] int64: rows of the cache seen as a table of head_dim
+    columns; all keys, then all values. Past the end of a sequence its last slot is repeated."""
     mask: torch.Tensor
-    """[rows, 1, 1, width] in the dtype of the queries: 0 or -inf, added to the scores."""
+    """[rows * num_kv_heads, 1, width] in the dtype of the queries: 0 or -inf, added to scores."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillBlock:
+    """Some query tokens of a prefill chunk, and the keys that they may see."""
+
+    first: int
+    last: int
+    """Query tokens first … last - 1 of the step."""
+    first_key: int
+    last_key: int
+    """Keys first_key … last_key - 1 of those that were gathered for the chunk."""
+    mask: torch.Tensor
+    """[num_queries, n] in the dtype of the queries: 0 or -inf, added to the last n scores."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillGather:
     """The keys that one prefill chunk may see."""
 
-    first: int
-    last: int
-    """Query tokens first … last - 1 of the step."""
-    slots: torch.Tensor
-    """[num_keys] int64: cache slots of the keys, oldest first."""
-    mask: torch.Tensor | None
-    """[num_queries, num_keys] bool, or None for the plain lower triangle."""
+    head_rows: torch.Tensor
+    """[2 * num_kv_heads * num_keys] int64: as in DecodeBucket; of each head the oldest first."""
+    blocks: tuple[PrefillBlock, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +113,7 @@ class AttentionMetadata:
         block_table: np.ndarray,
         *,
         block_size: int,
+        num_kv_heads: int,
         windows: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
@@ -114,6 +126,7 @@ class AttentionMetadata:
             query_lens, seq_lens: per sequence; sequences with one query token must come first,
                 in ascending order of seq_lens.
             block_table: [num_seqs, max_blocks] int32 on the host.
+            num_kv_heads: of the cache.
             windows: the sliding windows of the model's layers, 0 for full attention.
             dtype: of the queries.
             buffer: pass the same one at each step, so that its memory is reused.
@@ -129,7 +142,9 @@ class AttentionMetadata:
         np.cumsum(query_lens, out=starts[1:])
         plans = {}
         if device.type == "cpu":
-            layout = _Layout(query_lens, seq_lens, starts, block_table, block_size, num_decodes)
+            layout = _Layout(
+                query_lens, seq_lens, starts, block_table, block_size, num_kv_heads, num_decodes
+            )
             plan = _plan_singles if is_deterministic else _plan
             plans = {window: plan(layout, window, dtype) for window in windows}
         return cls(
@@ -149,6 +164,7 @@ class _Layout:
     starts: np.ndarray
     block_table: np.ndarray
     block_size: int
+    num_kv_heads: int
     num_decodes: int
 
     def slots(self, seq: slice | int, positions: np.ndarray) -> np.ndarray:
@@ -160,12 +176,21 @@ class _Layout:
             table = self.block_table[seq, blocks]
         return table.astype(np.int64) * self.block_size + offsets
 
+    def head_rows(self, slots: np.ndarray) -> torch.Tensor:
+        """From slots [num_seqs, n]: keys, then values; of each the sequences, their heads, slots.
+
+        So that each head's keys come to lie side by side, which products of matrices need.
+        """
+        heads = np.arange(self.num_kv_heads)[:, None]
+        keys_values = 2 * slots[:, None] + np.arange(2)[:, None, None, None]
+        return torch.from_numpy(keys_values * self.num_kv_heads + heads).flatten()
+
 
 def _plan(layout: _Layout, window: int, dtype: torch.dtype) -> GatherPlan:
     return GatherPlan(
         buckets=tuple(_decode_buckets(layout, window, dtype)),
         prefills=tuple(
-            _prefill_gather(layout, window, seq)
+            _prefill_gather(layout, window, seq, dtype)
             for seq in range(layout.num_decodes, len(layout.query_lens))
         ),
     )
@@ -197,30 +222,51 @@ def _decode_buckets(layout: _Layout, window: int, dtype: torch.dtype) -> list[De
         # slots contain (even NaN, which no mask can hide) is never read.
         within = np.minimum(offsets, visible[seqs, None] - 1)
         slots = layout.slots(seqs, lens[seqs, None] - visible[seqs, None] + within)
-        padding = torch.from_numpy(offsets >= visible[seqs, None])[:, None, None]
-        mask = torch.zeros(padding.shape, dtype=dtype).masked_fill_(padding, -torch.inf)
-        buckets.append(DecodeBucket(first, last, torch.from_numpy(slots).flatten(), mask))
+        padding = np.repeat(offsets >= visible[seqs, None], layout.num_kv_heads, axis=0)
+        mask = _additive(padding[:, None], dtype)
+        buckets.append(DecodeBucket(first, last, layout.head_rows(slots), mask))
         first = last
     return buckets
 
 
-def _prefill_gather(layout: _Layout, window: int, seq: int) -> PrefillGather:
+# Queries whose scores are computed at once, fewer if there are many keys: more would compute more
+# scores that the causal mask hides, fewer would leave the products too small.
+_QUERY_BLOCK = 128
+_LARGEST_SCORES = 1 << 21
+
+
+def _prefill_gather(layout: _Layout, window: int, seq: int, dtype: torch.dtype) -> PrefillGather:
     num_queries, seq_len = layout.query_lens[seq], layout.seq_lens[seq]
     start = seq_len - num_queries
     oldest = max(0, start - window + 1) if window else 0
-    keys = np.arange(oldest, seq_len)
-    queries = np.arange(start, seq_len)[:, None]
-    is_windowed = bool(window) and seq_len > window
-    mask = None
-    if start or is_windowed:
-        visible = keys <= queries
-        if is_windowed:
-            visible &= keys > queries - window
-        mask = torch.from_numpy(visible)
     first = int(layout.starts[seq])
-    return PrefillGather(
-        first, first + num_queries, torch.from_numpy(layout.slots(seq, keys)), mask
-    )
+    size = max(1, min(_QUERY_BLOCK, _LARGEST_SCORES // seq_len))
+    blocks = []
+    for query in range(start, seq_len, size):
+        end = min(query + size, seq_len)
+        first_key = max(0, query - window + 1) if window else 0
+        # Without a window only the keys of the block's own tokens can be hidden from some of them.
+        masked = first_key if window and first_key <= end - 1 - window else query
+        keys, queries = np.arange(masked, end), np.arange(query, end)[:, None]
+        hidden = keys > queries
+        if window:
+            hidden |= keys <= queries - window
+        blocks.append(
+            PrefillBlock(
+                first + query - start,
+                first + end - start,
+                first_key - oldest,
+                end - oldest,
+                _additive(hidden, dtype),
+            )
+        )
+    slots = layout.slots(seq, np.arange(oldest, seq_len))
+    return PrefillGather(layout.head_rows(slots[None]), tuple(blocks))
+
+
+def _additive(hidden: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """0, or -inf where hidden."""
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), -torch.inf)
 
 
 # Keys are gathered in widths of this many, from a position that is a multiple of it. It is the
@@ -245,7 +291,7 @@ def _single_queries(layout: _Layout, window: int, seq: int, dtype: torch.dtype) 
     hidden = keys > queries
     if window:
         hidden |= keys <= queries - window
-    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), -torch.inf)
+    mask = _additive(hidden, dtype)
     first = int(layout.starts[seq])
     # Blocks before the window may have been given back: their slots are not read.
     slots = layout.slots(seq, np.clip(keys, oldest, seq_len - 1))

@@ -129,6 +129,7 @@ class ModelRunner:
         prepared = prepare_step(
             rows,
             block_size=self.block_size,
+            num_kv_heads=self.model_config.num_kv_heads,
             windows=self.windows,
             min_tokens=self.min_tokens,
             buffer=self.gather_buffer,
