@@ -58,6 +58,8 @@ class EngineCounts(Protocol):
     @property
     def kv_usage(self) -> float: ...
     @property
+    def kv_waste(self) -> float: ...
+    @property
     def preemptions_total(self) -> int: ...
     @property
     def prefix_cache_queries(self) -> int: ...
@@ -75,14 +77,20 @@ class EngineCollector:
     def collect(self) -> Iterator[Metric]:
         counts = self.source.engine_counts()
         kv_help = "Used part of the KV cache's blocks, 0 to 1."
+        waste_help = "Slots of held KV blocks that no token fills, over all their slots, 0 to 1."
         gauges = (
-            ("num_requests_running", "Requests that the engine runs.", counts.running),
+            (
+                "num_requests_running",
+                "Sequences that the engine runs; a request has one for each of its choices.",
+                counts.running,
+            ),
             (
                 "num_requests_waiting",
                 "Accepted requests that do not run, those being tokenized included.",
                 counts.waiting,
             ),
             ("kv_cache_usage_perc", kv_help, counts.kv_usage),
+            ("kv_cache_waste_perc", waste_help, counts.kv_waste),
             (
                 "gpu_cache_usage_perc",
                 f"Old name of kv_cache_usage_perc. {kv_help}",
