@@ -9,6 +9,7 @@ import msgspec
 
 from pagoda_runtime.engine.messages import TokenLogprobs
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # JSON has no infinity; it stands for a probability of 0.
 LEAST_LOGPROB = -9999.0
 
@@ -24,6 +25,8 @@ class ShownToken(msgspec.Struct, frozen=True):
 
 class Pieces(Protocol):
     """What is asked of a tokenizer (`models.tokenizer.Tokenizer`)."""
+
+    def piece(self, token_id: int, /) -> str | None: ...
 
     def token_text(self, token_id: int) -> str: ...
 
@@ -105,8 +108,14 @@ class LogprobsWriter:
         return top
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        token_bytes = list(self._tokenizer.token_bytes(token_id))
-        return {"token": self._text(token_id), "logprob": clamp(logprob), "bytes": token_bytes}
+        text = self._decode(token_id)
+        is_part = REPLACEMENT in text
+        token_bytes = self._tokenizer.token_bytes(token_id) if is_part else text.encode()
+        return {
+            "token": self._text(token_id),
+            "logprob": clamp(logprob),
+            "bytes": list(token_bytes),
+        }
 
     def _text(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._as_token_ids else self._decode(token_id)
@@ -114,7 +123,10 @@ class LogprobsWriter:
     def _decode(self, token_id: int) -> str:
         text = self._texts.get(token_id)
         if text is None:
-            text = self._texts[token_id] = self._tokenizer.token_text(token_id)
+            text = self._tokenizer.piece(token_id)
+            if text is None:
+                text = self._tokenizer.token_text(token_id)
+            self._texts[token_id] = text
         return text
 
 

@@ -73,7 +73,7 @@ def _verify_supported(
     for name, value in extra.items():
         if name in table and not _is_neutral(value, table[name]):
             raise RequestError(
-                f"{prefix}{name} is not supported by this server; leave it out.",
+                f"{prefix}{name} is not supported here; leave it out.",
                 param=f"{prefix}{name}",
             )
 

@@ -128,6 +128,63 @@ async def test_cancelling_the_reader_aborts_the_request_even_if_the_stream_is_ke
         assert [delta async for delta in stream] == []
 
 
+async def test_the_choices_of_a_request_come_in_one_stream_and_count_as_running():
+    params = SamplingParams(n=3, max_tokens=200, ignore_eos=True, seed=1)
+    async with engine(SLOW, max_num_seqs=4) as client:
+        stream = client.generate("r", [1, 2], params)
+        waiting = client.generate("next", [1, 2], params)
+        assert (client.stats.running, client.stats.waiting) == (0, 2)
+        seen = {(await anext(stream)).index for _ in range(6)}
+        assert seen == {0, 1, 2}
+        assert (client.stats.running, client.stats.waiting) == (3, 1)
+        assert client.num_open == 2
+        await waiting.aclose()
+        await stream.aclose()
+
+
+async def test_a_finished_choice_gives_its_blocks_back_while_the_others_run_on():
+    params = SamplingParams(n=2, max_tokens=60, ignore_eos=True, seed=1)
+    async with engine(SLOW) as client:
+        stream = client.generate("r", [1, 2], params)
+        await anext(stream)
+        stream.finish(1)
+        await wait_until(lambda: client.stats.running == 1)
+        deltas = [delta async for delta in stream]
+        assert {delta.index for delta in deltas} == {0}
+        assert deltas[-1].finish_reason == "length"
+        await wait_until(lambda: client.stats.kv_usage == 0.0)
+
+
+async def test_the_end_of_the_last_choice_here_is_the_end_of_the_request_there():
+    params = SamplingParams(n=2, max_tokens=None, ignore_eos=True, seed=1)
+    async with engine(SLOW) as client:
+        stream = client.generate("r", [1, 2], params)
+        await anext(stream)
+        for index in range(2):
+            stream.finish(index)
+        assert client.num_open == 0
+        await wait_until(lambda: client.stats.kv_usage == 0.0)
+
+
+async def test_a_reset_prefix_cache_is_empty_and_says_what_it_held():
+    async with engine({"block_size": 4}) as client:
+        await collect(client, "first", [1] * 9)
+        assert await client.reset_prefix_cache() > 2
+        assert await client.reset_prefix_cache() == 0
+        delta = await anext(client.generate("second", [1] * 9, GREEDY))
+        assert delta.num_cached_tokens == 0
+
+
+async def test_who_waits_for_a_reset_hears_of_the_engine_s_death():
+    async with engine() as client:
+        os.kill(client.pid, signal.SIGSTOP)
+        waiting = asyncio.create_task(client.reset_prefix_cache())
+        await asyncio.sleep(0.05)
+        os.kill(client.pid, signal.SIGKILL)
+        with pytest.raises(EngineDead, match="killed by signal 9"):
+            await waiting
+
+
 async def test_a_stream_that_is_dropped_unread_aborts_the_request():
     async with engine(SLOW) as client:
         client.generate("r", [1], ENDLESS)
