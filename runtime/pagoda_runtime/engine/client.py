@@ -124,6 +124,7 @@ class EngineClient:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        stream_interval: int = 1,
     ) -> RequestStream:
         """Take a request now and return its stream of deltas.
 
@@ -133,6 +134,8 @@ class EngineClient:
         Args:
             priority: lower is served earlier.
             cache_salt: prefixes are shared only among requests with the same salt.
+            stream_interval: tokens of a choice that come at once, the first one excepted; each
+                delta takes time from the engine where they share the cores.
         Raises, at once and not at the first delta: PromptTooLong, RequestError (values out of
         range, no or unknown tokens, an id in use), QueueFull, EngineDead.
         """
@@ -156,6 +159,7 @@ class EngineClient:
                 arrival_seconds=time.time(),
                 priority=priority,
                 cache_salt=cache_salt,
+                stream_interval=stream_interval,
             )
         )
         # Of the beams only those come here that are returned.

@@ -10,11 +10,11 @@ from typing import Protocol
 import msgspec
 
 from pagoda_runtime.engine.block_pool import BlockPool
+from pagoda_runtime.engine.deltas import DeltaMaker
 from pagoda_runtime.engine.messages import (
     BlockCopy,
     EngineRequest,
     EngineStats,
-    RequestDelta,
     RowOutput,
     ScheduledRow,
     StepOutput,
@@ -77,6 +77,7 @@ class EngineCore:
             sliding_window=sliding_window,
         )
         self._num_arrived = 0
+        self._deltas = DeltaMaker()
         self._thread = ThreadPoolExecutor(1, "pagoda-step") if overlap else None
         self._in_flight: tuple[Plan, Future[list[RowOutput]]] | None = None
 
@@ -100,6 +101,7 @@ class EngineCore:
                 arrival_seconds=request.arrival_seconds,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
+                stream_interval=request.stream_interval,
             )
         )
         self._num_arrived += 1
@@ -138,7 +140,10 @@ class EngineCore:
             assert before or self._in_flight or not self.scheduler.requests
             if before is not None:
                 progress = advance(self.scheduler, before[0], before[1].result())
-        return StepOutput(deltas=self._make_deltas(progress), stats=self._make_stats(plan))
+        return StepOutput(
+            deltas=self._deltas.make(progress, self.scheduler.requests),
+            stats=self._make_stats(plan),
+        )
 
     def check(self) -> None:
         """Assert that every block is accounted for."""
@@ -167,19 +172,6 @@ class EngineCore:
         """A seed for a request that brings none: reproducible for equal engine seeds and ids."""
         digest = hashlib.sha256(f"{self.seed}/{request_id}".encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1
-
-    def _make_deltas(self, progress: Sequence[Progress]) -> list[RequestDelta]:
-        """The last delta of a request that has ended says so."""
-        open_requests = self.scheduler.requests
-        last_of = {item.request: number for number, item in enumerate(progress)}
-        return [
-            _make_delta(
-                item,
-                is_last=last_of[item.request] == number
-                and item.request.request_id not in open_requests,
-            )
-            for number, item in enumerate(progress)
-        ]
 
     def _make_stats(self, plan: Plan) -> EngineStats:
         scheduler, pool = self.scheduler, self.scheduler.block_pool
@@ -210,25 +202,3 @@ def keep_promises(
             row = msgspec.structs.replace(row, token_ids=token_ids)
         kept.append(row)
     return kept
-
-
-def _make_delta(item: Progress, *, is_last: bool) -> RequestDelta:
-    request = item.request
-    is_first = item.is_first and item.index == 0
-    return RequestDelta(
-        request_id=request.request_id,
-        index=item.index,
-        new_token_ids=item.token_ids,
-        logprobs=item.logprobs,
-        prompt_logprobs=(
-            request.prompt_logprobs
-            if is_first and request.sampling_params.prompt_logprobs is not None
-            else None
-        ),
-        finish_reason=item.finish_reason,
-        stop_reason=item.stop_reason,
-        cumulative_logprob=item.cumulative_logprob,
-        is_last=is_last,
-        num_cached_tokens=request.num_cached_tokens,
-        queue_seconds=request.queue_seconds if item.is_first else None,
-    )

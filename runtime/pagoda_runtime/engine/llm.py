@@ -31,6 +31,9 @@ Conversation = Sequence[Mapping[str, Any]]
 """Messages with role and content."""
 T = TypeVar("T")
 
+# Nobody watches the tokens come: all but the first wait for so many, or for the end.
+_STREAM_INTERVAL = 64
+
 
 class LLM:
     """A model in an engine process of its own.
@@ -292,6 +295,8 @@ class LLM:
             engine_params(request.params),
             priority=request.priority,
             cache_salt=request.cache_salt,
+            # A stop string is looked for at once, because what follows it is computed in vain.
+            stream_interval=1 if request.params.stop else _STREAM_INTERVAL,
         )
         try:
             async for delta in stream:

@@ -84,6 +84,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """Lower is served earlier."""
     cache_salt: str = ""
     """Prefixes are shared only among requests with the same salt."""
+    stream_interval: int = 1
+    """Tokens of a choice that are told at once, the first one excepted."""
 
 
 class AbortRequests(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):

@@ -42,6 +42,8 @@ class Request:
     arrival_seconds: float
     priority: int = 0
     cache_salt: str = ""
+    stream_interval: int = 1
+    """Tokens of a choice that are told at once."""
     sequences: list[Sequence] = field(default_factory=list)
     """Those that are not finished; of beams all."""
     beams: BeamSearch | None = None

@@ -36,6 +36,7 @@ def make_core(runner: FakeRunner, **overrides: object) -> EngineCore:
 
 def add(core: EngineCore, prompt: list[int], request_id: str = "r", **params: object) -> None:
     salt = str(params.pop("salt", ""))
+    stream_interval = int(params.pop("stream_interval", 1))
     core.add(
         EngineRequest(
             request_id=request_id,
@@ -43,6 +44,7 @@ def add(core: EngineCore, prompt: list[int], request_id: str = "r", **params: ob
             sampling_params=SamplingParams(**params),
             arrival_seconds=0.0,
             cache_salt=salt,
+            stream_interval=stream_interval,
         )
     )
 
@@ -171,3 +173,27 @@ def test_a_choice_that_was_finished_lets_the_others_go_on():
         deltas += core.step(0.0).deltas
     assert {delta.index for delta in deltas} == {0, 2}
     assert [delta.is_last for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+
+
+def test_tokens_wanted_in_bulk_come_first_one_then_many_then_the_rest():
+    core = make_core(FakeRunner(num_blocks=40, block_size=4, max_model_len=64))
+    add(core, [1, 2, 3], n=2, max_tokens=9, logprobs=0, stream_interval=5)
+    deltas = []
+    while core.has_work:
+        deltas += core.step(0.0).deltas
+    for index in (0, 1):
+        of_choice = [delta for delta in deltas if delta.index == index]
+        assert [len(delta.new_token_ids) for delta in of_choice] == [1, 5, 3]
+        assert [len(delta.logprobs) for delta in of_choice] == [1, 5, 3]
+        assert [delta.finish_reason for delta in of_choice] == [None, None, "length"]
+    assert [delta.is_last for delta in deltas] == [False] * 5 + [True]
+
+
+def test_tokens_that_were_held_back_are_forgotten_with_an_aborted_request():
+    core = make_core(FakeRunner(num_blocks=40, block_size=4, max_model_len=64))
+    add(core, [1, 2, 3], max_tokens=9, stream_interval=5)
+    for _ in range(3):
+        core.step(0.0)
+    core.abort(["r"])
+    assert core.step(0.0).deltas == []
+    assert not core._deltas._held
