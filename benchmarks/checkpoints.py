@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from pagoda_runtime.models.testing import write_tiny_tokenizer
-
 # config.json of Qwen/Qwen3-1.7B, as far as it determines the computation.
 QWEN3_1_7B: dict[str, Any] = {
     "vocab_size": 151936,
@@ -48,6 +46,23 @@ def make_qwen3_1_7b(cache: Path) -> Path:
     config = AutoConfig.for_model("qwen3", **QWEN3_1_7B)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(partial)
-    write_tiny_tokenizer(partial)
+    write_tokenizer(partial, QWEN3_1_7B["vocab_size"])
     partial.rename(folder)
     return folder
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """tokenizer.json in which every id has a text: bytes first, then numbers.
+
+    A stream of tokens without text would send nothing.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Ġ is the byte-level alphabet's space.
+    numbers = [f"Ġ{number}" for number in range(len(alphabet), vocab_size)]
+    vocabulary = {token: number for number, token in enumerate([*alphabet, *numbers])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
