@@ -190,8 +190,9 @@ def main() -> None:
     folder = find_model(arguments)
     torch.set_num_threads(machine.allowed_cores())
     started = time.monotonic()
-    flags = {"max_model_len": 2048, "kv_cache_memory_bytes": KV_CACHE_BYTES}
-    with LLM(str(folder), dtype="bfloat16", **flags) as llm:
+    with LLM(
+        str(folder), dtype="bfloat16", max_model_len=2048, kv_cache_memory_bytes=KV_CACHE_BYTES
+    ) as llm:
         results = Benchmark(arguments, folder, llm).run()
     print(f"{len(results)} metrics of {folder.name} in {time.monotonic() - started:.0f} s")
     publish(f"cpu-{arguments.shape}", results, arguments.out, rounds=arguments.rounds)

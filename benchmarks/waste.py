@@ -108,20 +108,24 @@ def measure(name: str, core: EngineCore, trace: list[Lengths]) -> list[Result]:
         "mean_running": round(sums["running"] / samples, 1),
         "preemptions": sums["preemptions"],
     }
-    shared = {"unit": "slots", "peer": "slots of held blocks", "peer_value": sums["held"] / samples}
+    unit, peer, num_held = "slots", "slots of held blocks", sums["held"] / samples
     return [
         Result(
-            metric=f"kv_waste_{name}",
-            value=sums["without_token"] / samples,
+            f"kv_waste_{name}",
+            sums["without_token"] / samples,
+            unit,
+            peer,
+            num_held,
             bar=Bar(at_most=0.015),
             details={"counts": "slots that no known token fills", **details},
-            **shared,
         ),
         Result(
-            metric=f"kv_unfilled_{name}",
-            value=sums["without_kv"] / samples,
+            f"kv_unfilled_{name}",
+            sums["without_kv"] / samples,
+            unit,
+            peer,
+            num_held,
             details={"counts": "those, and slots of prompt tokens that are not computed yet"},
-            **shared,
         ),
     ]
 
