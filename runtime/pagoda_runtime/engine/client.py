@@ -13,11 +13,9 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.death import count_oom_kills, describe_exit
@@ -77,8 +75,9 @@ class EngineClient:
         self._oom_kills_before = count_oom_kills()
         self._open_sockets()
         self._spawn(command)
-        self._reader = self._loop.create_task(self._read(), name="engine-reader")
-        self._reader.add_done_callback(self._on_reader_done)
+        self._loop.add_reader(self._output_fd, self._read)
+        # The descriptor tells of changes alone, and some may have been before anybody listened.
+        self._loop.call_soon(self._read)
 
     @classmethod
     async def start(
@@ -212,7 +211,7 @@ class EngineClient:
                 self._process.kill()
         await self._exited.wait()
         self._settled.set()
-        self._reader.cancel()
+        self._loop.remove_reader(self._output_fd)
         self._close_stdin()
         self._input.close(linger=0)
         self._output.close(linger=0)
@@ -234,8 +233,9 @@ class EngineClient:
         # Unbounded here, because verify_queue_has_room bounds what is sent.
         self._input.setsockopt(zmq.SNDHWM, 0)
         self._input.connect(f"ipc://{self._socket_dir}/input")
-        self._output = zmq.asyncio.Socket(self._context, zmq.PULL)
+        self._output = self._context.socket(zmq.PULL)
         self._output.bind(f"ipc://{self._socket_dir}/output")
+        self._output_fd = int(self._output.getsockopt(zmq.FD))
 
     def _spawn(self, command: Sequence[str]) -> None:
         launch = Launch(
@@ -268,24 +268,40 @@ class EngineClient:
         if request_id in self._mailboxes and not self._exited.is_set():
             self._send(FinishChoices(request_id=request_id, indices=[index]))
 
-    async def _read(self) -> None:
-        while True:
-            message = self._decoder.decode(await self._output.recv())
-            match message:
-                case StepOutput():
-                    self._take_step(message)
-                case PrefixCacheReset():
-                    waiter = self._resets.popleft()
-                    if not waiter.done():
-                        waiter.set_result(message.num_blocks)
-                case LoadProgress():
-                    self.progress = message
-                case EngineReady():
-                    self.ready = message
-                    self.last_step_seconds = time.monotonic()
-                    self._settled.set()
-                case EngineFailed():
-                    self._fail(message)
+    def _read(self) -> None:
+        """Take all that is there: called by the event loop, through the socket's file descriptor.
+
+        zmq.asyncio would do it with two more rounds of the loop for each message.
+        """
+        while not self._output.closed:
+            try:
+                self._take(self._decoder.decode(self._output.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return
+            except Exception as error:
+                self._loop.remove_reader(self._output_fd)
+                logger.error("Cannot read the engine's messages.", exc_info=error)
+                message = f"The engine's messages cannot be read: {error}; it is killed."
+                self._fail(EngineFailed(reason="RankDied", message=message))
+                self._process.kill()
+                return
+
+    def _take(self, message: ToApi) -> None:
+        match message:
+            case StepOutput():
+                self._take_step(message)
+            case PrefixCacheReset():
+                waiter = self._resets.popleft()
+                if not waiter.done():
+                    waiter.set_result(message.num_blocks)
+            case LoadProgress():
+                self.progress = message
+            case EngineReady():
+                self.ready = message
+                self.last_step_seconds = time.monotonic()
+                self._settled.set()
+            case EngineFailed():
+                self._fail(message)
 
     def _take_step(self, output: StepOutput) -> None:
         self.last_step_seconds = time.monotonic()
@@ -326,14 +342,3 @@ class EngineClient:
         if not self._is_shut_down:
             self._fail(describe_exit(self.pid, status, is_out_of_memory))
         self._exited.set()
-
-    def _on_reader_done(self, reader: asyncio.Task[Any]) -> None:
-        if not reader.cancelled() and (error := reader.exception()) is not None:
-            logger.error("Cannot read the engine's messages.", exc_info=error)
-            self._fail(
-                EngineFailed(
-                    reason="RankDied",
-                    message=f"The engine's messages cannot be read: {error}; it is killed.",
-                )
-            )
-            self._process.kill()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import zmq
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.client import EngineClient
@@ -253,6 +254,21 @@ async def test_an_engine_that_is_killed_is_noticed_and_named():
         assert client.failure.reason == "RankDied"
         with pytest.raises(EngineDead):
             client.generate("late", [1], GREEDY)
+
+
+async def test_an_engine_whose_messages_cannot_be_read_is_killed():
+    async with engine(SLOW) as client:
+        stream = client.generate("r", [1], ENDLESS)
+        await anext(stream)
+        context = zmq.Context()
+        socket = context.socket(zmq.PUSH)
+        socket.connect(f"ipc://{client._socket_dir}/output")
+        socket.send(b"no message")
+        with pytest.raises(EngineDead, match="cannot be read"):
+            async for _ in stream:
+                pass
+        await wait_until(lambda: not is_running(client.pid))
+        context.destroy(linger=0)
 
 
 async def test_a_fatal_error_while_loading_reaches_the_waiter_word_for_word():
