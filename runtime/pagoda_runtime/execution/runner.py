@@ -31,7 +31,7 @@ from pagoda_runtime.execution.kv_cache import (
     size_kv_cache,
 )
 from pagoda_runtime.execution.logprobs import compute_logprobs
-from pagoda_runtime.execution.sampler import sample
+from pagoda_runtime.execution.sampler import sample, wants_likeliest
 from pagoda_runtime.execution.step_input import prepare_step
 from pagoda_runtime.layers.linear import fastest_min_rows
 from pagoda_runtime.models.decoder import Decoder
@@ -140,14 +140,9 @@ class ModelRunner:
         hidden = self.model(prepared.step_input, self.kv_caches)
         outputs = [_NOTHING] * len(rows)
         if prepared.sampled_rows:
-            logits = self.model.logits(hidden.index_select(0, prepared.sampled_tokens))
             sampled = [rows[index] for index in prepared.sampled_rows]
-            logits = logits[: len(sampled)]
-            for index, output in zip(
-                prepared.sampled_rows,
-                sample(logits, sampled, self.model_config.eos_token_ids),
-                strict=True,
-            ):
+            chosen = self._sample(hidden.index_select(0, prepared.sampled_tokens), sampled)
+            for index, output in zip(prepared.sampled_rows, chosen, strict=True):
                 outputs[index] = output
         for index, row in enumerate(rows):
             if row.prompt_targets:
@@ -157,6 +152,29 @@ class ModelRunner:
                     prompt_logprobs=self._prompt_logprobs(hidden[first:], row),
                 )
         return outputs
+
+    def _sample(self, hidden: torch.Tensor, rows: Sequence[ScheduledRow]) -> list[RowOutput]:
+        """One output per row; hidden may have padding after them.
+
+        Rows that want nothing but the likeliest token have no logits computed, if the model can do
+        without, even among others that have: a request's tokens must not depend on its neighbours.
+        """
+        eos_token_ids = self.model_config.eos_token_ids
+        plain = [index for index, row in enumerate(rows) if wants_likeliest(row)]
+        if not plain or not self.model.can_screen:
+            return sample(self.model.logits(hidden)[: len(rows)], rows, eos_token_ids)
+        is_alone = len(plain) == len(rows)
+        token_ids = self.model.likeliest(hidden if is_alone else hidden[plain]).tolist()
+        outputs = {
+            index: RowOutput(token_ids=[token_id] * len(rows[index].seeds))
+            for index, token_id in zip(plain, token_ids, strict=False)
+        }
+        others = [index for index in range(len(rows)) if index not in outputs]
+        if others:
+            logits = self.model.logits(hidden[others])
+            drawn = sample(logits, [rows[index] for index in others], eos_token_ids)
+            outputs |= zip(others, drawn, strict=True)
+        return [outputs[index] for index in range(len(rows))]
 
     def _prompt_logprobs(self, hidden: torch.Tensor, row: ScheduledRow) -> list[TokenLogprobs]:
         """Logprobs of row.prompt_targets, the first of which follows the first row of hidden."""
@@ -191,8 +209,9 @@ class ModelRunner:
         table = model.embed_tokens.weight
         if self.model_config.tie_word_embeddings and model.lm_head.method.copies_weight:
             logger.info(
-                "The tied vocabulary is held twice, as a table and packed: 2 x %s",
+                "The tied vocabulary is held as a table and packed: 2 x %s%s",
                 format_bytes(table.nbytes),
+                f", and in int8: {format_bytes(table.numel())}" if model.can_screen else "",
             )
         return model
 

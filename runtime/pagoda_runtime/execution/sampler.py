@@ -67,6 +67,18 @@ def sample(
     return outputs
 
 
+def wants_likeliest(row: ScheduledRow) -> bool:
+    """Whether a row's output is the token of its largest logit as computed, and nothing else."""
+    params = _params_of(row)
+    return (
+        params.is_greedy
+        and not row.num_candidates
+        and not is_processed(row)
+        and params.logprobs is None
+        and not params.needs_logprobs
+    )
+
+
 def _params_of(row: ScheduledRow) -> SamplingParams:
     assert row.sampling_params is not None
     return row.sampling_params

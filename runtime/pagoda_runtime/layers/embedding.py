@@ -11,6 +11,7 @@ from pagoda_runtime.layers.linear import (
     PlainLinear,
     make_linear_method,
 )
+from pagoda_runtime.layers.screen import Screen, can_screen
 
 
 class Embedding:
@@ -41,7 +42,8 @@ class LanguageModelHead:
     """Logits over the vocabulary: hidden @ weight.T.
 
     A tied head multiplies by the embedding's table. A packed layout cannot serve as a table, so
-    packing keeps a second copy of a tied weight.
+    packing keeps a second copy of a tied weight. Where it is packed there is a third, in int8, for
+    greedy rows: see `Screen`. It needs the table, so a head that is not tied has none.
     """
 
     def __init__(
@@ -60,13 +62,17 @@ class LanguageModelHead:
             else tied_to.weight
         )
         self.method: LinearMethod = PlainLinear(self.weight)
+        self.screen: Screen | None = None
 
     def after_loading(self) -> None:
         self.method = make_linear_method(self.weight)
+        if self.is_tied and self.method.copies_weight and can_screen(self.weight):
+            self.screen = Screen(self.weight, self.method)
         del self.weight
 
     def fix_rows(self) -> None:
         self.method = FixedRowsLinear(self.method)
+        self.screen = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.method.apply(hidden, None)

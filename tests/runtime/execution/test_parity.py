@@ -10,6 +10,7 @@ import torch
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.execution.testing import generate
+from pagoda_runtime.layers.linear import has_fast_bf16
 from pagoda_runtime.models.testing import TINY, make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
 
@@ -137,6 +138,21 @@ def test_sampled_tokens_do_not_depend_on_the_batch(llama):
     assert together == alone
     other_seed = [SamplingParams(temperature=1.5, seed=7)]
     assert generate(runner, prompts[:1], NUM_TOKENS, params=other_seed)[0] != alone[0]
+
+
+@pytest.mark.skipif(
+    not has_fast_bf16(torch.device("cpu")), reason="this processor does not multiply bf16 itself"
+)
+def test_a_greedy_request_has_the_same_tokens_among_sampled_ones_in_bfloat16(tmp_path):
+    make_tiny_checkpoint(tmp_path, tie_word_embeddings=True)
+    runner = make_runner(tmp_path, dtype="bfloat16")
+    assert runner.model.can_screen
+    prompts = make_prompts([9, 9, 9, 9])
+    greedy, drawn = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, seed=1)
+    expected = generate(runner, prompts, NUM_TOKENS)
+    mixed = generate(runner, prompts, NUM_TOKENS, params=[greedy, drawn, greedy, drawn])
+    assert mixed[0] == expected[0]
+    assert mixed[2] == expected[2]
 
 
 def test_bfloat16_follows_float32_closely(llama):

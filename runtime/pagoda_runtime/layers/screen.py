@@ -1,0 +1,151 @@
+"""Find each row's likeliest token from int8 logits, and decide among the few left in fp32."""
+
+from __future__ import annotations
+
+import torch
+
+from pagoda_runtime.layers.linear import LinearMethod
+
+# Tokens whose largest logit is found first; a smaller power of two if the vocabulary needs it.
+_LARGEST_CHUNK = 512
+_SMALLEST_CHUNK = 64
+# How many standard deviations of its error a logit may be off. The error is a sum over hidden_size
+# of independent roundings, so it is close to normal: beyond 8 are 1e-15 of all logits.
+_DEVIATIONS = 8.0
+_INT8_MAX = 127
+# Relative: what bf16 may round away of an int8 product.
+_BF16_ROUNDING = 2.0**-8
+_ROWS_AT_ONCE = 1 << 8
+_CANDIDATES_AT_ONCE = 1 << 12
+# A row with more than this is not worth it: all its logits are computed in bf16.
+_MOST_CANDIDATES = 1 << 12
+
+
+class Screen:
+    """The vocabulary's matrix in int8, beside the plain one.
+
+    A product in int8 reads half as much as one in bf16, and multiplies twice as fast. Its error is
+    known up to its distribution: tokens that it leaves too far below the largest cannot be the
+    likeliest, and the logits of the others are computed again from the plain matrix in fp32. So
+    the result is more exact than the largest of bf16 logits, of which many are equal.
+
+    Args:
+        table: [vocab_size, hidden_size] bf16 on a CPU; kept, not copied.
+        method: multiplies by the table; for rows that int8 says too little about.
+    """
+
+    def __init__(self, table: torch.Tensor, method: LinearMethod) -> None:
+        vocab_size = len(table)
+        self.table, self.method = table, method
+        self.chunk = chunk_size(vocab_size)
+        self.scales = torch.empty(vocab_size)
+        # Per token: the mean square of its weights' roundings, and of its rounded weights.
+        self.error, self.power = torch.empty(vocab_size), torch.empty(vocab_size)
+        rounded = torch.empty(table.shape, dtype=torch.int8)
+        for first in range(0, vocab_size, _ROWS_AT_ONCE):
+            part = slice(first, first + _ROWS_AT_ONCE)
+            weight = table[part].float()
+            scales = weight.abs().amax(-1).clamp_(min=1e-30).div_(_INT8_MAX)
+            quotients = weight / scales[:, None]
+            integers = quotients.round()
+            rounded[part] = integers.to(torch.int8)
+            squares = scales.square()
+            self.scales[part] = scales
+            self.error[part] = (quotients - integers).square_().mean(-1).mul_(squares)
+            self.power[part] = integers.square_().mean(-1).mul_(squares)
+        self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
+        self.zero_points = torch.zeros(vocab_size, dtype=torch.int32)
+        self.chunk_error = self.error.view(-1, self.chunk).amax(-1)
+        self.chunk_power = self.power.view(-1, self.chunk).amax(-1)
+
+    def argmax(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_rows] int64: the token of each row's largest logit, the first of equals.
+
+        Args:
+            hidden: [num_rows, hidden_size] bf16, normalized.
+        """
+        x = hidden.float()
+        row_scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30).div_(_INT8_MAX)
+        x.div_(row_scale)
+        integers = x.round()
+        logits = self._multiply(integers).view(len(x), -1, self.chunk)
+        # In units of row_scale from here on.
+        x_power = x.square().sum(-1, keepdim=True)
+        x_error = (x - integers).square_().sum(-1, keepdim=True)
+        largest = logits.amax(-1).float()
+        margin = _margin(largest, x_power * self.chunk_error + x_error * self.chunk_power)
+        floor = (largest - margin).amax(-1, keepdim=True)
+        rows, chunks = (largest + margin >= floor).nonzero(as_tuple=True)
+        near = logits[rows, chunks].float()
+        variance = x_power[rows] * self.error.view(-1, self.chunk)[chunks]
+        variance += x_error[rows] * self.power.view(-1, self.chunk)[chunks]
+        kept, offsets = (near + _margin(near, variance) >= floor[rows]).nonzero(as_tuple=True)
+        rows, token_ids = rows[kept], chunks[kept] * self.chunk + offsets
+        is_hard = torch.bincount(rows, minlength=len(x)) > _MOST_CANDIDATES
+        if not bool(is_hard.any()):
+            return self._decide(x, rows, token_ids)
+        is_easy = ~is_hard[rows]
+        winners = self._decide(x, rows[is_easy], token_ids[is_easy])
+        winners[is_hard] = self._argmax_of_all(hidden[is_hard])
+        return winners
+
+    def _argmax_of_all(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.method.apply(hidden, None)
+        largest = logits.amax(-1, keepdim=True).float()
+        floor = largest - 2 * _BF16_ROUNDING * largest.abs()
+        rows, token_ids = (logits >= floor).nonzero(as_tuple=True)
+        return self._decide(hidden.float(), rows, token_ids)
+
+    def _multiply(self, integers: torch.Tensor) -> torch.Tensor:
+        """[num_rows, vocab_size] bf16, from whole numbers between -127 and 127."""
+        # oneDNN's product of unsigned with signed bytes is the one that AVX512 has.
+        zero_point = _INT8_MAX + 1
+        product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+            (integers + zero_point).to(torch.uint8),
+            1.0,
+            zero_point,
+            self.packed,
+            self.scales,
+            self.zero_points,
+            None,
+            1.0,
+            0,
+            torch.bfloat16,
+            "none",
+            [],
+            "",
+        )
+        return product
+
+    def _decide(self, x: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Of the candidates (row, token), in ascending order, each row's best."""
+        exact = torch.cat(
+            [
+                (self.table[some_ids].float() * x[some_rows]).sum(-1)
+                for some_rows, some_ids in zip(
+                    rows.split(_CANDIDATES_AT_ONCE),
+                    token_ids.split(_CANDIDATES_AT_ONCE),
+                    strict=True,
+                )
+            ]
+        )
+        best = torch.full((len(x),), -torch.inf).scatter_reduce_(0, rows, exact, "amax")
+        is_best = exact == best[rows]
+        winners = torch.full((len(x),), len(self.table) - 1)
+        return winners.scatter_reduce_(0, rows[is_best], token_ids[is_best], "amin")
+
+
+def can_screen(table: torch.Tensor) -> bool:
+    """Whether the vocabulary can be cut into chunks, and torch has the product in int8."""
+    has_product = hasattr(torch.ops.onednn, "qlinear_pointwise")
+    return has_product and chunk_size(len(table)) >= _SMALLEST_CHUNK
+
+
+def chunk_size(vocab_size: int) -> int:
+    """The largest power of two up to 512 that divides it."""
+    return min(_LARGEST_CHUNK, vocab_size & -vocab_size)
+
+
+def _margin(logits: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """How far a logit computed in int8 may be from the exact one."""
+    return variance.sqrt().mul_(_DEVIATIONS).add_(logits.abs(), alpha=_BF16_ROUNDING)

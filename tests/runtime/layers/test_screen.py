@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pagoda_runtime.layers.linear import PrepackedLinear, has_fast_bf16
+from pagoda_runtime.layers.screen import Screen, can_screen, chunk_size
+
+pytestmark = pytest.mark.skipif(
+    not has_fast_bf16(torch.device("cpu")), reason="this processor does not multiply bf16 itself"
+)
+
+
+def make_screen(table):
+    return Screen(table, PrepackedLinear(table))
+
+
+def expected_argmax(table, hidden):
+    return (hidden.double() @ table.double().T).argmax(-1)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 17])
+def test_the_result_is_the_argmax_of_exact_logits(rows):
+    torch.manual_seed(0)
+    table = (torch.randn(4096, 96) * torch.rand(4096, 1)).bfloat16()
+    hidden = (torch.randn(rows, 96) * 7).bfloat16()
+    assert torch.equal(make_screen(table).argmax(hidden), expected_argmax(table, hidden))
+
+
+def test_close_logits_are_told_apart_and_the_first_of_equals_wins():
+    torch.manual_seed(0)
+    table = torch.randn(2048, 64).bfloat16()
+    hidden = torch.randn(3, 64).bfloat16()
+    for row, token_ids in enumerate([(5, 900), (1500, 1501), (7, 2047)]):
+        table[list(token_ids)] = (hidden[row] * 2).bfloat16()
+    # One weight of one bit more than in its twin.
+    position = int(hidden[1].abs().argmin())
+    table[1501, position] += torch.sign(hidden[1, position]) * 2.0**-4
+    assert make_screen(table).argmax(hidden).tolist() == [5, 1501, 7]
+
+
+def test_a_row_of_which_int8_says_nothing_is_decided_by_all_logits():
+    """One huge number leaves none of the others in int8, and here it weighs nothing."""
+    torch.manual_seed(0)
+    table = torch.randn(8192, 64).bfloat16()
+    table[:, 3] = 0.0
+    hidden = torch.randn(5, 64).bfloat16()
+    hidden[2, 3] = 1e4
+    hidden[4] = 0.0
+    assert torch.equal(make_screen(table).argmax(hidden), expected_argmax(table, hidden))
+
+
+def test_a_token_with_weights_of_zero_can_win():
+    table = -torch.ones(1024, 64).bfloat16()
+    table[77] = 0.0
+    assert make_screen(table).argmax(torch.ones(1, 64).bfloat16()).tolist() == [77]
+
+
+def test_a_vocabulary_is_cut_into_chunks_of_a_power_of_two():
+    assert [chunk_size(n) for n in (262144, 151936, 128256, 32000)] == [512, 128, 256, 256]
+    assert not can_screen(torch.empty(32001, 8))
+    assert can_screen(torch.empty(32000, 8))
