@@ -50,6 +50,11 @@ def instruction_set() -> str:
     return " ".join([*names, torch.backends.cpu.get_cpu_capability()])
 
 
+def predicted_tokens_per_second(weight_bytes: int, bandwidth_gbps: float) -> float:
+    """Decode speed of one request if a step took as long as reading the weights once."""
+    return bandwidth_gbps * 1e9 / weight_bytes
+
+
 def memory_bandwidth_gbps(num_bytes: int = 1 << 28) -> float:
     """GB/s of reading memory, the best of three sums over num_bytes (beyond the caches)."""
     data = torch.ones(num_bytes // 8, dtype=torch.int64)

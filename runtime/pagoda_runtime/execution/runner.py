@@ -42,6 +42,8 @@ from pagoda_runtime.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
+# Beyond the caches, and measured in less than 0.1 s.
+_PROBED_BYTES = 1 << 27
 _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -193,9 +195,11 @@ class ModelRunner:
         try:
             model = Decoder(self.model_config, dtype=self.dtype, device=self.device)
             ignored = ("lm_head.weight",) if self.model_config.tie_word_embeddings else ()
-            num_bytes = load_weights(
-                model.targets(), folder, ignored=ignored, on_progress=on_progress
-            )
+            targets = model.targets()
+            num_bytes = load_weights(targets, folder, ignored=ignored, on_progress=on_progress)
+            num_weights = sum(target.numel() for target in targets.values())
+            # The layers drop what they pack.
+            del targets
             model.after_loading()
             if config.deterministic:
                 model.fix_rows()
@@ -213,6 +217,11 @@ class ModelRunner:
                 format_bytes(table.nbytes),
                 f", and in int8: {format_bytes(table.numel())}" if model.can_screen else "",
             )
+        if self.device.type == "cpu":
+            if not self.model_config.tie_word_embeddings:
+                # A step reads its tokens' rows only.
+                num_weights -= table.numel()
+            _log_prediction(num_weights * self.dtype.itemsize)
         return model
 
     def _memory_budget(self, config: EngineConfig) -> MemoryBudget:
@@ -319,6 +328,15 @@ def configure_threads(config: EngineConfig, device: torch.device) -> None:
         torch.set_num_threads(num_threads)
     logger.info("Device %s, instructions %s", device.type, machine.instruction_set())
     logger.info("%d threads", num_threads)
+
+
+def _log_prediction(weight_bytes: int) -> None:
+    bandwidth_gbps = machine.memory_bandwidth_gbps(_PROBED_BYTES)
+    logger.info(
+        "Memory is read at %.1f GB/s, so one request gets about %.0f tokens/s at most",
+        bandwidth_gbps,
+        machine.predicted_tokens_per_second(weight_bytes, bandwidth_gbps),
+    )
 
 
 @contextmanager

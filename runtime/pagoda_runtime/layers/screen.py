@@ -15,7 +15,9 @@ _DEVIATIONS = 8.0
 _INT8_MAX = 127
 # Relative: what bf16 may round away of an int8 product.
 _BF16_ROUNDING = 2.0**-8
-_ROWS_AT_ONCE = 1 << 8
+# Numbers rounded at once at load: torch splits larger operations among threads, and thousands of
+# small splits take minutes where other processes want the same cores.
+_NUMBERS_AT_ONCE = (1 << 15) - 1
 _CANDIDATES_AT_ONCE = 1 << 12
 # A row with more than this is not worth it: all its logits are computed in bf16.
 _MOST_CANDIDATES = 1 << 12
@@ -42,12 +44,13 @@ class Screen:
         # Per token: the mean square of its weights' roundings, and of its rounded weights.
         self.error, self.power = torch.empty(vocab_size), torch.empty(vocab_size)
         rounded = torch.empty(table.shape, dtype=torch.int8)
-        for first in range(0, vocab_size, _ROWS_AT_ONCE):
-            part = slice(first, first + _ROWS_AT_ONCE)
+        num_rows = max(1, _NUMBERS_AT_ONCE // table.shape[1])
+        for first in range(0, vocab_size, num_rows):
+            part = slice(first, first + num_rows)
             weight = table[part].float()
             scales = weight.abs().amax(-1).clamp_(min=1e-30).div_(_INT8_MAX)
             quotients = weight / scales[:, None]
-            integers = quotients.round()
+            integers = _round(quotients)
             rounded[part] = integers.to(torch.int8)
             squares = scales.square()
             self.scales[part] = scales
@@ -67,7 +70,7 @@ class Screen:
         x = hidden.float()
         row_scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30).div_(_INT8_MAX)
         x.div_(row_scale)
-        integers = x.round()
+        integers = _round(x)
         logits = self._multiply(integers).view(len(x), -1, self.chunk)
         # In units of row_scale from here on.
         x_power = x.square().sum(-1, keepdim=True)
@@ -144,6 +147,15 @@ def can_screen(table: torch.Tensor) -> bool:
 def chunk_size(vocab_size: int) -> int:
     """The largest power of two up to 512 that divides it."""
     return min(_LARGEST_CHUNK, vocab_size & -vocab_size)
+
+
+def _round(x: torch.Tensor) -> torch.Tensor:
+    """To the nearest whole number, for |x| below 2**22; torch.round would be split among threads.
+
+    fp32 numbers of this size have no bits left behind the point.
+    """
+    whole = 1.5 * 2.0**23
+    return (x + whole).sub_(whole)
 
 
 def _margin(logits: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:

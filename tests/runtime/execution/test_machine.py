@@ -4,7 +4,12 @@ import os
 
 import pytest
 
-from pagoda_runtime.execution.machine import allowed_cores, free_memory_bytes, instruction_set
+from pagoda_runtime.execution.machine import (
+    allowed_cores,
+    free_memory_bytes,
+    instruction_set,
+    predicted_tokens_per_second,
+)
 
 GIB = 2**30
 
@@ -68,6 +73,10 @@ def test_version_1_is_read_too(tmp_path):
 def test_a_wide_or_absent_quota_leaves_all_cores(tmp_path, quota):
     files = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": quota}
     assert allowed_cores(make_root(tmp_path, files)) == len(os.sched_getaffinity(0))
+
+
+def test_the_predicted_speed_is_bandwidth_by_weights():
+    assert predicted_tokens_per_second(500_000_000, 30.0) == pytest.approx(60.0)
 
 
 def test_this_machine_answers():

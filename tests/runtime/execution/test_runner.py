@@ -60,7 +60,13 @@ def test_progress_goes_through_load_and_warmup(folder):
 def test_each_phase_is_logged_with_its_seconds(folder, caplog):
     with caplog.at_level(logging.INFO):
         make_runner(folder)
-    for line in ("instructions", "threads", "Loading the weights took", "Warming up took"):
+    for line in (
+        "instructions",
+        "threads",
+        "GB/s, so one request gets",
+        "Loading the weights took",
+        "Warming up took",
+    ):
         assert line in caplog.text
 
 
