@@ -33,7 +33,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped: list[str] = []
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.getreports(outcome):
-            level = dict(report.user_properties).get("level", "unit")
+            # A file that cannot be imported has a report, but no test and so no level.
+            level = dict(getattr(report, "user_properties", ())).get("level", "unit")
             counts[level][outcome] += 1
             if outcome == "skipped":
                 skipped.append(report.nodeid)
