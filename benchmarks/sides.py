@@ -80,7 +80,7 @@ def generate_side(model: Any) -> Side:
 def continuous_batching_side(model: Any) -> Iterator[Side]:
     """transformers' continuous batching, started once.
 
-    Of what was tried on a CPU (sdpa and eager attention; pages of 16 to 256 tokens; 16, 256 and
+    Of what was tried on a CPU (sdpa and eager attention; pages of 32 to 256 tokens; 16, 256 and
     default tokens per batch; with and without sharing of blocks) this is the fastest.
     """
     from transformers import GenerationConfig
