@@ -16,9 +16,9 @@ def engine_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
     By default OpenMP's threads wait for each other in a loop of some milliseconds. When another
     process has taken the core of one of them, the loop may keep that one from moving to the other
-    core, at every operation: a step of 16 requests on two cores, one of them with a busy neighbour,
-    was seen to take up to 1,690 ms, and takes 120 to 330 ms with a shorter loop. Without a neighbour
-    both take the same time.
+    core, at every operation. A step of 16 requests on two cores, one of them with a busy
+    neighbour, was seen to take up to 1,690 ms, and takes 120 to 330 ms with a shorter loop.
+    Without a neighbour both take the same time.
 
     These are read when a process starts. Where the user has set them, they stay as they are.
     """
