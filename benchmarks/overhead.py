@@ -58,7 +58,9 @@ class TimedModel:
 
     def __init__(self, model: Any, watch: Stopwatch) -> None:
         self.forward = watch.wrap("decoder", model)
+        self.can_screen = model.can_screen
         self.logits = watch.wrap("vocabulary", model.logits)
+        self.likeliest = watch.wrap("vocabulary", model.likeliest)
 
     def __call__(self, *args: Any) -> Any:
         return self.forward(*args)

@@ -27,7 +27,7 @@ BLOCK_SIZE = 32
 # The engine's defaults on a CPU; and blocks for what so many requests of this trace need.
 MAX_NUM_SEQS = 256
 MAX_NUM_BATCHED_TOKENS = 512
-LONG_PREFILL_TOKEN_THRESHOLD = 128
+LONG_PREFILL_TOKEN_THRESHOLD = 56
 NUM_BLOCKS = 12_000
 MAX_MODEL_LEN = 16_384
 STEPS_PER_SAMPLE = 8

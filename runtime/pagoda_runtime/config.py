@@ -26,7 +26,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
     long_prefill_token_threshold: int | None = None
-    """Prompt tokens of a step in which other requests decode; 128 on a CPU, 2048 on a GPU."""
+    """Prompt tokens of a step in which other requests decode; 56 on a CPU, 2048 on a GPU."""
     async_scheduling: bool = False
     """Whether the next step is planned while one runs."""
     block_size: int | None = None

@@ -21,7 +21,7 @@ from pagoda_runtime.engine.messages import (
 )
 from pagoda_runtime.engine.progress import Progress, advance
 from pagoda_runtime.engine.request import Request
-from pagoda_runtime.engine.scheduler import Plan, Scheduler
+from pagoda_runtime.engine.scheduler import NEVER, Plan, Scheduler
 
 
 class Runner(Protocol):
@@ -60,6 +60,7 @@ class EngineCore:
         enable_prefix_caching: bool,
         seed: int,
         sliding_window: int = 0,
+        doubling_depth: int = NEVER,
         overlap: bool = False,
     ) -> None:
         self.runner = runner
@@ -75,6 +76,7 @@ class EngineCore:
             max_model_len=max_model_len,
             eos_token_ids=eos_token_ids,
             sliding_window=sliding_window,
+            doubling_depth=doubling_depth,
         )
         self._num_arrived = 0
         self._deltas = DeltaMaker()

@@ -194,6 +194,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Tokens of a step; the engine process fills it in."""
     sliding_window: int = 0
     """Positions that a token sees at most, itself included; 0 if some layer sees all."""
+    doubling_depth: int = 1 << 60
+    """Position at which a token takes twice the work of the first one, because of attention."""
     default_sampling: dict[str, float | int] = msgspec.field(default_factory=dict)
     """temperature, top_p, top_k of generation_config.json, where it names them."""
 

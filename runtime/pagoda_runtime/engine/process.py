@@ -47,7 +47,7 @@ logger = logging.getLogger("pagoda.engine")
 # next token by the time it takes: about a quarter of a second for a small model on two CPU cores.
 # So a step in which somebody decodes takes fewer (--long-prefill-token-threshold).
 DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 2048}
-DEFAULT_LONG_PREFILL_TOKEN_THRESHOLD = {"cpu": 128, "cuda": 2048}
+DEFAULT_LONG_PREFILL_TOKEN_THRESHOLD = {"cpu": 56, "cuda": 2048}
 IDLE_CHECK_MILLISECONDS = 1000
 LINGER_MILLISECONDS = 1000
 
@@ -167,7 +167,8 @@ def make_core(config: EngineConfig, runner: ReadyRunner) -> EngineCore:
         eos_token_ids=facts.eos_token_ids,
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
-        sliding_window=runner.ready_facts.sliding_window,
+        sliding_window=facts.sliding_window,
+        doubling_depth=facts.doubling_depth,
         overlap=config.async_scheduling,
     )
 

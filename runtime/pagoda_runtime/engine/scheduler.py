@@ -23,6 +23,8 @@ from pagoda_runtime.engine.rows import make_row
 # Share of the blocks that admission leaves free for the growth of running requests. Without it
 # every admission soon costs a preemption.
 WATERMARK = 0.03
+NEVER = 1 << 60
+_CHUNK_MULTIPLE = 8
 
 
 @dataclass(slots=True)
@@ -100,6 +102,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Iterable[int],
         sliding_window: int = 0,
+        doubling_depth: int = NEVER,
     ) -> None:
         assert max_num_seqs >= 1
         assert max_num_batched_tokens >= 1
@@ -113,6 +116,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self.sliding_window = sliding_window
+        self.doubling_depth = doubling_depth
         self.max_num_tokens = most_tokens(
             max_model_len, block_pool.num_blocks, block_pool.block_size
         )
@@ -243,7 +247,7 @@ class Scheduler:
                 for member in unit:
                     draft.take(member, 1)
         for sequence in prefilling:
-            num_tokens = min(sequence.num_pending_tokens, self._prefill_budget(draft))
+            num_tokens = min(sequence.num_pending_tokens, self._prefill_budget(draft, sequence))
             if num_tokens > 0 and self._make_room(sequence, draft):
                 draft.take(sequence, num_tokens)
 
@@ -260,12 +264,18 @@ class Scheduler:
             or sequence.num_tokens >= self.max_num_tokens
         )
 
-    def _prefill_budget(self, draft: _Draft) -> int:
-        """Prompt tokens that the step can still take."""
+    def _prefill_budget(self, draft: _Draft, sequence: Sequence) -> int:
+        """Prompt tokens of this sequence that the step can still take."""
         if draft.num_decoding == 0:
             return draft.budget
         num_prefilling = self.max_num_batched_tokens - draft.budget - draft.num_decoding
-        return min(draft.budget, max(0, self.long_prefill_token_threshold - num_prefilling))
+        left = max(0, self.long_prefill_token_threshold - num_prefilling)
+        depth = sequence.num_computed_tokens
+        slowed = left * self.doubling_depth // (self.doubling_depth + depth)
+        if slowed < left:
+            # Few sizes of steps: libraries prepare for each new one.
+            slowed = max(slowed // _CHUNK_MULTIPLE, 1) * _CHUNK_MULTIPLE
+        return min(draft.budget, left, slowed)
 
     def _make_room(self, sequence: Sequence, draft: _Draft) -> bool:
         """Make the table hold all tokens, and its end this sequence's own, preempting if need be.
@@ -350,7 +360,7 @@ class Scheduler:
             request = sequence.request
             if num_slots + sequence.num_slots > self.max_num_seqs:
                 break
-            num_tokens = self._prefill_budget(draft)
+            num_tokens = self._prefill_budget(draft, sequence)
             # A sequence that was preempted knows all its tokens only when its step has run.
             if num_tokens == 0 or sequence.num_in_flight or not self._admit(sequence, draft):
                 break

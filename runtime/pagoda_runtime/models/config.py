@@ -85,6 +85,22 @@ class ModelConfig:
         """Numbers that the KV cache holds for one token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
+    @property
+    def doubling_depth(self) -> int:
+        """Position whose token takes twice the multiplications of the first one.
+
+        Those of the layers' matrices are the same for each token; in a layer that sees all, each
+        earlier token adds two products of a head's size for each head.
+        """
+        attention = self.num_heads * self.head_dim
+        matrices = self.hidden_size * (
+            2 * attention + 2 * self.num_kv_heads * self.head_dim + 3 * self.intermediate_size
+        )
+        num_full_layers = sum(1 for window in self.sliding_windows if not window)
+        if num_full_layers == 0:
+            return 1 << 60
+        return self.num_layers * matrices // (2 * attention * num_full_layers)
+
 
 class ConfigFile:
     """A JSON object on disk, read with types; every error names file, key and value."""

@@ -268,6 +268,25 @@ def test_a_long_prompt_takes_few_tokens_of_a_step_in_which_others_decode():
     assert num_tokens(step(scheduler)) == [1, 4, 4]
 
 
+def test_a_long_prompt_takes_fewer_tokens_the_deeper_it_is():
+    scheduler = make_scheduler(
+        num_blocks=1000,
+        max_model_len=4000,
+        max_num_batched_tokens=512,
+        long_prefill_token_threshold=96,
+        doubling_depth=1000,
+    )
+    add(scheduler, [1] * 4, max_tokens=200)
+    step(scheduler)
+    add(scheduler, [2] * 3000)
+    chunks = [num_tokens(step(scheduler))[1] for _ in range(40)]
+    assert chunks[0] == 96
+    assert chunks == sorted(chunks, reverse=True)
+    assert all(chunk % 8 == 0 for chunk in chunks)
+    # At a depth of 1,000 half as many.
+    assert 1000 < sum(chunks[: chunks.index(40)]) < 1200
+
+
 def test_a_long_prompt_alone_takes_the_whole_step():
     scheduler = make_scheduler(max_num_batched_tokens=64, long_prefill_token_threshold=8)
     add(scheduler, [2] * 100)

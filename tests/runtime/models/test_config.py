@@ -6,6 +6,7 @@ import pytest
 
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.models.registry import load_model_config
+from pagoda_runtime.models.testing import make_tiny_checkpoint
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -191,3 +192,22 @@ def test_quantized_checkpoints_and_quantization_flags_are_refused(tmp_path):
     assert "'awq'" in stored.message
     assert "--quantization fp8" in asked.message
     assert load(tmp_path, LLAMA, quantization="none").dtype == "float16"
+
+
+def test_the_depth_at_which_a_token_takes_twice_the_work_counts_only_layers_that_see_all(tmp_path):
+    folder = make_tiny_checkpoint(tmp_path / "llama", "llama")
+    config = load_model_config(folder, quantization=None)
+    per_layer = sum(
+        size
+        for size in (
+            config.hidden_size * config.num_heads * config.head_dim * 2,
+            config.hidden_size * config.num_kv_heads * config.head_dim * 2,
+            config.hidden_size * config.intermediate_size * 3,
+        )
+    )
+    per_earlier_token = 2 * config.num_heads * config.head_dim
+    assert config.doubling_depth == per_layer // per_earlier_token
+    gemma = load_model_config(
+        make_tiny_checkpoint(tmp_path / "gemma", "gemma3_text"), quantization=None
+    )
+    assert gemma.doubling_depth > config.doubling_depth
