@@ -76,7 +76,7 @@ def make_request(number: int, lengths: Lengths) -> EngineRequest:
 
 
 def run(core: EngineCore, trace: list[Lengths]) -> Counter[str]:
-    """Sums over the samples: steps, running, held slots, slots without a token, without KV."""
+    """Sums over the samples: steps, running, held slots, those without keys and values."""
     scheduler, sums = core.scheduler, Counter[str]()
     next_request = num_steps = 0
     while next_request < len(trace) or core.has_work:
@@ -88,12 +88,10 @@ def run(core: EngineCore, trace: list[Lengths]) -> Counter[str]:
         # Empty at the beginning and at the end, the engine shows nothing of interest.
         if num_steps % STEPS_PER_SAMPLE == 0 and scheduler.waiting and next_request > MAX_NUM_SEQS:
             held = scheduler.block_pool.num_used * BLOCK_SIZE
-            computed = sum(sequence.num_computed_tokens for sequence in scheduler.running)
             sums["samples"] += 1
             sums["running"] += len(scheduler.running)
             sums["held"] += held
-            sums["without_token"] += scheduler.num_unfilled_slots()
-            sums["without_kv"] += held - computed
+            sums["unfilled"] += held - sum(s.num_computed_tokens for s in scheduler.running)
     sums["preemptions"] = scheduler.preemptions_total
     return sums
 
@@ -108,24 +106,15 @@ def measure(name: str, core: EngineCore, trace: list[Lengths]) -> list[Result]:
         "mean_running": round(sums["running"] / samples, 1),
         "preemptions": sums["preemptions"],
     }
-    unit, peer, num_held = "slots", "slots of held blocks", sums["held"] / samples
     return [
         Result(
             f"kv_waste_{name}",
-            sums["without_token"] / samples,
-            unit,
-            peer,
-            num_held,
+            sums["unfilled"] / samples,
+            "slots",
+            "slots of held blocks",
+            sums["held"] / samples,
             bar=Bar(at_most=0.015),
-            details={"counts": "slots that no known token fills", **details},
-        ),
-        Result(
-            f"kv_unfilled_{name}",
-            sums["without_kv"] / samples,
-            unit,
-            peer,
-            num_held,
-            details={"counts": "those, and slots of prompt tokens that are not computed yet"},
+            details={"counts": "slots of held blocks without keys and values", **details},
         ),
     ]
 

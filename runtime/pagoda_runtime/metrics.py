@@ -77,7 +77,9 @@ class EngineCollector:
     def collect(self) -> Iterator[Metric]:
         counts = self.source.engine_counts()
         kv_help = "Used part of the KV cache's blocks, 0 to 1."
-        waste_help = "Slots of held KV blocks that no token fills, over all their slots, 0 to 1."
+        waste_help = (
+            "Slots of held KV blocks without keys and values, over all their slots, 0 to 1."
+        )
         gauges = (
             (
                 "num_requests_running",

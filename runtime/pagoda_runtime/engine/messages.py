@@ -150,7 +150,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache_hits: int = 0
     """Prompt tokens found there."""
     kv_waste: float = 0.0
-    """Slots of held blocks that no token fills, over all slots of held blocks."""
+    """Slots of held blocks without keys and values, over all slots of held blocks."""
     num_scheduled_tokens: int = 0
     """Tokens of the last step."""
 

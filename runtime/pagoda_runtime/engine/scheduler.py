@@ -124,6 +124,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.requests: dict[str, Request] = {}
+        self._num_reserved = 0
         self.preemptions_total = 0
         self.finished_total = 0
         self.prefix_cache_queries = 0
@@ -215,14 +216,14 @@ class Scheduler:
         return plan
 
     def num_unfilled_slots(self) -> int:
-        """Slots of held blocks that no known token fills or is going to."""
+        """Slots of held blocks without keys and values, those of the step in flight counted in."""
         size = self.block_pool.block_size
         unfilled = {
-            sequence.block_table[-1]: len(sequence.block_table) * size - sequence.num_tokens
-            for sequence in self.running
-            if sequence.block_table
+            s.block_table[-1]: len(s.block_table) * size - s.num_computed_tokens
+            for s in self.running
+            if s.block_table
         }
-        return sum(max(0, slots) for slots in unfilled.values())
+        return sum(unfilled.values())
 
     def check(self) -> None:
         """Assert that every block is accounted for."""
@@ -231,6 +232,8 @@ class Scheduler:
         assert len(sequences) == len(self.running) + len(self.waiting)
         assert all(not sequence.block_table for sequence in self.waiting)
         assert sum(s.num_slots for s in self.running) <= self.max_num_seqs
+        assert self._num_reserved == sum(s.num_reserved_blocks for s in sequences)
+        assert self._num_available() >= 0
         assert all(len(s.unit) <= self.max_num_seqs for s in self.running)
 
     # Running sequences
@@ -243,12 +246,12 @@ class Scheduler:
             unit = sequence.unit
             if sequence is not unit[0] or not self._can_step(unit, draft):
                 continue
-            if all(self._make_room(member, draft) for member in unit):
+            if all(self._make_room(member, draft, 1) for member in unit):
                 for member in unit:
                     draft.take(member, 1)
         for sequence in prefilling:
             num_tokens = min(sequence.num_pending_tokens, self._prefill_budget(draft, sequence))
-            if num_tokens > 0 and self._make_room(sequence, draft):
+            if num_tokens > 0 and self._make_room(sequence, draft, num_tokens):
                 draft.take(sequence, num_tokens)
 
     def _can_step(self, unit: list[Sequence], draft: _Draft) -> bool:
@@ -277,8 +280,8 @@ class Scheduler:
             slowed = max(slowed // _CHUNK_MULTIPLE, 1) * _CHUNK_MULTIPLE
         return min(draft.budget, left, slowed)
 
-    def _make_room(self, sequence: Sequence, draft: _Draft) -> bool:
-        """Make the table hold all tokens, and its end this sequence's own, preempting if need be.
+    def _make_room(self, sequence: Sequence, draft: _Draft, num_tokens: int) -> bool:
+        """Make room for num_tokens more in blocks of its own, preempting others if need be.
 
         False: the sequence itself was preempted.
         """
@@ -287,11 +290,11 @@ class Scheduler:
         self._give_back_behind_window(sequence)
         pool, table = self.block_pool, sequence.block_table
         first_written = sequence.num_computed_tokens // pool.block_size
+        missing = pool.num_blocks_for(sequence.num_computed_tokens + num_tokens) - len(table)
         while True:
             # Asked anew each time: the victim may have been the other holder.
             is_shared = first_written < len(table) and pool.is_shared(table[first_written])
-            missing = pool.num_blocks_for(sequence.num_tokens) - len(table)
-            if missing + is_shared <= pool.num_free:
+            if missing + is_shared <= self._num_available() + sequence.num_reserved_blocks:
                 break
             if not self._preempt_one(sequence, draft):
                 return False
@@ -301,9 +304,22 @@ class Scheduler:
             pool.release([shared])
             sequence.block_table = [*table[:first_written], own, *table[first_written + 1 :]]
             draft.source_of[own] = shared
-        if missing > 0:
-            sequence.block_table = [*sequence.block_table, *pool.allocate(missing)]
+        self._extend_table(sequence, missing)
         return True
+
+    def _extend_table(self, sequence: Sequence, num_blocks: int) -> None:
+        """Take blocks, those first that were reserved for the sequence."""
+        if num_blocks > 0:
+            self._reserve(sequence, max(0, sequence.num_reserved_blocks - num_blocks))
+            sequence.block_table = [*sequence.block_table, *self.block_pool.allocate(num_blocks)]
+
+    def _num_available(self) -> int:
+        """Free blocks that are promised to nobody."""
+        return self.block_pool.num_free - self._num_reserved
+
+    def _reserve(self, sequence: Sequence, num_blocks: int) -> None:
+        self._num_reserved += num_blocks - sequence.num_reserved_blocks
+        sequence.num_reserved_blocks = num_blocks
 
     def _give_back_behind_window(self, sequence: Sequence) -> None:
         if not self.sliding_window:
@@ -362,7 +378,9 @@ class Scheduler:
                 break
             num_tokens = self._prefill_budget(draft, sequence)
             # A sequence that was preempted knows all its tokens only when its step has run.
-            if num_tokens == 0 or sequence.num_in_flight or not self._admit(sequence, draft):
+            if num_tokens == 0 or sequence.num_in_flight:
+                break
+            if not self._admit(sequence, draft, num_tokens):
                 break
             self.waiting.pop(0)
             self.running.append(sequence)
@@ -376,27 +394,30 @@ class Scheduler:
                 draft.admitted.append(request)
             draft.take(sequence, min(sequence.num_pending_tokens, num_tokens))
 
-    def _admit(self, sequence: Sequence, draft: _Draft) -> bool:
-        """Give the sequence blocks for all its tokens, or nothing.
+    def _admit(self, sequence: Sequence, draft: _Draft, num_tokens: int) -> bool:
+        """Give the sequence blocks for its next num_tokens and reserve the others, or nothing.
 
-        All at once although the prompt may be computed in chunks: half-computed prompts that wait
-        for each other's blocks would deadlock.
+        All are spoken for at once although the prompt may be computed in chunks: half-computed
+        prompts that wait for each other's blocks would deadlock. But only what a step fills is
+        taken, so that until then free blocks keep what others may find in them.
         """
         pool = self.block_pool
         cached = self.prefix_cache.find_prefix(sequence)
         num_new = pool.num_blocks_for(sequence.num_tokens) - len(cached)
         reserve = self.watermark_blocks if self.running else 0
-        if pool.num_free - pool.num_free_among(cached) - num_new < reserve:
+        if self._num_available() - pool.num_free_among(cached) - num_new < reserve:
             return False
         donor, num_common = self.prefix_cache.find_donor(sequence, len(cached))
         pool.hold(cached)
-        new = pool.allocate(num_new)
-        sequence.block_table = [*cached, *new]
+        sequence.block_table = cached
+        self._reserve(sequence, num_new)
         sequence.num_computed_tokens = len(cached) * pool.block_size + num_common
         sequence.num_registered_blocks = len(cached)
+        end = min(sequence.num_computed_tokens + num_tokens, sequence.num_tokens)
+        self._extend_table(sequence, pool.num_blocks_for(end) - len(cached))
         # The donor itself may be what was handed out; then its content is in place.
-        if num_common and donor != new[0]:
-            draft.source_of[new[0]] = donor
+        if num_common and donor != sequence.block_table[len(cached)]:
+            draft.source_of[sequence.block_table[len(cached)]] = donor
         return True
 
     # Both
@@ -431,6 +452,7 @@ class Scheduler:
         self.block_pool.release(sequence.block_table)
         # A new list: the rows of an earlier plan may still show the old one.
         sequence.block_table = []
+        self._reserve(sequence, 0)
         sequence.num_behind_window = 0
         sequence.num_computed_tokens = 0
         sequence.num_registered_blocks = 0

@@ -87,11 +87,16 @@ def test_decoding_requests_come_before_the_chunks_of_a_long_prompt():
     assert plan.sequences == [long, short, late]
 
 
-def test_a_row_holds_exactly_the_blocks_of_its_tokens():
-    scheduler = make_scheduler(block_size=4, max_num_batched_tokens=6)
+def test_a_sequence_takes_the_blocks_of_its_chunk_and_has_the_others_reserved():
+    scheduler = make_scheduler(num_blocks=5, block_size=4, max_num_batched_tokens=6)
     request = add(scheduler, [1] * 10)
     assert len(step(scheduler).rows[0].block_table) == 2
-    assert len(request.block_table) == 3
+    assert (len(request.block_table), request.num_reserved_blocks) == (2, 1)
+    # Three blocks are free, and one of them is spoken for.
+    other = add(scheduler, [2] * 9)
+    step(scheduler)
+    assert other.status is Status.WAITING
+    assert (len(request.block_table), request.num_reserved_blocks) == (3, 0)
 
 
 def test_a_prompt_that_was_seen_before_computes_only_what_is_new():
