@@ -183,7 +183,9 @@ class EngineCore:
             waiting=len(scheduler.waiting),
             slots=scheduler.max_num_seqs,
             kv_usage=pool.num_used / pool.num_blocks,
-            kv_waste=scheduler.num_unfilled_slots() / num_held_slots if num_held_slots else 0.0,
+            kv_waste=scheduler.block_tables.num_unfilled_slots(scheduler.running) / num_held_slots
+            if num_held_slots
+            else 0.0,
             preemptions_total=scheduler.preemptions_total,
             finished_total=scheduler.finished_total,
             prefix_cache_queries=scheduler.prefix_cache_queries,

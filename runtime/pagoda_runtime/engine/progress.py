@@ -40,7 +40,9 @@ def advance(scheduler: Scheduler, plan: Plan, outputs: Several[RowOutput]) -> li
         if row.sampling_params is not None:
             sequence.num_in_flight -= 1
         if sequence.status is Status.RUNNING:
-            scheduler.prefix_cache.register_blocks(sequence, row.start + len(row.token_ids))
+            scheduler.block_tables.prefix_cache.register_blocks(
+                sequence, row.start + len(row.token_ids)
+            )
         if row.sampling_params is None:
             continue
         if sequence.request.beams is not None:

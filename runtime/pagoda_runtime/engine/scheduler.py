@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from pagoda_runtime.engine.beam import BeamSearch
 from pagoda_runtime.engine.block_pool import BlockPool
+from pagoda_runtime.engine.block_tables import BlockTables
 from pagoda_runtime.engine.limits import (
     most_tokens,
     verify_beams_fit,
@@ -16,7 +17,6 @@ from pagoda_runtime.engine.limits import (
     verify_queue_has_room,
 )
 from pagoda_runtime.engine.messages import BlockCopy, ScheduledRow
-from pagoda_runtime.engine.prefix_cache import PrefixCache
 from pagoda_runtime.engine.request import Request, Sequence, Status
 from pagoda_runtime.engine.rows import make_row
 
@@ -108,14 +108,13 @@ class Scheduler:
         assert max_num_batched_tokens >= 1
         assert long_prefill_token_threshold >= 1
         self.block_pool = block_pool
-        self.prefix_cache = PrefixCache(block_pool)
+        self.block_tables = BlockTables(block_pool, sliding_window=sliding_window)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.long_prefill_token_threshold = long_prefill_token_threshold
         self.max_num_waiting = max_num_waiting
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.sliding_window = sliding_window
         self.doubling_depth = doubling_depth
         self.max_num_tokens = most_tokens(
             max_model_len, block_pool.num_blocks, block_pool.block_size
@@ -124,7 +123,6 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.requests: dict[str, Request] = {}
-        self._num_reserved = 0
         self.preemptions_total = 0
         self.finished_total = 0
         self.prefix_cache_queries = 0
@@ -184,7 +182,7 @@ class Scheduler:
     def fork(self, parent: Sequence, index: int) -> Sequence:
         """A sequence in its parent's queue that shares all its blocks."""
         child = parent.fork(index)
-        self.block_pool.hold(block for block in child.block_table if block != 0)
+        self.block_tables.share(child)
         if child.status is Status.RUNNING:
             self.running.append(child)
         else:
@@ -215,25 +213,13 @@ class Scheduler:
         self._hand_out(plan)
         return plan
 
-    def num_unfilled_slots(self) -> int:
-        """Slots of held blocks without keys and values, those of the step in flight counted in."""
-        size = self.block_pool.block_size
-        unfilled = {
-            s.block_table[-1]: len(s.block_table) * size - s.num_computed_tokens
-            for s in self.running
-            if s.block_table
-        }
-        return sum(unfilled.values())
-
     def check(self) -> None:
         """Assert that every block is accounted for."""
         sequences = [s for request in self.requests.values() for s in request.sequences]
-        self.block_pool.check(sequence.block_table for sequence in sequences)
+        self.block_tables.check(sequences)
         assert len(sequences) == len(self.running) + len(self.waiting)
         assert all(not sequence.block_table for sequence in self.waiting)
         assert sum(s.num_slots for s in self.running) <= self.max_num_seqs
-        assert self._num_reserved == sum(s.num_reserved_blocks for s in sequences)
-        assert self._num_available() >= 0
         assert all(len(s.unit) <= self.max_num_seqs for s in self.running)
 
     # Running sequences
@@ -281,62 +267,18 @@ class Scheduler:
         return min(draft.budget, left, slowed)
 
     def _make_room(self, sequence: Sequence, draft: _Draft, num_tokens: int) -> bool:
-        """Make room for num_tokens more in blocks of its own, preempting others if need be.
+        """Make room for num_tokens more, preempting others if need be.
 
         False: the sequence itself was preempted.
         """
-        if sequence.status is not Status.RUNNING:
-            return False
-        self._give_back_behind_window(sequence)
-        pool, table = self.block_pool, sequence.block_table
-        first_written = sequence.num_computed_tokens // pool.block_size
-        missing = pool.num_blocks_for(sequence.num_computed_tokens + num_tokens) - len(table)
-        while True:
-            # Asked anew each time: the victim may have been the other holder.
-            is_shared = first_written < len(table) and pool.is_shared(table[first_written])
-            if missing + is_shared <= self._num_available() + sequence.num_reserved_blocks:
-                break
-            if not self._preempt_one(sequence, draft):
-                return False
-        # New lists: the row of a step in flight may show the old one.
-        if is_shared:
-            shared, own = table[first_written], pool.allocate(1)[0]
-            pool.release([shared])
-            sequence.block_table = [*table[:first_written], own, *table[first_written + 1 :]]
-            draft.source_of[own] = shared
-        self._extend_table(sequence, missing)
-        return True
+        while sequence.status is Status.RUNNING:
+            if self.block_tables.extend(sequence, num_tokens, draft.source_of):
+                return True
+            self._preempt_one(draft)
+        return False
 
-    def _extend_table(self, sequence: Sequence, num_blocks: int) -> None:
-        """Take blocks, those first that were reserved for the sequence."""
-        if num_blocks > 0:
-            self._reserve(sequence, max(0, sequence.num_reserved_blocks - num_blocks))
-            sequence.block_table = [*sequence.block_table, *self.block_pool.allocate(num_blocks)]
-
-    def _num_available(self) -> int:
-        """Free blocks that are promised to nobody."""
-        return self.block_pool.num_free - self._num_reserved
-
-    def _reserve(self, sequence: Sequence, num_blocks: int) -> None:
-        self._num_reserved += num_blocks - sequence.num_reserved_blocks
-        sequence.num_reserved_blocks = num_blocks
-
-    def _give_back_behind_window(self, sequence: Sequence) -> None:
-        if not self.sliding_window:
-            return
-        first_visible = max(0, sequence.num_computed_tokens - self.sliding_window + 1)
-        num_behind = first_visible // self.block_pool.block_size
-        if num_behind > sequence.num_behind_window:
-            table = sequence.block_table
-            self.block_pool.release(table[sequence.num_behind_window : num_behind])
-            sequence.block_table = [*[0] * num_behind, *table[num_behind:]]
-            sequence.num_behind_window = num_behind
-
-    def _preempt_one(self, sequence: Sequence, draft: _Draft) -> bool:
-        """Preempt what loses least, the first in rank excepted; of equals the last.
-
-        False: it was the sequence itself.
-        """
+    def _preempt_one(self, draft: _Draft) -> None:
+        """Preempt what loses least, the first in rank excepted; of equals the last."""
         first = min(self.running, key=_order)
         candidates = [s for s in self.running if s.unit[0] is not first.unit[0]]
         # Alone, a request always has room: verify_prompt_fits and verify_beams_fit.
@@ -349,7 +291,6 @@ class Scheduler:
             draft.give_back(member)
             draft.preempted.append(member)
         self._preempt(victim)
-        return sequence.status is Status.RUNNING
 
     def _preempt(self, victim: Sequence) -> None:
         self.preemptions_total += 1
@@ -380,7 +321,8 @@ class Scheduler:
             # A sequence that was preempted knows all its tokens only when its step has run.
             if num_tokens == 0 or sequence.num_in_flight:
                 break
-            if not self._admit(sequence, draft, num_tokens):
+            reserve = self.watermark_blocks if self.running else 0
+            if not self.block_tables.admit(sequence, num_tokens, reserve, draft.source_of):
                 break
             self.waiting.pop(0)
             self.running.append(sequence)
@@ -393,32 +335,6 @@ class Scheduler:
                 self.prefix_cache_hits += sequence.num_computed_tokens
                 draft.admitted.append(request)
             draft.take(sequence, min(sequence.num_pending_tokens, num_tokens))
-
-    def _admit(self, sequence: Sequence, draft: _Draft, num_tokens: int) -> bool:
-        """Give the sequence blocks for its next num_tokens and reserve the others, or nothing.
-
-        All are spoken for at once although the prompt may be computed in chunks: half-computed
-        prompts that wait for each other's blocks would deadlock. But only what a step fills is
-        taken, so that until then free blocks keep what others may find in them.
-        """
-        pool = self.block_pool
-        cached = self.prefix_cache.find_prefix(sequence)
-        num_new = pool.num_blocks_for(sequence.num_tokens) - len(cached)
-        reserve = self.watermark_blocks if self.running else 0
-        if self._num_available() - pool.num_free_among(cached) - num_new < reserve:
-            return False
-        donor, num_common = self.prefix_cache.find_donor(sequence, len(cached))
-        pool.hold(cached)
-        sequence.block_table = cached
-        self._reserve(sequence, num_new)
-        sequence.num_computed_tokens = len(cached) * pool.block_size + num_common
-        sequence.num_registered_blocks = len(cached)
-        end = min(sequence.num_computed_tokens + num_tokens, sequence.num_tokens)
-        self._extend_table(sequence, pool.num_blocks_for(end) - len(cached))
-        # The donor itself may be what was handed out; then its content is in place.
-        if num_common and donor != sequence.block_table[len(cached)]:
-            draft.source_of[sequence.block_table[len(cached)]] = donor
-        return True
 
     # Both
 
@@ -448,14 +364,7 @@ class Scheduler:
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
-        self.prefix_cache.register_tail(sequence)
-        self.block_pool.release(sequence.block_table)
-        # A new list: the rows of an earlier plan may still show the old one.
-        sequence.block_table = []
-        self._reserve(sequence, 0)
-        sequence.num_behind_window = 0
-        sequence.num_computed_tokens = 0
-        sequence.num_registered_blocks = 0
+        self.block_tables.release(sequence)
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:

@@ -139,7 +139,7 @@ def test_a_model_whose_layers_all_have_a_window_gives_blocks_back(runners):
         request_id="r", prompt_token_ids=[5, 6, 7], sampling_params=params, arrival_seconds=0.0
     )
     core = make_core(runner)
-    assert core.scheduler.sliding_window == 12
+    assert core.scheduler.block_tables.sliding_window == 12
     core.add(request)
     most, tokens = 0, []
     while core.has_work:
@@ -148,7 +148,7 @@ def test_a_model_whose_layers_all_have_a_window_gives_blocks_back(runners):
     # 12 tokens touch at most 3 blocks of 8; the whole would take 13.
     assert most == 3
     kept = make_core(runner)
-    kept.scheduler.sliding_window = 0
+    kept.scheduler.block_tables.sliding_window = 0
     assert run(kept, [request])[0] == [tokens]
 
 
