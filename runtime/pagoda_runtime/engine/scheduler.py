@@ -87,6 +87,8 @@ class Scheduler:
         max_num_batched_tokens: tokens of a step.
         long_prefill_token_threshold: prompt tokens of a step in which others decode; what bounds
             the time that they wait for their next token.
+        doubling_depth: position whose token takes twice the work of the first one; the bound above
+            shrinks with depth accordingly.
         sliding_window: positions that any layer sees back from a token, itself included; 0 if some
             layer sees all. Blocks behind it are given back.
     """

@@ -12,6 +12,7 @@ from pagoda_runtime.engine.core import EngineCore
 from pagoda_runtime.engine.messages import EngineRequest, RequestDelta
 from pagoda_runtime.engine.request import seed_of_choice
 from pagoda_runtime.execution.runner import ModelRunner
+from pagoda_runtime.execution.testing import SmallRunner
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
 
@@ -46,13 +47,8 @@ def transformers_model(folder):
 
 
 def make_core(runner: ModelRunner, eos_token_ids: list[int], num_blocks: int = 100) -> EngineCore:
-    class SmallRunner:
-        block_size = runner.block_size
-        execute = staticmethod(runner.execute)
-
-    SmallRunner.num_blocks = num_blocks
     return EngineCore(
-        SmallRunner(),
+        SmallRunner(runner, num_blocks),
         max_num_seqs=16,
         max_num_batched_tokens=32,
         long_prefill_token_threshold=16,

@@ -14,20 +14,11 @@ from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore
 from pagoda_runtime.engine.messages import EngineRequest
 from pagoda_runtime.execution.runner import ModelRunner
+from pagoda_runtime.execution.testing import SmallRunner
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
 
 BLOCK_SIZE = 8
-
-
-class SmallRunner:
-    """The same model with a smaller part of its cache."""
-
-    def __init__(self, runner: ModelRunner, num_blocks: int) -> None:
-        assert num_blocks <= runner.num_blocks
-        self.num_blocks = num_blocks
-        self.block_size = runner.block_size
-        self.execute = runner.execute
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])

@@ -10,6 +10,7 @@ from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore
 from pagoda_runtime.engine.messages import EngineRequest, EngineStats
 from pagoda_runtime.execution.runner import ModelRunner
+from pagoda_runtime.execution.testing import SmallRunner
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
 
@@ -34,16 +35,6 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelRunner]:
         )
         for family in FAMILIES
     }
-
-
-class SmallRunner:
-    """The same model with a smaller part of its cache."""
-
-    def __init__(self, runner: ModelRunner, num_blocks: int) -> None:
-        assert num_blocks <= runner.num_blocks
-        self.num_blocks = num_blocks
-        self.block_size = runner.block_size
-        self.execute = runner.execute
 
 
 def make_core(
