@@ -12,6 +12,7 @@ import msgspec
 from pagoda_runtime.engine.block_pool import BlockPool
 from pagoda_runtime.engine.deltas import DeltaMaker
 from pagoda_runtime.engine.messages import (
+    NEVER,
     BlockCopy,
     EngineRequest,
     EngineStats,
@@ -21,7 +22,7 @@ from pagoda_runtime.engine.messages import (
 )
 from pagoda_runtime.engine.progress import Progress, advance
 from pagoda_runtime.engine.request import Request
-from pagoda_runtime.engine.scheduler import NEVER, Plan, Scheduler
+from pagoda_runtime.engine.scheduler import Plan, Scheduler
 
 
 class Runner(Protocol):

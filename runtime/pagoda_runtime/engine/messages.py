@@ -9,6 +9,9 @@ import msgspec
 
 from pagoda_runtime.sampling_params import SamplingParams
 
+# A depth that no sequence reaches.
+NEVER = 1 << 60
+
 
 class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
     """The tokens of one sequence that one step computes, and what it wants of their logits."""
@@ -194,7 +197,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Tokens of a step; the engine process fills it in."""
     sliding_window: int = 0
     """Positions that a token sees at most, itself included; 0 if some layer sees all."""
-    doubling_depth: int = 1 << 60
+    doubling_depth: int = NEVER
     """Position at which a token takes twice the work of the first one, because of attention."""
     default_sampling: dict[str, float | int] = msgspec.field(default_factory=dict)
     """temperature, top_p, top_k of generation_config.json, where it names them."""

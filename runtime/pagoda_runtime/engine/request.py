@@ -103,7 +103,6 @@ class Sequence:
     """Chain hashes of the full blocks of token_ids, as far as they were needed."""
     num_registered_blocks: int = 0
     """Blocks of the table that the prefix cache was told of."""
-    num_preemptions: int = 0
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
     stop_reason: int | None = None

@@ -16,14 +16,13 @@ from pagoda_runtime.engine.limits import (
     verify_prompt_fits,
     verify_queue_has_room,
 )
-from pagoda_runtime.engine.messages import BlockCopy, ScheduledRow
+from pagoda_runtime.engine.messages import NEVER, BlockCopy, ScheduledRow
 from pagoda_runtime.engine.request import Request, Sequence, Status
 from pagoda_runtime.engine.rows import make_row
 
 # Share of the blocks that admission leaves free for the growth of running requests. Without it
 # every admission soon costs a preemption.
 WATERMARK = 0.03
-NEVER = 1 << 60
 _CHUNK_MULTIPLE = 8
 
 
@@ -37,7 +36,6 @@ class Plan:
     """Done before anything is written."""
     admitted: list[Request]
     """Requests that run for the first time."""
-    preempted: list[Sequence]
     num_tokens: int
 
 
@@ -52,7 +50,7 @@ class _Draft:
     source_of: dict[int, int] = field(default_factory=dict)
     """Block copies, by target."""
     admitted: list[Request] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
+    has_preempted: bool = False
 
     def take(self, sequence: Sequence, num_tokens: int) -> None:
         self.num_tokens_of[sequence] = num_tokens
@@ -199,7 +197,7 @@ class Scheduler:
         draft = _Draft(budget=self.max_num_batched_tokens)
         self._schedule_running(draft)
         # Admission after a preemption would take the blocks that were just made free.
-        if not draft.preempted:
+        if not draft.has_preempted:
             self._schedule_waiting(draft)
         plan = Plan(
             rows=[
@@ -209,7 +207,6 @@ class Scheduler:
             sequences=list(draft.num_tokens_of),
             copies=[BlockCopy(source, target) for target, source in draft.source_of.items()],
             admitted=draft.admitted,
-            preempted=draft.preempted,
             num_tokens=self.max_num_batched_tokens - draft.budget,
         )
         self._hand_out(plan)
@@ -289,9 +286,9 @@ class Scheduler:
             candidates,
             key=lambda s: (s.num_computed_tokens, -s.request.rank, -s.request.arrival, -s.index),
         )
-        for member in list(victim.unit):
+        for member in victim.unit:
             draft.give_back(member)
-            draft.preempted.append(member)
+        draft.has_preempted = True
         self._preempt(victim)
 
     def _preempt(self, victim: Sequence) -> None:
@@ -303,7 +300,6 @@ class Scheduler:
             self._enqueue(request.start(self._make_beams(request)))
             return
         self._leave(victim)
-        victim.num_preemptions += 1
         self._enqueue(victim)
 
     # Waiting sequences
