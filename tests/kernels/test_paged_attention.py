@@ -67,6 +67,11 @@ CASES = {
     "chunk of a prompt": ([5], [13]),
     "mixed": ([1, 1, 7, 3, 9], [2, 30, 7, 11, 20]),
     "a chunk of several blocks of queries": ([1, 300], [9, 340]),
+    "short prompts of different length, some partly computed": (
+        [1, 5, 2, 16, 9, 30],
+        [4, 5, 40, 16, 21, 30],
+    ),
+    "more short prompts than a batch takes": ([3] * 33, [3] * 20 + [11] * 13),
     "buckets of very different length": ([1, 1, 1, 1], [3, 250, 600, 900]),
 }
 

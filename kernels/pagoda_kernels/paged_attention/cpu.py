@@ -5,8 +5,9 @@ the number of requests. What to gather is planned once a step (`AttentionMetadat
 by all layers with the same sliding window.
 
 Two batched products and a softmax take less than half of the time of torch's fused attention on a
-CPU, whose products are of one sequence and one head at a time. They round the scores to the dtype
-of the queries before the softmax, which does not show beside the rounding of keys and queries.
+CPU, whose products are of one sequence and one head at a time, unless there is little to do. They
+round the scores to the dtype of the queries before the softmax, which does not show beside the
+rounding of keys and queries.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import functools
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pagoda_kernels.paged_attention.metadata import (
-    AttentionMetadata,
+from pagoda_kernels.paged_attention.metadata import AttentionMetadata, GatherBuffer
+from pagoda_kernels.paged_attention.plan import (
     DecodeBucket,
-    GatherBuffer,
+    PrefillBatch,
     PrefillGather,
     SingleQueries,
 )
+
+# Numbers in the keys up to which torch's fused attention is faster for one query token of each
+# sequence: each of oneDNN's products takes 16 us before it starts.
+_LARGEST_FUSED = 1 << 18
 
 
 def paged_attention_cpu(
@@ -40,6 +45,8 @@ def paged_attention_cpu(
         _attend_bucket(q, kv_cache, bucket, metadata.buffer, scale, out)
     for single in plan.singles:
         _attend_singly(q, kv_cache, single, scale, out)
+    for batch in plan.batches:
+        _attend_batch(q, kv_cache, batch, metadata.buffer, scale, out)
     for prefill in plan.prefills:
         _attend_prefill(q, kv_cache, prefill, metadata.buffer, scale, out)
     return out
@@ -59,6 +66,26 @@ def _attend_bucket(
     queries = q[rows].reshape(len(keys), -1, q.shape[2])
     attended = _attend(queries, keys, values, scale, bucket.mask)
     out[rows] = attended.view(-1, *q.shape[1:])
+
+
+def _attend_batch(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: PrefillBatch,
+    buffer: GatherBuffer,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    num_kv_heads, head_dim = kv_cache.shape[3:]
+    keys, values = _gather(kv_cache, batch.head_rows, buffer, len(batch.mask))
+    num_queries = batch.mask.shape[2]
+    gathered = q.index_select(0, batch.tokens)
+    grouped = gathered.view(-1, num_queries, num_kv_heads, q.shape[1] // num_kv_heads, head_dim)
+    by_head = grouped.permute(0, 2, 3, 1, 4)
+    queries = by_head.reshape(len(keys), -1, head_dim)
+    attended = _attend(queries, keys, values, scale, batch.mask)
+    by_token = attended.view(by_head.shape).permute(0, 3, 1, 2, 4)
+    out.index_copy_(0, batch.tokens, by_token.reshape(gathered.shape))
 
 
 def _attend_prefill(
@@ -100,19 +127,21 @@ def _gather(
 def _attend(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, mask: torch.Tensor
 ) -> torch.Tensor:
-    """q: [heads, queries, head_dim]; mask: see DecodeBucket and PrefillBlock."""
+    """q: [heads, queries, head_dim]; mask: see DecodeBucket, PrefillBatch and PrefillBlock."""
     dtype = _product_dtype(q.dtype)
     if dtype is not q.dtype:
         wide = _attend(q.to(dtype), keys.to(dtype), values.to(dtype), scale, mask.to(dtype))
         return wide.to(q.dtype)
+    if mask.shape[-2] == 1 and keys.numel() <= _LARGEST_FUSED:
+        attended = scaled_dot_product_attention(
+            q[:, None], keys[:, None], values[:, None], attn_mask=mask, scale=scale
+        )
+        return attended[:, 0]
     # With beta=0 the first argument is not read.
-    scores = torch.baddbmm(mask[..., :1, :1], q, keys.transpose(1, 2), beta=0, alpha=scale)
-    if mask.dim() == 3:
-        scores.add_(mask)
-    else:
-        num_queries, num_masked = mask.shape
-        corner = scores.view(len(q), -1, num_queries, scores.shape[2])[..., -num_masked:]
-        corner.add_(mask)
+    scores = torch.baddbmm(q[..., :1], q, keys.transpose(1, 2), beta=0, alpha=scale)
+    num_queries, num_masked = mask.shape[-2:]
+    masked = scores.view(len(q), -1, num_queries, scores.shape[2])[..., -num_masked:]
+    masked.add_(mask)
     return torch.bmm(scores.softmax(-1), values)
 
 
