@@ -133,6 +133,39 @@ def test_the_cpu_path_equals_the_reference(kv_heads, dtype):
     torch.testing.assert_close(result, expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (10, 2), (3, 3), (24, 3)])
+@pytest.mark.parametrize("window", [0, 7])
+def test_bf16_rows_that_see_few_keys_are_walked_whatever_the_heads(heads, kv_heads, window):
+    case = {"heads": heads, "kv_heads": kv_heads, "window": window, "dtype": torch.bfloat16}
+    q, cache, metadata, keys_values = make_case([1, 1, 1, 3], [1, 33, 90, 20], **case)
+    assert metadata.plans[window].walk is not None
+    result = paged_attention(q, cache, metadata, scale=0.3, sliding_window=window)
+    expected = brute_force(q.float(), keys_values, [1, 1, 1, 3], scale=0.3, window=window)
+    torch.testing.assert_close(result.float(), expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 40.0])
+def test_a_walk_is_exact_whether_one_key_has_all_the_weight_or_all_have_the_same(scale):
+    q, cache, metadata, keys_values = make_case([1, 1], [60, 61], dtype=torch.bfloat16)
+    result = paged_attention(q, cache, metadata, scale=scale)
+    expected = brute_force(q.float(), keys_values, [1, 1], scale=scale, window=0)
+    torch.testing.assert_close(result.float(), expected, atol=1e-2, rtol=1e-2)
+
+
+def test_bf16_rows_that_see_many_keys_are_gathered():
+    q, cache, metadata, _ = make_case([1, 1, 1], [300, 500, 700], dtype=torch.bfloat16)
+    assert metadata.plans[0].walk is None
+    result = paged_attention(q, cache, metadata, scale=0.25)
+    expected = paged_attention_reference(q, cache, metadata, scale=0.25, sliding_window=0)
+    torch.testing.assert_close(result, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_a_slot_outside_the_cache_is_never_read():
+    q, cache, metadata, _ = make_case([1], [9], dtype=torch.bfloat16)
+    with pytest.raises(IndexError, match="outside the cache"):
+        paged_attention(q, cache[:1], metadata, scale=0.25)
+
+
 def test_a_row_has_the_same_result_alone_and_among_longer_rows():
     q, cache, metadata, _ = make_case([1, 1, 1], [9, 90, 200])
     alone = AttentionMetadata.build(

@@ -5,9 +5,11 @@ the number of requests. What to gather is planned once a step (`AttentionMetadat
 by all layers with the same sliding window.
 
 Two batched products and a softmax take less than half of the time of torch's fused attention on a
-CPU, whose products are of one sequence and one head at a time, unless there is little to do. They
-round the scores to the dtype of the queries before the softmax, which does not show beside the
-rounding of keys and queries.
+CPU, whose products are of one sequence and one head at a time. They round the scores to the dtype
+of the queries before the softmax, which does not show beside the rounding of keys and queries.
+
+Where decode rows see few keys in all, starting the products would take longer than attending to
+them: see `pagoda_kernels.paged_attention.walk`.
 """
 
 from __future__ import annotations
@@ -25,10 +27,6 @@ from pagoda_kernels.paged_attention.plan import (
     SingleQueries,
 )
 
-# Numbers in the keys up to which torch's fused attention is faster for one query token of each
-# sequence: each of oneDNN's products takes 16 us before it starts.
-_LARGEST_FUSED = 1 << 18
-
 
 def paged_attention_cpu(
     q: torch.Tensor,
@@ -41,6 +39,11 @@ def paged_attention_cpu(
     """See `pagoda_kernels.paged_attention.paged_attention`; nothing is checked here."""
     plan = metadata.plans[sliding_window]
     out = torch.zeros(q.shape, dtype=q.dtype)
+    if plan.walk is not None:
+        from pagoda_kernels.paged_attention.walk import walk
+
+        rows = slice(0, len(plan.walk.ends))
+        walk(q[rows], kv_cache, plan.walk.slots, plan.walk.ends, scale, out[rows])
     for bucket in plan.buckets:
         _attend_bucket(q, kv_cache, bucket, metadata.buffer, scale, out)
     for single in plan.singles:
@@ -132,11 +135,6 @@ def _attend(
     if dtype is not q.dtype:
         wide = _attend(q.to(dtype), keys.to(dtype), values.to(dtype), scale, mask.to(dtype))
         return wide.to(q.dtype)
-    if mask.shape[-2] == 1 and keys.numel() <= _LARGEST_FUSED:
-        attended = scaled_dot_product_attention(
-            q[:, None], keys[:, None], values[:, None], attn_mask=mask, scale=scale
-        )
-        return attended[:, 0]
     # With beta=0 the first argument is not read.
     scores = torch.baddbmm(q[..., :1], q, keys.transpose(1, 2), beta=0, alpha=scale)
     num_queries, num_masked = mask.shape[-2:]

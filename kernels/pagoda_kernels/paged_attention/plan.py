@@ -10,6 +10,16 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeWalk:
+    """All decode rows of a step, when they see few keys."""
+
+    slots: torch.Tensor
+    """[num_keys] int64: cache slots that the first row sees, then the second, …"""
+    ends: torch.Tensor
+    """[num_decodes] int64: where the slots of each end."""
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeBucket:
     """Decode rows of similar length, whose keys are gathered and attended to in one call."""
 
@@ -77,6 +87,7 @@ class SingleQueries:
 class GatherPlan:
     """How the CPU path reads the cache in one step, for one sliding window."""
 
+    walk: DecodeWalk | None = None
     buckets: tuple[DecodeBucket, ...] = ()
     batches: tuple[PrefillBatch, ...] = ()
     prefills: tuple[PrefillGather, ...] = ()
@@ -120,14 +131,32 @@ def make_plan(layout: Layout, window: int, dtype: torch.dtype) -> GatherPlan:
     prefills = range(layout.num_decodes, len(layout.query_lens))
     long = [seq for seq in prefills if layout.seq_lens[seq] > _LONGEST_BATCHED]
     short = sorted(set(prefills).difference(long), key=layout.query_lens.__getitem__)
+    lens = np.asarray(layout.seq_lens[: layout.num_decodes], dtype=np.int64)
+    visible = np.minimum(lens, window) if window else lens
+    num_keys = int(visible.sum()) * layout.num_kv_heads
+    walks = 0 < num_keys <= _MOST_WALKED and dtype is torch.bfloat16
     return GatherPlan(
-        buckets=tuple(_decode_buckets(layout, window, dtype)),
+        walk=_decode_walk(layout, lens, visible) if walks else None,
+        buckets=() if walks else tuple(_decode_buckets(layout, lens, visible, dtype)),
         batches=tuple(
             _prefill_batch(layout, window, chunks, dtype)
             for chunks in _of_similar_length(short, layout.query_lens)
         ),
         prefills=tuple(_prefill_gather(layout, window, seq, dtype) for seq in long),
     )
+
+
+# Keys of decode rows, counted for each of their heads, for which one thread needs no longer than
+# torch's products with all of them.
+_MOST_WALKED = 1 << 11
+
+
+def _decode_walk(layout: Layout, lens: np.ndarray, visible: np.ndarray) -> DecodeWalk:
+    ends = np.cumsum(visible)
+    seqs = np.repeat(np.arange(len(lens)), visible)
+    positions = np.arange(ends[-1]) + (lens - ends)[seqs]
+    slots = layout.slots(seqs, positions[:, None])[:, 0]
+    return DecodeWalk(torch.from_numpy(slots), torch.from_numpy(ends))
 
 
 _SMALLEST_BUCKET = 256
@@ -137,14 +166,14 @@ _WIDTH_UNIT = 32
 _LARGEST_GATHER = 1 << 15
 
 
-def _decode_buckets(layout: Layout, window: int, dtype: torch.dtype) -> list[DecodeBucket]:
+def _decode_buckets(
+    layout: Layout, lens: np.ndarray, visible: np.ndarray, dtype: torch.dtype
+) -> list[DecodeBucket]:
     """Cut the decode rows where the number of visible keys passes a power of two.
 
     So at most half of what is gathered is padding, and the number of calls does not depend on
     the number of rows.
     """
-    lens = np.asarray(layout.seq_lens[: layout.num_decodes], dtype=np.int64)
-    visible = np.minimum(lens, window) if window else lens
     buckets = []
     first = 0
     while first < len(lens):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from pagoda_kernels.paged_attention import AttentionMetadata, paged_attention
-from pagoda_kernels.write_kv_cache import write_kv_cache
+from pagoda_kernels.rotate_and_store import rotate_and_store
 from pagoda_runtime.layers.linear import Linear
-from pagoda_runtime.layers.norm import folded_weight, norm_floor, to_unit_norm
-from pagoda_runtime.layers.rotary import RotaryAngles, apply_rotary
+from pagoda_runtime.layers.norm import folded_weight, norm_floor
+from pagoda_runtime.layers.rotary import RotaryAngles
 from pagoda_runtime.models.config import ModelConfig
 
 
@@ -67,14 +67,17 @@ class SelfAttention:
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """x: [num_tokens, hidden_size]; kv_cache: this layer's, written at slot_mapping."""
-        num_qk_heads = self.num_heads + self.num_kv_heads
         qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
-        qk = qkv[:, :num_qk_heads]
-        if self.qk_norm is not None:
-            qk = self.qk_norm(qk)
-        qkv[:, :num_qk_heads] = apply_rotary(qk, angles)
-        kv = qkv[:, self.num_heads :].unflatten(1, (2, self.num_kv_heads))
-        write_kv_cache(kv, kv_cache, slot_mapping)
+        norm = self.qk_norm
+        rotate_and_store(
+            qkv,
+            angles.cos,
+            angles.sin,
+            kv_cache,
+            slot_mapping,
+            norm_weight=norm.weight if norm else None,
+            norm_floor=norm.floor if norm else None,
+        )
         attended = paged_attention(
             qkv[:, : self.num_heads],
             kv_cache,
@@ -86,7 +89,7 @@ class SelfAttention:
 
 
 class QKNorm:
-    """The norms of q's and k's heads in one pass."""
+    """The norms of q's and k's heads, stacked: weight is [num_heads + num_kv_heads, head_dim]."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         self.weight_offset = config.norm_weight_offset
@@ -102,7 +105,3 @@ class QKNorm:
     def after_loading(self) -> None:
         rows = [self.q_weight] * self.num_heads + [self.k_weight] * self.num_kv_heads
         self.weight = folded_weight(torch.stack(rows), self.weight_offset)
-
-    def __call__(self, qk: torch.Tensor) -> torch.Tensor:
-        """qk: [num_tokens, num_heads + num_kv_heads, head_dim]; the result is fp32."""
-        return to_unit_norm(qk, self.floor).mul_(self.weight)

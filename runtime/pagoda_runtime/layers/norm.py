@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.linalg import vector_norm
+
+from pagoda_kernels.rms_norm import add_rms_norm, rms_norm
 
 
 class RMSNorm:
@@ -38,20 +39,12 @@ class RMSNorm:
         self.weight = folded_weight(self.weight, self.weight_offset)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., size], any float dtype; the result has the model's dtype."""
-        return to_unit_norm(x, self.floor).mul_(self.weight).to(self.dtype)
+        """x: [num_rows, size] fp32; the result has the model's dtype."""
+        return rms_norm(x, self.weight, self.floor, self.dtype)
 
-    def add_to(self, total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """total + norm(x), in place; total is fp32."""
-        return total.addcmul_(to_unit_norm(x, self.floor), self.weight)
-
-
-def to_unit_norm(x: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
-    """x / hypot(|x|, floor) over the last dimension, in fp32."""
-    # Cast once: an operation on two dtypes would cast again by itself.
-    wide = x.float()
-    norm = vector_norm(wide, 2, -1, True).hypot_(floor)
-    return wide / norm if wide is x else wide.div_(norm)
+    def add_to(self, total: torch.Tensor, x: torch.Tensor) -> None:
+        """total += norm(x); total is fp32, x has the model's dtype."""
+        add_rms_norm(total, x, self.weight, self.floor)
 
 
 def norm_floor(eps: float, size: int, device: torch.device) -> torch.Tensor:

@@ -95,9 +95,3 @@ class RotaryAngles:
         angles = positions[:, None, None].float() * frequencies
         cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
         return cls(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
-
-
-def apply_rotary(x: torch.Tensor, angles: RotaryAngles) -> torch.Tensor:
-    """x: [num_tokens, num_heads, head_dim], rotated by each token's angles; the result is fp32."""
-    swapped = torch.roll(x, x.shape[-1] // 2, -1)
-    return (x * angles.cos).addcmul_(swapped, angles.sin)

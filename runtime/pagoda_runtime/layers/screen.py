@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from pagoda_kernels.screened_argmax import choose_tokens, quantize_rows
 from pagoda_runtime.layers.linear import LinearMethod
 
 # Tokens whose largest logit is found first; a smaller power of two if the vocabulary needs it.
@@ -15,12 +16,9 @@ _SMALLEST_CHUNK = 64
 # of independent roundings, so it is close to normal: one in 1e9 likeliest tokens is missed.
 _DEVIATIONS = 6.0
 _INT8_MAX = 127
-# Relative: what bf16 may round away of a logit.
-_BF16_ROUNDING = 2.0**-8
 # Numbers rounded at once at load: torch splits larger operations among threads, and thousands of
 # small splits take minutes where other processes want the same cores.
 _NUMBERS_AT_ONCE = (1 << 15) - 1
-_CANDIDATES_AT_ONCE = 1 << 12
 # A row with more than this is not worth it: all its logits are computed in bf16.
 _MOST_CANDIDATES = 1 << 12
 # Numbers of a vector that are rotated together, or a smaller power of two if the vectors need it.
@@ -54,11 +52,14 @@ class Screen:
         # The largest mean square of a token's roundings, and of its rounded weights.
         self.error = self.power = 0.0
         rounded = torch.empty(table.shape, dtype=torch.int8)
-        self.rotation = _hadamard(min(_LARGEST_ROTATION, _power_of_two_in(table.shape[1])))
+        self.rotation_size = min(_LARGEST_ROTATION, _power_of_two_in(table.shape[1]))
+        rotation = _hadamard(self.rotation_size)
         num_rows = max(1, _NUMBERS_AT_ONCE // table.shape[1])
         for first in range(0, vocab_size, num_rows):
             part = slice(first, first + num_rows)
-            weight = self._rotate(table[part].float())
+            weight = (table[part].float().view(-1, len(rotation)) @ rotation).view(
+                -1, table.shape[1]
+            )
             scales = weight.abs().amax(-1).clamp_(min=1e-30).div_(_INT8_MAX)
             quotients = weight / scales[:, None]
             integers = _round(quotients)
@@ -78,61 +79,31 @@ class Screen:
         Args:
             hidden: [num_rows, hidden_size] bf16, normalized.
         """
-        wide = hidden.float()
-        x = self._rotate(wide)
-        row_scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30).div_(_INT8_MAX)
-        x.div_(row_scale)
-        integers = _round(x)
-        # In units of row_scale, as the logits.
-        variance = x.square().sum(-1).mul_(self.error)
-        variance.add_((x - integers).square_().sum(-1), alpha=self.power)
-        error = variance.sqrt_().mul_(_DEVIATIONS)
-        rows, token_ids = self._candidates(self._multiply(integers), error)
-        if len(rows) <= _MOST_CANDIDATES:
-            return self._decide(wide, rows, token_ids)
-        is_hard = torch.bincount(rows, minlength=len(x)) > _MOST_CANDIDATES
-        is_easy = ~is_hard[rows]
-        winners = self._decide(wide, rows[is_easy], token_ids[is_easy])
-        winners[is_hard] = self._argmax_of_all(hidden[is_hard])
+        hidden = hidden.contiguous()
+        integers, deviations = quantize_rows(hidden, self.rotation_size, self.error, self.power)
+        errors = deviations.mul_(_DEVIATIONS)
+        winners = self._choose(hidden, self._multiply(integers), errors, _MOST_CANDIDATES)
+        is_hard = winners < 0
+        if bool(is_hard.any()):
+            # The same result from bf16 logits, of which those that rounding made equal are left.
+            hard = hidden[is_hard]
+            logits = self.method.apply(hard, None)
+            winners[is_hard] = self._choose(hard, logits, torch.zeros(len(hard)), len(self.table))
         return winners
 
-    def _argmax_of_all(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The same result from bf16 logits, of which those that rounding made equal are left."""
-        logits = self.method.apply(hidden, None)
-        rows, token_ids = self._candidates(logits, torch.zeros(len(hidden)))
-        return self._decide(hidden.float(), rows, token_ids)
-
-    def _candidates(
-        self, logits: torch.Tensor, error: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and tokens, in ascending order, whose logits may be the largest of their row.
-
-        Args:
-            logits: [num_rows, vocab_size] bf16.
-            error: [num_rows] fp32: how far they may be off, before they were rounded to bf16.
-        """
-        chunks = logits.view(len(logits), -1, self.chunk)
-        largest = chunks.amax(-1).float()
-        best = largest.amax(-1)
-        floor = best.sub(best.abs(), alpha=_BF16_ROUNDING).sub_(error, alpha=2.0)
-        floor.sub_(floor.abs(), alpha=2 * _BF16_ROUNDING)
-        rows, chunk_ids = (largest >= floor[:, None]).nonzero(as_tuple=True)
-        near = chunks[rows, chunk_ids].float()
-        kept, offsets = (near >= floor[rows, None]).nonzero(as_tuple=True)
-        return rows[kept], chunk_ids[kept] * self.chunk + offsets
-
-    def _rotate(self, vectors: torch.Tensor) -> torch.Tensor:
-        """[num_vectors, hidden_size] fp32, times an orthogonal matrix; a new tensor."""
-        return (vectors.view(-1, len(self.rotation)) @ self.rotation).view(vectors.shape)
+    def _choose(
+        self, hidden: torch.Tensor, logits: torch.Tensor, errors: torch.Tensor, most: int
+    ) -> torch.Tensor:
+        largest = logits.view(len(logits), -1, self.chunk).amax(-1)
+        return choose_tokens(hidden, self.table, logits, largest, errors, most)
 
     def _multiply(self, integers: torch.Tensor) -> torch.Tensor:
-        """[num_rows, vocab_size] bf16, from whole numbers between -127 and 127."""
+        """[num_rows, vocab_size] bf16, from whole numbers plus 128."""
         # oneDNN's product of unsigned with signed bytes is the one that AVX512 has.
-        zero_point = _INT8_MAX + 1
         product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            (integers + zero_point).to(torch.uint8),
+            integers,
             1.0,
-            zero_point,
+            _INT8_MAX + 1,
             self.packed,
             self.scales,
             self.zero_points,
@@ -145,25 +116,6 @@ class Screen:
             "",
         )
         return product
-
-    def _decide(self, x: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """Of the candidates (row, token), in ascending order, each row's best."""
-        if torch.equal(rows, torch.arange(len(x))):
-            return token_ids
-        exact = torch.cat(
-            [
-                (self.table[some_ids].float() * x[some_rows]).sum(-1)
-                for some_rows, some_ids in zip(
-                    rows.split(_CANDIDATES_AT_ONCE),
-                    token_ids.split(_CANDIDATES_AT_ONCE),
-                    strict=True,
-                )
-            ]
-        )
-        best = torch.full((len(x),), -torch.inf).scatter_reduce_(0, rows, exact, "amax")
-        is_best = exact == best[rows]
-        winners = torch.full((len(x),), len(self.table) - 1)
-        return winners.scatter_reduce_(0, rows[is_best], token_ids[is_best], "amin")
 
 
 def can_screen(table: torch.Tensor) -> bool:

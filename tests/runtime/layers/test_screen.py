@@ -58,7 +58,7 @@ def test_large_numbers_among_small_ones_leave_int8_enough_to_say():
     hidden[:, 3] = 100.0
     table[:, 3] *= 0.01
     screen = make_screen(table)
-    screen._argmax_of_all = None
+    screen.method = None
     assert torch.equal(screen.argmax(hidden), expected_argmax(table, hidden))
 
 

@@ -1,0 +1,159 @@
+"""The pieces of kernels that numba compiles for the CPU they run on.
+
+torch takes 2 to 10 us for each operation of a decode step, whatever its size, and a layer has about
+50 of them. A loop in Python, compiled, does the work of ten in one call of 1 us.
+
+Such kernels run on one thread, for work of some 100 us at most: waking a second one costs more.
+They take addresses, because wrapping a tensor as an array takes longer than many of them run.
+Imported on the CPU path only: the import takes 0.3 s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar, cast
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+Array: TypeAlias = Any
+"""An array of numbers inside a kernel, or a part of one."""
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+# Sums may be split among the lanes of a vector. NaN and infinity keep their meaning.
+_FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
+
+
+def cache_folder() -> str:
+    """Where compiled kernels are kept, 1 MB: in PAGODA_CACHE, or ~/.cache/pagoda.
+
+    One folder for each version of all kernels: numba sees that the file of a kernel has changed,
+    but not the files of what it calls.
+    """
+    base = os.environ.get("PAGODA_CACHE") or os.path.expanduser("~/.cache/pagoda")
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return os.path.join(base, "kernels", digest.hexdigest()[:16])
+
+
+if not numba.config.CACHE_DIR:
+    numba.config.CACHE_DIR = cache_folder()
+
+
+def compiled(function: Kernel) -> Kernel:
+    """Compile at the first call, and keep the result on disk where there is a place for it."""
+    try:
+        kernel = njit(fastmath=_FAST_MATH, nogil=True, cache=True)(function)
+    except RuntimeError:
+        # There is no place that may be written to.
+        kernel = njit(fastmath=_FAST_MATH, nogil=True)(function)
+    return cast(Kernel, kernel)
+
+
+def _make_pointer(_context: Any, address: Any, dtype: Any) -> Any:
+    pointer = types.CPointer(dtype.dtype)
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+    return pointer(address, dtype), generate
+
+
+def _make_prefetch(_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        byte_pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte_pointer, int32, int32, int32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte_pointer], kind)
+        pointer = builder.inttoptr(arguments[0], byte_pointer)
+        # To be read, into all levels of the cache, as data.
+        builder.call(function, [pointer, int32(0), int32(3), int32(1)])
+        return context.get_dummy_value()
+
+    return types.void(address), generate
+
+
+_pointer = cast(Any, intrinsic(_make_pointer))
+"""An address as a pointer to numbers of a dtype."""
+_prefetch = cast(Any, intrinsic(_make_prefetch))
+"""Ask for the 64 bytes at an address, to be read soon."""
+
+
+@compiled
+def floats(address: int, shape: Any) -> Array:
+    """The fp32 numbers at an address."""
+    return carray(_pointer(address, np.float32), shape)
+
+
+@compiled
+def bf16_bits(address: int, shape: Any) -> Array:
+    """The bf16 numbers at an address; numba does not know them, so these are their bits."""
+    return carray(_pointer(address, np.uint16), shape)
+
+
+@compiled
+def uint8s(address: int, shape: Any) -> Array:
+    return carray(_pointer(address, np.uint8), shape)
+
+
+@compiled
+def int64s(address: int, shape: Any) -> Array:
+    return carray(_pointer(address, np.int64), shape)
+
+
+@compiled
+def prefetch(address: int, num_bytes: int) -> None:
+    for offset in range(0, num_bytes, 64):
+        _prefetch(address + offset)
+
+
+@compiled
+def widened(bits: Any) -> Any:
+    """A bf16 number, from its bits, in fp32."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@compiled
+def narrowed(number: Any) -> Any:
+    """The bits of the bf16 number nearest to an fp32 one, the even one of two; NaN stays NaN."""
+    bits = np.float32(number).view(np.uint32)
+    rounding = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    rounded = np.uint32(0x7FC00000) if is_nan else bits + rounding
+    return np.uint16(rounded >> np.uint32(16))
+
+
+@compiled
+def widen(source: Array, target: Array) -> None:
+    """Vectors of bf16 bits and of fp32."""
+    for i in range(target.size):
+        target[i] = widened(source[i])
+
+
+@compiled
+def narrow(source: Array, target: Array) -> None:
+    """Vectors of fp32 and of bf16 bits."""
+    for i in range(source.size):
+        target[i] = narrowed(source[i])
+
+
+@compiled
+def copy(source: Array, target: Array) -> None:
+    """As a loop: what a slice is assigned is checked, and compiling that takes two seconds."""
+    for i in range(source.size):
+        target[i] = source[i]
+
+
+@compiled
+def sum_of_squares(x: Array) -> Any:
+    total = np.float32(0)
+    for i in range(x.size):
+        total += x[i] * x[i]
+    return total

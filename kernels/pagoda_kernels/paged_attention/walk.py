@@ -1,0 +1,216 @@
+"""Attention of single query tokens that walks along the cache and gathers nothing.
+
+One thread, one sequence after the other: see `pagoda_kernels.compiled`. For a few short sequences
+this is over before the products of `pagoda_kernels.paged_attention.cpu` have begun.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pagoda_kernels.compiled import (
+    Array,
+    bf16_bits,
+    compiled,
+    floats,
+    int64s,
+    narrow,
+    prefetch,
+    widen,
+    widened,
+)
+
+# Keys asked for ahead of the one in use: memory answers after the time of about four.
+_AHEAD = 6
+# exp2 on [0, 1), lowest power last; the largest relative error is 2e-6.
+_EXP2 = tuple(
+    np.float32(c)
+    for c in (1.8775767e-3, 8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 9.9999994e-1)
+)
+_LOG2_E = np.float32(1.4426950408889634)
+_SMALLEST = np.float32(-126.0)
+
+
+def walk(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slots: torch.Tensor,
+    ends: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Attend to one query token of each sequence.
+
+    Args:
+        q: [num_seqs, num_heads, head_dim] bf16, heads contiguous.
+        kv_cache: see `pagoda_kernels.paged_attention.paged_attention`.
+        slots: [num_keys] int64: the cache slots that the first sequence sees, then the second, …
+        ends: [num_seqs] int64: where the slots of each end.
+        out: shape and dtype of q, contiguous; written.
+    """
+    num_kv_heads, head_dim = kv_cache.shape[3:]
+    scores = torch.empty(q.shape[1] // num_kv_heads, len(slots))
+    _walk(
+        q.data_ptr(),
+        q.stride(0),
+        kv_cache.data_ptr(),
+        slots.data_ptr(),
+        ends.data_ptr(),
+        scores.data_ptr(),
+        out.data_ptr(),
+        len(q),
+        q.shape[1],
+        num_kv_heads,
+        head_dim,
+        len(slots),
+        kv_cache.shape[0] * kv_cache.shape[1],
+        scale,
+    )
+
+
+@compiled
+def _walk(
+    q_at: int,
+    q_stride: int,
+    cache_at: int,
+    slots_at: int,
+    ends_at: int,
+    scores_at: int,
+    out_at: int,
+    num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_keys: int,
+    num_slots: int,
+    scale: float,
+) -> None:
+    group = num_heads // num_kv_heads
+    slots, ends = int64s(slots_at, (num_keys,)), int64s(ends_at, (num_seqs,))
+    for i in range(num_keys):
+        if slots[i] < 0 or slots[i] >= num_slots:
+            raise IndexError("a slot outside the cache")
+    scores = floats(scores_at, (group, num_keys))
+    queries = np.empty((group, head_dim), np.float32)
+    sums = np.empty((group, head_dim), np.float32)
+    # Numbers from one slot to the next, of which the second half are values.
+    stride = 2 * num_kv_heads * head_dim
+    first = 0
+    for seq in range(num_seqs):
+        seen = slots[first : ends[seq]]
+        for head in range(num_kv_heads):
+            offset = head * group * head_dim
+            q = bf16_bits(q_at + 2 * (seq * q_stride + offset), (group, head_dim))
+            for i in range(group):
+                widen(q[i], queries[i])
+            keys_at = cache_at + 2 * head * head_dim
+            _score(queries, keys_at, stride, seen, scores)
+            for i in range(group):
+                _softmax(scores[i, : seen.size], np.float32(scale))
+            values_at = keys_at + 2 * num_kv_heads * head_dim
+            _weigh(scores, values_at, stride, seen, sums)
+            out = bf16_bits(out_at + 2 * (seq * num_heads * head_dim + offset), (group, head_dim))
+            for i in range(group):
+                narrow(sums[i], out[i])
+        first = ends[seq]
+
+
+@compiled
+def _score(queries: Array, keys_at: int, stride: int, slots: Array, scores: Array) -> None:
+    """scores[query, key] = query · key"""
+    group, head_dim = queries.shape
+    for index in range(slots.size):
+        if index + _AHEAD < slots.size:
+            prefetch(keys_at + 2 * stride * slots[index + _AHEAD], 2 * head_dim)
+        key = bf16_bits(keys_at + 2 * stride * slots[index], (head_dim,))
+        first = 0
+        while first + 4 <= group:
+            _score_four(queries[first : first + 4], key, scores[first : first + 4, index])
+            first += 4
+        for i in range(first, group):
+            scores[i, index] = _score_one(queries[i], key)
+
+
+@compiled
+def _score_four(queries: Array, key: Array, scores: Array) -> None:
+    """Four at once, because widening the key takes as long as one of them."""
+    a = b = c = d = np.float32(0)
+    for i in range(key.size):
+        number = widened(key[i])
+        a += queries[0, i] * number
+        b += queries[1, i] * number
+        c += queries[2, i] * number
+        d += queries[3, i] * number
+    scores[0], scores[1], scores[2], scores[3] = a, b, c, d
+
+
+@compiled
+def _score_one(query: Array, key: Array) -> Any:
+    total = np.float32(0)
+    for i in range(key.size):
+        total += query[i] * widened(key[i])
+    return total
+
+
+@compiled
+def _softmax(scores: Array, scale: Any) -> None:
+    """exp(scale * scores), divided by its sum; in place."""
+    largest = scores[0]
+    for i in range(scores.size):
+        largest = max(largest, scores[i])
+    total = np.float32(0)
+    for i in range(scores.size):
+        # 2 ** power = 2 ** whole * 2 ** rest
+        power = max((scores[i] - largest) * scale * _LOG2_E, _SMALLEST)
+        whole = np.floor(power)
+        rest = power - whole
+        result = _EXP2[0]
+        result = result * rest + _EXP2[1]
+        result = result * rest + _EXP2[2]
+        result = result * rest + _EXP2[3]
+        result = result * rest + _EXP2[4]
+        result = result * rest + _EXP2[5]
+        exponent = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23))
+        scores[i] = result * exponent.view(np.float32)
+        total += scores[i]
+    for i in range(scores.size):
+        scores[i] /= total
+
+
+@compiled
+def _weigh(weights: Array, values_at: int, stride: int, slots: Array, sums: Array) -> None:
+    """sums[query] = sum over keys of weights[query, key] * value"""
+    group, head_dim = sums.shape
+    for i in range(group):
+        for j in range(head_dim):
+            sums[i, j] = np.float32(0)
+    for index in range(slots.size):
+        if index + _AHEAD < slots.size:
+            prefetch(values_at + 2 * stride * slots[index + _AHEAD], 2 * head_dim)
+        value = bf16_bits(values_at + 2 * stride * slots[index], (head_dim,))
+        first = 0
+        while first + 4 <= group:
+            _weigh_four(weights[first : first + 4, index], value, sums[first : first + 4])
+            first += 4
+        for i in range(first, group):
+            _weigh_one(weights[i, index], value, sums[i])
+
+
+@compiled
+def _weigh_four(weights: Array, value: Array, sums: Array) -> None:
+    a, b, c, d = weights[0], weights[1], weights[2], weights[3]
+    for i in range(value.size):
+        number = widened(value[i])
+        sums[0, i] += a * number
+        sums[1, i] += b * number
+        sums[2, i] += c * number
+        sums[3, i] += d * number
+
+
+@compiled
+def _weigh_one(weight: Any, value: Array, sums: Array) -> None:
+    for i in range(value.size):
+        sums[i] += weight * widened(value[i])

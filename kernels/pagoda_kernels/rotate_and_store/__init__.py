@@ -1,0 +1,51 @@
+"""Between a layer's q, k, v product and its attention: norms of heads, rotation, the KV cache."""
+
+from __future__ import annotations
+
+import torch
+
+from pagoda_kernels.rotate_and_store.reference import apply_rotary, rotate_and_store_reference
+
+__all__ = ["apply_rotary", "rotate_and_store"]
+
+
+def rotate_and_store(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    norm_floor: torch.Tensor | None = None,
+) -> None:
+    """Norm and rotate the heads of q and k in place, and write k and v into the cache.
+
+    Args:
+        qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], contiguous: the heads of q, of k,
+            of v. What is left in the heads of k is not defined.
+        cos, sin: [num_tokens, 1, head_dim] fp32, contiguous; sin is negated in its first half.
+        kv_cache, slot_mapping: see `pagoda_kernels.write_kv_cache.write_kv_cache`.
+        norm_weight: [num_heads + num_kv_heads, head_dim] fp32; None: no norm.
+        norm_floor: [] fp32; see `pagoda_kernels.rms_norm.rms_norm`.
+    Raises: ValueError: shapes, dtypes or layouts do not agree. IndexError: a slot is outside.
+    """
+    num_tokens, num_all_heads, head_dim = qkv.shape
+    angles = (num_tokens, 1, head_dim)
+    if cos.shape != angles or sin.shape != angles or cos.dtype is not torch.float32:
+        raise ValueError(f"cos and sin must be {list(angles)} fp32; cos is {list(cos.shape)}.")
+    if kv_cache.dtype is not qkv.dtype or kv_cache.shape[4] != head_dim:
+        raise ValueError("qkv and kv_cache must agree in dtype and head_dim.")
+    if slot_mapping.shape != (num_tokens,) or slot_mapping.dtype is not torch.int64:
+        raise ValueError(f"slot_mapping must be int64 [{num_tokens}].")
+    heads = (num_all_heads - kv_cache.shape[3], head_dim)
+    if norm_weight is not None and norm_weight.shape != heads:
+        raise ValueError(f"norm_weight is {list(norm_weight.shape)}; it must be {list(heads)}.")
+    if not (qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()):
+        raise ValueError("qkv, cos and sin must be contiguous.")
+    if qkv.device.type == "cpu" and qkv.dtype is torch.bfloat16:
+        from pagoda_kernels.rotate_and_store.cpu import rotate_and_store_cpu
+
+        run = rotate_and_store_cpu
+    else:
+        run = rotate_and_store_reference
+    run(qkv, cos, sin, kv_cache, slot_mapping, norm_weight, norm_floor)

@@ -1,0 +1,34 @@
+"""The specification of rotate_and_store in plain torch."""
+
+from __future__ import annotations
+
+import torch
+
+from pagoda_kernels.rms_norm import to_unit_norm
+from pagoda_kernels.write_kv_cache import write_kv_cache
+
+
+def rotate_and_store_reference(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_floor: torch.Tensor | None,
+) -> None:
+    """See `pagoda_kernels.rotate_and_store.rotate_and_store`."""
+    num_kv_heads = kv_cache.shape[3]
+    num_heads = qkv.shape[1] - 2 * num_kv_heads
+    qk = qkv[:, : num_heads + num_kv_heads]
+    if norm_weight is not None and norm_floor is not None:
+        qk = to_unit_norm(qk, norm_floor).mul_(norm_weight)
+    qkv[:, : num_heads + num_kv_heads] = apply_rotary(qk, cos, sin)
+    kv = qkv[:, num_heads:].view(len(qkv), 2, num_kv_heads, qkv.shape[2])
+    write_kv_cache(kv, kv_cache, slot_mapping)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x: [num_tokens, num_heads, head_dim], rotated by each token's angles; the result is fp32."""
+    swapped = torch.roll(x, x.shape[-1] // 2, -1)
+    return (x * cos).addcmul_(swapped, sin)

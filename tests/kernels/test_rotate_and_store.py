@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pagoda_kernels.rotate_and_store import apply_rotary, rotate_and_store
+from pagoda_kernels.rotate_and_store.reference import rotate_and_store_reference
+
+
+def make_case(*, heads=4, kv_heads=2, head_dim=16, dtype=torch.bfloat16, with_norm=True):
+    torch.manual_seed(0)
+    num_tokens, block_size = 5, 4
+    angles = torch.randn(num_tokens, 1, head_dim)
+    case = {
+        "qkv": torch.randn(num_tokens, heads + 2 * kv_heads, head_dim).to(dtype),
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+        "kv_cache": torch.zeros(6, block_size, 2, kv_heads, head_dim, dtype=dtype),
+        "slot_mapping": torch.tensor([7, 0, 23, 9, 12]),
+        "norm_weight": None,
+        "norm_floor": None,
+    }
+    if with_norm:
+        case["norm_weight"] = torch.rand(heads + kv_heads, head_dim) + 0.5
+        case["norm_floor"] = torch.tensor(1e-3)
+    return case
+
+
+def copied(case):
+    return {name: None if value is None else value.clone() for name, value in case.items()}
+
+
+@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (3, 1, 6), (4, 4, 64)])
+def test_the_compiled_kernel_equals_the_specification(with_norm, heads, kv_heads, head_dim):
+    case = make_case(heads=heads, kv_heads=kv_heads, head_dim=head_dim, with_norm=with_norm)
+    ours, expected = copied(case), copied(case)
+    rotate_and_store(**ours)
+    rotate_and_store_reference(**expected)
+    tolerance = {"atol": 1e-6, "rtol": 2**-7}
+    queries = slice(0, heads)
+    torch.testing.assert_close(ours["qkv"][:, queries], expected["qkv"][:, queries], **tolerance)
+    torch.testing.assert_close(ours["kv_cache"], expected["kv_cache"], **tolerance)
+    values = case["qkv"][:, heads + kv_heads :]
+    flat = ours["kv_cache"].flatten(0, 1)
+    assert torch.equal(flat[case["slot_mapping"], 1], values)
+    untouched = torch.ones(len(flat), dtype=torch.bool)
+    untouched[case["slot_mapping"]] = False
+    assert torch.all(flat[untouched] == 0)
+
+
+def test_rotation_turns_pairs_of_dimensions_by_position_times_frequency():
+    angles = 3 * torch.tensor([1.0, 0.1, 1.0, 0.1]).view(1, 1, 4)
+    sin = angles.sin() * torch.tensor([-1.0, -1.0, 1.0, 1.0])
+    x = torch.tensor([[[1.0, 0.0, 0.0, 2.0]]])
+    expected = [math.cos(3), -2 * math.sin(0.3), math.sin(3), 2 * math.cos(0.3)]
+    torch.testing.assert_close(apply_rotary(x, angles.cos(), sin).flatten(), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("slot", [-1, 24])
+def test_a_slot_outside_the_cache_is_refused(slot):
+    case = make_case()
+    case["slot_mapping"][3] = slot
+    with pytest.raises(IndexError, match="outside the cache"):
+        rotate_and_store(**case)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("cos", torch.zeros(5, 1, 8), "cos"),
+        ("slot_mapping", torch.zeros(4, dtype=torch.int64), "slot_mapping"),
+        ("norm_weight", torch.zeros(4, 16), "norm_weight"),
+        ("qkv", torch.zeros(5, 16, 8, dtype=torch.bfloat16).transpose(1, 2), "contiguous"),
+        ("kv_cache", torch.zeros(6, 4, 2, 2, 16), "dtype"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        rotate_and_store(**(make_case() | {name: value}))
