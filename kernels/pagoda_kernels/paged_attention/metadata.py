@@ -89,7 +89,11 @@ class AttentionMetadata:
                 query_lens, seq_lens, starts, block_table, block_size, num_kv_heads, num_decodes
             )
             plan = plan_singles if is_deterministic else make_plan
-            plans = {window: plan(layout, window, dtype) for window in windows}
+            longest = max(seq_lens, default=0)
+            # A window that no sequence has outgrown is none, which saves a plan.
+            limits = {window: window if window < longest else 0 for window in windows}
+            by_limit = {limit: plan(layout, limit, dtype) for limit in set(limits.values())}
+            plans = {window: by_limit[limit] for window, limit in limits.items()}
         return cls(
             query_start_loc=torch.from_numpy(starts).to(device),
             seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),

@@ -43,7 +43,7 @@ from pagoda_runtime.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 # Beyond the caches, and measured in less than 0.1 s.
-_PROBED_BYTES = 1 << 27
+_PROBED_BYTES = 1 << 28
 _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
