@@ -5,7 +5,6 @@ torch takes 2 to 10 us for each operation of a decode step, whatever its size, a
 
 Such kernels run on one thread, for work of some 100 us at most: waking a second one costs more.
 They take addresses, because wrapping a tensor as an array takes longer than many of them run.
-Imported on the CPU path only: the import takes 0.3 s.
 """
 
 from __future__ import annotations

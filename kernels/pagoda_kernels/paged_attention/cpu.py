@@ -26,6 +26,7 @@ from pagoda_kernels.paged_attention.plan import (
     PrefillGather,
     SingleQueries,
 )
+from pagoda_kernels.paged_attention.walk import walk
 
 
 def paged_attention_cpu(
@@ -40,8 +41,6 @@ def paged_attention_cpu(
     plan = metadata.plans[sliding_window]
     out = torch.zeros(q.shape, dtype=q.dtype)
     if plan.walk is not None:
-        from pagoda_kernels.paged_attention.walk import walk
-
         rows = slice(0, len(plan.walk.ends))
         walk(q[rows], kv_cache, plan.walk.slots, plan.walk.ends, scale, out[rows])
     for bucket in plan.buckets:

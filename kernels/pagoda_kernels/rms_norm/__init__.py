@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pagoda_kernels.rms_norm.cpu import add_rms_norm_cpu, rms_norm_cpu
 from pagoda_kernels.rms_norm.reference import (
     add_rms_norm_reference,
     rms_norm_reference,
@@ -27,8 +28,6 @@ def rms_norm(
     """
     _check(x, weight)
     if x.device.type == "cpu" and dtype is torch.bfloat16:
-        from pagoda_kernels.rms_norm.cpu import rms_norm_cpu
-
         return rms_norm_cpu(x, weight, floor)
     return rms_norm_reference(x, weight, floor, dtype)
 
@@ -48,8 +47,6 @@ def add_rms_norm(
     if total.shape != x.shape or not total.is_contiguous():
         raise ValueError(f"total must be contiguous and have the shape {list(x.shape)} of x.")
     if x.device.type == "cpu" and x.dtype is torch.bfloat16:
-        from pagoda_kernels.rms_norm.cpu import add_rms_norm_cpu
-
         add_rms_norm_cpu(total, x, weight, floor)
     else:
         add_rms_norm_reference(total, x, weight, floor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pagoda_kernels.rotate_and_store.cpu import rotate_and_store_cpu
 from pagoda_kernels.rotate_and_store.reference import apply_rotary, rotate_and_store_reference
 
 __all__ = ["apply_rotary", "rotate_and_store"]
@@ -43,8 +44,6 @@ def rotate_and_store(
     if not (qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()):
         raise ValueError("qkv, cos and sin must be contiguous.")
     if qkv.device.type == "cpu" and qkv.dtype is torch.bfloat16:
-        from pagoda_kernels.rotate_and_store.cpu import rotate_and_store_cpu
-
         run = rotate_and_store_cpu
     else:
         run = rotate_and_store_reference

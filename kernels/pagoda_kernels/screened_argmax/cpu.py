@@ -97,7 +97,11 @@ def choose(
     errors, tokens = floats(errors_at, (num_rows,)), int64s(tokens_at, (num_rows,))
     candidates, x = np.empty(most_candidates, np.int64), np.empty(size, np.float32)
     for row in range(num_rows):
-        floor = _floor(largest[row], errors[row])
+        best = _largest(largest[row])
+        if not best > 0:
+            for i in range(num_chunks):
+                best = max(best, _largest(logits[row, i]))
+        floor = _floor(best, errors[row])
         count = _collect(logits[row], largest[row], floor, candidates)
         if count > most_candidates:
             tokens[row] = -1
@@ -112,11 +116,16 @@ def choose(
 
 
 @compiled
-def _floor(largest: Array, error: Any) -> Any:
+def _largest(bits: Array) -> Any:
+    best = widened(bits[0])
+    for i in range(bits.size):
+        best = max(best, widened(bits[i]))
+    return best
+
+
+@compiled
+def _floor(best: Any, error: Any) -> Any:
     """What a logit must reach to be the largest, if both it and the largest are off."""
-    best = widened(largest[0])
-    for i in range(largest.size):
-        best = max(best, widened(largest[i]))
     floor = best - abs(best) * _BF16_ROUNDING - np.float32(2) * error
     return floor - np.float32(2) * _BF16_ROUNDING * abs(floor)
 
@@ -127,7 +136,8 @@ def _collect(logits: Array, largest: Array, floor: Any, candidates: Array) -> in
     count = 0
     num_chunks, chunk = logits.shape
     for i in range(num_chunks):
-        if widened(largest[i]) >= floor:
+        # What largest says of a chunk without positive logits means nothing.
+        if widened(largest[i]) >= floor or not floor > 0:
             for j in range(chunk):
                 if widened(logits[i, j]) >= floor:
                     if count < candidates.size:

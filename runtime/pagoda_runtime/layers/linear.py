@@ -15,8 +15,15 @@ class LinearMethod(Protocol):
     copies_weight: bool
     """Whether it holds a copy in a layout of its own, and not the weight it was made of."""
 
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x @ weight.T + bias; x is [num_tokens, in_features]."""
+    def apply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, factor: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(x @ weight.T + bias) * factor.
+
+        Args:
+            x: [num_tokens, in_features].
+            factor: the shape and dtype of the result.
+        """
 
 
 class PlainLinear:
@@ -27,8 +34,11 @@ class PlainLinear:
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
 
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return linear(x, self.weight, bias)
+    def apply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, factor: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        product = linear(x, self.weight, bias)
+        return product if factor is None else product.mul_(factor)
 
 
 class PrepackedLinear:
@@ -39,6 +49,7 @@ class PrepackedLinear:
 
     Args:
         activation: applied to the product, in fp32 before it is rounded; a name of ACTIVATIONS.
+            Not together with a factor.
     """
 
     copies_weight = True
@@ -46,11 +57,19 @@ class PrepackedLinear:
     def __init__(self, weight: torch.Tensor, activation: str | None = None) -> None:
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
+        self._multiply_with = torch.ops.mkldnn._linear_pointwise.binary
         self._post_op = _POST_OPS[activation]
 
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        name, algorithm = self._post_op
-        product: torch.Tensor = self._multiply(x, self.packed, bias, name, [], algorithm)
+    def apply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, factor: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        product: torch.Tensor
+        if factor is None:
+            name, algorithm = self._post_op
+            product = self._multiply(x, self.packed, bias, name, [], algorithm)
+        else:
+            assert self._post_op[0] == "none"
+            product = self._multiply_with(x, factor, self.packed, bias, "mul")
         return product
 
 
@@ -76,11 +95,17 @@ class FixedRowsLinear:
         self.method = method
         self.copies_weight = method.copies_weight
 
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def apply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, factor: torch.Tensor | None = None
+    ) -> torch.Tensor:
         num_rows = len(x)
         missing = -num_rows % self.NUM_ROWS
-        padded = pad(x, (0, 0, 0, missing)) if missing else x
-        tiles = [self.method.apply(tile, bias) for tile in padded.split(self.NUM_ROWS)]
+        operands = [x] if factor is None else [x, factor]
+        padded = [pad(operand, (0, 0, 0, missing)) if missing else operand for operand in operands]
+        tiles = [
+            self.method.apply(tile, bias, *factors)
+            for tile, *factors in zip(*(p.split(self.NUM_ROWS) for p in padded), strict=True)
+        ]
         return torch.cat(tiles)[:num_rows] if len(tiles) > 1 else tiles[0][:num_rows]
 
 

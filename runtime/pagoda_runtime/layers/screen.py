@@ -94,7 +94,8 @@ class Screen:
     def _choose(
         self, hidden: torch.Tensor, logits: torch.Tensor, errors: torch.Tensor, most: int
     ) -> torch.Tensor:
-        largest = logits.view(len(logits), -1, self.chunk).amax(-1)
+        bits = logits.view(torch.int16)
+        largest = bits.view(len(logits), -1, self.chunk).amax(-1)
         return choose_tokens(hidden, self.table, logits, largest, errors, most)
 
     def _multiply(self, integers: torch.Tensor) -> torch.Tensor:
