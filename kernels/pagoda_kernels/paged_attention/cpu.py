@@ -39,7 +39,8 @@ def paged_attention_cpu(
 ) -> torch.Tensor:
     """See `pagoda_kernels.paged_attention.paged_attention`; nothing is checked here."""
     plan = metadata.plans[sliding_window]
-    out = torch.zeros(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    out[metadata.num_tokens :] = 0
     if plan.walk is not None:
         rows = slice(0, len(plan.walk.ends))
         walk(q[rows], kv_cache, plan.walk.slots, plan.walk.ends, scale, out[rows])

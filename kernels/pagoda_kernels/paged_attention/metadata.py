@@ -37,6 +37,8 @@ class AttentionMetadata:
     query_start_loc: [num_seqs + 1] int32, first query token of each sequence, then the total.
     seq_lens: [num_seqs] int32, tokens in the cache including this step's.
     block_table: [num_seqs, max_blocks] int32; entries past the last used block are not read.
+    num_decodes: sequences with one query token.
+    num_tokens: query tokens of all sequences; a step may have padding after them.
     plans: for the CPU path, by sliding window (0: none); empty on other devices.
     buffer: for the CPU path.
     """
@@ -45,6 +47,7 @@ class AttentionMetadata:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     num_decodes: int
+    num_tokens: int
     plans: dict[int, GatherPlan] = field(default_factory=dict)
     buffer: GatherBuffer = field(default_factory=GatherBuffer)
 
@@ -99,6 +102,7 @@ class AttentionMetadata:
             seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
             block_table=torch.from_numpy(block_table).to(device),
             num_decodes=num_decodes,
+            num_tokens=int(starts[-1]),
             plans=plans,
             buffer=GatherBuffer() if buffer is None else buffer,
         )

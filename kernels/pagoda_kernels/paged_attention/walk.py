@@ -187,27 +187,33 @@ def _weigh(weights: Array, values_at: int, stride: int, slots: Array, sums: Arra
     for i in range(group):
         for j in range(head_dim):
             sums[i, j] = np.float32(0)
-    for index in range(slots.size):
-        if index + _AHEAD < slots.size:
-            prefetch(values_at + 2 * stride * slots[index + _AHEAD], 2 * head_dim)
+    for index in range(0, slots.size - 1, 2):
+        for ahead in range(index + _AHEAD, min(index + _AHEAD + 2, slots.size)):
+            prefetch(values_at + 2 * stride * slots[ahead], 2 * head_dim)
         value = bf16_bits(values_at + 2 * stride * slots[index], (head_dim,))
+        next_value = bf16_bits(values_at + 2 * stride * slots[index + 1], (head_dim,))
         first = 0
-        while first + 4 <= group:
-            _weigh_four(weights[first : first + 4, index], value, sums[first : first + 4])
-            first += 4
-        for i in range(first, group):
-            _weigh_one(weights[i, index], value, sums[i])
+        while first + 2 <= group:
+            some = weights[first : first + 2, index : index + 2]
+            _weigh_two(some, value, next_value, sums[first : first + 2])
+            first += 2
+        if first < group:
+            _weigh_one(weights[first, index], value, sums[first])
+            _weigh_one(weights[first, index + 1], next_value, sums[first])
+    if slots.size % 2:
+        value = bf16_bits(values_at + 2 * stride * slots[slots.size - 1], (head_dim,))
+        for i in range(group):
+            _weigh_one(weights[i, slots.size - 1], value, sums[i])
 
 
 @compiled
-def _weigh_four(weights: Array, value: Array, sums: Array) -> None:
-    a, b, c, d = weights[0], weights[1], weights[2], weights[3]
+def _weigh_two(weights: Array, value: Array, next_value: Array, sums: Array) -> None:
+    """Two values for two queries: sums are read and written half as often."""
+    a, b, c, d = weights[0, 0], weights[0, 1], weights[1, 0], weights[1, 1]
     for i in range(value.size):
-        number = widened(value[i])
-        sums[0, i] += a * number
-        sums[1, i] += b * number
-        sums[2, i] += c * number
-        sums[3, i] += d * number
+        number, next_number = widened(value[i]), widened(next_value[i])
+        sums[0, i] += a * number + b * next_number
+        sums[1, i] += c * number + d * next_number
 
 
 @compiled
