@@ -204,6 +204,8 @@ class ModelRunner:
             model.after_loading()
             if config.deterministic:
                 model.fix_rows()
+            else:
+                model.add_screen()
         except torch.OutOfMemoryError as error:
             raise FatalError(
                 "GpuOutOfMemory" if self.device.type == "cuda" else "OutOfMemory",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+
+import torch
 
 from pagoda_runtime.engine.messages import ScheduledRow
 from pagoda_runtime.execution.runner import ModelRunner
@@ -66,3 +69,31 @@ def generate(
         for index, output in zip(running, runner.execute(rows), strict=True):
             tokens[index].extend(output.token_ids)
     return [row[len(prompt) :] for row, prompt in zip(tokens, prompts, strict=True)]
+
+
+def transformers_tokens(
+    folder: Path, prompts: Sequence[Sequence[int]], num_tokens: int, *, longest: int = 0
+) -> list[list[int]]:
+    """What `generate` must return, from transformers in fp32.
+
+    Args:
+        longest: tokens of a sequence that the model sees first, and sizes a dynamic rope by.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    outputs = []
+    with torch.inference_mode():
+        if longest:
+            model(torch.ones(1, longest, dtype=torch.int64))
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)])
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=num_tokens,
+                do_sample=False,
+                eos_token_id=None,
+            )
+            outputs.append(output[0, len(prompt) :].tolist())
+    return outputs

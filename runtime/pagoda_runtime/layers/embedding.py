@@ -62,17 +62,22 @@ class LanguageModelHead:
             else tied_to.weight
         )
         self.method: LinearMethod = PlainLinear(self.weight)
+        self.table: torch.Tensor | None = None
         self.screen: Screen | None = None
 
     def after_loading(self) -> None:
         self.method = make_linear_method(self.weight)
-        if self.is_tied and self.method.copies_weight and can_screen(self.weight):
-            self.screen = Screen(self.weight, self.method)
+        if self.is_tied and self.method.copies_weight:
+            self.table = self.weight
         del self.weight
+
+    def add_screen(self) -> None:
+        """Find the likeliest tokens faster, where that is possible; not together with fix_rows."""
+        if self.table is not None and can_screen(self.table):
+            self.screen = Screen(self.table, self.method)
 
     def fix_rows(self) -> None:
         self.method = FixedRowsLinear(self.method)
-        self.screen = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.method.apply(hidden, None)

@@ -139,6 +139,10 @@ class Decoder:
         self.norm.after_loading()
         self.lm_head.after_loading()
 
+    def add_screen(self) -> None:
+        """Let `likeliest` work, if it can; afterwards `can_screen` tells."""
+        self.lm_head.add_screen()
+
     def fix_rows(self) -> None:
         """Let the bits of a token's result not depend on how many tokens a step has; slower."""
         for layer in self.layers:

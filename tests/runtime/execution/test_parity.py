@@ -9,7 +9,7 @@ import torch
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.runner import ModelRunner
-from pagoda_runtime.execution.testing import generate
+from pagoda_runtime.execution.testing import generate, transformers_tokens
 from pagoda_runtime.layers.linear import has_fast_bf16
 from pagoda_runtime.models.testing import TINY, make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
@@ -52,24 +52,6 @@ def make_prompts(lengths, seed=0):
     return [[rng.randrange(3, 320) for _ in range(length)] for length in lengths]
 
 
-def transformers_tokens(folder, prompts):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    outputs = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-        )
-        outputs.append(output[0, len(prompt) :].tolist())
-    return outputs
-
-
 def make_runner(folder, **settings):
     config = EngineConfig(
         model=str(folder),
@@ -100,7 +82,7 @@ def test_greedy_tokens_equal_those_of_transformers(variant, tmp_path):
         for cache in runner.kv_caches:
             cache.fill_(torch.nan)
     blocks = random.Random(1).sample(range(1, runner.num_blocks + 1), 40)
-    expected = transformers_tokens(tmp_path, prompts)
+    expected = transformers_tokens(tmp_path, prompts, NUM_TOKENS)
     assert generate(runner, prompts, NUM_TOKENS, blocks=blocks) == expected
 
 

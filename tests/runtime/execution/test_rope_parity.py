@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.runner import ModelRunner
-from pagoda_runtime.execution.testing import generate
+from pagoda_runtime.execution.testing import generate, transformers_tokens
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 
 NUM_TOKENS = 16
@@ -63,33 +62,11 @@ def make_prompts(lengths):
     return [[rng.randrange(3, 320) for _ in range(length)] for length in lengths]
 
 
-def transformers_tokens(folder, prompts, *, longest=0):
-    """longest: tokens of a sequence that the model sees first, and sizes a dynamic rope by."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    outputs = []
-    with torch.inference_mode():
-        if longest:
-            model(torch.ones(1, longest, dtype=torch.int64))
-        for prompt in prompts:
-            ids = torch.tensor([prompt])
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NUM_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-            )
-            outputs.append(output[0, len(prompt) :].tolist())
-    return outputs
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_yarn_within_and_beyond_the_original_context(family, tmp_path):
     make_checkpoint(tmp_path, family, YARN)
     prompts = make_prompts([5, ORIGINAL - 4, EXTENDED - NUM_TOKENS])
-    expected = transformers_tokens(tmp_path, prompts)
+    expected = transformers_tokens(tmp_path, prompts, NUM_TOKENS)
     assert generate(make_runner(tmp_path), prompts, NUM_TOKENS) == expected
 
 
@@ -98,7 +75,7 @@ def test_longrope_takes_its_long_divisors_if_a_sequence_may_be_long(family, tmp_
     make_checkpoint(tmp_path, family, LONGROPE)
     # transformers takes them for a prompt that is long.
     prompts = make_prompts([ORIGINAL + 1, EXTENDED - NUM_TOKENS])
-    expected = transformers_tokens(tmp_path, prompts)
+    expected = transformers_tokens(tmp_path, prompts, NUM_TOKENS)
     assert generate(make_runner(tmp_path), prompts, NUM_TOKENS) == expected
 
 
@@ -106,7 +83,7 @@ def test_longrope_takes_its_long_divisors_if_a_sequence_may_be_long(family, tmp_
 def test_dynamic_rope_is_sized_by_the_longest_sequence(family, tmp_path):
     make_checkpoint(tmp_path, family, DYNAMIC)
     prompts = make_prompts([ORIGINAL + 1, EXTENDED - NUM_TOKENS])
-    expected = transformers_tokens(tmp_path, prompts, longest=EXTENDED)
+    expected = transformers_tokens(tmp_path, prompts, NUM_TOKENS, longest=EXTENDED)
     assert generate(make_runner(tmp_path), prompts, NUM_TOKENS) == expected
 
 
@@ -114,7 +91,7 @@ def test_dynamic_rope_is_sized_by_the_longest_sequence(family, tmp_path):
 def test_an_engine_for_short_sequences_computes_as_the_model_was_trained(rope, tmp_path):
     make_checkpoint(tmp_path, "llama", rope)
     prompts = make_prompts([3, ORIGINAL - NUM_TOKENS])
-    expected = transformers_tokens(tmp_path, prompts)
+    expected = transformers_tokens(tmp_path, prompts, NUM_TOKENS)
     assert generate(make_runner(tmp_path, ORIGINAL), prompts, NUM_TOKENS) == expected
     assert generate(make_runner(tmp_path, EXTENDED), prompts, NUM_TOKENS) != expected
 
