@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pagoda_kernels.screened_argmax import choose_tokens, quantize_rows
+from pagoda_kernels.screened_argmax import choose_tokens, quantize_rows, quantize_table
 
 
 def choose(hidden, table, logits, errors, most=8, chunk=16):
@@ -54,6 +54,21 @@ def test_quantized_rows_give_rotated_products_within_their_deviation():
     errors = scaled - (integers.float() - 128)
     assert errors.abs().max() <= 0.501
     torch.testing.assert_close(deviations, errors.square().sum(-1).sqrt(), atol=1e-2, rtol=1e-2)
+
+
+def test_products_of_rotated_and_rounded_factors_are_as_exact_as_they_say():
+    torch.manual_seed(0)
+    table, hidden = torch.randn(500, 96).bfloat16(), torch.randn(40, 96).bfloat16()
+    hidden[:, 7] *= 50
+    integers, scales, error, power = quantize_table(table, 32)
+    rows, deviations = quantize_rows(hidden, 32, error, power)
+    products = (rows.double() - 128) @ (integers.double() * scales.double()[:, None]).T
+    exact = hidden.double() @ table.double().T
+    units = (products * exact).sum(-1) / exact.square().sum(-1)
+    off = (products - exact * units[:, None]) / deviations[:, None]
+    # Below 1, because the deviation is that of the largest weights.
+    assert 0.5 < off.square().mean().sqrt() < 1.1
+    assert off.abs().max() < 6
 
 
 def test_tensors_that_do_not_fit_are_refused():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from pagoda_kernels.screened_argmax.cpu import choose, quantize
+from pagoda_kernels.screened_argmax.cpu import choose, quantize, quantize_weights
 
-__all__ = ["choose_tokens", "quantize_rows"]
+__all__ = ["choose_tokens", "quantize_rows", "quantize_table"]
 
 
 def quantize_rows(
@@ -40,6 +40,29 @@ def quantize_rows(
         power,
     )
     return integers, deviations
+
+
+def quantize_table(
+    table: torch.Tensor, rotation_size: int
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """Rotate a table's rows as `quantize_rows` does, and round them, each by a scale of its own.
+
+    Args:
+        table: [vocab_size, hidden_size] bf16 on a CPU, contiguous.
+    Returns: [vocab_size, hidden_size] int8, [vocab_size] fp32 scales, and of all rows the largest
+        mean square of the roundings, and of the rounded weights.
+    """
+    if table.dtype is not torch.bfloat16 or not table.is_contiguous():
+        raise ValueError("table must be bf16 and contiguous.")
+    vocab_size, size = table.shape
+    if size % rotation_size:
+        raise ValueError(f"rotation_size is {rotation_size}; it must divide {size}.")
+    integers = torch.empty(vocab_size, size, dtype=torch.int8)
+    scales = torch.empty(vocab_size)
+    error, power = quantize_weights(
+        table.data_ptr(), integers.data_ptr(), scales.data_ptr(), vocab_size, size, rotation_size
+    )
+    return integers, scales, float(error), float(power)
 
 
 def choose_tokens(

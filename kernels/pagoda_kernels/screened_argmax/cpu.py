@@ -46,6 +46,49 @@ def quantize(
 
 
 @compiled
+def quantize_weights(
+    table_at: int,
+    integers_at: int,
+    scales_at: int,
+    num_rows: int,
+    size: int,
+    rotation_size: int,
+) -> Any:
+    """See `pagoda_kernels.screened_argmax.quantize_table`: the two means."""
+    table, integers = bf16_bits(table_at, (num_rows, size)), uint8s(integers_at, (num_rows, size))
+    scales, x = floats(scales_at, (num_rows,)), np.empty(size, np.float32)
+    # The transform makes numbers larger by the square root of its size.
+    length = np.sqrt(np.float32(rotation_size))
+    error = power = np.float32(0)
+    for row in range(num_rows):
+        widen(table[row], x)
+        _rotate(x, rotation_size)
+        for i in range(size):
+            x[i] = x[i] / length
+        largest = np.float32(1e-30)
+        for i in range(size):
+            largest = max(largest, abs(x[i]))
+        scales[row] = largest / _INT8_MAX
+        rounding, total = _round_weights(x, _INT8_MAX / largest, integers[row])
+        square = scales[row] * scales[row] / np.float32(size)
+        error, power = max(error, rounding * square), max(power, total * square)
+    return error, power
+
+
+@compiled
+def _round_weights(x: Array, factor: Any, integers: Array) -> Any:
+    """The sums of squares of the roundings, and of the rounded numbers; integers get int8 bits."""
+    rounding = total = np.float32(0)
+    for i in range(x.size):
+        number = x[i] * factor
+        whole = np.rint(number)
+        integers[i] = np.uint8(np.int32(whole) & np.int32(255))
+        total += whole * whole
+        rounding += (number - whole) * (number - whole)
+    return rounding, total
+
+
+@compiled
 def _rotate(x: Array, rotation_size: int) -> None:
     """The fast Walsh-Hadamard transform, without its factor, which does not matter here."""
     half = 1

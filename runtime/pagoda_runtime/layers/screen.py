@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from pagoda_kernels.screened_argmax import choose_tokens, quantize_rows
+from pagoda_kernels.screened_argmax import choose_tokens, quantize_rows, quantize_table
 from pagoda_runtime.layers.linear import LinearMethod
 
 # Tokens whose largest logit is found first; a smaller power of two if the vocabulary needs it.
@@ -16,9 +14,6 @@ _SMALLEST_CHUNK = 64
 # of independent roundings, so it is close to normal: one in 1e9 likeliest tokens is missed.
 _DEVIATIONS = 6.0
 _INT8_MAX = 127
-# Numbers rounded at once at load: torch splits larger operations among threads, and thousands of
-# small splits take minutes where other processes want the same cores.
-_NUMBERS_AT_ONCE = (1 << 15) - 1
 # A row with more than this is not worth it: all its logits are computed in bf16.
 _MOST_CANDIDATES = 1 << 12
 # Numbers of a vector that are rotated together, or a smaller power of two if the vectors need it.
@@ -48,28 +43,8 @@ class Screen:
         vocab_size = len(table)
         self.table, self.method = table, method
         self.chunk = chunk_size(vocab_size)
-        self.scales = torch.empty(vocab_size)
-        # The largest mean square of a token's roundings, and of its rounded weights.
-        self.error = self.power = 0.0
-        rounded = torch.empty(table.shape, dtype=torch.int8)
         self.rotation_size = min(_LARGEST_ROTATION, _power_of_two_in(table.shape[1]))
-        rotation = _hadamard(self.rotation_size)
-        num_rows = max(1, _NUMBERS_AT_ONCE // table.shape[1])
-        for first in range(0, vocab_size, num_rows):
-            part = slice(first, first + num_rows)
-            weight = (table[part].float().view(-1, len(rotation)) @ rotation).view(
-                -1, table.shape[1]
-            )
-            scales = weight.abs().amax(-1).clamp_(min=1e-30).div_(_INT8_MAX)
-            quotients = weight / scales[:, None]
-            integers = _round(quotients)
-            rounded[part] = integers.to(torch.int8)
-            squares = scales.square()
-            errors = (quotients - integers).square_().mean(-1).mul_(squares)
-            powers = integers.square_().mean(-1).mul_(squares)
-            self.scales[part] = scales
-            self.error = max(self.error, errors.max().item())
-            self.power = max(self.power, powers.max().item())
+        rounded, self.scales, self.error, self.power = quantize_table(table, self.rotation_size)
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
         self.zero_points = torch.zeros(vocab_size, dtype=torch.int32)
 
@@ -133,21 +108,3 @@ def chunk_size(vocab_size: int) -> int:
 def _power_of_two_in(number: int) -> int:
     """The largest that divides it."""
     return number & -number
-
-
-def _hadamard(size: int) -> torch.Tensor:
-    """[size, size] fp32: an orthogonal matrix of numbers of one magnitude; size: a power of two."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        above, below = torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)
-        matrix = torch.cat((above, below))
-    return matrix / math.sqrt(size)
-
-
-def _round(x: torch.Tensor) -> torch.Tensor:
-    """To the nearest whole number, for |x| below 2**22; torch.round would be split among threads.
-
-    fp32 numbers of this size have no bits left behind the point.
-    """
-    whole = 1.5 * 2.0**23
-    return (x + whole).sub_(whole)
