@@ -4,7 +4,8 @@ torch takes 2 to 10 us for each operation of a decode step, whatever its size, a
 50 of them. A loop in Python, compiled, does the work of ten in one call of 1 us.
 
 Such kernels run on one thread, for work of some 100 us at most: waking a second one costs more.
-They take addresses, because wrapping a tensor as an array takes longer than many of them run.
+Larger ones are in `pagoda_kernels.threads`. They take addresses, because wrapping a tensor as an
+array takes longer than many of them run.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 # Sums may be split among the lanes of a vector. NaN and infinity keep their meaning.
 _FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
+# A division by zero gives infinity. That it raises an error would keep it out of vectors.
+OPTIONS: dict[str, Any] = {"fastmath": _FAST_MATH, "error_model": "numpy"}
 
 
 def cache_folder() -> str:
@@ -49,12 +52,19 @@ if not numba.config.CACHE_DIR:
 
 def compiled(function: Kernel) -> Kernel:
     """Compile at the first call, and keep the result on disk where there is a place for it."""
+    return cast(
+        Kernel,
+        keep_on_disk(lambda cached: njit(nogil=True, cache=cached, **OPTIONS)(function)),
+    )
+
+
+def keep_on_disk(make: Callable[[bool], Any]) -> Any:
+    """make(True), which keeps its result on disk, unless there is no place for it."""
     try:
-        kernel = njit(fastmath=_FAST_MATH, nogil=True, cache=True)(function)
+        return make(True)
     except RuntimeError:
         # There is no place that may be written to.
-        kernel = njit(fastmath=_FAST_MATH, nogil=True)(function)
-    return cast(Kernel, kernel)
+        return make(False)
 
 
 def _make_pointer(_context: Any, address: Any, dtype: Any) -> Any:

@@ -3,41 +3,80 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pagoda_kernels.screened_argmax import choose_tokens, quantize_rows, quantize_table
+from pagoda_kernels.panels import GROUP_SIZE, has_panels
+from pagoda_kernels.screened_argmax import (
+    Int8Table,
+    choose_tokens,
+    quantize_rows,
+    quantize_table,
+)
+from pagoda_kernels.screened_argmax.cpu import CHUNK_GROUPS
+
+CHUNK = CHUNK_GROUPS * GROUP_SIZE
+
+needs_panels = pytest.mark.skipif(
+    not has_panels(torch.int8), reason="this processor has no product of bytes"
+)
 
 
-def choose(hidden, table, logits, errors, most=8, chunk=16):
-    largest = logits.view(torch.int16).view(len(logits), -1, chunk).amax(-1)
-    return choose_tokens(hidden, table, logits, largest, errors, most)
+def largest_of(logits):
+    """What `Int8Table.find_largest` gives, of logits that are known."""
+    missing = -logits.shape[1] % CHUNK
+    padded = torch.nn.functional.pad(logits.float(), (0, missing), value=-torch.inf)
+    return padded.view(len(logits), -1, CHUNK_GROUPS, GROUP_SIZE).amax(2)
 
 
-@pytest.mark.parametrize("offset", [0.0, 5.0, -5.0, -50.0])
+def choose(hidden, table, logits, errors, most=CHUNK):
+    return choose_tokens(hidden, table, largest_of(logits), errors, most)
+
+
+@pytest.mark.parametrize("vocab_size", [64, 512, 700])
+@pytest.mark.parametrize("offset", [0.0, 5.0, -50.0])
 @pytest.mark.parametrize("error", [0.0, 0.3])
-def test_the_exact_logits_decide_among_those_that_may_be_the_largest(offset, error):
+def test_the_exact_logits_decide_among_those_that_may_be_the_largest(offset, error, vocab_size):
     """Logits that are off, of all signs: -50 leaves none that is positive."""
     torch.manual_seed(0)
-    table, hidden = torch.randn(64, 8).bfloat16(), torch.randn(40, 8).bfloat16()
+    table, hidden = torch.randn(vocab_size, 8).bfloat16(), torch.randn(40, 8).bfloat16()
     table[:, 0] = 1.0
     hidden[:, 0] += offset
     exact = hidden.double() @ table.double().T
     off = (torch.rand(exact.shape) * 2 - 1) * error
-    tokens = choose(hidden, table, (exact + off).bfloat16(), torch.full((40,), error), most=64)
+    tokens = choose(hidden, table, exact + off, torch.full((40,), error), most=vocab_size)
     assert torch.equal(tokens, exact.argmax(-1))
 
 
-def test_the_first_of_equals_wins_and_zeros_are_numbers_too():
-    table, hidden = torch.ones(64, 8).bfloat16(), torch.zeros(2, 8).bfloat16()
-    logits = torch.zeros(2, 64).bfloat16()
-    logits[1, :32] = -0.0
-    assert choose(hidden, table, logits, torch.zeros(2), most=64).tolist() == [0, 0]
+def test_the_first_of_equals_wins_whatever_column_it_is_in():
+    table, hidden = torch.zeros(1300, 8).bfloat16(), torch.ones(3, 8).bfloat16()
+    for tokens in ([40, 5], [600, 37], [1299, 1]):
+        table.zero_()
+        table[tokens] = 1.0
+        logits = hidden.float() @ table.float().T
+        assert choose(hidden, table, logits, torch.zeros(3)).tolist() == [min(tokens)] * 3
 
 
 def test_rows_with_too_many_candidates_are_left_to_others():
-    table, hidden = torch.ones(64, 8).bfloat16(), torch.ones(2, 8).bfloat16()
-    logits = torch.zeros(2, 64).bfloat16()
+    table, hidden = torch.ones(CHUNK, 8).bfloat16(), torch.ones(2, 8).bfloat16()
+    logits = torch.zeros(2, CHUNK)
     logits[0, 5] = 2.0
-    logits[1, :9] = 2.0
-    assert choose(hidden, table, logits, torch.full((2,), 0.1), most=8).tolist() == [5, -1]
+    logits[1, :2] = 2.0
+    errors = torch.full((2,), 0.1)
+    assert choose(hidden, table, logits, errors, most=CHUNK_GROUPS).tolist() == [5, -1]
+
+
+@needs_panels
+@pytest.mark.parametrize("vocab_size", [32, 700, 1100])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 21])
+def test_the_largest_logits_are_those_of_the_whole_numbers(rows, vocab_size):
+    torch.manual_seed(0)
+    integers = torch.randint(-127, 128, (vocab_size, 24), dtype=torch.int8)
+    scales = torch.rand(vocab_size) + 0.1
+    x = torch.randint(1, 256, (rows, 24), dtype=torch.uint8)
+    logits = (x.double() - 128) @ integers.double().T * scales.double()
+    expected = largest_of(logits)
+    largest = Int8Table(integers, scales).find_largest(x)
+    is_padding = expected == -torch.inf
+    assert torch.all(largest[is_padding] < logits.min() * 10)
+    torch.testing.assert_close(largest[~is_padding], expected[~is_padding])
 
 
 def test_quantized_rows_give_rotated_products_within_their_deviation():
@@ -77,7 +116,17 @@ def test_tensors_that_do_not_fit_are_refused():
         quantize_rows(hidden, 16, 0.0, 0.0)
     with pytest.raises(ValueError, match="bf16"):
         quantize_rows(hidden.float(), 8, 0.0, 0.0)
-    with pytest.raises(ValueError, match="logits"):
-        choose(hidden, table, torch.zeros(2, 32).bfloat16(), torch.zeros(2))
+    with pytest.raises(ValueError, match="largest"):
+        choose(hidden, table, torch.zeros(2, 1024), torch.zeros(2))
     with pytest.raises(ValueError, match="errors"):
-        choose(hidden, table, torch.zeros(2, 64).bfloat16(), torch.zeros(3))
+        choose(hidden, table, torch.zeros(2, 64), torch.zeros(3))
+
+
+@needs_panels
+def test_rows_that_do_not_fit_the_table_are_refused():
+    table = Int8Table(torch.zeros(32, 8, dtype=torch.int8), torch.ones(32))
+    for rows in (torch.zeros(2, 12, dtype=torch.uint8), torch.zeros(2, 8, dtype=torch.int8)):
+        with pytest.raises(ValueError, match="rows"):
+            table.find_largest(rows)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        Int8Table(torch.zeros(32, 6, dtype=torch.int8), torch.ones(32))

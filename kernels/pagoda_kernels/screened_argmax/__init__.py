@@ -1,12 +1,25 @@
-"""Before and after a product in int8 that screens tokens: see `pagoda_runtime.layers.screen`."""
+"""A product in int8 that screens tokens, and what comes before and after it.
+
+See `pagoda_runtime.layers.screen`.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from pagoda_kernels.screened_argmax.cpu import choose, quantize, quantize_weights
+from pagoda_kernels.panels import GROUP_SIZE, pack
+from pagoda_kernels.screened_argmax.cpu import (
+    CHUNK_GROUPS,
+    choose,
+    find_largest,
+    quantize,
+    quantize_weights,
+)
 
-__all__ = ["choose_tokens", "quantize_rows", "quantize_table"]
+__all__ = ["Int8Table", "choose_tokens", "quantize_rows", "quantize_table"]
+
+ROW_OFFSET = 128
+"""What is added to a row's whole numbers: the processor multiplies unsigned by signed bytes."""
 
 
 def quantize_rows(
@@ -65,10 +78,55 @@ def quantize_table(
     return integers, scales, float(error), float(power)
 
 
+class Int8Table:
+    """A rounded table in panels, for products with rounded rows.
+
+    Args:
+        integers: [vocab_size, hidden_size] int8; copied.
+        scales: [vocab_size] fp32.
+    """
+
+    def __init__(self, integers: torch.Tensor, scales: torch.Tensor) -> None:
+        self._panels = pack(integers)
+        size = len(self._panels) * GROUP_SIZE
+        # Rows are whole numbers plus 128. What fills the last group is less than any product.
+        self._offsets = torch.full((size,), torch.iinfo(torch.int32).min, dtype=torch.int32)
+        self._offsets[: len(integers)] = integers.sum(1, dtype=torch.int32) * -ROW_OFFSET
+        self._scales = torch.full((size,), float(scales.max()))
+        self._scales[: len(scales)] = scales
+
+    def find_largest(self, rows: torch.Tensor) -> torch.Tensor:
+        """[num_rows, num_chunks, GROUP_SIZE] fp32: the largest logit of each column of each chunk.
+
+        Column c of a chunk that begins with token t has the tokens t + c, t + c + GROUP_SIZE, …
+
+        Args:
+            rows: [num_rows, hidden_size] uint8, of `quantize_rows`.
+        """
+        num_rows, size = rows.shape
+        num_groups, num_steps, _, numbers = self._panels.shape
+        fits = rows.dtype is torch.uint8 and size == num_steps * numbers
+        if not fits or not rows.is_contiguous():
+            raise ValueError(
+                f"rows must be uint8, contiguous and of {num_steps * numbers} numbers."
+            )
+        largest = torch.empty(num_rows, -(-num_groups // CHUNK_GROUPS), GROUP_SIZE)
+        find_largest(
+            self._panels.data_ptr(),
+            num_groups,
+            rows.data_ptr(),
+            num_rows,
+            size,
+            self._offsets.data_ptr(),
+            self._scales.data_ptr(),
+            largest.data_ptr(),
+        )
+        return largest
+
+
 def choose_tokens(
     hidden: torch.Tensor,
     table: torch.Tensor,
-    logits: torch.Tensor,
     largest: torch.Tensor,
     errors: torch.Tensor,
     most_candidates: int,
@@ -80,39 +138,31 @@ def choose_tokens(
     Args:
         hidden: [num_rows, hidden_size] bf16 on a CPU, contiguous.
         table: [vocab_size, hidden_size] bf16, contiguous.
-        logits: [num_rows, vocab_size] bf16, contiguous, in a unit of each row's own.
-        largest: [num_rows, num_chunks] int16, contiguous: of each chunk of a row, the largest of
-            the logits' bits, seen as whole numbers: a chunk's largest logit if that is positive.
-            torch finds these 12 times as fast as the largest of bf16 numbers.
-        errors: [num_rows] fp32: how far logits may be off, before they were rounded to bf16.
+        largest: of `Int8Table.find_largest`, contiguous, in a unit of each row's own.
+        errors: [num_rows] fp32: how far those logits may be off.
         most_candidates: the result is -1 for rows that have more.
     """
     num_rows, size = hidden.shape
-    if any(t.dtype is not torch.bfloat16 for t in (hidden, table, logits)):
-        raise ValueError("hidden, table and logits must be bf16.")
-    if not all(t.is_contiguous() for t in (hidden, table, logits, largest)):
-        raise ValueError("hidden, table, logits and largest must be contiguous.")
-    if logits.shape != (num_rows, len(table)) or table.shape[1] != size:
-        raise ValueError(f"logits are {list(logits.shape)}; the table is {list(table.shape)}.")
-    if (
-        largest.dtype is not torch.int16
-        or len(largest) != num_rows
-        or len(table) % largest.shape[1]
-        or errors.shape != (num_rows,)
-    ):
-        raise ValueError(f"largest is {list(largest.shape)} and errors {list(errors.shape)}.")
+    if hidden.dtype is not torch.bfloat16 or table.dtype is not torch.bfloat16:
+        raise ValueError("hidden and table must be bf16.")
+    if not all(t.is_contiguous() for t in (hidden, table, largest)):
+        raise ValueError("hidden, table and largest must be contiguous.")
+    num_chunks = -(-len(table) // (CHUNK_GROUPS * GROUP_SIZE))
+    if largest.shape != (num_rows, num_chunks, GROUP_SIZE) or table.shape[1] != size:
+        raise ValueError(f"largest is {list(largest.shape)}; the table is {list(table.shape)}.")
+    if errors.shape != (num_rows,):
+        raise ValueError(f"errors is {list(errors.shape)}; there are {num_rows} rows.")
     tokens = torch.empty(num_rows, dtype=torch.int64)
     choose(
         hidden.data_ptr(),
         table.data_ptr(),
-        logits.data_ptr(),
         largest.data_ptr(),
         errors.data_ptr(),
         tokens.data_ptr(),
         num_rows,
         size,
         len(table),
-        largest.shape[1],
+        num_chunks,
         min(most_candidates, len(table)),
     )
     return tokens

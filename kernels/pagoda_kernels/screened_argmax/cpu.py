@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from pagoda_kernels.compiled import (
     Array,
@@ -16,10 +17,22 @@ from pagoda_kernels.compiled import (
     widen,
     widened,
 )
+from pagoda_kernels.panels import (
+    GROUP_SIZE,
+    MOST_ROWS,
+    PANEL_SIZE,
+    VECTOR_BYTES,
+    keep_largest_panel,
+    make_dot,
+)
+from pagoda_kernels.threads import Task, ThreadedKernel, claim
+
+CHUNK_GROUPS = 16
+"""Groups of panels whose largest logits are kept together, column by column."""
 
 _INT8_MAX = np.float32(127)
-# Relative: what bf16 may round away of a logit.
-_BF16_ROUNDING = np.float32(2.0**-8)
+
+_dot = make_dot(torch.int8)
 
 
 @compiled
@@ -118,11 +131,59 @@ def _round(x: Array, integers: Array) -> Any:
     return rounding, total
 
 
+def _find_largest(task: Task) -> None:
+    """Arguments: panels, num_groups, integers, num_rows, in_features, offsets, scales, largest."""
+    panels, num_groups, x, num_rows, stride = task[1], task[2], task[3], task[4], task[5]
+    offsets, scales = task[6], task[7]
+    num_chunks = (num_groups + CHUNK_GROUPS - 1) // CHUNK_GROUPS
+    largest = floats(task[8], (num_rows, num_chunks, GROUP_SIZE))
+    sums = np.zeros((MOST_ROWS, GROUP_SIZE), np.int32)
+    at, group_bytes = sums.ctypes.data, GROUP_SIZE * stride
+    num_passes = (num_rows + MOST_ROWS - 1) // MOST_ROWS
+    chunk = claim(task)
+    while chunk < num_chunks:
+        following = claim(task)
+        for row in range(num_rows):
+            for i in range(GROUP_SIZE):
+                largest[row, chunk, i] = -np.inf
+        last = min((chunk + 1) * CHUNK_GROUPS, num_groups)
+        for group in range(chunk * CHUNK_GROUPS, last):
+            # Each pass asks for its part of the group that this thread has next.
+            next_group = group + 1 if group + 1 < last else following * CHUNK_GROUPS
+            ahead = panels + min(next_group, num_groups - 1) * group_bytes
+            initial, scale = offsets + group * GROUP_SIZE * 4, scales + group * GROUP_SIZE * 4
+            row = 0
+            while row < num_rows:
+                rows = _dot(
+                    panels + group * group_bytes,
+                    x + row * stride,
+                    stride,
+                    num_rows - row,
+                    initial,
+                    at,
+                    ahead,
+                    2 * VECTOR_BYTES // num_passes,
+                )
+                ahead += group_bytes // num_passes
+                for i in range(rows):
+                    _keep_largest(sums[i], scale, largest[row + i, chunk])
+                row += rows
+        chunk = following
+
+
+find_largest = ThreadedKernel(_find_largest)
+
+
+@compiled
+def _keep_largest(sums: Array, scale: int, largest: Array) -> None:
+    for i in range(0, GROUP_SIZE, PANEL_SIZE):
+        keep_largest_panel(sums.ctypes.data + 4 * i, scale + 4 * i, largest.ctypes.data + 4 * i)
+
+
 @compiled
 def choose(
     hidden_at: int,
     table_at: int,
-    logits_at: int,
     largest_at: int,
     errors_at: int,
     tokens_at: int,
@@ -135,57 +196,47 @@ def choose(
     """See `pagoda_kernels.screened_argmax.choose_tokens`."""
     hidden = bf16_bits(hidden_at, (num_rows, size))
     table = bf16_bits(table_at, (vocab_size, size))
-    logits = bf16_bits(logits_at, (num_rows, num_chunks, vocab_size // num_chunks))
-    largest = bf16_bits(largest_at, (num_rows, num_chunks))
+    largest = floats(largest_at, (num_rows, num_chunks, GROUP_SIZE))
     errors, tokens = floats(errors_at, (num_rows,)), int64s(tokens_at, (num_rows,))
     candidates, x = np.empty(most_candidates, np.int64), np.empty(size, np.float32)
     for row in range(num_rows):
-        best = _largest(largest[row])
-        if not best > 0:
-            for i in range(num_chunks):
-                best = max(best, _largest(logits[row, i]))
-        floor = _floor(best, errors[row])
-        count = _collect(logits[row], largest[row], floor, candidates)
+        best = np.float32(-np.inf)
+        for chunk in range(num_chunks):
+            best = max(best, _largest(largest[row, chunk]))
+        floor = best - np.float32(2) * errors[row]
+        count = _collect(largest[row], floor, vocab_size, candidates)
         if count > most_candidates:
             tokens[row] = -1
         elif count == 0:
             # Not a number: there is no largest.
             tokens[row] = vocab_size - 1
         else:
-            tokens[row] = candidates[0]
-            if count > 1:
-                widen(hidden[row], x)
-                tokens[row] = _likeliest(x, table, candidates, count)
+            widen(hidden[row], x)
+            tokens[row] = _likeliest(x, table, candidates, count)
 
 
 @compiled
-def _largest(bits: Array) -> Any:
-    best = widened(bits[0])
-    for i in range(bits.size):
-        best = max(best, widened(bits[i]))
+def _largest(numbers: Array) -> Any:
+    best = numbers[0]
+    for i in range(numbers.size):
+        best = max(best, numbers[i])
     return best
 
 
 @compiled
-def _floor(best: Any, error: Any) -> Any:
-    """What a logit must reach to be the largest, if both it and the largest are off."""
-    floor = best - abs(best) * _BF16_ROUNDING - np.float32(2) * error
-    return floor - np.float32(2) * _BF16_ROUNDING * abs(floor)
-
-
-@compiled
-def _collect(logits: Array, largest: Array, floor: Any, candidates: Array) -> int:
-    """How many logits reach the floor; the first of them go to candidates, in ascending order."""
+def _collect(largest: Array, floor: Any, vocab_size: int, candidates: Array) -> int:
+    """How many tokens may have a logit that reaches the floor; the first of them are candidates."""
     count = 0
-    num_chunks, chunk = logits.shape
-    for i in range(num_chunks):
-        # What largest says of a chunk without positive logits means nothing.
-        if widened(largest[i]) >= floor or not floor > 0:
-            for j in range(chunk):
-                if widened(logits[i, j]) >= floor:
-                    if count < candidates.size:
-                        candidates[count] = i * chunk + j
-                    count += 1
+    for chunk in range(len(largest)):
+        if _largest(largest[chunk]) >= floor:
+            for column in range(GROUP_SIZE):
+                if largest[chunk, column] >= floor:
+                    first = chunk * CHUNK_GROUPS * GROUP_SIZE + column
+                    last = min(first + CHUNK_GROUPS * GROUP_SIZE, vocab_size)
+                    for token in range(first, last, GROUP_SIZE):
+                        if count < candidates.size:
+                            candidates[count] = token
+                        count += 1
     return count
 
 
@@ -193,14 +244,15 @@ def _collect(logits: Array, largest: Array, floor: Any, candidates: Array) -> in
 def _likeliest(x: Array, table: Array, candidates: Array, count: int) -> int:
     best, token = np.float32(-np.inf), candidates[0]
     for i in range(count):
-        logit = _dot(x, table[candidates[i]])
-        if logit > best:
-            best, token = logit, candidates[i]
+        candidate = candidates[i]
+        logit = _exact(x, table[candidate])
+        if logit > best or (logit == best and candidate < token):
+            best, token = logit, candidate
     return int(token)
 
 
 @compiled
-def _dot(x: Array, bits: Array) -> Any:
+def _exact(x: Array, bits: Array) -> Any:
     total = np.float32(0)
     for i in range(x.size):
         total += x[i] * widened(bits[i])

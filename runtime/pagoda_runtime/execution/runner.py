@@ -33,7 +33,6 @@ from pagoda_runtime.execution.kv_cache import (
 from pagoda_runtime.execution.logprobs import compute_logprobs
 from pagoda_runtime.execution.sampler import sample, wants_likeliest
 from pagoda_runtime.execution.step_input import prepare_step
-from pagoda_runtime.layers.linear import fastest_min_rows
 from pagoda_runtime.models.decoder import Decoder
 from pagoda_runtime.models.registry import load_model_config
 from pagoda_runtime.models.source import resolve_model
@@ -77,7 +76,6 @@ class ModelRunner:
             self.model = self._load_model(folder, config, on_progress)
         self.block_size = config.block_size or (16 if self.device.type == "cuda" else 32)
         self.is_deterministic = config.deterministic
-        self.min_tokens = fastest_min_rows(self.dtype, self.device)
         self.gather_buffer = GatherBuffer()
         self.windows = sorted(set(self.model_config.sliding_windows))
         budget = self._memory_budget(config)
@@ -134,7 +132,6 @@ class ModelRunner:
             block_size=self.block_size,
             num_kv_heads=self.model_config.num_kv_heads,
             windows=self.windows,
-            min_tokens=self.min_tokens,
             buffer=self.gather_buffer,
             is_deterministic=self.is_deterministic,
             dtype=self.dtype,
@@ -157,7 +154,7 @@ class ModelRunner:
         return outputs
 
     def _sample(self, hidden: torch.Tensor, rows: Sequence[ScheduledRow]) -> list[RowOutput]:
-        """One output per row; hidden may have padding after them.
+        """One output per row of hidden.
 
         Rows that want nothing but the likeliest token have no logits computed, if the model can do
         without, even among others that have: a request's tokens must not depend on its neighbours.
@@ -165,12 +162,12 @@ class ModelRunner:
         eos_token_ids = self.model_config.eos_token_ids
         plain = [index for index, row in enumerate(rows) if wants_likeliest(row)]
         if not plain or not self.model.can_screen:
-            return sample(self.model.logits(hidden)[: len(rows)], rows, eos_token_ids)
+            return sample(self.model.logits(hidden), rows, eos_token_ids)
         is_alone = len(plain) == len(rows)
         token_ids = self.model.likeliest(hidden if is_alone else hidden[plain]).tolist()
         outputs = {
             index: RowOutput(token_ids=[token_id] * len(rows[index].seeds))
-            for index, token_id in zip(plain, token_ids, strict=False)
+            for index, token_id in zip(plain, token_ids, strict=True)
         }
         others = [index for index in range(len(rows)) if index not in outputs]
         if others:

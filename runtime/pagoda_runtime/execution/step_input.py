@@ -19,7 +19,7 @@ class PreparedStep:
 
     step_input: StepInput
     sampled_tokens: torch.Tensor
-    """int64: indices of the tokens whose logits are wanted, in the rows' order, then padding."""
+    """int64: indices of the tokens whose logits are wanted, in the rows' order."""
     sampled_rows: list[int]
     """Indices of the rows that they belong to."""
     first_tokens: list[int]
@@ -32,17 +32,12 @@ def prepare_step(
     block_size: int,
     num_kv_heads: int,
     windows: Sequence[int],
-    min_tokens: int = 1,
     buffer: GatherBuffer | None = None,
     is_deterministic: bool = False,
     dtype: torch.dtype,
     device: torch.device,
 ) -> PreparedStep:
-    """Lay out the rows' tokens one after the other, decode rows first, shortest first.
-
-    Fewer than min_tokens tokens, or sampled tokens, are padded; padding belongs to no row, its
-    keys go to block 0.
-    """
+    """Lay out the rows' tokens one after the other, decode rows first, shortest first."""
     order = sorted(
         range(len(rows)),
         key=lambda index: (len(rows[index].token_ids) > 1, rows[index].start),
@@ -75,12 +70,12 @@ def prepare_step(
     last_tokens = row_starts + np.array([len(row.token_ids) for row in rows]) - 1
     return PreparedStep(
         StepInput(
-            _pad(token_ids, min_tokens).to(device),
-            _pad(positions, min_tokens).to(device),
-            _pad(slot_mapping, min_tokens).to(device),
+            torch.from_numpy(token_ids).to(device),
+            torch.from_numpy(positions).to(device),
+            torch.from_numpy(slot_mapping).to(device),
             metadata,
         ),
-        _pad(last_tokens[sampled], min_tokens).to(device),
+        torch.from_numpy(last_tokens[sampled]).to(device),
         sampled,
         row_starts.tolist(),
     )
@@ -93,12 +88,6 @@ def _slots(
     blocks, offsets = np.divmod(positions, block_size)
     slots: np.ndarray = block_table[seqs, blocks].astype(np.int64) * block_size + offsets
     return slots
-
-
-def _pad(values: np.ndarray, min_length: int) -> torch.Tensor:
-    """With zeros at the end."""
-    missing = min_length - len(values)
-    return torch.from_numpy(np.pad(values, (0, missing)) if missing > 0 else values)
 
 
 def _block_table(tables: Sequence[Sequence[int]]) -> np.ndarray:

@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import embedding
 
-from pagoda_runtime.layers.linear import (
-    FixedRowsLinear,
-    LinearMethod,
-    PlainLinear,
-    make_linear_method,
-)
+from pagoda_runtime.layers.linear import LinearMethod, PlainLinear, fix_rows, make_linear_method
 from pagoda_runtime.layers.screen import Screen, can_screen
 
 
@@ -77,7 +72,7 @@ class LanguageModelHead:
             self.screen = Screen(self.table, self.method)
 
     def fix_rows(self) -> None:
-        self.method = FixedRowsLinear(self.method)
+        self.method = fix_rows(self.method)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.method.apply(hidden, None)
+        return self.method(hidden)

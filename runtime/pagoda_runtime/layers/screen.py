@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from pagoda_kernels.screened_argmax import choose_tokens, quantize_rows, quantize_table
+from pagoda_kernels.panels import BYTES_PER_STEP, has_panels
+from pagoda_kernels.screened_argmax import (
+    Int8Table,
+    choose_tokens,
+    quantize_rows,
+    quantize_table,
+)
 from pagoda_runtime.layers.linear import LinearMethod
 
-# Tokens whose largest logit is found first; a smaller power of two if the vocabulary needs it.
-_LARGEST_CHUNK = 512
-_SMALLEST_CHUNK = 64
 # How many standard deviations of its error a logit may be off. The error is a sum over hidden_size
 # of independent roundings, so it is close to normal: one in 1e9 likeliest tokens is missed.
 _DEVIATIONS = 6.0
-_INT8_MAX = 127
 # A row with more than this is not worth it: all its logits are computed in bf16.
 _MOST_CANDIDATES = 1 << 12
 # Numbers of a vector that are rotated together, or a smaller power of two if the vectors need it.
@@ -40,13 +42,10 @@ class Screen:
     """
 
     def __init__(self, table: torch.Tensor, method: LinearMethod) -> None:
-        vocab_size = len(table)
         self.table, self.method = table, method
-        self.chunk = chunk_size(vocab_size)
         self.rotation_size = min(_LARGEST_ROTATION, _power_of_two_in(table.shape[1]))
-        rounded, self.scales, self.error, self.power = quantize_table(table, self.rotation_size)
-        self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
-        self.zero_points = torch.zeros(vocab_size, dtype=torch.int32)
+        integers, scales, self.error, self.power = quantize_table(table, self.rotation_size)
+        self.int8_table = Int8Table(integers, scales)
 
     def argmax(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows] int64: the token of each row's largest logit, the first of equals.
@@ -55,54 +54,19 @@ class Screen:
             hidden: [num_rows, hidden_size] bf16, normalized.
         """
         hidden = hidden.contiguous()
-        integers, deviations = quantize_rows(hidden, self.rotation_size, self.error, self.power)
+        rows, deviations = quantize_rows(hidden, self.rotation_size, self.error, self.power)
+        largest = self.int8_table.find_largest(rows)
         errors = deviations.mul_(_DEVIATIONS)
-        winners = self._choose(hidden, self._multiply(integers), errors, _MOST_CANDIDATES)
-        is_hard = winners < 0
+        tokens = choose_tokens(hidden, self.table, largest, errors, _MOST_CANDIDATES)
+        is_hard = tokens < 0
         if bool(is_hard.any()):
-            # The same result from bf16 logits, of which those that rounding made equal are left.
-            hard = hidden[is_hard]
-            logits = self.method.apply(hard, None)
-            winners[is_hard] = self._choose(hard, logits, torch.zeros(len(hard)), len(self.table))
-        return winners
-
-    def _choose(
-        self, hidden: torch.Tensor, logits: torch.Tensor, errors: torch.Tensor, most: int
-    ) -> torch.Tensor:
-        bits = logits.view(torch.int16)
-        largest = bits.view(len(logits), -1, self.chunk).amax(-1)
-        return choose_tokens(hidden, self.table, logits, largest, errors, most)
-
-    def _multiply(self, integers: torch.Tensor) -> torch.Tensor:
-        """[num_rows, vocab_size] bf16, from whole numbers plus 128."""
-        # oneDNN's product of unsigned with signed bytes is the one that AVX512 has.
-        product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            integers,
-            1.0,
-            _INT8_MAX + 1,
-            self.packed,
-            self.scales,
-            self.zero_points,
-            None,
-            1.0,
-            0,
-            torch.bfloat16,
-            "none",
-            [],
-            "",
-        )
-        return product
+            tokens[is_hard] = self.method(hidden[is_hard]).argmax(-1)
+        return tokens
 
 
 def can_screen(table: torch.Tensor) -> bool:
-    """Whether the vocabulary can be cut into chunks, and torch has the product in int8."""
-    has_product = hasattr(torch.ops.onednn, "qlinear_pointwise")
-    return has_product and chunk_size(len(table)) >= _SMALLEST_CHUNK
-
-
-def chunk_size(vocab_size: int) -> int:
-    """The largest power of two up to 512 that divides it."""
-    return min(_LARGEST_CHUNK, _power_of_two_in(vocab_size))
+    """Whether this processor multiplies such a table, rounded, in int8."""
+    return table.shape[1] % BYTES_PER_STEP == 0 and has_panels(torch.int8)
 
 
 def _power_of_two_in(number: int) -> int:

@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 
+from pagoda_kernels.panels import has_panels
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.execution.testing import generate, transformers_tokens
-from pagoda_runtime.layers.linear import has_fast_bf16
 from pagoda_runtime.models.testing import TINY, make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
 
@@ -123,7 +123,7 @@ def test_sampled_tokens_do_not_depend_on_the_batch(llama):
 
 
 @pytest.mark.skipif(
-    not has_fast_bf16(torch.device("cpu")), reason="this processor does not multiply bf16 itself"
+    not has_panels(torch.bfloat16), reason="this processor does not multiply bf16 itself"
 )
 def test_a_greedy_request_has_the_same_tokens_among_sampled_ones_in_bfloat16(tmp_path):
     make_tiny_checkpoint(tmp_path, tie_word_embeddings=True)

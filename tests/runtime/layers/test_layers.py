@@ -5,19 +5,26 @@ import math
 import pytest
 import torch
 
+from pagoda_kernels.packed_linear import can_pack
+from pagoda_kernels.panels import has_panels
+from pagoda_runtime.layers import linear
 from pagoda_runtime.layers.activation import ACTIVATIONS
 from pagoda_runtime.layers.embedding import Embedding
 from pagoda_runtime.layers.linear import (
     Linear,
+    PackedLinear,
     PlainLinear,
     PrepackedLinear,
-    has_fast_bf16,
+    fix_rows,
     make_linear_method,
 )
-from pagoda_runtime.layers.mlp import FusedGate, MergedGate
+from pagoda_runtime.layers.mlp import MergedGate, PackedGate, PrepackedGate
 from pagoda_runtime.layers.norm import RMSNorm
 
 CPU = torch.device("cpu")
+needs_panels = pytest.mark.skipif(
+    not has_panels(torch.bfloat16), reason="this processor does not multiply bf16 itself"
+)
 
 
 def make_norm(weight, offset=0.0):
@@ -64,34 +71,69 @@ def test_fp32_is_multiplied_by_torch():
     assert isinstance(make_linear_method(torch.randn(8, 4)), PlainLinear)
 
 
-@pytest.mark.skipif(not has_fast_bf16(CPU), reason="this processor does not multiply bf16 itself")
+def test_bf16_is_packed_where_the_processor_multiplies_it(monkeypatch):
+    weight = torch.randn(8, 4).bfloat16()
+    monkeypatch.setattr(linear, "has_amx", lambda device: False)
+    packed = PackedLinear if can_pack(weight) else PlainLinear
+    assert isinstance(make_linear_method(weight), packed)
+    monkeypatch.setattr(linear, "has_amx", lambda device: True)
+    assert isinstance(make_linear_method(weight), PrepackedLinear)
+
+
+def make_bf16(*size):
+    return torch.randn(*size).bfloat16()
+
+
+METHODS = [PackedLinear, PrepackedLinear]
+GATES = [PackedGate, PrepackedGate]
+
+
+@needs_panels
 @pytest.mark.parametrize("rows", [1, 4, 17])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_the_prepacked_product_equals_torchs(rows, has_bias):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_packed_product_equals_torchs(method, rows, has_bias):
     torch.manual_seed(0)
-    weight, x = torch.randn(96, 64).bfloat16(), torch.randn(rows, 64).bfloat16()
-    bias = torch.randn(96).bfloat16() if has_bias else None
+    weight, x = make_bf16(96, 64), make_bf16(rows, 64)
+    bias = make_bf16(96) if has_bias else None
     expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
-    result = PrepackedLinear(weight).apply(x, bias)
+    result = method(weight, bias)(x)
     torch.testing.assert_close(result.double(), expected, atol=0.05, rtol=0.02)
 
 
-@pytest.mark.skipif(not has_fast_bf16(CPU), reason="this processor does not multiply bf16 itself")
+@needs_panels
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_fused_gate_equals_the_merged_one(activation, has_bias):
+@pytest.mark.parametrize("gate", GATES)
+def test_a_packed_gate_equals_the_merged_one(gate, activation, has_bias):
     torch.manual_seed(0)
     layer = Linear(64, {"gate": 96, "up": 96}, bias=has_bias, dtype=torch.bfloat16, device=CPU)
     for target in layer.targets("").values():
         target.copy_(torch.randn(target.shape) * 0.2)
-    x = torch.randn(5, 64).bfloat16()
+    x = make_bf16(5, 64)
     expected = MergedGate(layer, activation)(x)
-    torch.testing.assert_close(FusedGate(layer, activation)(x), expected, atol=0.03, rtol=0.02)
+    torch.testing.assert_close(gate(layer, activation)(x), expected, atol=0.03, rtol=0.02)
 
 
-def test_bf16_is_prepacked_where_the_processor_multiplies_it():
-    method = make_linear_method(torch.randn(8, 4).bfloat16())
-    assert isinstance(method, PrepackedLinear if has_fast_bf16(CPU) else PlainLinear)
+@needs_panels
+@pytest.mark.parametrize("method", METHODS)
+def test_with_fixed_rows_a_result_does_not_depend_on_other_rows(method):
+    torch.manual_seed(0)
+    product, x = fix_rows(method(make_bf16(96, 640))), make_bf16(37, 640)
+    together = product(x)
+    assert all(torch.equal(product(x[i : i + 1]), together[i : i + 1]) for i in range(37))
+
+
+@needs_panels
+@pytest.mark.parametrize("gate", GATES)
+def test_with_fixed_rows_a_gates_result_does_not_depend_on_other_rows(gate):
+    torch.manual_seed(0)
+    layer = Linear(640, {"gate": 96, "up": 96}, bias=False, dtype=torch.bfloat16, device=CPU)
+    layer.weight.copy_(torch.randn(layer.weight.shape) * 0.05)
+    product, x = gate(layer, "silu"), make_bf16(21, 640)
+    product.fix_rows()
+    together = product(x)
+    assert all(torch.equal(product(x[i : i + 1]), together[i : i + 1]) for i in range(21))
 
 
 def test_the_scale_of_an_embedding_is_rounded_to_its_dtype():

@@ -3,26 +3,28 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pagoda_runtime.layers.linear import PrepackedLinear, has_fast_bf16
-from pagoda_runtime.layers.screen import Screen, can_screen, chunk_size
+from pagoda_kernels.panels import has_panels
+from pagoda_runtime.layers.linear import PlainLinear
+from pagoda_runtime.layers.screen import Screen, can_screen
 
 pytestmark = pytest.mark.skipif(
-    not has_fast_bf16(torch.device("cpu")), reason="this processor does not multiply bf16 itself"
+    not has_panels(torch.int8), reason="this processor has no product of bytes"
 )
 
 
 def make_screen(table):
-    return Screen(table, PrepackedLinear(table))
+    return Screen(table, PlainLinear(table))
 
 
 def expected_argmax(table, hidden):
     return (hidden.double() @ table.double().T).argmax(-1)
 
 
+@pytest.mark.parametrize("vocab_size", [4096, 700, 33])
 @pytest.mark.parametrize("rows", [1, 4, 17])
-def test_the_result_is_the_argmax_of_exact_logits(rows):
+def test_the_result_is_the_argmax_of_exact_logits(rows, vocab_size):
     torch.manual_seed(0)
-    table = (torch.randn(4096, 96) * torch.rand(4096, 1)).bfloat16()
+    table = (torch.randn(vocab_size, 96) * torch.rand(vocab_size, 1)).bfloat16()
     hidden = (torch.randn(rows, 96) * 7).bfloat16()
     assert torch.equal(make_screen(table).argmax(hidden), expected_argmax(table, hidden))
 
@@ -45,7 +47,9 @@ def test_a_row_of_which_int8_says_nothing_is_decided_by_all_logits():
     table = torch.randn(8192, 64).bfloat16()
     table[:, 3] = 0.0
     hidden = torch.randn(5, 64).bfloat16()
+    table[8000] = (hidden[2] * 2).bfloat16()
     hidden[2, 3] = 1e4
+    table[8000, 3] = 0.0
     hidden[4] = 0.0
     assert torch.equal(make_screen(table).argmax(hidden), expected_argmax(table, hidden))
 
@@ -80,7 +84,13 @@ def test_a_token_with_weights_of_zero_can_win():
     assert make_screen(table).argmax(torch.ones(1, 64).bfloat16()).tolist() == [77]
 
 
-def test_a_vocabulary_is_cut_into_chunks_of_a_power_of_two():
-    assert [chunk_size(n) for n in (262144, 151936, 128256, 32000)] == [512, 128, 256, 256]
-    assert not can_screen(torch.empty(32001, 8))
-    assert can_screen(torch.empty(32000, 8))
+def test_all_logits_of_a_row_may_be_negative():
+    """What fills the last group of a vocabulary must not win."""
+    table = -torch.ones(700, 64).bfloat16()
+    table[123] = -0.5
+    assert make_screen(table).argmax(torch.ones(3, 64).bfloat16()).tolist() == [123] * 3
+
+
+def test_a_vector_must_be_made_of_whole_steps():
+    assert can_screen(torch.empty(32001, 8))
+    assert not can_screen(torch.empty(32000, 6))

@@ -1,0 +1,226 @@
+"""Products of rows with a matrix packed in panels, by the processor's own dot products.
+
+A panel holds PANEL_SIZE rows of the matrix, which are columns of the result. One vector of it holds
+4 bytes of each: 2 numbers in bf16, or 4 in int8. The processor multiplies such a vector by 4 bytes
+of x, repeated, and adds the products to PANEL_SIZE sums in one instruction. Two panels lie next to
+each other, vector by vector, as a group: a thread reads memory from its beginning to its end, and
+asks for what it will need before it does, so that reading and multiplying go on at the same time.
+
+Every sum is made in the order of the numbers, whatever the number of rows: a row's result does not
+depend on its neighbours.
+
+Instructions: VDPBF16PS (AVX512-BF16) and VPDPBUSD (AVX512-VNNI), Intel's Software Developer's
+Manual, volume 2.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import llvmlite.binding
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+PANEL_SIZE = 16
+GROUP_SIZE = 2 * PANEL_SIZE
+BYTES_PER_STEP = 4
+"""Of each row of the matrix, and of x."""
+VECTOR_BYTES = PANEL_SIZE * BYTES_PER_STEP
+MOST_ROWS = 8
+"""Rows of x at a time: 16 sums of 32 registers; with 12 or 16 they are no faster."""
+
+_INT32, _INT64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_BYTE_POINTER = ir.IntType(8).as_pointer()
+_INT32S = ir.VectorType(_INT32, PANEL_SIZE)
+_FLOATS = ir.VectorType(_FLOAT, PANEL_SIZE)
+
+
+@cache
+def has_panels(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies bf16, or uint8 by int8, in panels."""
+    feature = {torch.bfloat16: "avx512bf16", torch.int8: "avx512vnni"}.get(dtype)
+    return bool(llvmlite.binding.get_host_cpu_features().get(feature, False))
+
+
+def pack(matrix: torch.Tensor) -> torch.Tensor:
+    """[num_groups, num_steps, GROUP_SIZE, numbers a step]: a matrix in groups of panels.
+
+    Args:
+        matrix: [out_features, in_features] bf16 or int8; zeros fill the last group.
+    Raises: ValueError if in_features is not a whole number of steps.
+    """
+    out_features, in_features = matrix.shape
+    numbers = BYTES_PER_STEP // matrix.element_size()
+    if in_features % numbers:
+        raise ValueError(f"in_features is {in_features}; it must be a multiple of {numbers}.")
+    missing = -out_features % GROUP_SIZE
+    padded = torch.nn.functional.pad(matrix, (0, 0, 0, missing)) if missing else matrix
+    groups = padded.view(-1, GROUP_SIZE, in_features // numbers, numbers)
+    return groups.transpose(1, 2).contiguous()
+
+
+def make_dot(kind: torch.dtype) -> Any:
+    """A function for kernels: the product of the next rows of x with one group of panels.
+
+    It multiplies as many rows as one pass can, at most MOST_ROWS, and returns their number. Its
+    arguments: the address of the group, the address of x, the bytes of a row of x, the number of
+    rows, the address of [GROUP_SIZE] numbers to begin with, an address for [rows, GROUP_SIZE] sums:
+    fp32 for bf16, int32 for int8 (then x is uint8); and what to ask memory for meanwhile, an
+    address and the bytes from one step to the next.
+    """
+
+    def emit(
+        _context: Any,
+        group: Any,
+        x: Any,
+        row_bytes: Any,
+        num_rows: Any,
+        initial: Any,
+        sums: Any,
+        ahead: Any,
+        ahead_stride: Any,
+    ) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return _emit_pass(builder, kind, *arguments)
+
+        return types.int64(*[types.int64] * 8), generate
+
+    return intrinsic(emit)
+
+
+def _emit_pass(
+    b: Any, kind: torch.dtype, group: Any, x: Any, row_bytes: Any, num_rows: Any, *others: Any
+) -> Any:
+    steps = b.ashr(row_bytes, _INT64(BYTES_PER_STEP.bit_length() - 1))
+    end = b.append_basic_block("end")
+    ends = []
+    for rows in (8, 4, 2, 1):
+        smaller = b.append_basic_block("smaller")
+        if rows > 1:
+            enough = b.append_basic_block("enough")
+            b.cbranch(b.icmp_signed(">=", num_rows, _INT64(rows)), enough, smaller)
+            b.position_at_end(enough)
+        _emit_dot(b, kind, rows, group, x, row_bytes, steps, *others)
+        ends.append((_INT64(rows), b.block))
+        b.branch(end)
+        b.position_at_end(smaller)
+    b.unreachable()
+    b.position_at_end(end)
+    multiplied = b.phi(_INT64)
+    for rows, block in ends:
+        multiplied.add_incoming(rows, block)
+    return multiplied
+
+
+def _emit_dot(
+    b: Any,
+    kind: torch.dtype,
+    num_rows: int,
+    group: Any,
+    x: Any,
+    stride: Any,
+    steps: Any,
+    initial: Any,
+    out: Any,
+    ahead: Any,
+    ahead_stride: Any,
+) -> None:
+    multiply = _multiplication(b.module, kind)
+    sums_type = multiply.function_type.return_type
+    begin = [_load(b, initial, i * VECTOR_BYTES, sums_type) for i in range(2)]
+    before = b.block
+    loop, done = b.append_basic_block("step"), b.append_basic_block("done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    step = b.phi(_INT64)
+    step.add_incoming(_INT64(0), before)
+    sums = [b.phi(sums_type) for _ in range(2 * num_rows)]
+    at = b.add(group, b.mul(step, _INT64(2 * VECTOR_BYTES)))
+    vectors = [_load(b, at, i * VECTOR_BYTES, _INT32S) for i in range(2)]
+    wanted = b.add(ahead, b.mul(step, ahead_stride))
+    _prefetch(b, wanted)
+    _prefetch(b, b.add(wanted, b.ashr(ahead_stride, _INT64(1))))
+    results = []
+    for row in range(num_rows):
+        at = b.add(b.add(x, b.mul(stride, _INT64(row))), b.mul(step, _INT64(BYTES_PER_STEP)))
+        repeated = _repeat(b, b.load(_pointer(b, at, _INT32)))
+        for i, vector in enumerate(vectors):
+            results.append(b.call(multiply, [sums[2 * row + i], repeated, vector]))
+    for total, result, number in zip(sums, results, begin * num_rows, strict=True):
+        total.add_incoming(number, before)
+        total.add_incoming(result, loop)
+    next_step = b.add(step, _INT64(1))
+    step.add_incoming(next_step, loop)
+    b.cbranch(b.icmp_signed("<", next_step, steps), loop, done)
+    b.position_at_end(done)
+    for i, result in enumerate(results):
+        b.store(result, _pointer(b, b.add(out, _INT64(i * VECTOR_BYTES)), result.type), align=4)
+
+
+def _multiplication(module: Any, kind: torch.dtype) -> Any:
+    """sums + x * vector, over the numbers of a step. All as 32 bits, whatever is in them."""
+    if kind is torch.bfloat16:
+        name, sums = "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS
+    else:
+        name, sums = "llvm.x86.avx512.vpdpbusd.512", _INT32S
+    function = ir.FunctionType(sums, [sums, _INT32S, _INT32S])
+    return module.declare_intrinsic(name, [], function)
+
+
+def _prefetch(b: Any, at: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [_BYTE_POINTER, _INT32, _INT32, _INT32])
+    function = b.module.declare_intrinsic("llvm.prefetch", [_BYTE_POINTER], kind)
+    # To be read, into the second level of the cache, as data.
+    b.call(function, [b.inttoptr(at, _BYTE_POINTER), _INT32(0), _INT32(2), _INT32(1)])
+
+
+def _repeat(b: Any, number: Any) -> Any:
+    undefined = ir.Constant(_INT32S, ir.Undefined)
+    first = b.insert_element(undefined, number, _INT32(0))
+    return b.shuffle_vector(first, undefined, ir.Constant(_INT32S, [0] * PANEL_SIZE))
+
+
+def _make_narrow(_context: Any, numbers: Any, out: Any) -> Any:
+    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
+        bits = ir.VectorType(ir.IntType(16), PANEL_SIZE)
+        name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+        convert = b.module.declare_intrinsic(name, [], ir.FunctionType(bits, [_FLOATS]))
+        narrowed = b.call(convert, [_load(b, arguments[0], 0, _FLOATS)])
+        b.store(narrowed, _pointer(b, arguments[1], bits), align=2)
+        return context.get_dummy_value()
+
+    return types.void(numbers, out), generate
+
+
+narrow_panel: Any = intrinsic(_make_narrow)
+"""Inside a kernel: PANEL_SIZE fp32 numbers at an address, rounded to bf16 at another."""
+
+
+def _make_keep_largest(_context: Any, sums: Any, scales: Any, largest: Any) -> Any:
+    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
+        whole = _load(b, arguments[0], 0, _INT32S)
+        number = b.fmul(b.sitofp(whole, _FLOATS), _load(b, arguments[1], 0, _FLOATS))
+        so_far = _load(b, arguments[2], 0, _FLOATS)
+        kept = b.select(b.fcmp_ordered(">", number, so_far), number, so_far)
+        b.store(kept, _pointer(b, arguments[2], _FLOATS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(sums, scales, largest), generate
+
+
+keep_largest_panel: Any = intrinsic(_make_keep_largest)
+"""Inside a kernel: largest = max(largest, sums * scales), of PANEL_SIZE int32 and fp32 numbers.
+
+Its arguments: the addresses of sums, of scales and of largest.
+"""
+
+
+def _load(b: Any, at: Any, offset_bytes: int, kind: Any) -> Any:
+    return b.load(_pointer(b, b.add(at, _INT64(offset_bytes)), kind), align=4)
+
+
+def _pointer(b: Any, at: Any, kind: Any) -> Any:
+    return b.inttoptr(at, kind.as_pointer())

@@ -1,0 +1,72 @@
+"""Run a compiled kernel on the threads that torch has already.
+
+A second pool of threads would fight torch's for the cores. torch's OpenMP can run any function on
+its threads, and they are still awake from the product before: a call costs a few microseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import cfunc, types
+from numba.extending import intrinsic
+
+from pagoda_kernels.compiled import OPTIONS, keep_on_disk
+
+Task = Any
+"""What a kernel gets: a C array of int64, the number of claimed parts and then its arguments."""
+
+
+class ThreadedKernel:
+    """A function of a task, compiled at its first call.
+
+    Every thread calls it once, and it claims parts of the work until none is left; so a thread
+    that the machine takes away for a while delays the others by one part at most.
+    """
+
+    def __init__(self, function: Callable[[Task], None]) -> None:
+        self._function = function
+        self._compiled: Any = None
+
+    def __call__(self, *arguments: int) -> None:
+        """Args: addresses and numbers; in the task they follow the number of claimed parts."""
+        if self._compiled is None:
+            signature = types.void(types.CPointer(types.int64))
+            self._compiled = keep_on_disk(
+                lambda cached: cfunc(signature, cache=cached, **OPTIONS)(self._function)
+            )
+        task = (ctypes.c_int64 * (len(arguments) + 1))(0, *arguments)
+        parallel = _openmp_parallel()
+        if parallel is None:
+            self._compiled.ctypes(task)
+        else:
+            parallel(ctypes.c_void_p(self._compiled.address), task, torch.get_num_threads(), 0)
+
+
+@cache
+def _openmp_parallel() -> Any:
+    """GNU OpenMP's GOMP_parallel, out of the library that torch uses; None if it uses another."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in (*sorted(map(str, folder.glob("libgomp*.so*"))), "libgomp.so.1"):
+        try:
+            return ctypes.CDLL(name).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _make_claim(_context: Any, task: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.atomic_rmw("add", arguments[0], ir.IntType(64)(1), "monotonic")
+
+    return types.int64(task), generate
+
+
+claim: Any = intrinsic(_make_claim)
+"""Inside a kernel, of its task: the next part that no thread has had."""
