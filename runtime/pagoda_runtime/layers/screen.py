@@ -17,7 +17,7 @@ from pagoda_runtime.layers.linear import LinearMethod
 # of independent roundings, so it is close to normal: one in 1e9 likeliest tokens is missed.
 _DEVIATIONS = 6.0
 # A row with more than this is not worth it: all its logits are computed in bf16.
-_MOST_CANDIDATES = 1 << 12
+_MOST_CANDIDATES = 1 << 14
 # Numbers of a vector that are rotated together, or a smaller power of two if the vectors need it.
 _LARGEST_ROTATION = 128
 
