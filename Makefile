@@ -4,7 +4,7 @@
 PYTHON ?= .venv/bin/python
 
 .PHONY: demo demo-down test check lint types unit venv model kubeconfig lock gpu-check \
-  bench-cpu bench-long bench-waste bench-overhead soak
+  bench-cpu bench-long bench-waste bench-overhead bench-quantization soak
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
 	@python3 e2e/phases.py demo
@@ -49,6 +49,9 @@ bench-waste: venv ## slots of the KV cache that are held and not filled: make be
 
 bench-overhead: model ## what a decode step costs outside the model: make bench-overhead [OUT=FILE]
 	@$(PYTHON) benchmarks/overhead.py --out $(or $(OUT),out/bench-overhead.json)
+
+bench-quantization: model ## weights rounded to int8 beside bf16: make bench-quantization [OUT=FILE]
+	@$(PYTHON) benchmarks/quantization.py --out $(or $(OUT),out/bench-quantization.json)
 
 soak: venv      ## a server's memory over 10,000 requests: make soak [OUT=FILE]
 	@$(PYTHON) benchmarks/soak.py --out $(or $(OUT),out/soak.json)

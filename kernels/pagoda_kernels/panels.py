@@ -16,7 +16,7 @@ Manual, volume 2.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 import torch
@@ -36,39 +36,63 @@ _INT32, _INT64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _BYTE_POINTER = ir.IntType(8).as_pointer()
 _INT32S = ir.VectorType(_INT32, PANEL_SIZE)
 _FLOATS = ir.VectorType(_FLOAT, PANEL_SIZE)
+_BYTES = ir.VectorType(ir.IntType(8), VECTOR_BYTES)
+
+
+class Numbers(NamedTuple):
+    """What a matrix in panels holds, and what rows are multiplied by it."""
+
+    stored_bytes: int
+    multiplied_bytes: int
+    """Of a number, as the instruction takes it."""
+    features: frozenset[str]
+    """Of the processor, as LLVM names them."""
+
+
+BF16 = Numbers(2, 2, frozenset({"avx512bf16"}))
+INT8 = Numbers(1, 1, frozenset({"avx512vnni"}))
+"""Multiplied by rows of uint8."""
+INT8_AS_BF16 = Numbers(1, 2, frozenset({"avx512bf16", "avx512vbmi"}))
+"""Widened on the way to the product with rows of bf16."""
 
 
 @cache
-def has_panels(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies bf16, or uint8 by int8, in panels."""
-    feature = {torch.bfloat16: "avx512bf16", torch.int8: "avx512vnni"}.get(dtype)
-    return bool(llvmlite.binding.get_host_cpu_features().get(feature, False))
+def has_panels(numbers: Numbers) -> bool:
+    """Whether this processor has the instructions."""
+    features = llvmlite.binding.get_host_cpu_features()
+    return all(features.get(name, False) for name in numbers.features)
 
 
-def pack(matrix: torch.Tensor) -> torch.Tensor:
+def pack(matrix: torch.Tensor, numbers: Numbers) -> torch.Tensor:
     """[num_groups, num_steps, GROUP_SIZE, numbers a step]: a matrix in groups of panels.
 
     Args:
-        matrix: [out_features, in_features] bf16 or int8; zeros fill the last group.
+        matrix: [out_features, in_features] bf16, or int8 between -127 and 127; zeros fill the last
+            group.
     Raises: ValueError if in_features is not a whole number of steps.
     """
     out_features, in_features = matrix.shape
-    numbers = BYTES_PER_STEP // matrix.element_size()
-    if in_features % numbers:
-        raise ValueError(f"in_features is {in_features}; it must be a multiple of {numbers}.")
+    per_step = BYTES_PER_STEP // numbers.multiplied_bytes
+    if in_features % per_step:
+        raise ValueError(f"in_features is {in_features}; it must be a multiple of {per_step}.")
     missing = -out_features % GROUP_SIZE
     padded = torch.nn.functional.pad(matrix, (0, 0, 0, missing)) if missing else matrix
-    groups = padded.view(-1, GROUP_SIZE, in_features // numbers, numbers)
-    return groups.transpose(1, 2).contiguous()
+    groups = padded.view(-1, GROUP_SIZE, in_features // per_step, per_step).transpose(1, 2)
+    if numbers is not INT8_AS_BF16:
+        return groups.contiguous()
+    # Sign and magnitude, and halves of eights in turns: so `_widen_vector` needs no other order.
+    coded = groups.abs().to(torch.uint8) | (groups < 0).to(torch.uint8) << 7
+    halves = coded.reshape(*groups.shape[:2], 2, PANEL_SIZE // 4, 8)
+    return halves.transpose(2, 3).reshape(groups.shape)
 
 
-def make_dot(kind: torch.dtype) -> Any:
+def make_dot(numbers: Numbers) -> Any:
     """A function for kernels: the product of the next rows of x with one group of panels.
 
     It multiplies as many rows as one pass can, at most MOST_ROWS, and returns their number. Its
     arguments: the address of the group, the address of x, the bytes of a row of x, the number of
     rows, the address of [GROUP_SIZE] numbers to begin with, an address for [rows, GROUP_SIZE] sums:
-    fp32 for bf16, int32 for int8 (then x is uint8); and what to ask memory for meanwhile, an
+    fp32 for rows of bf16, int32 for uint8; and what to ask memory for meanwhile, an
     address and the bytes from one step to the next.
     """
 
@@ -84,7 +108,7 @@ def make_dot(kind: torch.dtype) -> Any:
         ahead_stride: Any,
     ) -> Any:
         def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return _emit_pass(builder, kind, *arguments)
+            return _emit_pass(builder, numbers, *arguments)
 
         return types.int64(*[types.int64] * 8), generate
 
@@ -92,7 +116,7 @@ def make_dot(kind: torch.dtype) -> Any:
 
 
 def _emit_pass(
-    b: Any, kind: torch.dtype, group: Any, x: Any, row_bytes: Any, num_rows: Any, *others: Any
+    b: Any, numbers: Numbers, group: Any, x: Any, row_bytes: Any, num_rows: Any, *others: Any
 ) -> Any:
     steps = b.ashr(row_bytes, _INT64(BYTES_PER_STEP.bit_length() - 1))
     end = b.append_basic_block("end")
@@ -103,7 +127,7 @@ def _emit_pass(
             enough = b.append_basic_block("enough")
             b.cbranch(b.icmp_signed(">=", num_rows, _INT64(rows)), enough, smaller)
             b.position_at_end(enough)
-        _emit_dot(b, kind, rows, group, x, row_bytes, steps, *others)
+        _emit_dot(b, numbers, rows, group, x, row_bytes, steps, *others)
         ends.append((_INT64(rows), b.block))
         b.branch(end)
         b.position_at_end(smaller)
@@ -117,7 +141,7 @@ def _emit_pass(
 
 def _emit_dot(
     b: Any,
-    kind: torch.dtype,
+    numbers: Numbers,
     num_rows: int,
     group: Any,
     x: Any,
@@ -128,7 +152,7 @@ def _emit_dot(
     ahead: Any,
     ahead_stride: Any,
 ) -> None:
-    multiply = _multiplication(b.module, kind)
+    multiply = _multiplication(b.module, numbers)
     sums_type = multiply.function_type.return_type
     begin = [_load(b, initial, i * VECTOR_BYTES, sums_type) for i in range(2)]
     before = b.block
@@ -138,8 +162,7 @@ def _emit_dot(
     step = b.phi(_INT64)
     step.add_incoming(_INT64(0), before)
     sums = [b.phi(sums_type) for _ in range(2 * num_rows)]
-    at = b.add(group, b.mul(step, _INT64(2 * VECTOR_BYTES)))
-    vectors = [_load(b, at, i * VECTOR_BYTES, _INT32S) for i in range(2)]
+    vectors = _load_vectors(b, numbers, group, step)
     wanted = b.add(ahead, b.mul(step, ahead_stride))
     _prefetch(b, wanted)
     _prefetch(b, b.add(wanted, b.ashr(ahead_stride, _INT64(1))))
@@ -160,9 +183,40 @@ def _emit_dot(
         b.store(result, _pointer(b, b.add(out, _INT64(i * VECTOR_BYTES)), result.type), align=4)
 
 
-def _multiplication(module: Any, kind: torch.dtype) -> Any:
+def _load_vectors(b: Any, numbers: Numbers, group: Any, step: Any) -> list[Any]:
+    """A step's numbers of both panels."""
+    if numbers is INT8_AS_BF16:
+        at = b.add(group, b.mul(step, _INT64(VECTOR_BYTES)))
+        return _widen_vector(b, _load(b, at, 0, _BYTES))
+    at = b.add(group, b.mul(step, _INT64(2 * VECTOR_BYTES)))
+    return [_load(b, at, i * VECTOR_BYTES, _INT32S) for i in range(2)]
+
+
+def _widen_vector(b: Any, coded: Any) -> list[Any]:
+    """Two vectors of bf16 from one of bytes: a sign and a magnitude, whose bf16 a table has."""
+    lookup_type = ir.FunctionType(_BYTES, [_BYTES] * 3)
+    name = "llvm.x86.avx512.vpermi2var.qi.512"
+    lookup = b.module.declare_intrinsic(name, [], lookup_type)
+    bits = torch.arange(128).bfloat16().view(torch.int16)
+    low, high = (
+        b.call(lookup, [ir.Constant(_BYTES, half[:64]), coded, ir.Constant(_BYTES, half[64:])])
+        for half in ((bits & 255).tolist(), (bits >> 8).tolist())
+    )
+    sign = b.and_(coded, ir.Constant(_BYTES, [128] * 64))
+    high = b.or_(high, sign)
+    vectors = []
+    for half in range(2):
+        # Within each 16 bytes, as the processor's unpack instructions have it.
+        first = [lane * 16 + half * 8 + i for lane in range(4) for i in range(8)]
+        order = [index for i in first for index in (i, 64 + i)]
+        mask = ir.Constant(ir.VectorType(_INT32, 64), order)
+        vectors.append(b.bitcast(b.shuffle_vector(low, high, mask), _INT32S))
+    return vectors
+
+
+def _multiplication(module: Any, numbers: Numbers) -> Any:
     """sums + x * vector, over the numbers of a step. All as 32 bits, whatever is in them."""
-    if kind is torch.bfloat16:
+    if numbers.multiplied_bytes == 2:
         name, sums = "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS
     else:
         name, sums = "llvm.x86.avx512.vpdpbusd.512", _INT32S
@@ -197,6 +251,20 @@ def _make_narrow(_context: Any, numbers: Any, out: Any) -> Any:
 
 narrow_panel: Any = intrinsic(_make_narrow)
 """Inside a kernel: PANEL_SIZE fp32 numbers at an address, rounded to bf16 at another."""
+
+
+def _make_widen(_context: Any, source: Any, target: Any) -> Any:
+    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
+        for i, vector in enumerate(_widen_vector(b, _load(b, arguments[0], 0, _BYTES))):
+            at = b.add(arguments[1], _INT64(i * VECTOR_BYTES))
+            b.store(vector, _pointer(b, at, _INT32S), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, target), generate
+
+
+widen_step: Any = intrinsic(_make_widen)
+"""Inside a kernel: a step of INT8_AS_BF16 at an address, as one of BF16 at another."""
 
 
 def _make_keep_largest(_context: Any, sums: Any, scales: Any, largest: Any) -> Any:

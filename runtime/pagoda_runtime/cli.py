@@ -107,7 +107,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
-        help="format of the weights; absent is what the checkpoint says, none is no quantization",
+        help="format of the weights; absent is what the checkpoint says, none is no quantization, "
+        "int8 also rounds an unquantized checkpoint when it is loaded (CPU with AVX512-bf16)",
     )
     group.add_argument(
         "--max-model-len",

@@ -5,10 +5,10 @@ import torch
 from torch.nn.functional import gelu, silu
 
 from pagoda_kernels.packed_linear import GATES, PackedGate, PackedMatrix, can_pack
-from pagoda_kernels.panels import GROUP_SIZE, has_panels, pack
+from pagoda_kernels.panels import BF16, GROUP_SIZE, INT8_AS_BF16, has_panels, pack
 
 pytestmark = pytest.mark.skipif(
-    not has_panels(torch.bfloat16), reason="this processor does not multiply bf16 itself"
+    not has_panels(BF16), reason="this processor does not multiply bf16 itself"
 )
 
 
@@ -83,6 +83,42 @@ def test_a_gate_keeps_what_is_not_a_number_in_its_row(activation):
     assert torch.equal(result[[0, 2]], expected[[0, 2]])
 
 
+def rounded_to_int8(matrix):
+    """Whole numbers between -127 and 127, times a scale for each row."""
+    scales = (matrix.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+    return (matrix.float() / scales).round().double() * scales.double()
+
+
+needs_int8 = pytest.mark.skipif(
+    not has_panels(INT8_AS_BF16), reason="this processor cannot widen int8"
+)
+
+
+@needs_int8
+@pytest.mark.parametrize("out_features", [16, 31, 96])
+@pytest.mark.parametrize("rows", [1, 3, 17, 24, 50])
+def test_an_int8_product_is_exact_but_for_the_matrix_and_one_rounding(rows, out_features):
+    matrix, bias, x = make(out_features, 66), make(out_features), make(rows, 66)
+    matrix[3] = 0.0
+    matrix[5] *= 1000
+    exact = x.double() @ rounded_to_int8(matrix).T + bias.double()
+    product = PackedMatrix(matrix, bias, is_int8=True)
+    assert_rounded_once(product(x), exact, slack=2.0**-7)
+    assert torch.equal(product(x[:1]), product(x)[:1])
+
+
+@needs_int8
+@pytest.mark.parametrize("activation", GATES)
+def test_an_int8_gate_has_scales_for_both_of_its_matrices(activation):
+    gate, up, x = make(40, 64, scale=0.01), make(40, 64, scale=10.0), make(9, 64)
+    biases = make(40), make(40)
+    wide = PackedGate(
+        rounded_to_int8(gate).bfloat16(), rounded_to_int8(up).bfloat16(), activation, *biases
+    )
+    result = PackedGate(gate, up, activation, *biases, is_int8=True)(x)
+    torch.testing.assert_close(result, wide(x), rtol=0.02, atol=0.2)
+
+
 def test_rows_need_not_lie_next_to_each_other():
     product, x = PackedMatrix(make(64, 64)), make(6, 128)
     assert torch.equal(product(x[:, :64]), product(x[:, :64].contiguous()))
@@ -94,7 +130,7 @@ def test_no_rows_give_no_rows():
 
 def test_panels_hold_two_numbers_of_each_row_next_to_each_other():
     matrix = torch.arange(40 * 6).view(40, 6).bfloat16()
-    panels = pack(matrix)
+    panels = pack(matrix, BF16)
     assert panels.shape == (2, 3, GROUP_SIZE, 2)
     assert panels[1, 2, 7].tolist() == matrix[39, 4:6].tolist()
     assert torch.all(panels[1, :, 8:] == 0)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pagoda_kernels.panels import GROUP_SIZE, has_panels
+from pagoda_kernels.panels import GROUP_SIZE, INT8, has_panels
 from pagoda_kernels.screened_argmax import (
     Int8Table,
     choose_tokens,
@@ -15,7 +15,7 @@ from pagoda_kernels.screened_argmax.cpu import CHUNK_GROUPS
 CHUNK = CHUNK_GROUPS * GROUP_SIZE
 
 needs_panels = pytest.mark.skipif(
-    not has_panels(torch.int8), reason="this processor has no product of bytes"
+    not has_panels(INT8), reason="this processor has no product of bytes"
 )
 
 

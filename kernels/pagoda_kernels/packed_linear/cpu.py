@@ -6,22 +6,26 @@ from math import erf
 from typing import Any
 
 import numpy as np
-import torch
 
-from pagoda_kernels.compiled import Array, bf16_bits, compiled, narrowed
+from pagoda_kernels.compiled import Array, bf16_bits, compiled, floats, narrowed
 from pagoda_kernels.panels import (
+    BF16,
+    BYTES_PER_STEP,
     GROUP_SIZE,
+    INT8_AS_BF16,
     MOST_ROWS,
     PANEL_SIZE,
     VECTOR_BYTES,
     make_dot,
     narrow_panel,
+    widen_step,
 )
 from pagoda_kernels.threads import Task, ThreadedKernel, claim
 
 NO_GATE, SILU, GELU, GELU_TANH = range(4)
+NO_SCALES = 0
 
-_dot = make_dot(torch.bfloat16)
+_dot, _dot_int8 = make_dot(BF16), make_dot(INT8_AS_BF16)
 
 _LOG2_E = np.float32(1.4426950408889634)
 _SQRT_HALF = np.float32(0.7071067811865476)
@@ -31,36 +35,49 @@ _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 
 
 def _multiply(task: Task) -> None:
-    """Arguments: packed, num_groups, x, num_rows, in_features, bias, gate, out, out_features."""
+    """Arguments: panels, num_groups, x, num_rows, in_features, bias, scales, gate, out,
+    out_features. With scales, the panels are int8.
+    """
     packed, num_groups, x, num_rows, in_features = task[1], task[2], task[3], task[4], task[5]
-    bias, gate, out, out_features = task[6], task[7], task[8], task[9]
+    bias, scales, gate, out, out_features = task[6], task[7], task[8], task[9], task[10]
     num_columns = GROUP_SIZE if gate == NO_GATE else PANEL_SIZE
-    stride = 2 * in_features
-    sums = np.zeros((MOST_ROWS, GROUP_SIZE), np.float32)
-    at, group_bytes = sums.ctypes.data, GROUP_SIZE * stride
     num_passes = (num_rows + MOST_ROWS - 1) // MOST_ROWS
+    is_int8 = scales != NO_SCALES
+    row_bytes = 2 * in_features
+    group_bytes = GROUP_SIZE * in_features if is_int8 else GROUP_SIZE * row_bytes
+    ahead_stride = group_bytes * BYTES_PER_STEP // (row_bytes * num_passes)
+    sums = np.zeros((MOST_ROWS, GROUP_SIZE), np.float32)
+    # In one pass, numbers are widened on the way; for several, before them.
+    is_widened = is_int8 and num_passes > 1
+    wide = np.empty((GROUP_SIZE * in_features if is_widened else 0) + VECTOR_BYTES, np.uint16)
+    wide_at = -(-wide.ctypes.data // VECTOR_BYTES) * VECTOR_BYTES
     group = claim(task)
     while group < num_groups:
         following = claim(task)
         panels = packed + group * group_bytes
-        initial = bias + group * GROUP_SIZE * 4
         first = group * num_columns
         count = min(num_columns, out_features - first)
+        if is_widened:
+            for i in range(0, group_bytes, VECTOR_BYTES):
+                widen_step(panels + i, wide_at + 2 * i)
+            panels = wide_at
         # Each pass asks for its part of the group that this thread has next.
         ahead = packed + min(following, num_groups - 1) * group_bytes
+        initial = bias + group * GROUP_SIZE * 4
         row = 0
         while row < num_rows:
-            rows = _dot(
-                panels,
-                x + row * stride,
-                stride,
-                num_rows - row,
-                initial,
-                at,
-                ahead,
-                2 * VECTOR_BYTES // num_passes,
-            )
+            x_at, left = x + row * row_bytes, num_rows - row
+            if is_int8 and not is_widened:
+                rows = _dot_int8(
+                    panels, x_at, row_bytes, left, initial, sums.ctypes.data, ahead, ahead_stride
+                )
+            else:
+                rows = _dot(
+                    panels, x_at, row_bytes, left, initial, sums.ctypes.data, ahead, ahead_stride
+                )
             ahead += group_bytes // num_passes
+            if is_int8:
+                _scale(sums, floats(scales + group * GROUP_SIZE * 4, (GROUP_SIZE,)))
             if gate != NO_GATE:
                 _apply_gate(sums, gate)
             for i in range(rows):
@@ -70,6 +87,13 @@ def _multiply(task: Task) -> None:
 
 
 multiply = ThreadedKernel(_multiply)
+
+
+@compiled
+def _scale(sums: Array, scales: Array) -> None:
+    for row in range(MOST_ROWS):
+        for i in range(GROUP_SIZE):
+            sums[row, i] *= scales[i]
 
 
 @compiled

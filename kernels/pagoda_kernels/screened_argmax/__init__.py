@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from pagoda_kernels.panels import GROUP_SIZE, pack
+from pagoda_kernels.panels import GROUP_SIZE, INT8, pack
 from pagoda_kernels.screened_argmax.cpu import (
     CHUNK_GROUPS,
     choose,
@@ -87,7 +87,7 @@ class Int8Table:
     """
 
     def __init__(self, integers: torch.Tensor, scales: torch.Tensor) -> None:
-        self._panels = pack(integers)
+        self._panels = pack(integers, INT8)
         size = len(self._panels) * GROUP_SIZE
         # Rows are whole numbers plus 128. What fills the last group is less than any product.
         self._offsets = torch.full((size,), torch.iinfo(torch.int32).min, dtype=torch.int32)

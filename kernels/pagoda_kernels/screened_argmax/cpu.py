@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from pagoda_kernels.compiled import (
     Array,
@@ -19,6 +18,7 @@ from pagoda_kernels.compiled import (
 )
 from pagoda_kernels.panels import (
     GROUP_SIZE,
+    INT8,
     MOST_ROWS,
     PANEL_SIZE,
     VECTOR_BYTES,
@@ -32,7 +32,7 @@ CHUNK_GROUPS = 16
 
 _INT8_MAX = np.float32(127)
 
-_dot = make_dot(torch.int8)
+_dot = make_dot(INT8)
 
 
 @compiled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 
 from pagoda_kernels.copy_blocks import copy_blocks
 from pagoda_kernels.paged_attention import GatherBuffer
+from pagoda_kernels.panels import INT8_AS_BF16, has_panels
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.messages import (
     BlockCopy,
@@ -72,6 +73,7 @@ class ModelRunner:
         self.model_config = load_model_config(folder, quantization=config.quantization)
         dtype_name = self.model_config.dtype if config.dtype == "auto" else config.dtype
         self.dtype = _DTYPES[dtype_name]
+        _require_quantizable(self.model_config.quantization, self.dtype, self.device)
         with _timed("Loading the weights"), torch.inference_mode():
             self.model = self._load_model(folder, config, on_progress)
         self.block_size = config.block_size or (16 if self.device.type == "cuda" else 32)
@@ -195,7 +197,7 @@ class ModelRunner:
             ignored = ("lm_head.weight",) if self.model_config.tie_word_embeddings else ()
             targets = model.targets()
             num_bytes = load_weights(targets, folder, ignored=ignored, on_progress=on_progress)
-            num_weights = sum(target.numel() for target in targets.values())
+            weight_bytes = self._bytes_of_a_step(targets)
             # The layers drop what they pack.
             del targets
             model.after_loading()
@@ -218,11 +220,22 @@ class ModelRunner:
                 f", and in int8: {format_bytes(table.numel())}" if model.can_screen else "",
             )
         if self.device.type == "cpu":
-            if not self.model_config.tie_word_embeddings:
-                # A step reads its tokens' rows only.
-                num_weights -= table.numel()
-            _log_prediction(num_weights * self.dtype.itemsize)
+            _log_prediction(weight_bytes)
         return model
+
+    def _bytes_of_a_step(self, weights: Mapping[str, torch.Tensor]) -> int:
+        """What a decode step reads of weights, by their names in the checkpoint."""
+        config = self.model_config
+        num_bytes = 0
+        for name, weight in weights.items():
+            is_table = "embed_tokens" in name
+            if is_table and not config.tie_word_embeddings:
+                # A step reads its tokens' rows only.
+                continue
+            is_rounded = config.quantization == "int8" and weight.dim() == 2
+            is_vocabulary = is_table or name == "lm_head.weight"
+            num_bytes += weight.numel() if is_rounded and not is_vocabulary else weight.nbytes
+        return num_bytes
 
     def _memory_budget(self, config: EngineConfig) -> MemoryBudget:
         if config.kv_cache_memory_bytes is not None:
@@ -328,6 +341,20 @@ def configure_threads(config: EngineConfig, device: torch.device) -> None:
         torch.set_num_threads(num_threads)
     logger.info("Device %s, instructions %s", device.type, machine.instruction_set())
     logger.info("%d threads", num_threads)
+
+
+def _require_quantizable(
+    quantization: str | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    if quantization is None:
+        return
+    if device.type != "cpu" or dtype is not torch.bfloat16 or not has_panels(INT8_AS_BF16):
+        raise FatalError(
+            "QuantizationMismatch",
+            f"--quantization {quantization} (engine.quantization) needs a CPU that multiplies bf16 "
+            f"(AVX512-bf16 and VBMI) and --dtype bfloat16; this is {device.type} in "
+            f"{str(dtype).removeprefix('torch.')}. Remove the flag.",
+        )
 
 
 def _log_prediction(weight_bytes: int) -> None:

@@ -30,6 +30,7 @@ class SelfAttention:
             bias=config.qkv_bias,
             dtype=dtype,
             device=device,
+            quantization=config.quantization,
         )
         self.o_proj = Linear(
             q_size,
@@ -37,6 +38,7 @@ class SelfAttention:
             bias=config.attention_output_bias,
             dtype=dtype,
             device=device,
+            quantization=config.quantization,
         )
         self.qk_norm: QKNorm | None = None
         if config.qk_norm:

@@ -128,8 +128,16 @@ def has_amx(device: torch.device) -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-def make_linear_method(weight: torch.Tensor, bias: torch.Tensor | None = None) -> LinearMethod:
-    """The fastest method for this weight on its device."""
+def make_linear_method(
+    weight: torch.Tensor, bias: torch.Tensor | None = None, quantization: str | None = None
+) -> LinearMethod:
+    """The fastest method for this weight on its device.
+
+    Args:
+        quantization: int8 if it is to be rounded, for which it must be one that `can_pack`.
+    """
+    if quantization == "int8":
+        return PackedLinear(weight, bias, is_int8=True)
     if weight.dtype is torch.bfloat16 and has_amx(weight.device):
         return PrepackedLinear(weight, bias)
     if can_pack(weight):
@@ -143,6 +151,7 @@ class Linear:
     Args:
         shards: rows of each of the checkpoint's matrices, by name, in order:
             {"q_proj": 512, "k_proj": 128, "v_proj": 128}.
+        quantization: what the weight becomes after it is loaded: see `make_linear_method`.
     """
 
     def __init__(
@@ -153,8 +162,10 @@ class Linear:
         bias: bool,
         dtype: torch.dtype,
         device: torch.device,
+        quantization: str | None = None,
     ) -> None:
         self.shards = dict(shards)
+        self.quantization = quantization
         self.weight = torch.empty(sum(shards.values()), in_features, dtype=dtype, device=device)
         self.bias = self.weight.new_empty(len(self.weight)) if bias else None
         self.method: LinearMethod = PlainLinear(self.weight, self.bias)
@@ -172,7 +183,7 @@ class Linear:
 
     def after_loading(self) -> None:
         """Choose the method; the weight then belongs to it alone."""
-        self.method = make_linear_method(self.weight, self.bias)
+        self.method = make_linear_method(self.weight, self.bias, self.quantization)
         del self.weight
 
     def fix_rows(self) -> None:

@@ -26,9 +26,15 @@ class GatedMLP:
             bias=bias,
             dtype=dtype,
             device=device,
+            quantization=config.quantization,
         )
         self.down_proj = Linear(
-            size, {"down_proj": config.hidden_size}, bias=bias, dtype=dtype, device=device
+            size,
+            {"down_proj": config.hidden_size},
+            bias=bias,
+            dtype=dtype,
+            device=device,
+            quantization=config.quantization,
         )
         self.gate: Gate = MergedGate(self.gate_up_proj, self.activation)
 
@@ -36,8 +42,8 @@ class GatedMLP:
         return self.gate_up_proj.targets(prefix) | self.down_proj.targets(prefix)
 
     def after_loading(self) -> None:
-        weight = self.gate_up_proj.weight
-        if weight.dtype is torch.bfloat16 and has_amx(weight.device):
+        weight, quantization = self.gate_up_proj.weight, self.gate_up_proj.quantization
+        if quantization is None and weight.dtype is torch.bfloat16 and has_amx(weight.device):
             self.gate = PrepackedGate(self.gate_up_proj, self.activation)
         elif can_pack(weight):
             self.gate = PackedGate(self.gate_up_proj, self.activation)
@@ -83,7 +89,8 @@ class PackedGate:
     def __init__(self, gate_up_proj: Linear, activation: str) -> None:
         gate, up = gate_up_proj.weight.chunk(2)
         biases = () if gate_up_proj.bias is None else gate_up_proj.bias.chunk(2)
-        self.matrices = PackedGateMatrices(gate, up, activation, *biases)
+        is_int8 = gate_up_proj.quantization == "int8"
+        self.matrices = PackedGateMatrices(gate, up, activation, *biases, is_int8=is_int8)
 
     def fix_rows(self) -> None:
         """A row's result does not depend on the other rows."""

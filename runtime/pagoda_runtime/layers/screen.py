@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pagoda_kernels.panels import BYTES_PER_STEP, has_panels
+from pagoda_kernels.panels import BYTES_PER_STEP, INT8, has_panels
 from pagoda_kernels.screened_argmax import (
     Int8Table,
     choose_tokens,
@@ -66,7 +66,7 @@ class Screen:
 
 def can_screen(table: torch.Tensor) -> bool:
     """Whether this processor multiplies such a table, rounded, in int8."""
-    return table.shape[1] % BYTES_PER_STEP == 0 and has_panels(torch.int8)
+    return table.shape[1] % BYTES_PER_STEP == 0 and has_panels(INT8)
 
 
 def _power_of_two_in(number: int) -> int:

@@ -77,6 +77,8 @@ class ModelConfig:
     embedding_scale: float = 1.0
     attention_scale: float | None = None
     """Factor on q·k; None: head_dim ** -0.5."""
+    quantization: str | None = None
+    """What the layers' matrices are rounded to when they are loaded: int8, or nothing."""
     eos_token_ids: tuple[int, ...] = ()
     default_sampling: Mapping[str, float | int] = field(default_factory=dict)
 

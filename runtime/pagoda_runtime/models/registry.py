@@ -26,11 +26,16 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigFile], ModelConfig]] = MappingProxyT
 )
 
 
+ONLINE_QUANTIZATIONS = ("int8",)
+"""What the matrices of an unquantized checkpoint can be rounded to when they are loaded."""
+
+
 def load_model_config(folder: Path, *, quantization: str | None = None) -> ModelConfig:
     """Read config.json and, if there is one, generation_config.json.
 
     Args:
-        quantization: what the flag --quantization says; None or "none" is all that is served.
+        quantization: what the flag --quantization says: None, "none", or one of
+            ONLINE_QUANTIZATIONS.
     Raises: FatalError: ModelNotFound, ModelAccessDenied, InvalidModelConfig,
         UnsupportedArchitecture or QuantizationMismatch.
     """
@@ -41,13 +46,15 @@ def load_model_config(folder: Path, *, quantization: str | None = None) -> Model
             "Give --model (model.uri) a folder in Hugging Face layout, or hf://org/name.",
         )
     file = ConfigFile.read(folder / "config.json")
-    _require_unquantized(file, quantization)
+    _require_supported(file, quantization)
     architectures = file.values.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise file.invalid("architectures", architectures, "a list with the name of a class")
     for name in architectures:
         if name in ARCHITECTURES:
             config = ARCHITECTURES[name](file)
+            if quantization in ONLINE_QUANTIZATIONS:
+                config = replace(config, quantization=quantization)
             return _with_generation_config(config, file, folder / "generation_config.json")
     raise FatalError(
         "UnsupportedArchitecture",
@@ -56,7 +63,7 @@ def load_model_config(folder: Path, *, quantization: str | None = None) -> Model
     )
 
 
-def _require_unquantized(file: ConfigFile, quantization: str | None) -> None:
+def _require_supported(file: ConfigFile, quantization: str | None) -> None:
     stored = file.mapping("quantization_config").get("quant_method")
     if file.mapping("quantization_config"):
         raise FatalError(
@@ -64,12 +71,12 @@ def _require_unquantized(file: ConfigFile, quantization: str | None) -> None:
             f"{file.path}: the checkpoint is quantized (quant_method {stored!r}); this version "
             "serves unquantized checkpoints only. Use the bf16 checkpoint of the model.",
         )
-    if quantization not in (None, "none"):
+    if quantization not in (None, "none", *ONLINE_QUANTIZATIONS):
         raise FatalError(
             "QuantizationMismatch",
             f"--quantization {quantization} (engine.quantization) was given, but {file.path} has "
-            "no quantization_config and this version serves unquantized checkpoints only. "
-            "Remove the flag or set it to none.",
+            "no quantization_config. Remove the flag, or set it to none or to what weights can be "
+            f"rounded to when they are loaded: {', '.join(ONLINE_QUANTIZATIONS)}.",
         )
 
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from pagoda_kernels.panels import has_panels
+from pagoda_kernels.panels import BF16, INT8_AS_BF16, has_panels
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.execution.testing import generate, transformers_tokens
@@ -122,9 +122,7 @@ def test_sampled_tokens_do_not_depend_on_the_batch(llama):
     assert generate(runner, prompts[:1], NUM_TOKENS, params=other_seed)[0] != alone[0]
 
 
-@pytest.mark.skipif(
-    not has_panels(torch.bfloat16), reason="this processor does not multiply bf16 itself"
-)
+@pytest.mark.skipif(not has_panels(BF16), reason="this processor does not multiply bf16 itself")
 def test_a_greedy_request_has_the_same_tokens_among_sampled_ones_in_bfloat16(tmp_path):
     make_tiny_checkpoint(tmp_path, tie_word_embeddings=True)
     runner = make_runner(tmp_path, dtype="bfloat16")
@@ -135,6 +133,25 @@ def test_a_greedy_request_has_the_same_tokens_among_sampled_ones_in_bfloat16(tmp
     mixed = generate(runner, prompts, NUM_TOKENS, params=[greedy, drawn, greedy, drawn])
     assert mixed[0] == expected[0]
     assert mixed[2] == expected[2]
+
+
+@pytest.mark.skipif(not has_panels(INT8_AS_BF16), reason="this processor cannot widen int8")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_weights_rounded_to_int8_follow_the_checkpoint_closely(tmp_path, family):
+    folder = make_tiny_checkpoint(tmp_path, family)
+    exact = make_runner(folder)
+    rounded = make_runner(folder, dtype="bfloat16", quantization="int8")
+    for layer in rounded.model.layers:
+        matrices = (
+            layer.self_attn.qkv_proj.method,
+            layer.self_attn.o_proj.method,
+            layer.mlp.gate.matrices,
+            layer.mlp.down_proj.method,
+        )
+        assert all(matrix.is_int8 for matrix in matrices)
+    prompts = make_prompts([30] * 8)
+    pairs = zip(generate(exact, prompts, 1), generate(rounded, prompts, 1), strict=True)
+    assert sum(a == b for a, b in pairs) >= 6
 
 
 def test_bfloat16_follows_float32_closely(llama):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pagoda_kernels.packed_linear import can_pack
-from pagoda_kernels.panels import has_panels
+from pagoda_kernels.panels import BF16, has_panels
 from pagoda_runtime.layers import linear
 from pagoda_runtime.layers.activation import ACTIVATIONS
 from pagoda_runtime.layers.embedding import Embedding
@@ -23,7 +23,7 @@ from pagoda_runtime.layers.norm import RMSNorm
 
 CPU = torch.device("cpu")
 needs_panels = pytest.mark.skipif(
-    not has_panels(torch.bfloat16), reason="this processor does not multiply bf16 itself"
+    not has_panels(BF16), reason="this processor does not multiply bf16 itself"
 )
 
 

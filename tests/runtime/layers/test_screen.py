@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pagoda_kernels.panels import has_panels
+from pagoda_kernels.panels import INT8, has_panels
 from pagoda_runtime.layers.linear import PlainLinear
 from pagoda_runtime.layers.screen import Screen, can_screen
 
 pytestmark = pytest.mark.skipif(
-    not has_panels(torch.int8), reason="this processor has no product of bytes"
+    not has_panels(INT8), reason="this processor has no product of bytes"
 )
 
 

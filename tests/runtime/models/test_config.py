@@ -191,7 +191,13 @@ def test_quantized_checkpoints_and_quantization_flags_are_refused(tmp_path):
     assert stored.reason == asked.reason == "QuantizationMismatch"
     assert "'awq'" in stored.message
     assert "--quantization fp8" in asked.message
+    assert "int8" in asked.message
     assert load(tmp_path, LLAMA, quantization="none").dtype == "float16"
+
+
+def test_an_unquantized_checkpoint_can_be_rounded_to_int8(tmp_path):
+    assert load(tmp_path, LLAMA, quantization="int8").quantization == "int8"
+    assert load(tmp_path, LLAMA).quantization is None
 
 
 def test_the_depth_at_which_a_token_takes_twice_the_work_counts_only_layers_that_see_all(tmp_path):
