@@ -9,8 +9,8 @@ asks for what it will need before it does, so that reading and multiplying go on
 Every sum is made in the order of the numbers, whatever the number of rows: a row's result does not
 depend on its neighbours.
 
-Instructions: VDPBF16PS (AVX512-BF16) and VPDPBUSD (AVX512-VNNI), Intel's Software Developer's
-Manual, volume 2.
+Instructions: VDPBF16PS (AVX512-BF16), VPDPBUSD (AVX512-VNNI) and VPERMI2B (AVX512-VBMI), Intel's
+Software Developer's Manual, volume 2.
 """
 
 from __future__ import annotations
@@ -40,19 +40,18 @@ _BYTES = ir.VectorType(ir.IntType(8), VECTOR_BYTES)
 
 
 class Numbers(NamedTuple):
-    """What a matrix in panels holds, and what rows are multiplied by it."""
+    """What a matrix in panels holds."""
 
-    stored_bytes: int
     multiplied_bytes: int
-    """Of a number, as the instruction takes it."""
+    """Of a number, as the instruction that multiplies takes it."""
     features: frozenset[str]
     """Of the processor, as LLVM names them."""
 
 
-BF16 = Numbers(2, 2, frozenset({"avx512bf16"}))
-INT8 = Numbers(1, 1, frozenset({"avx512vnni"}))
+BF16 = Numbers(2, frozenset({"avx512bf16"}))
+INT8 = Numbers(1, frozenset({"avx512vnni"}))
 """Multiplied by rows of uint8."""
-INT8_AS_BF16 = Numbers(1, 2, frozenset({"avx512bf16", "avx512vbmi"}))
+INT8_AS_BF16 = Numbers(2, frozenset({"avx512bf16", "avx512vbmi"}))
 """Widened on the way to the product with rows of bf16."""
 
 

@@ -7,17 +7,19 @@ its threads, and they are still awake from the product before: a call costs a fe
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic
 
-from pagoda_kernels.compiled import OPTIONS, keep_on_disk
+from pagoda_kernels.compiled import OPTIONS, compiled, keep_on_disk
 
 Task = Any
 """What a kernel gets: a C array of int64, the number of claimed parts and then its arguments."""
@@ -70,3 +72,14 @@ def _make_claim(_context: Any, task: Any) -> Any:
 
 claim: Any = intrinsic(_make_claim)
 """Inside a kernel, of its task: the next part that no thread has had."""
+
+
+def bits_of(number: float) -> int:
+    """A float, as an argument of a kernel; inside it, `float_of` gives it back."""
+    bits: int = struct.unpack("q", struct.pack("d", number))[0]
+    return bits
+
+
+@compiled
+def float_of(bits: int) -> Any:
+    return np.int64(bits).view(np.float64)

@@ -1,15 +1,13 @@
 """Paged attention on a CPU: gather each head's keys and values, then products of matrices.
 
-Decode rows are attended to in buckets of similar length, so the work in Python does not grow with
-the number of requests. What to gather is planned once a step (`AttentionMetadata.plans`) and used
-by all layers with the same sliding window.
+Decode rows in bf16 gather nothing: see `pagoda_kernels.paged_attention.walk`. Others are attended
+to in buckets of similar length, so the work in Python does not grow with their number. What to
+gather is planned once a step (`AttentionMetadata.plans`) and used by all layers with the same
+sliding window.
 
 Two batched products and a softmax take less than half of the time of torch's fused attention on a
 CPU, whose products are of one sequence and one head at a time. They round the scores to the dtype
 of the queries before the softmax, which does not show beside the rounding of keys and queries.
-
-Where decode rows see few keys in all, starting the products would take longer than attending to
-them: see `pagoda_kernels.paged_attention.walk`.
 """
 
 from __future__ import annotations

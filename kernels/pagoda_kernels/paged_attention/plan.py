@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class DecodeWalk:
-    """All decode rows of a step, when they see few keys."""
+    """All decode rows of a step, in bf16."""
 
     slots: torch.Tensor
     """[num_keys] int64: cache slots that the first row sees, then the second, …"""
@@ -21,7 +21,7 @@ class DecodeWalk:
 
 @dataclass(frozen=True, slots=True)
 class DecodeBucket:
-    """Decode rows of similar length, whose keys are gathered and attended to in one call."""
+    """Decode rows of similar length, not in bf16: their keys are gathered and attended to at once."""
 
     first: int
     last: int
@@ -133,8 +133,7 @@ def make_plan(layout: Layout, window: int, dtype: torch.dtype) -> GatherPlan:
     short = sorted(set(prefills).difference(long), key=layout.query_lens.__getitem__)
     lens = np.asarray(layout.seq_lens[: layout.num_decodes], dtype=np.int64)
     visible = np.minimum(lens, window) if window else lens
-    num_keys = int(visible.sum()) * layout.num_kv_heads
-    walks = 0 < num_keys <= _MOST_WALKED and dtype is torch.bfloat16
+    walks = layout.num_decodes > 0 and dtype is torch.bfloat16
     return GatherPlan(
         walk=_decode_walk(layout, lens, visible) if walks else None,
         buckets=() if walks else tuple(_decode_buckets(layout, lens, visible, dtype)),
@@ -144,11 +143,6 @@ def make_plan(layout: Layout, window: int, dtype: torch.dtype) -> GatherPlan:
         ),
         prefills=tuple(_prefill_gather(layout, window, seq, dtype) for seq in long),
     )
-
-
-# Keys of decode rows, counted for each of their heads, for which one thread needs no longer than
-# torch's products with all of them.
-_MOST_WALKED = 1 << 11
 
 
 def _decode_walk(layout: Layout, lens: np.ndarray, visible: np.ndarray) -> DecodeWalk:

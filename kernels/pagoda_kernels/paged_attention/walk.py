@@ -1,7 +1,8 @@
 """Attention of single query tokens that walks along the cache and gathers nothing.
 
-One thread, one sequence after the other: see `pagoda_kernels.compiled`. For a few short sequences
-this is over before the products of `pagoda_kernels.paged_attention.cpu` have begun.
+Every thread takes one key head of one sequence after the other: see `pagoda_kernels.threads`. Keys
+and values are read once, where they lie; gathering them for products of matrices reads and writes
+them three times.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from pagoda_kernels.compiled import (
     Array,
     bf16_bits,
     compiled,
-    floats,
     int64s,
     narrow,
     prefetch,
     widen,
     widened,
 )
+from pagoda_kernels.threads import Task, ThreadedKernel, bits_of, claim, float_of
 
 # Keys asked for ahead of the one in use: memory answers after the time of about four.
 _AHEAD = 6
@@ -52,70 +53,68 @@ def walk(
         out: shape and dtype of q, contiguous; written.
     """
     num_kv_heads, head_dim = kv_cache.shape[3:]
-    scores = torch.empty(q.shape[1] // num_kv_heads, len(slots))
+    _require_slots(slots.data_ptr(), len(slots), kv_cache.shape[0] * kv_cache.shape[1])
     _walk(
         q.data_ptr(),
         q.stride(0),
         kv_cache.data_ptr(),
         slots.data_ptr(),
         ends.data_ptr(),
-        scores.data_ptr(),
         out.data_ptr(),
         len(q),
         q.shape[1],
         num_kv_heads,
         head_dim,
         len(slots),
-        kv_cache.shape[0] * kv_cache.shape[1],
-        scale,
+        bits_of(scale),
     )
 
 
 @compiled
-def _walk(
-    q_at: int,
-    q_stride: int,
-    cache_at: int,
-    slots_at: int,
-    ends_at: int,
-    scores_at: int,
-    out_at: int,
-    num_seqs: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    num_keys: int,
-    num_slots: int,
-    scale: float,
-) -> None:
-    group = num_heads // num_kv_heads
-    slots, ends = int64s(slots_at, (num_keys,)), int64s(ends_at, (num_seqs,))
+def _require_slots(slots_at: int, num_keys: int, num_slots: int) -> None:
+    slots = int64s(slots_at, (num_keys,))
     for i in range(num_keys):
         if slots[i] < 0 or slots[i] >= num_slots:
             raise IndexError("a slot outside the cache")
-    scores = floats(scores_at, (group, num_keys))
+
+
+def _walk_parts(task: Task) -> None:
+    """Arguments: q, q_stride, cache, slots, ends, out, num_seqs, num_heads, num_kv_heads, head_dim,
+    num_keys, scale. A part is a key head of a sequence.
+    """
+    q_at, q_stride, cache_at, out_at = task[1], task[2], task[3], task[6]
+    num_seqs, num_heads, num_kv_heads, head_dim = task[7], task[8], task[9], task[10]
+    scale = np.float32(float_of(task[12]))
+    slots, ends = int64s(task[4], (task[11],)), int64s(task[5], (num_seqs,))
+    group = num_heads // num_kv_heads
     queries = np.empty((group, head_dim), np.float32)
     sums = np.empty((group, head_dim), np.float32)
     # Numbers from one slot to the next, of which the second half are values.
     stride = 2 * num_kv_heads * head_dim
-    first = 0
-    for seq in range(num_seqs):
+    part = claim(task)
+    while part < num_seqs * num_kv_heads:
+        # The longest come last, and are best begun first.
+        seq, head = num_seqs - 1 - part // num_kv_heads, part % num_kv_heads
+        first = ends[seq - 1] if seq > 0 else 0
         seen = slots[first : ends[seq]]
-        for head in range(num_kv_heads):
-            offset = head * group * head_dim
-            q = bf16_bits(q_at + 2 * (seq * q_stride + offset), (group, head_dim))
-            for i in range(group):
-                widen(q[i], queries[i])
-            keys_at = cache_at + 2 * head * head_dim
-            _score(queries, keys_at, stride, seen, scores)
-            for i in range(group):
-                _softmax(scores[i, : seen.size], np.float32(scale))
-            values_at = keys_at + 2 * num_kv_heads * head_dim
-            _weigh(scores, values_at, stride, seen, sums)
-            out = bf16_bits(out_at + 2 * (seq * num_heads * head_dim + offset), (group, head_dim))
-            for i in range(group):
-                narrow(sums[i], out[i])
-        first = ends[seq]
+        scores = np.empty((group, seen.size), np.float32)
+        offset = head * group * head_dim
+        q = bf16_bits(q_at + 2 * (seq * q_stride + offset), (group, head_dim))
+        for i in range(group):
+            widen(q[i], queries[i])
+        keys_at = cache_at + 2 * head * head_dim
+        _score(queries, keys_at, stride, seen, scores)
+        for i in range(group):
+            _softmax(scores[i], scale)
+        values_at = keys_at + 2 * num_kv_heads * head_dim
+        _weigh(scores, values_at, stride, seen, sums)
+        out = bf16_bits(out_at + 2 * (seq * num_heads * head_dim + offset), (group, head_dim))
+        for i in range(group):
+            narrow(sums[i], out[i])
+        part = claim(task)
+
+
+_walk = ThreadedKernel(_walk_parts)
 
 
 @compiled
