@@ -21,7 +21,7 @@ class DecodeWalk:
 
 @dataclass(frozen=True, slots=True)
 class DecodeBucket:
-    """Decode rows of similar length, not in bf16: their keys are gathered and attended to at once."""
+    """Decode rows of similar length, not in bf16: their keys are gathered and used at once."""
 
     first: int
     last: int
