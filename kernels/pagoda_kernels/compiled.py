@@ -113,8 +113,19 @@ def uint8s(address: int, shape: Any) -> Array:
 
 
 @compiled
+def int32s(address: int, shape: Any) -> Array:
+    return carray(_pointer(address, np.int32), shape)
+
+
+@compiled
 def int64s(address: int, shape: Any) -> Array:
     return carray(_pointer(address, np.int64), shape)
+
+
+@compiled
+def address_of(numbers: Array) -> Any:
+    """Signed, as addresses are elsewhere: a sum of signed and unsigned ones would be a float."""
+    return np.int64(numbers.ctypes.data)
 
 
 @compiled
@@ -137,6 +148,28 @@ def narrowed(number: Any) -> Any:
     is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     rounded = np.uint32(0x7FC00000) if is_nan else bits + rounding
     return np.uint16(rounded >> np.uint32(16))
+
+
+# 2 ** x on [0, 1), highest power first; the largest relative error is 2e-6.
+_EXP2 = tuple(
+    np.float32(c)
+    for c in (1.8775767e-3, 8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 9.9999994e-1)
+)
+
+
+@compiled
+def exp2(power: Any) -> Any:
+    """2 ** power of an fp32 number up to 126, in operations that vectors have; 0 below -126."""
+    power = max(power, np.float32(-127))
+    whole = np.floor(power)
+    rest = power - whole
+    result = _EXP2[0]
+    result = result * rest + _EXP2[1]
+    result = result * rest + _EXP2[2]
+    result = result * rest + _EXP2[3]
+    result = result * rest + _EXP2[4]
+    result = result * rest + _EXP2[5]
+    return result * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
 @compiled

@@ -90,9 +90,9 @@ def make_dot(numbers: Numbers) -> Any:
 
     It multiplies as many rows as one pass can, at most MOST_ROWS, and returns their number. Its
     arguments: the address of the group, the address of x, the bytes of a row of x, the number of
-    rows, the address of [GROUP_SIZE] numbers to begin with, an address for [rows, GROUP_SIZE] sums:
-    fp32 for rows of bf16, int32 for uint8; and what to ask memory for meanwhile, an
-    address and the bytes from one step to the next.
+    rows, the address of [GROUP_SIZE] numbers to begin with and the bytes to those of the next row,
+    an address for [rows, GROUP_SIZE] sums: fp32 for rows of bf16, int32 for uint8; and what to ask
+    memory for meanwhile, an address and the bytes from one step to the next.
     """
 
     def emit(
@@ -102,6 +102,7 @@ def make_dot(numbers: Numbers) -> Any:
         row_bytes: Any,
         num_rows: Any,
         initial: Any,
+        initial_stride: Any,
         sums: Any,
         ahead: Any,
         ahead_stride: Any,
@@ -109,7 +110,7 @@ def make_dot(numbers: Numbers) -> Any:
         def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
             return _emit_pass(builder, numbers, *arguments)
 
-        return types.int64(*[types.int64] * 8), generate
+        return types.int64(*[types.int64] * 9), generate
 
     return intrinsic(emit)
 
@@ -147,13 +148,17 @@ def _emit_dot(
     stride: Any,
     steps: Any,
     initial: Any,
+    initial_stride: Any,
     out: Any,
     ahead: Any,
     ahead_stride: Any,
 ) -> None:
     multiply = _multiplication(b.module, numbers)
     sums_type = multiply.function_type.return_type
-    begin = [_load(b, initial, i * VECTOR_BYTES, sums_type) for i in range(2)]
+    begin = []
+    for row in range(num_rows):
+        at = b.add(initial, b.mul(initial_stride, _INT64(row)))
+        begin += [_load(b, at, i * VECTOR_BYTES, sums_type) for i in range(2)]
     before = b.block
     loop, done = b.append_basic_block("step"), b.append_basic_block("done")
     b.branch(loop)
@@ -171,7 +176,7 @@ def _emit_dot(
         repeated = _repeat(b, b.load(_pointer(b, at, _INT32)))
         for i, vector in enumerate(vectors):
             results.append(b.call(multiply, [sums[2 * row + i], repeated, vector]))
-    for total, result, number in zip(sums, results, begin * num_rows, strict=True):
+    for total, result, number in zip(sums, results, begin, strict=True):
         total.add_incoming(number, before)
         total.add_incoming(result, loop)
     next_step = b.add(step, _INT64(1))
@@ -264,6 +269,65 @@ def _make_widen(_context: Any, source: Any, target: Any) -> Any:
 
 widen_step: Any = intrinsic(_make_widen)
 """Inside a kernel: a step of INT8_AS_BF16 at an address, as one of BF16 at another."""
+
+
+def _make_transpose(_context: Any, addresses: Any, offset: Any, to: Any, stride: Any) -> Any:
+    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
+        addresses, offset, to, stride = arguments
+        vectors = []
+        for i in range(PANEL_SIZE):
+            at = b.load(_pointer(b, b.add(addresses, _INT64(8 * i)), _INT64))
+            vectors.append(_load(b, b.add(at, offset), 0, _INT32S))
+        # Squares of 1, 2, 4 and 8 are exchanged across the diagonal.
+        for size in (1, 2, 4, 8):
+            masks = [
+                ir.Constant(_INT32S, order)
+                for order in (
+                    [j if not j & size else PANEL_SIZE + j - size for j in range(PANEL_SIZE)],
+                    [j + size if not j & size else PANEL_SIZE + j for j in range(PANEL_SIZE)],
+                )
+            ]
+            for i in range(PANEL_SIZE):
+                if not i & size:
+                    pair = vectors[i], vectors[i + size]
+                    vectors[i], vectors[i + size] = (b.shuffle_vector(*pair, m) for m in masks)
+        for i, vector in enumerate(vectors):
+            at = b.add(to, b.mul(stride, _INT64(i)))
+            b.store(vector, _pointer(b, at, _INT32S), align=4)
+        return context.get_dummy_value()
+
+    return types.void(addresses, offset, to, stride), generate
+
+
+transpose_panel: Any = intrinsic(_make_transpose)
+"""Inside a kernel: PANEL_SIZE rows of 64 bytes as PANEL_SIZE vectors of 4 bytes of each row.
+
+Its arguments: the address of the rows' addresses, what to add to them, where the vectors go, and
+the bytes from one to the next.
+"""
+
+
+def _make_interleave(_context: Any, even: Any, odd: Any, to: Any) -> Any:
+    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.VectorType(ir.IntType(16), GROUP_SIZE)
+        rows = [b.load(_pointer(b, at, kind), align=2) for at in arguments[:2]]
+        for panel in range(2):
+            first = range(panel * PANEL_SIZE, (panel + 1) * PANEL_SIZE)
+            order = [index for i in first for index in (i, GROUP_SIZE + i)]
+            mask = ir.Constant(ir.VectorType(_INT32, GROUP_SIZE), order)
+            vector = b.shuffle_vector(*rows, mask)
+            at = b.add(arguments[2], _INT64(panel * VECTOR_BYTES))
+            b.store(vector, _pointer(b, at, kind), align=2)
+        return context.get_dummy_value()
+
+    return types.void(even, odd, to), generate
+
+
+interleave_group: Any = intrinsic(_make_interleave)
+"""Inside a kernel: GROUP_SIZE bf16 numbers of two rows as a step of a group of panels.
+
+Its arguments: the addresses of the even row, of the odd one, and of the step.
+"""
 
 
 def _make_keep_largest(_context: Any, sums: Any, scales: Any, largest: Any) -> Any:

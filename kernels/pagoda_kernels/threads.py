@@ -36,6 +36,10 @@ class ThreadedKernel:
         self._function = function
         self._compiled: Any = None
 
+    @property
+    def is_compiled(self) -> bool:
+        return self._compiled is not None
+
     def __call__(self, *arguments: int) -> None:
         """Args: addresses and numbers; in the task they follow the number of claimed parts."""
         if self._compiled is None:

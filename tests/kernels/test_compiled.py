@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pagoda_kernels.compiled import cache_folder, compiled, narrow, widen
+from pagoda_kernels.compiled import cache_folder, compiled, exp2, narrow, widen
 
 
 def test_numbers_are_rounded_to_bf16_as_torch_rounds_them():
@@ -25,6 +25,13 @@ def test_numbers_are_rounded_to_bf16_as_torch_rounds_them():
     torch.testing.assert_close(
         torch.from_numpy(wide), rounded.float(), rtol=0, atol=0, equal_nan=True
     )
+
+
+def test_powers_of_two_are_as_exact_as_bf16_weights_need():
+    powers = np.linspace(-126, 126, 20_011, dtype=np.float32)
+    found = np.array([exp2(power) for power in powers])
+    np.testing.assert_allclose(found, np.exp2(powers.astype(np.float64)), rtol=1e-5)
+    assert exp2(np.float32(-127.5)) == exp2(np.float32(-np.inf)) == 0.0
 
 
 def test_kernels_are_kept_by_their_contents(monkeypatch, tmp_path):

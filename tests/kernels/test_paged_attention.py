@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pagoda_kernels.paged_attention import AttentionMetadata, paged_attention
+from pagoda_kernels.paged_attention.plan import can_pack_keys
 from pagoda_kernels.paged_attention.reference import paged_attention_reference
 from pagoda_kernels.write_kv_cache import write_kv_cache
 
@@ -13,11 +14,20 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 def make_case(
-    query_lens, seq_lens, *, heads=4, kv_heads=2, window=0, dtype=torch.float32, seed=0, **options
+    query_lens,
+    seq_lens,
+    *,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    window=0,
+    dtype=torch.float32,
+    seed=0,
+    **options,
 ):
     """Random sequences in randomly ordered blocks; every slot that nobody owns holds NaN."""
     torch.manual_seed(seed)
-    block_size, head_dim = 4, 16
+    block_size = 4
     used = [-(-n // block_size) for n in seq_lens]
     order = (np.random.default_rng(seed).permutation(sum(used) + 3) + 1).astype(np.int32)
     cache = torch.full((len(order) + 1, block_size, 2, kv_heads, head_dim), torch.nan, dtype=dtype)
@@ -36,7 +46,9 @@ def make_case(
         seq_lens,
         table,
         block_size=block_size,
+        num_heads=heads,
         num_kv_heads=kv_heads,
+        head_dim=head_dim,
         windows=[window],
         dtype=dtype,
         device=CPU,
@@ -111,7 +123,9 @@ def test_the_bits_of_a_deterministic_token_do_not_depend_on_how_its_prompt_was_c
             [last],
             metadata.block_table.numpy(),
             block_size=4,
+            num_heads=4,
             num_kv_heads=2,
+            head_dim=16,
             windows=[window],
             dtype=dtype,
             device=CPU,
@@ -144,12 +158,69 @@ def test_bf16_rows_are_walked_whatever_the_heads(heads, kv_heads, window):
     torch.testing.assert_close(result.float(), expected, atol=1e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 40.0])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 40.0])
 def test_a_walk_is_exact_whether_one_key_has_all_the_weight_or_all_have_the_same(scale):
     q, cache, metadata, keys_values = make_case([1, 1], [60, 61], dtype=torch.bfloat16)
     result = paged_attention(q, cache, metadata, scale=scale)
     expected = brute_force(q.float(), keys_values, [1, 1], scale=scale, window=0)
     torch.testing.assert_close(result.float(), expected, atol=1e-2, rtol=1e-2)
+
+
+CHUNKS = {
+    "one query of two tokens": ([2], [2]),
+    "a whole prompt": ([100], [100]),
+    "a chunk that sees many keys": ([30], [1500]),
+    "many chunks": ([1, 1, 5, 2, 16, 90, 30], [7, 300, 5, 40, 700, 95, 31]),
+    "more queries than a block": ([1, 300, 17], [3, 700, 17]),
+}
+
+
+needs_dot_products = pytest.mark.skipif(
+    not can_pack_keys(32, torch.bfloat16), reason="needs AVX512-bf16, and no AMX"
+)
+
+
+@needs_dot_products
+@pytest.mark.parametrize("heads", [(4, 1, 64), (14, 2, 32), (3, 3, 96)], ids=str)
+@pytest.mark.parametrize("window", [0, 7, 260])
+@pytest.mark.parametrize("case", CHUNKS)
+def test_chunks_in_bf16_equal_the_reference(case, window, heads):
+    query_lens, seq_lens = CHUNKS[case]
+    shape = dict(zip(("heads", "kv_heads", "head_dim"), heads, strict=True))
+    q, cache, metadata, _ = make_case(
+        query_lens, seq_lens, window=window, dtype=torch.bfloat16, **shape
+    )
+    assert metadata.plans[window].chunks is not None
+    result = paged_attention(q, cache, metadata, scale=0.3, sliding_window=window)
+    expected = paged_attention_reference(q, cache, metadata, scale=0.3, sliding_window=window)
+    torch.testing.assert_close(result, expected, atol=1e-2, rtol=1e-2)
+
+
+@needs_dot_products
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 40.0])
+def test_a_chunk_is_exact_whether_one_key_has_all_the_weight_or_all_have_the_same(scale):
+    case = {"dtype": torch.bfloat16, "head_dim": 32, "kv_heads": 1}
+    q, cache, metadata, keys_values = make_case([20], [2100], **case)
+    assert len(metadata.plans[0].chunks.merges) == 1
+    result = paged_attention(q, cache, metadata, scale=scale)
+    expected = brute_force(q.float(), keys_values, [20], scale=scale, window=0)
+    torch.testing.assert_close(result.float(), expected, atol=1e-2, rtol=1e-2)
+
+
+@needs_dot_products
+def test_a_chunk_never_reads_a_slot_outside_the_cache():
+    q, cache, metadata, _ = make_case([5], [9], dtype=torch.bfloat16, head_dim=32)
+    with pytest.raises(IndexError, match="outside the cache"):
+        paged_attention(q, cache[:1], metadata, scale=0.25)
+
+
+@needs_dot_products
+def test_head_sizes_that_fill_no_panels_are_gathered():
+    q, cache, metadata, _ = make_case([5], [9], dtype=torch.bfloat16, head_dim=48)
+    assert metadata.plans[0].chunks is None
+    expected = paged_attention_reference(q, cache, metadata, scale=0.3, sliding_window=0)
+    result = paged_attention(q, cache, metadata, scale=0.3)
+    torch.testing.assert_close(result, expected, atol=2e-2, rtol=2e-2)
 
 
 def test_bf16_rows_that_see_many_keys_are_walked_too():
@@ -173,7 +244,9 @@ def test_a_row_has_the_same_result_alone_and_among_longer_rows():
         [9],
         metadata.block_table[:1].numpy(),
         block_size=4,
+        num_heads=4,
         num_kv_heads=2,
+        head_dim=16,
         windows=[0],
         dtype=torch.float32,
         device=CPU,
@@ -203,5 +276,7 @@ def test_wrong_shapes_and_dtypes_are_refused():
         paged_attention(q.double(), cache, metadata, scale=1.0)
     with pytest.raises(ValueError, match="num_blocks"):
         paged_attention(q, cache[0], metadata, scale=1.0)
+    with pytest.raises(ValueError, match="must be above 0"):
+        paged_attention(q, cache, metadata, scale=0.0)
     with pytest.raises(ValueError, match="built for"):
         paged_attention(q, cache, metadata, scale=1.0, sliding_window=5)

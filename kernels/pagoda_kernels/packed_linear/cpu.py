@@ -69,11 +69,11 @@ def _multiply(task: Task) -> None:
             x_at, left = x + row * row_bytes, num_rows - row
             if is_int8 and not is_widened:
                 rows = _dot_int8(
-                    panels, x_at, row_bytes, left, initial, sums.ctypes.data, ahead, ahead_stride
+                    panels, x_at, row_bytes, left, initial, 0, sums.ctypes.data, ahead, ahead_stride
                 )
             else:
                 rows = _dot(
-                    panels, x_at, row_bytes, left, initial, sums.ctypes.data, ahead, ahead_stride
+                    panels, x_at, row_bytes, left, initial, 0, sums.ctypes.data, ahead, ahead_stride
                 )
             ahead += group_bytes // num_passes
             if is_int8:

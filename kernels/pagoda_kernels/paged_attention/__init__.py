@@ -28,11 +28,12 @@ def paged_attention(
             it already holds the keys and values of this step. Slots past a sequence's end are
             never read: they may contain anything.
         metadata: the sequences of the step.
-        scale: factor on q·k.
+        scale: factor on q·k, above 0.
         sliding_window: a query at position p sees positions above p - sliding_window; 0: all.
     Returns: [num_tokens, num_heads, head_dim], dtype of q; rows after the last sequence, which
         are padding, are zero.
-    Raises: ValueError: shapes or dtypes do not agree, or the window was not planned for.
+    Raises: ValueError: shapes or dtypes do not agree, the scale is not above 0, or the window was
+        not planned for.
     Source: Kwon et al., PagedAttention, SOSP 2023, section 4.
     """
     if kv_cache.dim() != 5 or kv_cache.shape[2] != 2:
@@ -47,6 +48,8 @@ def paged_attention(
         )
     if q.dtype != kv_cache.dtype:
         raise ValueError(f"q is {q.dtype} and kv_cache is {kv_cache.dtype}; both must agree.")
+    if scale <= 0.0:
+        raise ValueError(f"scale is {scale}; it must be above 0.")
     if q.device.type != "cpu":
         return paged_attention_reference(
             q, kv_cache, metadata, scale=scale, sliding_window=sliding_window

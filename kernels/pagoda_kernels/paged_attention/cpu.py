@@ -1,9 +1,9 @@
-"""Paged attention on a CPU: gather each head's keys and values, then products of matrices.
+"""Paged attention on a CPU: compiled kernels in bf16, else products of gathered keys and values.
 
-Decode rows in bf16 gather nothing: see `pagoda_kernels.paged_attention.walk`. Others are attended
-to in buckets of similar length, so the work in Python does not grow with their number. What to
-gather is planned once a step (`AttentionMetadata.plans`) and used by all layers with the same
-sliding window.
+In bf16 decode rows gather nothing (see `walk`), and where the processor multiplies bf16 prompt
+chunks neither (see `chunks`). Others are attended to in buckets of similar length, so the work in
+Python does not grow with their number. What to read is planned once a step
+(`AttentionMetadata.plans`) and used by all layers with the same sliding window.
 
 Two batched products and a softmax take less than half of the time of torch's fused attention on a
 CPU, whose products are of one sequence and one head at a time. They round the scores to the dtype
@@ -17,6 +17,7 @@ import functools
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from pagoda_kernels.paged_attention.chunks import attend_chunks
 from pagoda_kernels.paged_attention.metadata import AttentionMetadata, GatherBuffer
 from pagoda_kernels.paged_attention.plan import (
     DecodeBucket,
@@ -25,6 +26,8 @@ from pagoda_kernels.paged_attention.plan import (
     SingleQueries,
 )
 from pagoda_kernels.paged_attention.walk import walk
+
+_FLOATS = torch.empty(1)
 
 
 def paged_attention_cpu(
@@ -42,6 +45,10 @@ def paged_attention_cpu(
     if plan.walk is not None:
         rows = slice(0, len(plan.walk.ends))
         walk(q[rows], kv_cache, plan.walk.slots, plan.walk.ends, scale, out[rows])
+    if plan.chunks is not None:
+        size = plan.chunks.partial_size
+        numbers = metadata.buffer.rows(plan.chunks.num_partials * kv_cache.shape[3] * size, _FLOATS)
+        attend_chunks(q, kv_cache, plan.chunks, scale, numbers.view(-1, size), out)
     for bucket in plan.buckets:
         _attend_bucket(q, kv_cache, bucket, metadata.buffer, scale, out)
     for single in plan.singles:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from pagoda_kernels.paged_attention.plan import GatherPlan, Layout, make_plan, plan_singles
+from pagoda_kernels.paged_attention.layout import Layout
+from pagoda_kernels.paged_attention.plan import GatherPlan, make_plan, plan_singles
 
 
 class GatherBuffer:
@@ -59,7 +60,9 @@ class AttentionMetadata:
         block_table: np.ndarray,
         *,
         block_size: int,
+        num_heads: int,
         num_kv_heads: int,
+        head_dim: int,
         windows: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
@@ -72,7 +75,8 @@ class AttentionMetadata:
             query_lens, seq_lens: per sequence; sequences with one query token must come first,
                 in ascending order of seq_lens.
             block_table: [num_seqs, max_blocks] int32 on the host.
-            num_kv_heads: of the cache.
+            num_heads: of the queries.
+            num_kv_heads, head_dim: of the cache.
             windows: the sliding windows of the model's layers, 0 for full attention.
             dtype: of the queries.
             buffer: pass the same one at each step, so that its memory is reused.
@@ -89,7 +93,16 @@ class AttentionMetadata:
         plans = {}
         if device.type == "cpu":
             layout = Layout(
-                query_lens, seq_lens, starts, block_table, block_size, num_kv_heads, num_decodes
+                query_lens,
+                seq_lens,
+                starts,
+                block_table,
+                block_size,
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                num_decodes,
+                torch.get_num_threads(),
             )
             plan = plan_singles if is_deterministic else make_plan
             longest = max(seq_lens, default=0)

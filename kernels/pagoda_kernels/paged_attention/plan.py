@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pagoda_kernels.paged_attention.chunk_plan import Chunks, can_pack_keys, plan_chunks
+from pagoda_kernels.paged_attention.layout import Layout
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeWalk:
@@ -88,69 +91,39 @@ class GatherPlan:
     """How the CPU path reads the cache in one step, for one sliding window."""
 
     walk: DecodeWalk | None = None
+    chunks: Chunks | None = None
     buckets: tuple[DecodeBucket, ...] = ()
     batches: tuple[PrefillBatch, ...] = ()
     prefills: tuple[PrefillGather, ...] = ()
     singles: tuple[SingleQueries, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The sequences of one step: see `AttentionMetadata`."""
-
-    query_lens: Sequence[int]
-    seq_lens: Sequence[int]
-    starts: np.ndarray
-    block_table: np.ndarray
-    block_size: int
-    num_kv_heads: int
-    num_decodes: int
-
-    def slots(self, seq: slice | int | np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Cache slots of positions ([..., n]) of one sequence, or row by row of some of them."""
-        blocks, offsets = np.divmod(positions, self.block_size)
-        if isinstance(seq, int):
-            table = self.block_table[seq, blocks]
-        else:
-            table = np.take_along_axis(self.block_table[seq], blocks, axis=1)
-        slots: np.ndarray = table.astype(np.int64) * self.block_size + offsets
-        return slots
-
-    def head_rows(self, slots: np.ndarray) -> torch.Tensor:
-        """From slots [num_seqs, n]: keys, then values; of each the sequences, their heads, slots.
-
-        So that each head's keys come to lie side by side, which products of matrices need.
-        """
-        heads = np.arange(self.num_kv_heads)[:, None]
-        keys_values = 2 * slots[:, None] + np.arange(2)[:, None, None, None]
-        return torch.from_numpy(keys_values * self.num_kv_heads + heads).flatten()
-
-
 def make_plan(layout: Layout, window: int, dtype: torch.dtype) -> GatherPlan:
     """Decode rows and short prefill chunks many at a time, long chunks one by one."""
-    prefills = range(layout.num_decodes, len(layout.query_lens))
-    long = [seq for seq in prefills if layout.seq_lens[seq] > _LONGEST_BATCHED]
-    short = sorted(set(prefills).difference(long), key=layout.query_lens.__getitem__)
     lens = np.asarray(layout.seq_lens[: layout.num_decodes], dtype=np.int64)
     visible = np.minimum(lens, window) if window else lens
     walks = layout.num_decodes > 0 and dtype is torch.bfloat16
+    prefills = range(layout.num_decodes, len(layout.query_lens))
+    chunks = None
+    if prefills and can_pack_keys(layout.head_dim, dtype):
+        chunks, prefills = plan_chunks(layout, window), range(0)
+    long = [seq for seq in prefills if layout.seq_lens[seq] > _LONGEST_BATCHED]
+    short = sorted(set(prefills).difference(long), key=layout.query_lens.__getitem__)
     return GatherPlan(
-        walk=_decode_walk(layout, lens, visible) if walks else None,
+        walk=_decode_walk(layout, visible) if walks else None,
+        chunks=chunks,
         buckets=() if walks else tuple(_decode_buckets(layout, lens, visible, dtype)),
         batches=tuple(
-            _prefill_batch(layout, window, chunks, dtype)
-            for chunks in _of_similar_length(short, layout.query_lens)
+            _prefill_batch(layout, window, seqs, dtype)
+            for seqs in _of_similar_length(short, layout.query_lens)
         ),
         prefills=tuple(_prefill_gather(layout, window, seq, dtype) for seq in long),
     )
 
 
-def _decode_walk(layout: Layout, lens: np.ndarray, visible: np.ndarray) -> DecodeWalk:
-    ends = np.cumsum(visible)
-    seqs = np.repeat(np.arange(len(lens)), visible)
-    positions = np.arange(ends[-1]) + (lens - ends)[seqs]
-    slots = layout.slots(seqs, positions[:, None])[:, 0]
-    return DecodeWalk(torch.from_numpy(slots), torch.from_numpy(ends))
+def _decode_walk(layout: Layout, visible: np.ndarray) -> DecodeWalk:
+    slots = layout.newest_slots(0, layout.num_decodes, visible)
+    return DecodeWalk(slots, torch.from_numpy(np.cumsum(visible)))
 
 
 _SMALLEST_BUCKET = 256

@@ -16,23 +16,19 @@ from pagoda_kernels.compiled import (
     Array,
     bf16_bits,
     compiled,
+    exp2,
     int64s,
     narrow,
     prefetch,
     widen,
     widened,
 )
+from pagoda_kernels.paged_attention.slots import require_slots
 from pagoda_kernels.threads import Task, ThreadedKernel, bits_of, claim, float_of
 
 # Keys asked for ahead of the one in use: memory answers after the time of about four.
 _AHEAD = 6
-# exp2 on [0, 1), lowest power last; the largest relative error is 2e-6.
-_EXP2 = tuple(
-    np.float32(c)
-    for c in (1.8775767e-3, 8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 9.9999994e-1)
-)
 _LOG2_E = np.float32(1.4426950408889634)
-_SMALLEST = np.float32(-126.0)
 
 
 def walk(
@@ -53,7 +49,7 @@ def walk(
         out: shape and dtype of q, contiguous; written.
     """
     num_kv_heads, head_dim = kv_cache.shape[3:]
-    _require_slots(slots.data_ptr(), len(slots), kv_cache.shape[0] * kv_cache.shape[1])
+    require_slots(slots, kv_cache)
     _walk(
         q.data_ptr(),
         q.stride(0),
@@ -68,14 +64,6 @@ def walk(
         len(slots),
         bits_of(scale),
     )
-
-
-@compiled
-def _require_slots(slots_at: int, num_keys: int, num_slots: int) -> None:
-    slots = int64s(slots_at, (num_keys,))
-    for i in range(num_keys):
-        if slots[i] < 0 or slots[i] >= num_slots:
-            raise IndexError("a slot outside the cache")
 
 
 def _walk_parts(task: Task) -> None:
@@ -162,18 +150,7 @@ def _softmax(scores: Array, scale: Any) -> None:
         largest = max(largest, scores[i])
     total = np.float32(0)
     for i in range(scores.size):
-        # 2 ** power = 2 ** whole * 2 ** rest
-        power = max((scores[i] - largest) * scale * _LOG2_E, _SMALLEST)
-        whole = np.floor(power)
-        rest = power - whole
-        result = _EXP2[0]
-        result = result * rest + _EXP2[1]
-        result = result * rest + _EXP2[2]
-        result = result * rest + _EXP2[3]
-        result = result * rest + _EXP2[4]
-        result = result * rest + _EXP2[5]
-        exponent = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23))
-        scores[i] = result * exponent.view(np.float32)
+        scores[i] = exp2((scores[i] - largest) * scale * _LOG2_E)
         total += scores[i]
     for i in range(scores.size):
         scores[i] /= total

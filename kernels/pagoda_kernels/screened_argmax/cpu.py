@@ -160,6 +160,7 @@ def _find_largest(task: Task) -> None:
                     stride,
                     num_rows - row,
                     initial,
+                    0,
                     at,
                     ahead,
                     2 * VECTOR_BYTES // num_passes,

@@ -132,7 +132,9 @@ class ModelRunner:
         prepared = prepare_step(
             rows,
             block_size=self.block_size,
+            num_heads=self.model_config.num_heads,
             num_kv_heads=self.model_config.num_kv_heads,
+            head_dim=self.model_config.head_dim,
             windows=self.windows,
             buffer=self.gather_buffer,
             is_deterministic=self.is_deterministic,
