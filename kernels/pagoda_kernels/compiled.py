@@ -124,7 +124,7 @@ def int64s(address: int, shape: Any) -> Array:
 
 @compiled
 def address_of(numbers: Array) -> Any:
-    """Signed, as addresses are elsewhere: a sum of signed and unsigned ones would be a float."""
+    """Signed, like the addresses of a task: a variable that may be either would become a float."""
     return np.int64(numbers.ctypes.data)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagoda_kernels.paged_attention.chunk_plan import KEY_BLOCK, Merge, Part, plan_chunks
-from pagoda_kernels.paged_attention.layout import Layout
+from pagoda_kernels.paged_attention.layout import HeadShape, Layout
 
 BLOCK_SIZE = 16
 
@@ -24,16 +24,14 @@ def make_layout(chunks, *, num_decodes=0, num_heads=4, num_kv_heads=2, num_threa
         row[:count], order = order[:count], order[count:]
     starts = np.concatenate(([0], np.cumsum(query_lens))).astype(np.int32)
     return Layout(
-        query_lens,
-        seq_lens,
-        starts,
-        table,
-        BLOCK_SIZE,
-        num_heads,
-        num_kv_heads,
-        64,
-        num_decodes,
-        num_threads,
+        query_lens=query_lens,
+        seq_lens=seq_lens,
+        starts=starts,
+        block_table=table,
+        block_size=BLOCK_SIZE,
+        heads=HeadShape(num_heads, num_kv_heads, 64),
+        num_decodes=num_decodes,
+        num_threads=num_threads,
     )
 
 
@@ -96,3 +94,4 @@ def test_partial_results_are_merged_where_keys_were_cut(chunks, num_threads):
 def test_few_queries_of_many_keys_are_shared_by_the_threads(num_tokens, num_merges):
     layout = make_layout([(16, num_tokens)], num_heads=1, num_kv_heads=1)
     assert len(plan_chunks(layout, 0).merges) == num_merges
+    assert plan_chunks(layout, 0).merges.shape[1] == len(Merge._fields)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pagoda_kernels.paged_attention import AttentionMetadata, paged_attention
-from pagoda_kernels.paged_attention.plan import can_pack_keys
+from pagoda_kernels.paged_attention import AttentionMetadata, HeadShape, paged_attention
+from pagoda_kernels.paged_attention.chunk_plan import can_pack_keys
 from pagoda_kernels.paged_attention.reference import paged_attention_reference
 from pagoda_kernels.write_kv_cache import write_kv_cache
 
@@ -46,9 +46,7 @@ def make_case(
         seq_lens,
         table,
         block_size=block_size,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
+        heads=HeadShape(heads, kv_heads, head_dim),
         windows=[window],
         dtype=dtype,
         device=CPU,
@@ -123,9 +121,7 @@ def test_the_bits_of_a_deterministic_token_do_not_depend_on_how_its_prompt_was_c
             [last],
             metadata.block_table.numpy(),
             block_size=4,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=16,
+            heads=HeadShape(4, 2, 16),
             windows=[window],
             dtype=dtype,
             device=CPU,
@@ -191,7 +187,11 @@ def test_chunks_in_bf16_equal_the_reference(case, window, heads):
         query_lens, seq_lens, window=window, dtype=torch.bfloat16, **shape
     )
     assert metadata.plans[window].chunks is not None
-    result = paged_attention(q, cache, metadata, scale=0.3, sliding_window=window)
+    # As in a model: between heads of keys and values, and before padding.
+    padded = torch.full((len(q) + 2, q.shape[1] + 2, q.shape[2]), torch.nan, dtype=q.dtype)
+    padded[:-2, :-2] = q
+    metadata.buffer.rows(100_000, torch.empty(1)).fill_(torch.nan)
+    result = paged_attention(padded[:, :-2], cache, metadata, scale=0.3, sliding_window=window)[:-2]
     expected = paged_attention_reference(q, cache, metadata, scale=0.3, sliding_window=window)
     torch.testing.assert_close(result, expected, atol=1e-2, rtol=1e-2)
 
@@ -244,9 +244,7 @@ def test_a_row_has_the_same_result_alone_and_among_longer_rows():
         [9],
         metadata.block_table[:1].numpy(),
         block_size=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
+        heads=HeadShape(4, 2, 16),
         windows=[0],
         dtype=torch.float32,
         device=CPU,
@@ -276,6 +274,9 @@ def test_wrong_shapes_and_dtypes_are_refused():
         paged_attention(q.double(), cache, metadata, scale=1.0)
     with pytest.raises(ValueError, match="num_blocks"):
         paged_attention(q, cache[0], metadata, scale=1.0)
+    for tokens, table in ((q[:0], cache), (q[:, :2], cache), (q.half(), cache.half())):
+        with pytest.raises(ValueError, match="metadata was built for 1 tokens"):
+            paged_attention(tokens, table, metadata, scale=1.0)
     with pytest.raises(ValueError, match="must be above 0"):
         paged_attention(q, cache, metadata, scale=0.0)
     with pytest.raises(ValueError, match="built for"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pagoda_kernels.compiled import Array, bf16_bits, compiled, floats, narrowed
+from pagoda_kernels.compiled import Array, address_of, bf16_bits, compiled, floats, narrowed
 from pagoda_kernels.panels import (
     BF16,
     BYTES_PER_STEP,
@@ -50,7 +50,7 @@ def _multiply(task: Task) -> None:
     # In one pass, numbers are widened on the way; for several, before them.
     is_widened = is_int8 and num_passes > 1
     wide = np.empty((GROUP_SIZE * in_features if is_widened else 0) + VECTOR_BYTES, np.uint16)
-    wide_at = -(-wide.ctypes.data // VECTOR_BYTES) * VECTOR_BYTES
+    wide_at = -(-address_of(wide) // VECTOR_BYTES) * VECTOR_BYTES
     group = claim(task)
     while group < num_groups:
         following = claim(task)
@@ -69,11 +69,11 @@ def _multiply(task: Task) -> None:
             x_at, left = x + row * row_bytes, num_rows - row
             if is_int8 and not is_widened:
                 rows = _dot_int8(
-                    panels, x_at, row_bytes, left, initial, 0, sums.ctypes.data, ahead, ahead_stride
+                    panels, x_at, row_bytes, left, initial, 0, address_of(sums), ahead, ahead_stride
                 )
             else:
                 rows = _dot(
-                    panels, x_at, row_bytes, left, initial, 0, sums.ctypes.data, ahead, ahead_stride
+                    panels, x_at, row_bytes, left, initial, 0, address_of(sums), ahead, ahead_stride
                 )
             ahead += group_bytes // num_passes
             if is_int8:
@@ -98,7 +98,7 @@ def _scale(sums: Array, scales: Array) -> None:
 
 @compiled
 def _narrow(sums: Array, out: int, count: int) -> None:
-    at = sums.ctypes.data
+    at = address_of(sums)
     if count % PANEL_SIZE == 0:
         for i in range(0, count, PANEL_SIZE):
             narrow_panel(at + 4 * i, out + 2 * i)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from pagoda_kernels.paged_attention.cpu import paged_attention_cpu
+from pagoda_kernels.paged_attention.layout import HeadShape
 from pagoda_kernels.paged_attention.metadata import AttentionMetadata, GatherBuffer
 from pagoda_kernels.paged_attention.reference import paged_attention_reference
 
-__all__ = ["AttentionMetadata", "GatherBuffer", "paged_attention"]
+__all__ = ["AttentionMetadata", "GatherBuffer", "HeadShape", "paged_attention"]
 
 
 def paged_attention(
@@ -48,6 +49,12 @@ def paged_attention(
         )
     if q.dtype != kv_cache.dtype:
         raise ValueError(f"q is {q.dtype} and kv_cache is {kv_cache.dtype}; both must agree.")
+    heads = (q.shape[1], *kv_cache.shape[3:])
+    if heads != metadata.heads or q.dtype != metadata.dtype or len(q) < metadata.num_tokens:
+        raise ValueError(
+            f"q has {len(q)} tokens in {q.dtype} and the heads are {heads}; the metadata was built "
+            f"for {metadata.num_tokens} tokens in {metadata.dtype} and {tuple(metadata.heads)}."
+        )
     if scale <= 0.0:
         raise ValueError(f"scale is {scale}; it must be above 0.")
     if q.device.type != "cpu":

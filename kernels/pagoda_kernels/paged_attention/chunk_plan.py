@@ -70,7 +70,7 @@ def can_pack_keys(head_dim: int, dtype: torch.dtype) -> bool:
 
 
 # Rows of queries that share packed keys: more would not stay in the cache beside their sums.
-_MOST_ROWS = 128
+_ROWS_PER_BLOCK = 128
 # Parts for each thread, so that all end at about the same time.
 _PARTS_PER_THREAD = 4
 
@@ -82,19 +82,19 @@ def plan_chunks(layout: Layout, window: int) -> Chunks:
     if window:
         query_lens = np.array(layout.query_lens[first_seq:last_seq], dtype=np.int64)
         visible = np.minimum(visible, query_lens + window - 1)
-    group = layout.num_heads // layout.num_kv_heads
-    blocks = list(_query_blocks(layout, window, visible, max(1, _MOST_ROWS // group)))
+    group = layout.heads.num_heads // layout.heads.num_kv_heads
+    blocks = list(_query_blocks(layout, window, visible, max(1, _ROWS_PER_BLOCK // group)))
     num_key_blocks = sum(-(-block.num_keys // KEY_BLOCK) for block in blocks)
     num_parts = _PARTS_PER_THREAD * layout.num_threads
-    most_keys = KEY_BLOCK * -(-num_key_blocks * layout.num_kv_heads // num_parts)
+    most_keys = KEY_BLOCK * -(-num_key_blocks * layout.heads.num_kv_heads // num_parts)
     parts, merges = _cut_keys(blocks, most_keys)
     most_rows = max(block.num_tokens for block in blocks) * group
     return Chunks(
         slots=layout.newest_slots(first_seq, last_seq, visible),
         parts=torch.tensor(parts),
-        merges=torch.tensor(merges),
+        merges=torch.tensor(merges, dtype=torch.int64).view(-1, len(Merge._fields)),
         num_partials=sum(merge.num_partials for merge in merges),
-        partial_size=most_rows * (layout.head_dim + 2),
+        partial_size=most_rows * (layout.heads.head_dim + 2),
         most_rows=most_rows,
         window=window,
     )
@@ -148,4 +148,6 @@ def _cut_keys(blocks: Sequence[Part], most_keys: int) -> tuple[list[Part], list[
         merge = Merge(block.first_token, block.num_tokens, num_partials, len(firsts))
         merges.append(merge)
         num_partials += merge.num_partials
+    # Threads begin with the most work.
+    parts.sort(key=lambda part: part.num_tokens * part.num_keys, reverse=True)
     return parts, merges

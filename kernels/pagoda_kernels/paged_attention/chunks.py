@@ -63,9 +63,10 @@ def attend_chunks(
     """Attend to the query tokens of all chunks of a step.
 
     Args:
-        q, out: [num_tokens, num_heads, head_dim] bf16, heads contiguous; out is written.
+        q: [num_tokens, num_heads, head_dim] bf16, heads contiguous.
         kv_cache: see `pagoda_kernels.paged_attention.paged_attention`.
         partials: [chunks.num_partials * num_kv_heads, chunks.partial_size] fp32: memory to use.
+        out: shape and dtype of q, contiguous; written.
     """
     num_kv_heads, head_dim = kv_cache.shape[3:]
     require_slots(chunks.slots, kv_cache)
@@ -112,8 +113,7 @@ def _attend_parts(task: Task) -> None:
     stride = 4 * num_kv_heads * head_dim
     part = claim(task)
     while part < num_parts * num_kv_heads:
-        # The longest come last, and are best begun first.
-        index, head = num_parts - 1 - part // num_kv_heads, part % num_kv_heads
+        index, head = part // num_kv_heads, part % num_kv_heads
         first_token, num_tokens, first_slot = parts[index, 0], parts[index, 1], parts[index, 2]
         num_keys, position, partial = parts[index, 3], parts[index, 4], parts[index, 5]
         num_rows = num_tokens * group
@@ -321,9 +321,8 @@ def _add_values(
         begin = sums_at + 4 * column * num_rows * GROUP_SIZE
         sums = floats(begin, (num_rows, GROUP_SIZE))
         for row in range(num_rows):
-            if factors[row] != _ONE:
-                for i in range(GROUP_SIZE):
-                    sums[row, i] *= factors[row]
+            for i in range(GROUP_SIZE):
+                sums[row, i] *= factors[row]
         row = 0
         while row < num_rows:
             at = begin + 4 * row * GROUP_SIZE

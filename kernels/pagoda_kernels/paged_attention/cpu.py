@@ -1,8 +1,8 @@
 """Paged attention on a CPU: compiled kernels in bf16, else products of gathered keys and values.
 
 In bf16 decode rows gather nothing (see `walk`), and where the processor multiplies bf16 prompt
-chunks neither (see `chunks`). Others are attended to in buckets of similar length, so the work in
-Python does not grow with their number. What to read is planned once a step
+chunks neither (see `chunks`). Other decode rows and short prompts are attended to many at a time,
+so the work in Python does not grow with their number. What to read is planned once a step
 (`AttentionMetadata.plans`) and used by all layers with the same sliding window.
 
 Two batched products and a softmax take less than half of the time of torch's fused attention on a
@@ -27,7 +27,7 @@ from pagoda_kernels.paged_attention.plan import (
 )
 from pagoda_kernels.paged_attention.walk import walk
 
-_FLOATS = torch.empty(1)
+_FLOATS = torch.empty(1, dtype=torch.float32)
 
 
 def paged_attention_cpu(

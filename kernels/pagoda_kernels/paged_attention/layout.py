@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pagoda_kernels.paged_attention.slots import list_slots
+
+
+class HeadShape(NamedTuple):
+    """Of the queries, and of keys and values."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +29,7 @@ class Layout:
     starts: np.ndarray
     block_table: np.ndarray
     block_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    heads: HeadShape
     num_decodes: int
     num_threads: int
     """That the step will be computed by."""
@@ -48,6 +55,6 @@ class Layout:
 
         So that each head's keys come to lie side by side, which products of matrices need.
         """
-        heads = np.arange(self.num_kv_heads)[:, None]
+        heads = np.arange(self.heads.num_kv_heads)[:, None]
         keys_values = 2 * slots[:, None] + np.arange(2)[:, None, None, None]
-        return torch.from_numpy(keys_values * self.num_kv_heads + heads).flatten()
+        return torch.from_numpy(keys_values * self.heads.num_kv_heads + heads).flatten()

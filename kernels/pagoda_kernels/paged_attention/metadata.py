@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from pagoda_kernels.paged_attention.layout import Layout
+from pagoda_kernels.paged_attention.layout import HeadShape, Layout
 from pagoda_kernels.paged_attention.plan import GatherPlan, make_plan, plan_singles
 
 
 class GatherBuffer:
-    """Memory for gathered keys and values that all layers and steps use in turn.
+    """Memory for gathered keys and values, or partial sums, that all layers and steps use in turn.
 
     Fresh memory for each layer would have to be mapped by the kernel each time, and would push the
     weights out of the processor's cache.
@@ -40,6 +40,7 @@ class AttentionMetadata:
     block_table: [num_seqs, max_blocks] int32; entries past the last used block are not read.
     num_decodes: sequences with one query token.
     num_tokens: query tokens of all sequences; a step may have padding after them.
+    heads, dtype: of the queries and of the cache that the step was laid out for.
     plans: for the CPU path, by sliding window (0: none); empty on other devices.
     buffer: for the CPU path.
     """
@@ -49,6 +50,8 @@ class AttentionMetadata:
     block_table: torch.Tensor
     num_decodes: int
     num_tokens: int
+    heads: HeadShape
+    dtype: torch.dtype
     plans: dict[int, GatherPlan] = field(default_factory=dict)
     buffer: GatherBuffer = field(default_factory=GatherBuffer)
 
@@ -60,9 +63,7 @@ class AttentionMetadata:
         block_table: np.ndarray,
         *,
         block_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        heads: HeadShape,
         windows: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
@@ -75,10 +76,9 @@ class AttentionMetadata:
             query_lens, seq_lens: per sequence; sequences with one query token must come first,
                 in ascending order of seq_lens.
             block_table: [num_seqs, max_blocks] int32 on the host.
-            num_heads: of the queries.
-            num_kv_heads, head_dim: of the cache.
+            heads: of every layer.
             windows: the sliding windows of the model's layers, 0 for full attention.
-            dtype: of the queries.
+            dtype: of the queries and the cache.
             buffer: pass the same one at each step, so that its memory is reused.
             is_deterministic: let the bits of a token's result depend on its own sequence alone,
                 not on the step's other tokens nor on how prompts are cut; slower.
@@ -93,16 +93,14 @@ class AttentionMetadata:
         plans = {}
         if device.type == "cpu":
             layout = Layout(
-                query_lens,
-                seq_lens,
-                starts,
-                block_table,
-                block_size,
-                num_heads,
-                num_kv_heads,
-                head_dim,
-                num_decodes,
-                torch.get_num_threads(),
+                query_lens=query_lens,
+                seq_lens=seq_lens,
+                starts=starts,
+                block_table=block_table,
+                block_size=block_size,
+                heads=heads,
+                num_decodes=num_decodes,
+                num_threads=torch.get_num_threads(),
             )
             plan = plan_singles if is_deterministic else make_plan
             longest = max(seq_lens, default=0)
@@ -116,6 +114,8 @@ class AttentionMetadata:
             block_table=torch.from_numpy(block_table).to(device),
             num_decodes=num_decodes,
             num_tokens=int(starts[-1]),
+            heads=heads,
+            dtype=dtype,
             plans=plans,
             buffer=GatherBuffer() if buffer is None else buffer,
         )

@@ -39,7 +39,7 @@ class DecodeBucket:
 
 @dataclass(frozen=True, slots=True)
 class PrefillBatch:
-    """Short prefill chunks of similar length, gathered and attended to in one call."""
+    """Short prefill chunks of similar length whose keys are gathered and used at once."""
 
     tokens: torch.Tensor
     """[chunks * num_queries] int64: query tokens of the step; past the end of a chunk its last
@@ -66,7 +66,7 @@ class PrefillBlock:
 
 @dataclass(frozen=True, slots=True)
 class PrefillGather:
-    """The keys that one prefill chunk may see."""
+    """The keys that one prefill chunk may see, gathered."""
 
     head_rows: torch.Tensor
     """[2 * num_kv_heads * num_keys] int64: as in DecodeBucket; of each head the oldest first."""
@@ -99,13 +99,17 @@ class GatherPlan:
 
 
 def make_plan(layout: Layout, window: int, dtype: torch.dtype) -> GatherPlan:
-    """Decode rows and short prefill chunks many at a time, long chunks one by one."""
+    """How to attend to decode rows and to prefill chunks.
+
+    In bf16 each has its own kernel, if the processor has what it needs. Else keys are gathered: of
+    decode rows and short chunks many at a time, of long chunks one by one.
+    """
     lens = np.asarray(layout.seq_lens[: layout.num_decodes], dtype=np.int64)
     visible = np.minimum(lens, window) if window else lens
     walks = layout.num_decodes > 0 and dtype is torch.bfloat16
     prefills = range(layout.num_decodes, len(layout.query_lens))
     chunks = None
-    if prefills and can_pack_keys(layout.head_dim, dtype):
+    if prefills and can_pack_keys(layout.heads.head_dim, dtype):
         chunks, prefills = plan_chunks(layout, window), range(0)
     long = [seq for seq in prefills if layout.seq_lens[seq] > _LONGEST_BATCHED]
     short = sorted(set(prefills).difference(long), key=layout.query_lens.__getitem__)
@@ -154,7 +158,7 @@ def _decode_buckets(
         # slots contain (even NaN, which no mask can hide) is never read.
         within = np.minimum(offsets, visible[seqs, None] - 1)
         slots = layout.slots(seqs, lens[seqs, None] - visible[seqs, None] + within)
-        padding = np.repeat(offsets >= visible[seqs, None], layout.num_kv_heads, axis=0)
+        padding = np.repeat(offsets >= visible[seqs, None], layout.heads.num_kv_heads, axis=0)
         mask = _additive(padding[:, None, None], dtype)
         buckets.append(DecodeBucket(first, last, layout.head_rows(slots), mask))
         first = last
@@ -202,7 +206,7 @@ def _prefill_batch(
     else:
         oldest = np.zeros_like(seq_lens)
     slots = layout.slots(np.array(seqs), np.clip(keys, oldest, seq_lens - 1))
-    mask = _additive(np.repeat(hidden, layout.num_kv_heads, axis=0)[:, None], dtype)
+    mask = _additive(np.repeat(hidden, layout.heads.num_kv_heads, axis=0)[:, None], dtype)
     tokens = layout.starts[seqs][:, None] + offsets
     return PrefillBatch(torch.from_numpy(tokens).flatten(), layout.head_rows(slots), mask)
 

@@ -14,13 +14,17 @@ def list_slots(
     """[num_keys] int64: the slots of positions firsts[0] … lasts[0] - 1, then of firsts[1] …
 
     Args:
-        block_table: [num_seqs, max_blocks] int32, contiguous rows: of each range its blocks.
-        firsts, lasts: [num_seqs] int64.
+        block_table: [num_seqs, max_blocks] int32: of each range its blocks.
+        firsts, lasts: [num_seqs] int64, contiguous.
+    Raises: IndexError if a position has no block in the table.
     """
+    table = np.ascontiguousarray(block_table, dtype=np.int32)
+    if len(table) != len(firsts) or np.any(lasts > table.shape[1] * block_size):
+        raise IndexError("a position without a block")
     slots = torch.empty(int((lasts - firsts).sum()), dtype=torch.int64)
     _fill(
-        block_table.ctypes.data,
-        block_table.shape[1],
+        table.ctypes.data,
+        table.shape[1],
         block_size,
         firsts.ctypes.data,
         lasts.ctypes.data,

@@ -8,6 +8,7 @@ import numpy as np
 
 from pagoda_kernels.compiled import (
     Array,
+    address_of,
     bf16_bits,
     compiled,
     floats,
@@ -138,7 +139,7 @@ def _find_largest(task: Task) -> None:
     num_chunks = (num_groups + CHUNK_GROUPS - 1) // CHUNK_GROUPS
     largest = floats(task[8], (num_rows, num_chunks, GROUP_SIZE))
     sums = np.zeros((MOST_ROWS, GROUP_SIZE), np.int32)
-    at, group_bytes = sums.ctypes.data, GROUP_SIZE * stride
+    at, group_bytes = address_of(sums), GROUP_SIZE * stride
     num_passes = (num_rows + MOST_ROWS - 1) // MOST_ROWS
     chunk = claim(task)
     while chunk < num_chunks:
@@ -178,7 +179,7 @@ find_largest = ThreadedKernel(_find_largest)
 @compiled
 def _keep_largest(sums: Array, scale: int, largest: Array) -> None:
     for i in range(0, GROUP_SIZE, PANEL_SIZE):
-        keep_largest_panel(sums.ctypes.data + 4 * i, scale + 4 * i, largest.ctypes.data + 4 * i)
+        keep_largest_panel(address_of(sums) + 4 * i, scale + 4 * i, address_of(largest) + 4 * i)
 
 
 @compiled

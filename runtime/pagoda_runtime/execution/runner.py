@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from pagoda_kernels.copy_blocks import copy_blocks
-from pagoda_kernels.paged_attention import GatherBuffer
+from pagoda_kernels.paged_attention import GatherBuffer, HeadShape
 from pagoda_kernels.panels import INT8_AS_BF16, has_panels
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.messages import (
@@ -79,6 +79,9 @@ class ModelRunner:
         self.block_size = config.block_size or (16 if self.device.type == "cuda" else 32)
         self.is_deterministic = config.deterministic
         self.gather_buffer = GatherBuffer()
+        self.heads = HeadShape(
+            self.model_config.num_heads, self.model_config.num_kv_heads, self.model_config.head_dim
+        )
         self.windows = sorted(set(self.model_config.sliding_windows))
         budget = self._memory_budget(config)
         size = size_kv_cache(
@@ -132,9 +135,7 @@ class ModelRunner:
         prepared = prepare_step(
             rows,
             block_size=self.block_size,
-            num_heads=self.model_config.num_heads,
-            num_kv_heads=self.model_config.num_kv_heads,
-            head_dim=self.model_config.head_dim,
+            heads=self.heads,
             windows=self.windows,
             buffer=self.gather_buffer,
             is_deterministic=self.is_deterministic,

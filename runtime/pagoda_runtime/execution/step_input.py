@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pagoda_kernels.paged_attention import AttentionMetadata, GatherBuffer
+from pagoda_kernels.paged_attention import AttentionMetadata, GatherBuffer, HeadShape
 from pagoda_runtime.engine.messages import ScheduledRow
 from pagoda_runtime.models.decoder import StepInput
 
@@ -30,9 +30,7 @@ def prepare_step(
     rows: Sequence[ScheduledRow],
     *,
     block_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
+    heads: HeadShape,
     windows: Sequence[int],
     buffer: GatherBuffer | None = None,
     is_deterministic: bool = False,
@@ -59,9 +57,7 @@ def prepare_step(
         seq_lens,
         block_table,
         block_size=block_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        heads=heads,
         windows=windows,
         dtype=dtype,
         device=device,
