@@ -158,7 +158,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--long-prefill-token-threshold",
         type=integer(1),
         help="prompt tokens of a step in which others decode; less is smoother for them and slower "
-        "for long prompts (36 on a CPU, 2048 on a GPU)",
+        "for long prompts (32 on a CPU, 2048 on a GPU)",
     )
     group.add_argument(
         "--async-scheduling",

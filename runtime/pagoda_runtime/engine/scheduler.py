@@ -23,7 +23,7 @@ from pagoda_runtime.engine.rows import make_row
 # Share of the blocks that admission leaves free for the growth of running requests. Without it
 # every admission soon costs a preemption.
 WATERMARK = 0.03
-_CHUNK_MULTIPLE = 8
+_CHUNK_MULTIPLE = 4
 
 
 @dataclass(slots=True)
@@ -259,7 +259,7 @@ class Scheduler:
         num_prefilling = self.max_num_batched_tokens - draft.budget - draft.num_decoding
         left = max(0, self.long_prefill_token_threshold - num_prefilling)
         depth = sequence.num_computed_tokens
-        slowed = left * self.doubling_depth // (self.doubling_depth + depth)
+        slowed = -(-left * self.doubling_depth // (self.doubling_depth + depth))
         if slowed < left:
             # Few sizes of steps: libraries prepare for each new one.
             slowed = max(slowed // _CHUNK_MULTIPLE, 1) * _CHUNK_MULTIPLE
