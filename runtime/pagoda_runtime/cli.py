@@ -158,7 +158,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--long-prefill-token-threshold",
         type=integer(1),
         help="prompt tokens of a step in which others decode; less is smoother for them and slower "
-        "for long prompts (32 on a CPU, 2048 on a GPU)",
+        "for long prompts (28 on a CPU, 2048 on a GPU)",
     )
     group.add_argument(
         "--async-scheduling",
@@ -193,7 +193,7 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
         help="auto is the model's dtype",
     )
     group.add_argument(
-        "--block-size", type=integer(1, 1024), help="tokens of a block (32 on a CPU, 16 on a GPU)"
+        "--block-size", type=integer(1, 1024), help="tokens of a block (28 on a CPU, 16 on a GPU)"
     )
     group.add_argument(
         "--gpu-memory-utilization",

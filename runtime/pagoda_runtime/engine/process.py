@@ -47,7 +47,7 @@ logger = logging.getLogger("pagoda.engine")
 # next token by the time it takes: about a quarter of a second for a small model on two CPU cores.
 # So a step in which somebody decodes takes fewer (--long-prefill-token-threshold).
 DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 2048}
-DEFAULT_LONG_PREFILL_TOKEN_THRESHOLD = {"cpu": 32, "cuda": 2048}
+DEFAULT_LONG_PREFILL_TOKEN_THRESHOLD = {"cpu": 28, "cuda": 2048}
 IDLE_CHECK_MILLISECONDS = 1000
 LINGER_MILLISECONDS = 1000
 
