@@ -19,10 +19,13 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import llvmlite.binding
+import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+from pagoda_kernels.compiled import Array, address_of, compiled
 
 PANEL_SIZE = 16
 GROUP_SIZE = 2 * PANEL_SIZE
@@ -83,6 +86,14 @@ def pack(matrix: torch.Tensor, numbers: Numbers) -> torch.Tensor:
     coded = groups.abs().to(torch.uint8) | (groups < 0).to(torch.uint8) << 7
     halves = coded.reshape(*groups.shape[:2], 2, PANEL_SIZE // 4, 8)
     return halves.transpose(2, 3).reshape(groups.shape)
+
+
+@compiled
+def empty_panels(num_numbers: int) -> Array:
+    """Inside a kernel: memory for bf16 numbers in panels, from the beginning of a vector on."""
+    memory = np.empty(num_numbers + VECTOR_BYTES // 2, np.uint16)
+    skipped = -address_of(memory) % VECTOR_BYTES // 2
+    return memory[skipped : skipped + num_numbers]
 
 
 def make_dot(numbers: Numbers) -> Any:

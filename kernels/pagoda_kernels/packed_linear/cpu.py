@@ -7,7 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from pagoda_kernels.compiled import Array, address_of, bf16_bits, compiled, floats, narrowed
+from pagoda_kernels.compiled import (
+    LOG2_E,
+    Array,
+    address_of,
+    bf16_bits,
+    compiled,
+    exp2,
+    floats,
+    narrowed,
+)
 from pagoda_kernels.panels import (
     BF16,
     BYTES_PER_STEP,
@@ -16,6 +25,7 @@ from pagoda_kernels.panels import (
     MOST_ROWS,
     PANEL_SIZE,
     VECTOR_BYTES,
+    empty_panels,
     make_dot,
     narrow_panel,
     widen_step,
@@ -27,7 +37,6 @@ NO_SCALES = 0
 
 _dot, _dot_int8 = make_dot(BF16), make_dot(INT8_AS_BF16)
 
-_LOG2_E = np.float32(1.4426950408889634)
 _SQRT_HALF = np.float32(0.7071067811865476)
 # gelu's approximation by tanh (Hendrycks and Gimpel, 2016), as a sigmoid: tanh(y) = 2s(2y) - 1.
 _GELU_LINEAR, _GELU_CUBIC = np.float32(1.5957691216057308), np.float32(0.044715)
@@ -49,8 +58,7 @@ def _multiply(task: Task) -> None:
     sums = np.zeros((MOST_ROWS, GROUP_SIZE), np.float32)
     # In one pass, numbers are widened on the way; for several, before them.
     is_widened = is_int8 and num_passes > 1
-    wide = np.empty((GROUP_SIZE * in_features if is_widened else 0) + VECTOR_BYTES, np.uint16)
-    wide_at = -(-address_of(wide) // VECTOR_BYTES) * VECTOR_BYTES
+    wide = empty_panels(GROUP_SIZE * in_features if is_widened else 0)
     group = claim(task)
     while group < num_groups:
         following = claim(task)
@@ -59,8 +67,8 @@ def _multiply(task: Task) -> None:
         count = min(num_columns, out_features - first)
         if is_widened:
             for i in range(0, group_bytes, VECTOR_BYTES):
-                widen_step(panels + i, wide_at + 2 * i)
-            panels = wide_at
+                widen_step(panels + i, address_of(wide) + 2 * i)
+            panels = address_of(wide)
         # Each pass asks for its part of the group that this thread has next.
         ahead = packed + min(following, num_groups - 1) * group_bytes
         initial = bias + group * GROUP_SIZE * 4
@@ -127,17 +135,5 @@ def _apply_gate(sums: Array, gate: int) -> None:
 
 @compiled
 def _sigmoid(x: Any) -> Any:
-    """1 / (1 + exp(-x)) within 3 units of the last place, in operations that vectors have."""
-    power = min(max(-x * _LOG2_E, np.float32(-126)), np.float32(126))
-    whole = np.rint(power)
-    part = power - whole
-    # 2 ** part, part in [-1/2, 1/2]: Taylor's series of exp(part * ln 2).
-    series = np.float32(1.5403530e-4)
-    series = series * part + np.float32(1.3333558e-3)
-    series = series * part + np.float32(9.6181291e-3)
-    series = series * part + np.float32(5.5504109e-2)
-    series = series * part + np.float32(2.4022651e-1)
-    series = series * part + np.float32(6.9314718e-1)
-    series = series * part + _ONE
-    scale = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return _ONE / (_ONE + series * scale)
+    """1 / (1 + exp(-x)) within a few units of the last place, in operations that vectors have."""
+    return _ONE / (_ONE + exp2(min(-x * LOG2_E, np.float32(126))))

@@ -37,6 +37,21 @@ def paged_attention(
         not planned for.
     Source: Kwon et al., PagedAttention, SOSP 2023, section 4.
     """
+    _require_agreement(q, kv_cache, metadata, scale)
+    if q.device.type != "cpu":
+        return paged_attention_reference(
+            q, kv_cache, metadata, scale=scale, sliding_window=sliding_window
+        )
+    if sliding_window not in metadata.plans:
+        raise ValueError(
+            f"sliding_window is {sliding_window}; the metadata was built for {set(metadata.plans)}."
+        )
+    return paged_attention_cpu(q, kv_cache, metadata, scale=scale, sliding_window=sliding_window)
+
+
+def _require_agreement(
+    q: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float
+) -> None:
     if kv_cache.dim() != 5 or kv_cache.shape[2] != 2:
         raise ValueError(
             f"kv_cache has shape {tuple(kv_cache.shape)}; "
@@ -57,12 +72,3 @@ def paged_attention(
         )
     if scale <= 0.0:
         raise ValueError(f"scale is {scale}; it must be above 0.")
-    if q.device.type != "cpu":
-        return paged_attention_reference(
-            q, kv_cache, metadata, scale=scale, sliding_window=sliding_window
-        )
-    if sliding_window not in metadata.plans:
-        raise ValueError(
-            f"sliding_window is {sliding_window}; the metadata was built for {set(metadata.plans)}."
-        )
-    return paged_attention_cpu(q, kv_cache, metadata, scale=scale, sliding_window=sliding_window)

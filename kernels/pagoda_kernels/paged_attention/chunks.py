@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pagoda_kernels.compiled import (
+    LOG2_E,
     Array,
     address_of,
     bf16_bits,
@@ -36,6 +37,7 @@ from pagoda_kernels.panels import (
     MOST_ROWS,
     PANEL_SIZE,
     VECTOR_BYTES,
+    empty_panels,
     interleave_group,
     make_dot,
     narrow_panel,
@@ -46,7 +48,6 @@ from pagoda_kernels.threads import Task, ThreadedKernel, bits_of, claim, float_o
 _dot = make_dot(BF16)
 
 _PART_FIELDS, _MERGE_FIELDS = len(Part._fields), len(Merge._fields)
-_LOG2_E = 1.4426950408889634
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _STEP_BYTES = GROUP_SIZE * 4
 """Of a group of panels."""
@@ -82,7 +83,7 @@ def attend_chunks(
         q.shape[1],
         num_kv_heads,
         head_dim,
-        bits_of(scale * _LOG2_E),
+        bits_of(scale * float(LOG2_E)),
         chunks.window,
         chunks.most_rows,
     )
@@ -93,7 +94,9 @@ def attend_chunks(
 
 
 def _attend_parts(task: Task) -> None:
-    """Arguments: see `attend_chunks`; the scale is that of powers of two."""
+    """Arguments: q, q_stride, cache, slots, num_slots, partials, partial_size, out, num_heads,
+    num_kv_heads, head_dim, scale (of powers of two), window, most_rows, parts, num_parts.
+    """
     q_at, q_stride, cache_at = task[1], task[2], task[3]
     slots = int64s(task[4], (task[5],))
     partials_at, partial_size, out_at = task[6], task[7], task[8]
@@ -103,7 +106,7 @@ def _attend_parts(task: Task) -> None:
     parts = int64s(task[15], (num_parts, _PART_FIELDS))
     group = num_heads // num_kv_heads
     queries = np.empty((most_rows, head_dim), np.uint16)
-    keys, values = _panels(GROUP_SIZE * head_dim), _panels(KEY_BLOCK * head_dim)
+    keys, values = empty_panels(GROUP_SIZE * head_dim), empty_panels(KEY_BLOCK * head_dim)
     scores = np.empty(most_rows * KEY_BLOCK, np.float32)
     weights = np.empty(most_rows * KEY_BLOCK, np.uint16)
     own_sums = np.empty(most_rows * head_dim, np.float32)
@@ -166,14 +169,6 @@ def _attend_parts(task: Task) -> None:
 
 
 _attend = ThreadedKernel(_attend_parts)
-
-
-@compiled
-def _panels(num_numbers: int) -> Array:
-    """Memory for bf16 numbers in panels, at the beginning of a vector."""
-    memory = np.empty(num_numbers + VECTOR_BYTES // 2, np.uint16)
-    skipped = -address_of(memory) % VECTOR_BYTES // 2
-    return memory[skipped : skipped + num_numbers]
 
 
 @compiled

@@ -102,12 +102,7 @@ class AttentionMetadata:
                 num_decodes=num_decodes,
                 num_threads=torch.get_num_threads(),
             )
-            plan = plan_singles if is_deterministic else make_plan
-            longest = max(seq_lens, default=0)
-            # A window that no sequence has outgrown is none, which saves a plan.
-            limits = {window: window if window < longest else 0 for window in windows}
-            by_limit = {limit: plan(layout, limit, dtype) for limit in set(limits.values())}
-            plans = {window: by_limit[limit] for window, limit in limits.items()}
+            plans = _plan_windows(layout, windows, dtype, is_deterministic)
         return cls(
             query_start_loc=torch.from_numpy(starts).to(device),
             seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
@@ -119,3 +114,14 @@ class AttentionMetadata:
             plans=plans,
             buffer=GatherBuffer() if buffer is None else buffer,
         )
+
+
+def _plan_windows(
+    layout: Layout, windows: Sequence[int], dtype: torch.dtype, is_deterministic: bool
+) -> dict[int, GatherPlan]:
+    plan = plan_singles if is_deterministic else make_plan
+    longest = max(layout.seq_lens, default=0)
+    # A window that no sequence has outgrown is none, which saves a plan.
+    limits = {window: window if window < longest else 0 for window in windows}
+    by_limit = {limit: plan(layout, limit, dtype) for limit in set(limits.values())}
+    return {window: by_limit[limit] for window, limit in limits.items()}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pagoda_kernels.compiled import (
+    LOG2_E,
     Array,
     bf16_bits,
     compiled,
@@ -28,7 +29,6 @@ from pagoda_kernels.threads import Task, ThreadedKernel, bits_of, claim, float_o
 
 # Keys asked for ahead of the one in use: memory answers after the time of about four.
 _AHEAD = 6
-_LOG2_E = np.float32(1.4426950408889634)
 
 
 def walk(
@@ -150,7 +150,7 @@ def _softmax(scores: Array, scale: Any) -> None:
         largest = max(largest, scores[i])
     total = np.float32(0)
     for i in range(scores.size):
-        scores[i] = exp2((scores[i] - largest) * scale * _LOG2_E)
+        scores[i] = exp2((scores[i] - largest) * scale * LOG2_E)
         total += scores[i]
     for i in range(scores.size):
         scores[i] /= total
