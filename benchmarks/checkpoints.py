@@ -1,7 +1,8 @@
-"""Model folders with a real model's shape and random weights, which cost the same time."""
+"""Model folders: the one that is measured, and one of a real model's shape with random weights."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,22 @@ QWEN3_1_7B: dict[str, Any] = {
     "eos_token_id": 151645,
 }
 NEEDED_BYTES = 8 << 30
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("PAGODA_CACHE", "~/.cache/pagoda")).expanduser()
+
+
+def gemma_folder() -> Path:
+    """Where `make model` puts Gemma 3 270M."""
+    return cache_folder() / "model" / "gemma-3-270m"
+
+
+def require_model(folder: Path) -> Path:
+    """Raises: SystemExit if it is not a model folder."""
+    if not (folder / "config.json").exists():
+        raise SystemExit(f"{folder} is not a model folder. Run `make model` first.")
+    return folder
 
 
 def make_qwen3_1_7b(cache: Path) -> Path:

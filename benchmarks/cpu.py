@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import roofline
 import torch
-from checkpoints import make_qwen3_1_7b
+from checkpoints import cache_folder, gemma_folder, make_qwen3_1_7b, require_model
 from http_load import measure_http
 from report import Bar, Result, publish
 from sides import (
@@ -215,13 +214,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def find_model(arguments: argparse.Namespace) -> Path:
-    cache = Path(os.environ.get("PAGODA_CACHE", "~/.cache/pagoda")).expanduser()
     if arguments.shape == "qwen3-1.7b":
-        return make_qwen3_1_7b(cache)
-    folder = cache / "model" / "gemma-3-270m"
-    if not (folder / "config.json").exists():
-        raise SystemExit(f"{folder} is not a model folder. Run `make model` first.")
-    return folder
+        return make_qwen3_1_7b(cache_folder())
+    return require_model(gemma_folder())
 
 
 if __name__ == "__main__":

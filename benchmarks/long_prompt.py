@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import os
 import time
 from pathlib import Path
 from statistics import median
 
+from checkpoints import gemma_folder, require_model
 from report import Bar, Result, publish
 from sides import KV_CACHE_BYTES, make_prompts
 
@@ -144,15 +144,13 @@ async def measure(arguments: argparse.Namespace) -> list[Result]:
 
 
 def main() -> None:
-    cache = Path(os.environ.get("PAGODA_CACHE", "~/.cache/pagoda")).expanduser()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--model", type=Path, default=cache / "model" / "gemma-3-270m")
+    parser.add_argument("--model", type=Path, default=gemma_folder())
     parser.add_argument("--rounds", type=int, default=3, help="the medians count")
     parser.add_argument("--prompt-tokens", type=int, default=16384, help="of the long prompt")
     arguments = parser.parse_args()
-    if not (arguments.model / "config.json").exists():
-        raise SystemExit(f"{arguments.model} is not a model folder. Run `make model` first.")
+    require_model(arguments.model)
     results = asyncio.run(measure(arguments))
     settings = {"rounds": arguments.rounds, "prompt_tokens": arguments.prompt_tokens}
     publish("long-prompt", results, arguments.out, **settings, num_decoding=NUM_DECODING)

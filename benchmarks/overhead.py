@@ -9,7 +9,6 @@ them. `make bench-overhead` runs it.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import msgspec
+from checkpoints import gemma_folder, require_model
 from report import Bar, Result, publish
 from sides import make_prompts
 
@@ -105,11 +105,11 @@ def measure(folder: Path) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    cache = Path(os.environ.get("PAGODA_CACHE", "~/.cache/pagoda")).expanduser()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--model", type=Path, default=cache / "model" / "gemma-3-270m")
+    parser.add_argument("--model", type=Path, default=gemma_folder())
     arguments = parser.parse_args()
+    require_model(arguments.model)
     steps = measure(arguments.model)
     in_model = [steps[phase] for phase in MODEL_PHASES]
     outside = [whole - sum(parts) for whole, *parts in zip(steps["step"], *in_model, strict=True)]

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import pydoc_data.topics
 from pathlib import Path
 from typing import NamedTuple
 
+from checkpoints import gemma_folder, require_model
 from report import Result, publish
 from sides import make_prompts, pagoda_side, timed
 from transformers import AutoTokenizer
@@ -107,10 +107,10 @@ def speed(folder: Path, rounds: int) -> list[Result]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    cache = Path(os.environ.get("PAGODA_CACHE", "~/.cache/pagoda")).expanduser()
-    parser.add_argument("--model", type=Path, default=cache / "model" / "gemma-3-270m")
+    parser.add_argument("--model", type=Path, default=gemma_folder())
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
+    require_model(arguments.model)
     results = [*accuracy(arguments.model), *speed(arguments.model, arguments.rounds)]
     publish(
         "quantization",
