@@ -135,7 +135,11 @@ pathlib.Path("/dev/termination-log").write_text(json.dumps({
     pod = stack.client_pod("torch", image, ["python", "-c", code])
     container = pod["spec"]["containers"][0]
     container["securityContext"]["readOnlyRootFilesystem"] = True
-    container["resources"] = {"limits": {"cpu": "2", "memory": "2Gi"}}
+    # A request that fits beside the demo's engine on two cores; the limit alone would ask for all.
+    container["resources"] = {
+        "requests": {"cpu": "100m", "memory": "1Gi"},
+        "limits": {"cpu": "2", "memory": "2Gi"},
+    }
     container["volumeMounts"] = [
         {"name": "tmp", "mountPath": "/tmp"},
         {"name": "shm", "mountPath": "/dev/shm"},

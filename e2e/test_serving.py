@@ -34,7 +34,8 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "model": {"uri": "pvc://models/gemma-3-270m", "name": "gemma-3-270m"},
         # One thread each: two replicas, or an old one and its successor, share two cores.
         "engine": {"maxModelLen": 2048, "maxNumSeqs": 16, "extraArgs": ["--num-threads=1"]},
-        "resources": {"gpu": {"count": 0}, "cpu": "500m", "memory": "4Gi"},
+        # With two replicas and a successor it fits on two cores beside the demo.
+        "resources": {"gpu": {"count": 0}, "cpu": "400m", "memory": "4Gi"},
         "autoscaling": {
             "minReplicas": 1,
             "maxReplicas": 2,
