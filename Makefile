@@ -4,7 +4,7 @@
 PYTHON ?= .venv/bin/python
 
 .PHONY: demo demo-down test check lint types unit venv model kubeconfig lock gpu-check \
-  bench-cpu bench-long bench-waste bench-overhead bench-quantization soak
+  bench-cpu bench-versions bench-long bench-waste bench-overhead bench-quantization soak
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
 	@python3 e2e/phases.py demo
@@ -40,6 +40,10 @@ kubeconfig:     ## the path of the local cluster's kubeconfig
 bench-cpu: model ## speed against transformers: make bench-cpu [SHAPE=qwen3-1.7b] [ROUNDS=5] [OUT=FILE]
 	@$(PYTHON) benchmarks/cpu.py --shape $(or $(SHAPE),gemma-3-270m) --rounds $(or $(ROUNDS),5) \
 	  --out $(or $(OUT),out/bench-cpu-$(or $(SHAPE),gemma-3-270m).json)
+
+bench-versions: model ## this tree beside another checkout: make bench-versions OLD=DIR [ROUNDS=10] [OUT=FILE]
+	@$(PYTHON) benchmarks/versions.py --old $(OLD) --rounds $(or $(ROUNDS),10) \
+	  --out $(or $(OUT),out/bench-versions.json)
 
 bench-long: model ## a 16k-token prompt among decoding requests: make bench-long [OUT=FILE]
 	@$(PYTHON) benchmarks/long_prompt.py --out $(or $(OUT),out/bench-long.json)

@@ -32,22 +32,15 @@ def measure_http(
     memory = ("--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
     with serving(folder, *flags, *memory) as (url, _):
 
-        def over_http(number: int) -> float:
-            path = scratch / "http.json"
-            command = [sys.executable, "-m", "pagoda_runtime", "bench", "serve"]
-            subprocess.run(
-                [*command, *_flags(url, number), "--output-json", str(path)],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
-            client_reports.append(json.loads(path.read_text()))
+        def http_speed(number: int) -> float:
+            client_reports.append(over_http(url, number, scratch))
             return float(client_reports[-1]["output_throughput"])
 
         def offline_speed(number: int) -> float:
             prompts = _prompts(url, number)
             return NUM_CONNECTIONS * OUTPUT_TOKENS / timed(offline, prompts, OUTPUT_TOKENS)
 
-        speeds = take_turns("http_16", {"http": over_http, "offline": offline_speed}, rounds)
+        speeds = take_turns("http_16", {"http": http_speed, "offline": offline_speed}, rounds)
     counted = client_reports[1:]
     return Result(
         metric="http_16",
@@ -62,6 +55,19 @@ def measure_http(
             "p99_itl_ms": round(median(r["p99_itl_ms"] for r in counted), 1),
         },
     )
+
+
+def over_http(url: str, number: int, scratch: Path) -> dict[str, Any]:
+    """The report of a client process that sends the prompts of one round."""
+    path = scratch / "http.json"
+    command = [sys.executable, "-m", "pagoda_runtime", "bench", "serve"]
+    subprocess.run(
+        [*command, *_flags(url, number), "--output-json", str(path)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    report: dict[str, Any] = json.loads(path.read_text())
+    return report
 
 
 def _flags(url: str, number: int) -> list[str]:
