@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pagoda_operator.flags import model_claim
 from pagoda_operator.names import LABEL_REVISION, Manifest
-from pagoda_operator.render import model_claim
 from pagoda_operator.spec import LLMServiceSpec
 
 # Contract with the runtime: the reasons of its last words (`tests/contract`).

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import aiohttp
 
 from pagoda_operator.causes import is_ready
+from pagoda_operator.flags import PORT
 from pagoda_operator.names import Key, Manifest
-from pagoda_operator.render import PORT
 from pagoda_operator.scaling import (
     PodLoad,
     ScalingPolicy,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagoda_operator.render import (
+from pagoda_operator.flags import (
     DTYPE_FLAGS,
     KV_CACHE_DTYPE_FLAGS,
     PORT,

@@ -25,6 +25,8 @@ PURE = {
     ROOT / "operator" / "pagoda_operator": {
         "names": (
             "spec",
+            "flags",
+            "pod",
             "render",
             "plan",
             "scaling",

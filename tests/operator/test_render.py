@@ -9,14 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pagoda_operator.flags import engine_args, model_claim
 from pagoda_operator.names import ChildRef, Manifest
-from pagoda_operator.render import (
-    engine_args,
-    model_claim,
-    render_children,
-    render_deployment,
-    revision_of,
-)
+from pagoda_operator.render import render_children, render_deployment, revision_of
 from pagoda_operator.spec import DType, KvCacheDtype, Quantization
 from pagoda_operator.testing import make_service
 

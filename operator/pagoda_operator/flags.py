@@ -1,0 +1,74 @@
+"""The command line of an engine: from an LLMService to the arguments of `pagoda`. Pure.
+
+A contract with the runtime, whose command line parses what is rendered here (`tests/contract`).
+"""
+
+from __future__ import annotations
+
+from pagoda_operator.spec import DType, KvCacheDtype, LLMService, Quantization
+
+PORT = 8000
+MODELS_PATH = "/models"
+DRAIN_DELAY_SECONDS = 5
+DRAIN_SECONDS = 30
+
+DTYPE_FLAGS = {
+    DType.BFLOAT16: "bfloat16",
+    DType.FLOAT16: "float16",
+    DType.FLOAT32: "float32",
+}
+QUANTIZATION_FLAGS = {
+    Quantization.NONE: "none",
+    Quantization.AWQ: "awq",
+    Quantization.GPTQ: "gptq",
+    Quantization.FP8: "fp8",
+    Quantization.INT8: "int8",
+    Quantization.INT4: "int4",
+    Quantization.EXL2: "exl2",
+    Quantization.COMPRESSED_TENSORS: "compressed-tensors",
+}
+KV_CACHE_DTYPE_FLAGS = {
+    KvCacheDtype.FP8: "fp8",
+    KvCacheDtype.FP8_E4M3: "fp8_e4m3",
+    KvCacheDtype.FP8_E5M2: "fp8_e5m2",
+    KvCacheDtype.INT8: "int8",
+}
+
+
+def engine_args(service: LLMService) -> list[str]:
+    """The arguments of the `pagoda` command; the runtime's CLI parses them (`tests/contract`)."""
+    spec, engine = service.spec, service.spec.engine
+    args = ["serve", "--model", _model_argument(spec.model.uri)]
+    args += ["--served-model-name", service.model_name]
+    args += ["--host", "0.0.0.0", "--port", str(PORT)]
+    # Named, not detected: an engine that finds no GPU fails rather than crawls on the CPU.
+    args += ["--device", "cuda" if spec.num_gpus else "cpu"]
+    args += ["--tensor-parallel-size", str(engine.tensor_parallel_size)]
+    if engine.dtype is not DType.AUTO:
+        args += ["--dtype", DTYPE_FLAGS[engine.dtype]]
+    if engine.quantization is not Quantization.AUTO:
+        args += ["--quantization", QUANTIZATION_FLAGS[engine.quantization]]
+    if engine.kv_cache_dtype is not KvCacheDtype.AUTO:
+        args += ["--kv-cache-dtype", KV_CACHE_DTYPE_FLAGS[engine.kv_cache_dtype]]
+    if engine.max_model_len is not None:
+        args += ["--max-model-len", str(engine.max_model_len)]
+    args += ["--max-num-seqs", str(engine.max_num_seqs)]
+    args += ["--gpu-memory-utilization", f"{engine.gpu_memory_percent / 100:.2f}"]
+    args += ["--enable-prefix-caching" if engine.prefix_caching else "--no-enable-prefix-caching"]
+    args += ["--drain-delay-seconds", str(DRAIN_DELAY_SECONDS)]
+    args += ["--drain-seconds", str(DRAIN_SECONDS)]
+    return [*args, *engine.extra_args]
+
+
+def model_claim(uri: str) -> str | None:
+    """The PersistentVolumeClaim that a model uri names, if it names one."""
+    if not uri.startswith("pvc://"):
+        return None
+    return uri.removeprefix("pvc://").split("/", 1)[0]
+
+
+def _model_argument(uri: str) -> str:
+    if not uri.startswith("pvc://"):
+        return uri
+    _, _, path = uri.removeprefix("pvc://").partition("/")
+    return f"{MODELS_PATH}/{path}".rstrip("/")
