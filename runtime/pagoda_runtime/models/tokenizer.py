@@ -14,7 +14,7 @@ import jinja2
 from tokenizers import Tokenizer as FastTokenizer
 
 from pagoda_runtime.errors import FatalError, RequestError
-from pagoda_runtime.models.chat_template import compile_chat_template
+from pagoda_runtime.models.chat_template import ChatTemplate
 from pagoda_runtime.models.config import ConfigFile
 from pagoda_runtime.models.pieces import is_context_free
 
@@ -51,7 +51,7 @@ class Tokenizer:
         """special_tokens: bos_token, eos_token, … → their text."""
         self._tokenizer = tokenizer
         self._special_tokens = dict(special_tokens)
-        self._compiled: dict[str, jinja2.Template] = {}
+        self._compiled: dict[str, ChatTemplate] = {}
         self.chat_template = chat_template
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of("bos_token")
@@ -122,21 +122,16 @@ class Tokenizer:
                 "or use /v1/completions.",
                 param="messages",
             )
-        try:
-            variables = self._special_tokens | kwargs
-            return self._compile(source).render(
-                variables,
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise RequestError(
-                f"The chat template refuses these messages: {error}", param="messages"
-            ) from error
+        variables = {
+            **self._special_tokens,
+            **kwargs,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self._compile(source).render(messages, variables)
 
-    def _compile(self, source: str) -> jinja2.Template:
+    def _compile(self, source: str) -> ChatTemplate:
         if source not in self._compiled:
-            self._compiled[source] = compile_chat_template(source)
+            self._compiled[source] = ChatTemplate(source)
         return self._compiled[source]
 
     def _id_of(self, name: str) -> int | None:

@@ -33,9 +33,8 @@ async def encode_chat(
 ) -> list[int]:
     """The token ids of a conversation. Raises RequestError if the model has no chat template."""
     messages = [message.to_template() for message in request.messages]
-    num_characters = sum(len(message["content"]) for message in messages)
     text = await state.off_loop(
-        num_characters,
+        sum(message.num_characters for message in request.messages),
         lambda: tokenizer.apply_chat_template(messages, template=state.chat_template),
     )
     # The template writes the special tokens itself.

@@ -161,11 +161,18 @@ class ChatMessage(BaseModel):
     content: Text | list[TextPart] | None = None
     name: Text | None = None
 
-    def to_template(self) -> dict[str, str]:
-        """The message as chat templates know it: a developer is a system, content is one text."""
+    @property
+    def num_characters(self) -> int:
         content = self.content or ""
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
+        return sum(len(part if isinstance(part, str) else part.text) for part in content)
+
+    def to_template(self) -> dict[str, Any]:
+        """The message as chat templates know it: a developer is a system."""
+        content: str | list[dict[str, str]] = ""
+        if isinstance(self.content, str):
+            content = self.content
+        elif self.content:
+            content = [{"type": part.type, "text": part.text} for part in self.content]
         message = {"role": "system" if self.role == "developer" else self.role, "content": content}
         return message if self.name is None else {**message, "name": self.name}
 

@@ -131,11 +131,11 @@ def read_chat_template(path: str | None) -> str | None:
         return None
     from jinja2 import TemplateSyntaxError
 
-    from pagoda_runtime.models.chat_template import compile_chat_template
+    from pagoda_runtime.models.chat_template import ChatTemplate
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-        compile_chat_template(text)
+        ChatTemplate(text)
     except (OSError, UnicodeDecodeError, TemplateSyntaxError) as error:
         raise FatalError(
             "InvalidFlags",

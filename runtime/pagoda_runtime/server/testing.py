@@ -92,7 +92,11 @@ class ByteTokenizer:
         template: str | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        lines = [f"{message['role']}: {message['content']}" for message in messages]
+        lines = []
+        for message in messages:
+            content = message["content"]
+            text = content if isinstance(content, str) else "".join(p["text"] for p in content)
+            lines.append(f"{message['role']}: {text}")
         return "\n".join([template or "", *lines, "assistant:" if add_generation_prompt else ""])
 
 

@@ -1,0 +1,54 @@
+"""Chat templates of checkpoints behind the real HTTP server, with a real tokenizer."""
+
+from __future__ import annotations
+
+import httpx
+import msgspec
+import pytest
+
+from pagoda_runtime.models.testing import write_tiny_tokenizer
+from pagoda_runtime.models.tokenizer import load_tokenizer
+from pagoda_runtime.server.testing import READY, FakeEngine, make_config, make_state, running_server
+
+PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+
+
+async def chat(folder, template: str, content: object) -> tuple[httpx.Response, list[str]]:
+    """The answer, and the prompts that came to the engine."""
+    write_tiny_tokenizer(folder, template)
+    config = make_config()
+    engine = FakeEngine(config.engine)
+    engine.ready = msgspec.structs.replace(READY, vocab_size=300)
+    state = make_state(engine, config)
+    state.tokenizer = tokenizer = load_tokenizer(folder)
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+    async with running_server(state) as url, httpx.AsyncClient() as http:
+        answer = await http.post(f"{url}/v1/chat/completions", json=body)
+    return answer, [tokenizer.decode(prompt) for prompt in engine.prompts.values()]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for part in messages[0].content %}{{ part.text }}{% endfor %}",
+        "{{ messages[0].content }}",
+    ],
+)
+async def test_the_parts_of_a_message_become_one_text(tmp_path, template):
+    for content in (PARTS, "onetwo"):
+        answer, prompts = await chat(tmp_path, template, content)
+        assert (answer.status_code, prompts) == (200, ["onetwo"])
+
+
+async def test_a_template_is_told_that_there_are_no_tools_and_no_documents(tmp_path):
+    template = "{% if tools is not none or documents is not none %}wrong{% else %}right{% endif %}"
+    _, prompts = await chat(tmp_path, template, "Hi")
+    assert prompts == ["right"]
+
+
+@pytest.mark.parametrize("template", ["{{ '{} {}'.format('a') }}", "{{ messages[3].content }}"])
+async def test_a_template_that_fails_is_answered_with_400_and_its_words(tmp_path, template):
+    answer, prompts = await chat(tmp_path, template, "Hi")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], prompts) == (400, "messages", [])
+    assert error["message"].startswith("The chat template refuses these messages: ")
