@@ -7,269 +7,174 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import Any
 
 from pagoda_runtime.config import EngineConfig, ServerConfig
-from pagoda_runtime.errors import FatalError
+from pagoda_runtime.errors import FatalError, exit_status
+from pagoda_runtime.flags import (
+    FlagParser,
+    Flags,
+    fraction,
+    integer,
+    positive_seconds,
+    seconds,
+    text_value,
+)
 from pagoda_runtime.last_words import write_last_words
 from pagoda_runtime.sampling_params import MAX_SEED
-
-# Exit status of a command line that is wrong, as argparse and the shells have it.
-EXIT_INVALID_FLAGS = 2
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("none", "awq", "gptq", "fp8", "int8", "int4", "exl2", "compressed-tensors")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises FatalError InvalidFlags where argparse would exit."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        raise FatalError("InvalidFlags", f"{message}. See `{self.prog} --help`.")
-
-
-def integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A type for argparse: an integer from low to high, both included."""
-    expected = f"an integer of at least {low}" if high is None else f"an integer {low}–{high}"
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-        return value
-
-    return parse
-
-
-def seconds(text: str) -> float:
-    """A type for argparse: a finite number of seconds, 0 included."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
-    return value
-
-
-def positive_seconds(text: str) -> float:
-    """A type for argparse: a finite number of seconds above 0."""
-    value = seconds(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("'0' is not a number of seconds above 0")
-    return value
-
-
-def fraction(text: str) -> float:
-    """A type for argparse: above 0, at most 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
-    return value
-
-
-def text_value(text: str) -> str:
-    """A type for argparse: any text but the empty one."""
-    if not text:
-        raise argparse.ArgumentTypeError("the value is empty")
-    return text
+# Of flags that take several values, and may come several times.
+SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "type": text_value, "default": None}
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
+    flags = Flags(parser, "model")
+    flags.group.add_argument(
         "model_argument",
         metavar="MODEL",
         nargs="?",
         type=text_value,
         help="a folder in Hugging Face layout, hf://org/name, or org/name",
     )
-    group.add_argument("--model", type=text_value, help="the same as MODEL")
-    group.add_argument("--revision", help="branch, tag or commit of an hf:// model (main)")
-    group.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the weights; auto is the checkpoint's"
-    )
-    group.add_argument(
+    flags.group.add_argument("--model", type=text_value, help="the same as MODEL")
+    flags.add("--revision", shown="main", help="branch, tag or commit of an hf:// model")
+    flags.add("--dtype", choices=DTYPES, help="of the weights; auto is the checkpoint's")
+    flags.add(
         "--quantization",
         choices=QUANTIZATIONS,
         help="format of the weights; absent is what the checkpoint says, none is no quantization, "
         "int8 also rounds an unquantized checkpoint when it is loaded (CPU with AVX512-bf16)",
     )
-    group.add_argument(
+    flags.add(
         "--max-model-len",
         type=integer(2),
-        help="tokens of the context, prompt and answer together (what the model and memory allow)",
+        shown="what the model and memory allow",
+        help="tokens of the context, prompt and answer together",
     )
-    group.add_argument(
-        "--seed",
-        type=integer(-MAX_SEED - 1, MAX_SEED),
-        default=0,
-        help="of requests without one (0)",
-    )
+    flags.add("--seed", type=integer(-MAX_SEED - 1, MAX_SEED), help="of requests without one")
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("engine")
-    group.add_argument(
-        "--device",
-        choices=DEVICES,
-        default="auto",
-        help="auto is cuda where there is one, else cpu",
-    )
-    group.add_argument(
-        "--tensor-parallel-size",
-        type=integer(1, 1024),
-        default=1,
-        help="GPUs that share the model (1)",
-    )
-    group.add_argument(
-        "--max-num-seqs",
-        type=integer(1, 65536),
-        default=256,
-        help="requests that run at once (256)",
-    )
-    group.add_argument(
+    flags = Flags(parser, "engine")
+    flags.add("--device", choices=DEVICES, help="auto is cuda where there is one, else cpu")
+    flags.add("--tensor-parallel-size", type=integer(1, 1024), help="GPUs that share the model")
+    flags.add("--max-num-seqs", type=integer(1, 65536), help="requests that run at once")
+    flags.add(
         "--max-num-waiting",
         type=integer(0),
-        default=1024,
-        help="requests that may wait; one more is answered with 429 (1024)",
+        help="requests that may wait; one more is answered with 429",
     )
-    group.add_argument(
+    flags.add(
         "--max-num-batched-tokens",
         type=integer(1),
-        help="tokens of one step, over all requests (512 on a CPU, 2048 on a GPU)",
+        help="tokens of one step, over all requests",
     )
-    group.add_argument(
+    flags.add(
         "--long-prefill-token-threshold",
         type=integer(1),
         help="prompt tokens of a step in which others decode; less is smoother for them and slower "
-        "for long prompts (28 on a CPU, 2048 on a GPU)",
+        "for long prompts",
     )
-    group.add_argument(
+    flags.add(
         "--async-scheduling",
         action=argparse.BooleanOptionalAction,
-        default=False,
-        help="plan the next step while one runs (off)",
+        help="plan the next step while one runs",
     )
-    group.add_argument(
+    flags.add(
         "--deterministic",
         action="store_true",
-        help="same bits for a request whatever the batch, preemptions and cache hits; slower (off)",
+        help="same bits for a request whatever the batch, preemptions and cache hits; slower",
     )
-    group.add_argument(
+    flags.add(
         "--num-threads",
         type=integer(1, 4096),
-        help="CPU threads of the engine (the cores it may use)",
+        shown="the cores it may use",
+        help="CPU threads of the engine",
     )
-    group.add_argument(
+    flags.add(
         "--stall-seconds",
         type=positive_seconds,
-        default=120.0,
-        help="seconds without a step, while work is queued, until /health is 503 (120)",
+        help="seconds without a step, while work is queued, until /health is 503",
     )
 
 
-def add_cache_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("KV cache")
-    group.add_argument(
-        "--kv-cache-dtype",
-        choices=KV_CACHE_DTYPES,
-        default="auto",
-        help="auto is the model's dtype",
-    )
-    group.add_argument(
-        "--block-size", type=integer(1, 1024), help="tokens of a block (28 on a CPU, 16 on a GPU)"
-    )
-    group.add_argument(
+def add_cache_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Args: defaults: of fields of EngineConfig that have another one in this command."""
+    flags = Flags(parser, "KV cache", **defaults)
+    flags.add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, help="auto is the model's dtype")
+    flags.add("--block-size", type=integer(1, 1024), help="tokens of a block")
+    flags.add(
         "--gpu-memory-utilization",
         type=fraction,
-        default=0.9,
-        help="part of the GPU's memory that the engine may use, above 0 to 1 (0.9)",
+        help="part of the GPU's memory that the engine may use, above 0 to 1",
     )
-    group.add_argument(
+    flags.add(
         "--kv-cache-memory-bytes",
         type=integer(1),
-        help="bytes of the cache (a quarter of the free memory on a CPU)",
+        shown="a quarter of the free memory on a CPU",
+        help="bytes of the cache",
     )
-    group.add_argument(
+    flags.add(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep the blocks of past prompts for requests that begin alike (on)",
+        help="keep the blocks of past prompts for requests that begin alike",
     )
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("server")
-    group.add_argument(
-        "--host", type=text_value, default="0.0.0.0", help="address to listen on (0.0.0.0)"
-    )
-    group.add_argument(
-        "--port", type=integer(0, 65535), default=8000, help="port; 0 takes a free one (8000)"
-    )
-    group.add_argument(
+    flags = Flags(parser, "server")
+    flags.add("--host", type=text_value, help="address to listen on")
+    flags.add("--port", type=integer(0, 65535), help="port; 0 takes a free one")
+    flags.add(
         "--admin-port",
         type=integer(0, 65535),
-        help="port of /reset_prefix_cache; 0 takes a free one (none: there is no admin port)",
+        shown="none: there is no admin port",
+        help="port of /reset_prefix_cache; 0 takes a free one",
     )
-    group.add_argument(
+    flags.add(
         "--admin-host",
         type=text_value,
-        default="127.0.0.1",
-        help="address of the admin port; not one that clients reach (127.0.0.1)",
+        help="address of the admin port; not one that clients reach",
     )
-    group.add_argument(
+    flags.add(
         "--served-model-name",
-        nargs="+",
-        action="extend",
-        type=text_value,
+        **SEVERAL,
         metavar="NAME",
-        help="names that requests may use; answers show the first (MODEL as given)",
+        shown="MODEL as given",
+        help="names that requests may use; answers show the first",
     )
-    group.add_argument(
+    flags.add(
         "--api-key",
-        nargs="+",
-        action="extend",
-        type=text_value,
+        **SEVERAL,
         metavar="KEY",
-        help="keys of which /v1/* asks for one as bearer token (none: everybody may)",
+        shown="none: everybody may",
+        help="keys of which /v1/* asks for one as bearer token",
     )
-    group.add_argument(
+    flags.add(
         "--chat-template",
         metavar="FILE",
         type=text_value,
         help="Jinja file in place of the model's template",
     )
-    group.add_argument(
+    flags.add(
         "--drain-delay-seconds",
         type=seconds,
-        default=5.0,
-        help="seconds after SIGTERM in which new requests are still served (5)",
+        help="seconds after SIGTERM in which new requests are still served",
     )
-    group.add_argument(
+    flags.add(
         "--drain-seconds",
         type=seconds,
-        default=30.0,
-        help="seconds that running requests then have to finish (30)",
+        help="seconds that running requests then have to finish",
     )
-    group.add_argument(
-        "--log-level", choices=LOG_LEVELS, default="info", help="least level that is logged (info)"
-    )
+    flags.add("--log-level", choices=LOG_LEVELS, help="least level that is logged")
 
 
 def build_serve_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -335,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = to_server_config(args) if args.command == "serve" else None
     except FatalError as error:
         write_last_words(error.reason, error.message)
-        return EXIT_INVALID_FLAGS
+        return exit_status(error)
     if config is None:
         from pagoda_runtime import batch, bench, convert
 
@@ -347,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(config)
     except FatalError as error:
         write_last_words(error.reason, error.message)
-        return 1
+        return exit_status(error)
 
 
 if __name__ == "__main__":

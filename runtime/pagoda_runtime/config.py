@@ -8,9 +8,37 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True, slots=True)
+class ByDevice:
+    """A default that depends on the device."""
+
+    cpu: int
+    cuda: int
+
+    def on(self, device: str) -> int:
+        """That of a device as torch names it, such as cuda:0."""
+        return self.cpu if device == "cpu" else self.cuda
+
+    def __str__(self) -> str:
+        return f"{self.cpu} on a CPU, {self.cuda} on a GPU"
+
+
+# A prompt chunk delays everybody's next token by the time it takes: about a quarter of a second for
+# 512 tokens of a small model on two CPU cores. So a step in which somebody decodes takes fewer.
+BY_DEVICE = {
+    "block_size": ByDevice(cpu=32, cuda=16),
+    "max_num_batched_tokens": ByDevice(cpu=512, cuda=2048),
+    "long_prefill_token_threshold": ByDevice(cpu=28, cuda=2048),
+}
+"""Defaults of the fields of EngineConfig that are None."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Everything the engine process needs. None means: derived from the model and the machine."""
+    """Everything the engine process needs.
+
+    None means: as BY_DEVICE says, else derived from the model and the machine.
+    """
 
     model: str
     """A folder in Hugging Face layout, `hf://org/name`, or `org/name` if no such folder exists."""
@@ -25,12 +53,13 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
+    """Tokens of a step, over all requests."""
     long_prefill_token_threshold: int | None = None
-    """Prompt tokens of a step in which other requests decode; 56 on a CPU, 2048 on a GPU."""
+    """Prompt tokens of a step in which other requests decode."""
     async_scheduling: bool = False
     """Whether the next step is planned while one runs."""
     block_size: int | None = None
-    """Tokens per KV block; 16 on a GPU, 32 on a CPU."""
+    """Tokens per KV block."""
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
@@ -43,6 +72,11 @@ class EngineConfig:
     deterministic: bool = False
     """Whether a request's tokens are the same, bit by bit, whatever else the engine does."""
     stall_seconds: float = 120.0
+
+    def by_device(self, field: str, device: str) -> int:
+        """The value of a field of BY_DEVICE on a device as torch names it."""
+        value: int | None = getattr(self, field)
+        return BY_DEVICE[field].on(device) if value is None else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,17 @@ FATAL_REASONS = (
     "DiskFull",
     "InvalidFlags",
 )
+# What another command line, path or config mends, and no repetition.
+USAGE_REASONS = frozenset(
+    {
+        "InvalidFlags",
+        "ModelNotFound",
+        "ModelAccessDenied",
+        "InvalidModelConfig",
+        "UnsupportedArchitecture",
+        "QuantizationMismatch",
+    }
+)
 
 
 class PagodaError(Exception):
@@ -46,6 +57,11 @@ class FatalError(PagodaError):
         super().__init__(message)
         self.reason = reason
         self.message = message
+
+
+def exit_status(error: PagodaError) -> int:
+    """Of the command that ends with this error: 2 if it was called wrongly, as shells have it."""
+    return 2 if isinstance(error, FatalError) and error.reason in USAGE_REASONS else 1
 
 
 class RequestError(PagodaError):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pagoda_runtime.cli import main, parse_serve_args
-from pagoda_runtime.config import EngineConfig, ServerConfig
+from pagoda_runtime.config import BY_DEVICE, EngineConfig, ServerConfig
 from pagoda_runtime.errors import FatalError
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +92,7 @@ def test_every_flag_reaches_its_field():
         (["m", "--gpu-memory-utilization", "1.5"], ["--gpu-memory-utilization", "1.5", "most 1"]),
         (["m", "--drain-seconds", "nan"], ["--drain-seconds", "nan", "0 or more"]),
         (["m", "--dtype", "int3"], ["--dtype", "int3", "bfloat16"]),
-        (["m", "--max-num-seq", "4"], ["--max-num-seq"]),
+        (["m", "--max-num-seq", "4"], ["--max-num-seq 4", "mean --max-num-seqs", "serve --help"]),
         (["m", "--api-key", ""], ["--api-key", "empty"]),
         (["a", "--model", "b"], ["'a'", "'b'"]),
         ([], ["as MODEL", "--model MODEL"]),
@@ -114,6 +114,27 @@ def test_a_wrong_command_line_ends_with_2_and_last_words(monkeypatch, tmp_path, 
     assert words["reason"] == "InvalidFlags"
     assert "--port" in words["message"]
     assert capsys.readouterr().err.count("--port") == 1
+
+
+@pytest.mark.parametrize("command", ["serve", "convert", "run-batch", "bench serve"])
+def test_an_unknown_flag_points_at_the_help_of_its_own_command(command, capsys):
+    required = {"convert": ["a", "b"], "run-batch": ["-i", "a", "-o", "b"]}.get(command, [])
+    assert main([*command.split(), *required, "--unknown"]) == 2
+    assert f"`pagoda {command} --help`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv", [["serve"], ["bench", "latency"], ["bench", "throughput"], ["run-batch"]]
+)
+def test_help_tells_the_defaults_that_are_used(argv, capsys):
+    with pytest.raises(SystemExit):
+        main([*argv, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for default in BY_DEVICE.values():
+        assert f"({default.cpu} on a CPU, {default.cuda} on a GPU)" in text
+    assert "tokens of a block (32 on a CPU, 16 on a GPU)" in text
+    prefix_caching = "off" if "latency" in argv else "on"
+    assert f"for requests that begin alike ({prefix_caching})" in text
 
 
 def test_python_m_pagoda_runtime_is_the_same_command():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pagoda_runtime.config import ServerConfig
-from pagoda_runtime.errors import FatalError, PagodaError
+from pagoda_runtime.errors import PagodaError, exit_status
 
 T = TypeVar("T")
 
@@ -24,6 +24,7 @@ T = TypeVar("T")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `pagoda run-batch` to its parser."""
     from pagoda_runtime import cli
+    from pagoda_runtime.flags import Flags, text_value
 
     parser.add_argument(
         "-i",
@@ -41,26 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="gets a line for each; lines that it has already are not asked again",
     )
-    parser.add_argument(
+    flags = Flags(parser, "requests")
+    flags.add(
         "--served-model-name",
-        nargs="+",
-        action="extend",
-        type=cli.text_value,
+        **cli.SEVERAL,
         metavar="NAME",
-        help="names that bodies may use as model (MODEL as given)",
+        shown="MODEL as given",
+        help="names that bodies may use as model",
     )
-    parser.add_argument(
+    flags.add(
         "--chat-template",
         metavar="FILE",
-        type=cli.text_value,
+        type=text_value,
         help="Jinja file in place of the model's template",
     )
-    parser.add_argument(
-        "--log-level",
-        choices=cli.LOG_LEVELS,
-        default="info",
-        help="least level that is logged (info)",
-    )
+    flags.add("--log-level", choices=cli.LOG_LEVELS, help="least level that is logged")
     cli.add_model_flags(parser)
     cli.add_engine_flags(parser)
     cli.add_cache_flags(parser)
@@ -69,11 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the batch that the flags name; returns the exit status, with errors on stderr.
 
-    0: every line has an answer or an error of its own. 1: the engine or the disk failed. 2: a flag
-    or file is wrong. 128 + a signal's number: stopped. The same command continues.
+    0: every line has an answer or an error of its own. 1: the engine or the disk failed. 2: a flag,
+    file or model is wrong. 128 + a signal's number: stopped. The same command continues.
     """
     from pagoda_runtime.batch import job
-    from pagoda_runtime.cli import EXIT_INVALID_FLAGS
     from pagoda_runtime.server.run import configure_logging
 
     started = time.monotonic()
@@ -84,8 +79,7 @@ def run(args: argparse.Namespace) -> int:
         outcome = asyncio.run(_until_signal(work))
     except PagodaError as error:
         print(f"pagoda run-batch: {error}", file=sys.stderr)
-        is_flag = isinstance(error, FatalError) and error.reason == "InvalidFlags"
-        return EXIT_INVALID_FLAGS if is_flag else 1
+        return exit_status(error)
     if isinstance(outcome, signal.Signals):
         print("pagoda run-batch: stopped; the same command continues.", file=sys.stderr)
         return 128 + outcome

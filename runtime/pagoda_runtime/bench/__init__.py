@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pagoda_runtime.errors import PagodaError
+from pagoda_runtime.errors import PagodaError, exit_status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         return serve.run(args) if args.benchmark == "serve" else offline.run(args)
     except PagodaError as error:
         print(f"pagoda bench {args.benchmark}: {error}", file=sys.stderr)
-        return 1
+        return exit_status(error)
     except KeyboardInterrupt:
         # As the shells have it for SIGINT.
         return 130

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from pagoda_runtime.bench.summary import percentile, write_json
 from pagoda_runtime.bench.workloads import add_workload_flags, make_requests
 from pagoda_runtime.bench.workloads.base import BenchRequest, random_token_ids
-from pagoda_runtime.cli import add_cache_flags, add_engine_flags, add_model_flags, integer
+from pagoda_runtime.cli import add_cache_flags, add_engine_flags, add_model_flags
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import FatalError
+from pagoda_runtime.flags import integer
 
 if TYPE_CHECKING:
     from pagoda_runtime.engine.llm import LLM
@@ -26,9 +27,8 @@ LATENCY_PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 def add_latency_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `pagoda bench latency`."""
-    _add_llm_flags(parser)
     # The same prompts come back in every round.
-    parser.set_defaults(enable_prefix_caching=False)
+    _add_llm_flags(parser, enable_prefix_caching=False)
     group = parser.add_argument_group("batch")
     for flag, default, text in (
         ("--input-len", 32, "tokens of each prompt"),
@@ -49,10 +49,10 @@ def add_throughput_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload_flags(parser, num_prompts=100)
 
 
-def _add_llm_flags(parser: argparse.ArgumentParser) -> None:
+def _add_llm_flags(parser: argparse.ArgumentParser, **cache_defaults: Any) -> None:
     add_model_flags(parser)
     add_engine_flags(parser)
-    add_cache_flags(parser)
+    add_cache_flags(parser, **cache_defaults)
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write all figures there")
 
 

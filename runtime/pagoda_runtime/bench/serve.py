@@ -29,8 +29,8 @@ from pagoda_runtime.bench.load import make_arrivals, run_load
 from pagoda_runtime.bench.summary import format_summary, summarize, write_json
 from pagoda_runtime.bench.workloads import add_workload_flags, make_requests
 from pagoda_runtime.bench.workloads.base import BenchRequest
-from pagoda_runtime.cli import integer, positive_seconds, text_value
 from pagoda_runtime.errors import RequestError
+from pagoda_runtime.flags import integer, positive_seconds, text_value
 from pagoda_runtime.sampling_params import MAX_SEED
 
 # Every vocabulary in use is larger.
@@ -60,7 +60,7 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
         type=text_value,
         default="http://127.0.0.1:8000",
         metavar="URL",
-        help="address of the server (http://127.0.0.1:8000)",
+        help="address of the server (%(default)s)",
     )
     group.add_argument(
         "--endpoint",
@@ -80,17 +80,21 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
         choices=("ids", "text"),
         default="ids",
         help="ids: token ids, which completions of vLLM and Pagoda take; text: common words, about "
-        "as many tokens; chat is always text (ids)",
+        "as many tokens; chat is always text (%(default)s)",
     )
     group.add_argument(
         "--vocab-size",
         type=integer(2),
         default=DEFAULT_VOCAB_SIZE,
         metavar="N",
-        help=f"random token ids stay below N ({DEFAULT_VOCAB_SIZE})",
+        help="random token ids stay below N (%(default)s)",
     )
     group.add_argument(
-        "--temperature", type=temperature, default=0.0, metavar="T", help="of the sampling (0)"
+        "--temperature",
+        type=temperature,
+        default=0.0,
+        metavar="T",
+        help="of the sampling (%(default)s)",
     )
     group.add_argument(
         "--ignore-eos",
@@ -103,7 +107,7 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
         type=positive_seconds,
         default=600.0,
         metavar="S",
-        help="after which a request counts as failed (600)",
+        help="after which a request counts as failed (%(default)s)",
     )
 
 
@@ -121,7 +125,8 @@ def _add_load_flags(parser: argparse.ArgumentParser) -> None:
         type=positive_number,
         default=1.0,
         metavar="B",
-        help="of the arrivals at --request-rate: 1 Poisson, less is burstier, inf constant (1)",
+        help="of the arrivals at --request-rate: 1 Poisson, less is burstier, inf constant "
+        "(%(default)s)",
     )
     group.add_argument(
         "--max-concurrency",
@@ -134,13 +139,13 @@ def _add_load_flags(parser: argparse.ArgumentParser) -> None:
         type=integer(0),
         default=1,
         metavar="N",
-        help="requests sent before, one after the other, that do not count (1)",
+        help="requests sent before, one after the other, that do not count (%(default)s)",
     )
     group.add_argument(
         "--seed",
         type=integer(0, MAX_SEED),
         default=0,
-        help="of prompts, lengths and arrivals: equal seeds, equal runs (0)",
+        help="of prompts, lengths and arrivals: equal seeds, equal runs (%(default)s)",
     )
 
 

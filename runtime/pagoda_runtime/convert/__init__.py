@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from pagoda_runtime.errors import FatalError
+from pagoda_runtime.errors import FatalError, exit_status
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         convert(args.source, args.destination, dtype=args.dtype, chat_template=args.chat_template)
     except FatalError as error:
         print(f"pagoda convert: {error.message}", file=sys.stderr)
-        return 1
+        return exit_status(error)
     print(f"{args.destination}: converted in {time.monotonic() - started:.1f} s")
     return 0
 

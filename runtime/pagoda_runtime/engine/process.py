@@ -43,11 +43,6 @@ from pagoda_runtime.errors import FatalError, QueueFull, RequestError
 
 logger = logging.getLogger("pagoda.engine")
 
-# Tokens of a step if --max-num-batched-tokens is not given. A prompt chunk delays everybody's
-# next token by the time it takes: about a quarter of a second for a small model on two CPU cores.
-# So a step in which somebody decodes takes fewer (--long-prefill-token-threshold).
-DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 2048}
-DEFAULT_LONG_PREFILL_TOKEN_THRESHOLD = {"cpu": 28, "cuda": 2048}
 IDLE_CHECK_MILLISECONDS = 1000
 LINGER_MILLISECONDS = 1000
 
@@ -152,16 +147,11 @@ def _add(core: EngineCore, request: EngineRequest) -> list[RequestDelta]:
 
 def make_core(config: EngineConfig, runner: ReadyRunner) -> EngineCore:
     facts = runner.ready_facts
-    device = facts.device.split(":")[0]
     return EngineCore(
         runner,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens
-        or DEFAULT_MAX_NUM_BATCHED_TOKENS.get(device, DEFAULT_MAX_NUM_BATCHED_TOKENS["cuda"]),
-        long_prefill_token_threshold=config.long_prefill_token_threshold
-        or DEFAULT_LONG_PREFILL_TOKEN_THRESHOLD.get(
-            device, DEFAULT_LONG_PREFILL_TOKEN_THRESHOLD["cuda"]
-        ),
+        max_num_batched_tokens=config.by_device("max_num_batched_tokens", facts.device),
+        long_prefill_token_threshold=config.by_device("long_prefill_token_threshold", facts.device),
         max_num_waiting=config.max_num_waiting,
         max_model_len=facts.max_model_len,
         eos_token_ids=facts.eos_token_ids,

@@ -76,7 +76,7 @@ class ModelRunner:
         _require_quantizable(self.model_config.quantization, self.dtype, self.device)
         with _timed("Loading the weights"), torch.inference_mode():
             self.model = self._load_model(folder, config, on_progress)
-        self.block_size = config.block_size or (16 if self.device.type == "cuda" else 32)
+        self.block_size = config.by_device("block_size", self.device.type)
         self.is_deterministic = config.deterministic
         self.gather_buffer = GatherBuffer()
         self.heads = HeadShape(
@@ -250,7 +250,7 @@ class ModelRunner:
 
     def _profile_cuda(self, config: EngineConfig) -> MemoryBudget:
         """What gpu_memory_utilization leaves beside the weights and the largest step."""
-        num_tokens = config.max_num_batched_tokens or 2048
+        num_tokens = config.by_device("max_num_batched_tokens", self.device.type)
         # Logits dominate: one row for each sequence, in the model's dtype, and once more in fp32.
         rows = min(config.max_num_seqs, num_tokens)
         vocabulary = rows * self.model_config.vocab_size * (self.dtype.itemsize + 4)

@@ -37,7 +37,7 @@ from pagoda_runtime.engine.messages import (
     StepOutput,
     TokenLogprobs,
 )
-from pagoda_runtime.errors import EngineDead, FatalError
+from pagoda_runtime.errors import EngineDead, FatalError, exit_status
 from pagoda_runtime.last_words import TERMINATION_LOG_VARIABLE, write_last_words
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.app import MAX_BODY_BYTES, create_app, create_state
@@ -346,7 +346,7 @@ def main(argv: Sequence[str]) -> int:
         return asyncio.run(serve_async(config, load, FAKE_ENGINE_COMMAND))
     except FatalError as error:
         write_last_words(error.reason, error.message)
-        return 1
+        return exit_status(error)
 
 
 if __name__ == "__main__":

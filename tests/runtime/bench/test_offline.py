@@ -70,7 +70,7 @@ def test_latency_runs_without_the_prefix_cache():
 
 @pytest.mark.parametrize("models", [(), ("a", "--model", "b")])
 def test_one_model_is_needed(models, capsys):
-    assert main(["bench", "latency", *models]) == 1
+    assert main(["bench", "latency", *models]) == 2
     assert "give one: pagoda bench latency MODEL" in capsys.readouterr().err
 
 

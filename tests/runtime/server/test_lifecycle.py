@@ -221,7 +221,7 @@ def test_the_admin_port_empties_the_prefix_cache_and_ends_with_the_server(start)
 
 def test_an_admin_port_in_use_is_named(start, log):
     port = start().wait_for_url().rpartition(":")[2]
-    assert start("--admin-port", port).wait() == 1
+    assert start("--admin-port", port).wait() == 2
     assert f"{port}" in json.loads(log.read_text())["message"]
     assert "--admin-port" in json.loads(log.read_text())["message"]
 
@@ -230,5 +230,5 @@ def test_a_port_in_use_is_named(start, log):
     first = start()
     port = first.wait_for_url().rpartition(":")[2]
     second = start("--port", port)
-    assert second.wait() == 1
+    assert second.wait() == 2
     assert port in json.loads(log.read_text())["message"]

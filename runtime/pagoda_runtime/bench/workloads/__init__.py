@@ -9,7 +9,7 @@ from pagoda_runtime.bench.workloads.base import BenchRequest, Workload
 from pagoda_runtime.bench.workloads.random_prompts import RANDOM
 from pagoda_runtime.bench.workloads.shared_prefix import SHARED_PREFIX
 from pagoda_runtime.bench.workloads.trace_file import TRACE_FILE
-from pagoda_runtime.cli import integer
+from pagoda_runtime.flags import integer
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload for workload in (RANDOM, SHARED_PREFIX, TRACE_FILE)
@@ -23,14 +23,14 @@ def add_workload_flags(parser: argparse.ArgumentParser, *, num_prompts: int) -> 
         "--dataset-name",
         choices=tuple(WORKLOADS),
         default="random",
-        help="; ".join(f"{w.name}: {w.help}" for w in WORKLOADS.values()) + " (random)",
+        help="; ".join(f"{w.name}: {w.help}" for w in WORKLOADS.values()) + " (%(default)s)",
     )
     group.add_argument(
         "--num-prompts",
         type=integer(1),
         default=num_prompts,
         metavar="N",
-        help=f"requests of the run; of a trace, its first N ({num_prompts})",
+        help="requests of the run; of a trace, its first N (%(default)s)",
     )
     for workload in WORKLOADS.values():
         workload.add_arguments(parser)

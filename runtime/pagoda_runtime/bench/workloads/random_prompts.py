@@ -7,7 +7,7 @@ import random
 
 from pagoda_runtime.bench.flags import range_ratio
 from pagoda_runtime.bench.workloads.base import BenchRequest, Workload, random_token_ids
-from pagoda_runtime.cli import integer
+from pagoda_runtime.flags import integer
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(1),
         default=1024,
         metavar="N",
-        help="tokens of a prompt (1024)",
+        help="tokens of a prompt (%(default)s)",
     )
     group.add_argument(
         "--random-output-len",
@@ -26,14 +26,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(1),
         default=128,
         metavar="N",
-        help="tokens to generate for each (128)",
+        help="tokens to generate for each (%(default)s)",
     )
     group.add_argument(
         "--random-range-ratio",
         type=range_ratio,
         default=0.0,
         metavar="R",
-        help="both lengths are drawn from length * (1 - R) to length * (1 + R); 0 to below 1 (0)",
+        help="both lengths are drawn from length * (1 - R) to length * (1 + R); 0 to below 1 "
+        "(%(default)s)",
     )
 
 

@@ -7,7 +7,7 @@ import random
 
 from pagoda_runtime.bench.workloads.base import BenchRequest, Workload, random_token_ids
 from pagoda_runtime.bench.workloads.random_prompts import draw_length
-from pagoda_runtime.cli import integer
+from pagoda_runtime.flags import integer
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(1),
         default=256,
         metavar="N",
-        help="tokens that prompts share (256)",
+        help="tokens that prompts share (%(default)s)",
     )
     group.add_argument(
         "--suffix-len",
@@ -26,7 +26,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(1),
         default=256,
         metavar="N",
-        help="tokens of its own that each prompt ends with (256)",
+        help="tokens of its own that each prompt ends with (%(default)s)",
     )
     group.add_argument(
         "--num-prefixes",
@@ -34,7 +34,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(1),
         default=10,
         metavar="N",
-        help="different prefixes, used in turn (10)",
+        help="different prefixes, used in turn (%(default)s)",
     )
 
 

@@ -176,7 +176,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_number,
         default=1.0,
         metavar="X",
-        help="times as fast as the trace was recorded; inf sends all at once (1)",
+        help="times as fast as the trace was recorded; inf sends all at once (%(default)s)",
     )
 
 

@@ -1,0 +1,130 @@
+"""Types of flags' values, and flags whose defaults are those of a config's fields."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from typing import Any, NoReturn
+
+from pagoda_runtime.config import BY_DEVICE, EngineConfig, ServerConfig
+from pagoda_runtime.errors import FatalError
+
+DEFAULTS = {
+    field.name: field.default
+    for config in (EngineConfig, ServerConfig)
+    for field in fields(config)
+    if field.default is not MISSING
+}
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser that raises FatalError InvalidFlags where argparse would exit."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise FatalError("InvalidFlags", f"{message}. See `{self.prog} --help`.")
+
+    # argparse would leave what a subcommand does not know to the command above it.
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse all. Raises FatalError InvalidFlags, with the flag that may be meant."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return parsed, []
+
+
+class Flags:
+    """A group of flags that are fields of EngineConfig or ServerConfig.
+
+    Args:
+        defaults: of fields that have another one in this command.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str, **defaults: Any) -> None:
+        self.group = parser.add_argument_group(title)
+        self._defaults = {**DEFAULTS, **defaults}
+
+    def add(self, *names: str, shown: str | None = None, **kwargs: Any) -> None:
+        """Add the flag of the field that the first of names spells, as argparse does.
+
+        Args:
+            shown: stands for the default in the help; by default the default itself.
+        """
+        field = names[0].removeprefix("--").replace("-", "_")
+        default = self._defaults[field]
+        shown = shown or _show_default(field, default)
+        if shown:
+            kwargs["help"] += f" ({shown})"
+        self.group.add_argument(*names, **{"default": default, **kwargs})
+
+
+def _show_default(field: str, default: Any) -> str | None:
+    if field in BY_DEVICE:
+        return str(BY_DEVICE[field])
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, float):
+        return f"{default:g}"
+    return None if default in (None, ()) else str(default)
+
+
+def integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A type for argparse: an integer from low to high, both included."""
+    expected = f"an integer of at least {low}" if high is None else f"an integer {low}–{high}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return value
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    """A type for argparse: a finite number of seconds, 0 included."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
+    return value
+
+
+def positive_seconds(text: str) -> float:
+    """A type for argparse: a finite number of seconds above 0."""
+    value = seconds(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("'0' is not a number of seconds above 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A type for argparse: above 0, at most 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+    return value
+
+
+def text_value(text: str) -> str:
+    """A type for argparse: any text but the empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty")
+    return text
