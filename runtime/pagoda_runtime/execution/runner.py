@@ -37,7 +37,7 @@ from pagoda_runtime.execution.step_input import prepare_step
 from pagoda_runtime.models.decoder import Decoder
 from pagoda_runtime.models.registry import load_model_config
 from pagoda_runtime.models.source import resolve_model
-from pagoda_runtime.models.weights import OnProgress, load_weights
+from pagoda_runtime.models.weights import HEAD, OnProgress, load_weights, settle_by_weights
 from pagoda_runtime.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,8 @@ class ModelRunner:
         configure_threads(config, self.device)
         with _timed("Finding the model"):
             folder = resolve_model(config.model, config.revision, on_progress)
-        self.model_config = load_model_config(folder, quantization=config.quantization)
+        model_config = load_model_config(folder, quantization=config.quantization)
+        self.model_config = settle_by_weights(model_config, folder)
         dtype_name = self.model_config.dtype if config.dtype == "auto" else config.dtype
         self.dtype = _DTYPES[dtype_name]
         _require_quantizable(self.model_config.quantization, self.dtype, self.device)
@@ -197,7 +198,7 @@ class ModelRunner:
         on_progress("load", 0.0, 0.0)
         try:
             model = Decoder(self.model_config, dtype=self.dtype, device=self.device)
-            ignored = ("lm_head.weight",) if self.model_config.tie_word_embeddings else ()
+            ignored = (HEAD,) if self.model_config.tie_word_embeddings else ()
             targets = model.targets()
             num_bytes = load_weights(targets, folder, ignored=ignored, on_progress=on_progress)
             weight_bytes = self._bytes_of_a_step(targets)
@@ -236,7 +237,7 @@ class ModelRunner:
                 # A step reads its tokens' rows only.
                 continue
             is_rounded = config.quantization == "int8" and weight.dim() == 2
-            is_vocabulary = is_table or name == "lm_head.weight"
+            is_vocabulary = is_table or name == HEAD
             num_bytes += weight.numel() if is_rounded and not is_vocabulary else weight.nbytes
         return num_bytes
 

@@ -12,6 +12,7 @@ from typing import Any
 from pagoda_runtime.errors import FatalError
 
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
+DTYPE_OF_WEIGHTS = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class ModelConfig:
     sliding_windows: tuple[int, ...]
     """Tokens that each layer sees, itself included; 0: all."""
     dtype: str = "bfloat16"
-    """dtype of the checkpoint"""
+    """dtype of the checkpoint; DTYPE_OF_WEIGHTS until the weights are seen, if no file names it"""
     qkv_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
@@ -226,5 +227,5 @@ def common_fields(file: ConfigFile, default_head_dim: int | None = None) -> dict
         "head_dim": head_dim,
         "norm_eps": file.number("rms_norm_eps", 1e-6),
         "max_position_embeddings": file.integer("max_position_embeddings"),
-        "dtype": file.choice(dtype_key, "float32", SUPPORTED_DTYPES),
+        "dtype": file.choice(dtype_key, DTYPE_OF_WEIGHTS, SUPPORTED_DTYPES),
     }

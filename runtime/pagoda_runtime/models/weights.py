@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.models.config import ConfigFile
+from pagoda_runtime.models.config import (
+    DTYPE_OF_WEIGHTS,
+    SUPPORTED_DTYPES,
+    ConfigFile,
+    ModelConfig,
+)
+
+logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, float, float], None]
 """Called with a phase, percent done and bytes per second."""
@@ -19,6 +28,43 @@ OnProgress = Callable[[str, float, float], None]
 # Tensors that some checkpoints carry and that every engine computes itself.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 _NAMES_SHOWN = 4
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def settle_by_weights(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The config with what config.json leaves to the weights, or says against them.
+
+    Without a dtype there the weights' own is taken. A head that is said to be tied to the table of
+    embeddings, but lies in the checkpoint with other values, is used: the model was trained so.
+
+    Raises: FatalError: as load_weights, for files that are missing or damaged.
+    """
+    stored = {
+        name: tensor
+        for path in find_weight_files(folder)
+        for name, tensor in read_tensors(path, (TABLE, HEAD))
+    }
+    if config.dtype == DTYPE_OF_WEIGHTS:
+        names = [str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()]
+        dtype = next((name for name in names if name in SUPPORTED_DTYPES), "float32")
+        logger.info("config.json names no dtype; the weights are %s", dtype)
+        config = replace(config, dtype=dtype)
+    if config.tie_word_embeddings and len(stored) == 2 and not _are_equal(*stored.values()):
+        logger.warning(
+            "config.json says tie_word_embeddings, but %s in %s differs from %s, so it is used. "
+            "Set tie_word_embeddings to false there.",
+            HEAD,
+            folder,
+            TABLE,
+        )
+        config = replace(config, tie_word_embeddings=False)
+    return config
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype:
+        one, other = one.float(), other.float()
+    return torch.equal(one, other)
 
 
 def load_weights(
@@ -93,12 +139,19 @@ def find_weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of one file in the order in which they lie there, mapped, not copied."""
+def read_tensors(
+    path: Path, names: Collection[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of one file in the order in which they lie there, mapped, not copied.
+
+    Args:
+        names: those that are wanted, if they are there; None: all.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.offset_keys():
-                yield name, file.get_tensor(name)
+                if names is None or name in names:
+                    yield name, file.get_tensor(name)
     except PermissionError as error:
         raise FatalError(
             "ModelAccessDenied",

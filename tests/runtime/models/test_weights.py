@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import logging
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -7,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.runner import ModelRunner
-from pagoda_runtime.execution.testing import generate
+from pagoda_runtime.execution.testing import generate, transformers_tokens
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.models.weights import load_weights
 
@@ -113,3 +116,36 @@ def test_a_folder_without_weights_is_not_found(llama):
     with pytest.raises(FatalError, match=r"neither model\.safetensors") as caught:
         run(llama)
     assert caught.value.reason == "ModelNotFound"
+
+
+def test_a_head_that_differs_from_the_table_it_is_said_to_be_tied_to_is_used(tmp_path, caplog):
+    folder = make_tiny_checkpoint(tmp_path, tie_word_embeddings=True)
+    tied = run(folder)
+    edit(folder, lambda t: t.update({"lm_head.weight": torch.randn(320, 64) * 0.15}))
+    with caplog.at_level(logging.WARNING):
+        own = run(folder)
+    assert own == transformers_tokens(folder, PROMPTS, 8)
+    assert own != tied
+    assert "lm_head.weight" in caplog.text
+    assert "Set tie_word_embeddings to false" in caplog.text
+
+
+def test_a_head_that_equals_the_table_stays_tied(tmp_path, caplog):
+    folder = make_tiny_checkpoint(tmp_path, tie_word_embeddings=True)
+    tied = run(folder)
+    edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    with caplog.at_level(logging.WARNING):
+        assert run(folder) == tied
+    assert "tie_word_embeddings" not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_without_a_dtype_in_the_config_the_weights_own_is_taken(llama, dtype):
+    config = json.loads((llama / "config.json").read_text())
+    del config["dtype"]
+    (llama / "config.json").write_text(json.dumps(config))
+    edit(llama, lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items()}))
+    runner = ModelRunner(
+        EngineConfig(model=str(llama), num_threads=1, kv_cache_memory_bytes=1 << 22)
+    )
+    assert runner.dtype == runner.model.embed_tokens.weight.dtype == dtype
