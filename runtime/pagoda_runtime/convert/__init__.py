@@ -70,7 +70,7 @@ def convert(
     template = _read_template(chat_template)
     file = reader.open_gguf(source)
     config = architectures.build_config(file, dtype=dtype)
-    generation_config = architectures.build_generation_config(file)
+    generation_config = tokenizer.build_generation_config(file)
     token_files = tokenizer.build_tokenizer_files(file, chat_template=template)
 
     partial = destination.with_name(destination.name + ".partial")

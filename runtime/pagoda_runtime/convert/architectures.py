@@ -115,20 +115,6 @@ def build_config(file: GgufFile, *, dtype: str) -> dict[str, Any]:
     return config
 
 
-def build_generation_config(file: GgufFile) -> dict[str, Any]:
-    """The generation_config.json: which tokens begin and end a text."""
-    eos_token_ids = {
-        file.get(f"tokenizer.ggml.{name}_token_id")
-        for name in ("eos", "eot", "eom")
-        if file.get(f"tokenizer.ggml.{name}_token_id") is not None
-    }
-    return {
-        "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": sorted(eos_token_ids),
-        "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
-    }
-
-
 def checkpoint_name(file: GgufFile, name: str) -> str | None:
     """The checkpoint's name of a GGUF tensor; None for one that has no counterpart there.
 

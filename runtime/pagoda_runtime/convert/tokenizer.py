@@ -1,4 +1,4 @@
-"""Rebuilding tokenizer.json from the vocabulary in a GGUF file.
+"""Rebuilding tokenizer.json and generation_config.json from the vocabulary in a GGUF file.
 
 Two kinds exist: `llama` (SentencePiece BPE: scores, byte fallback, spaces as ▁) and `gpt2`
 (byte-level BPE with its merges, and a pre-tokenizer that the file only names).
@@ -7,6 +7,7 @@ Two kinds exist: `llama` (SentencePiece BPE: scores, byte fallback, spaces as �
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pagoda_runtime.convert.reader import GgufFile
@@ -24,12 +25,54 @@ PRE_TOKENIZER_PATTERNS = {
     + _LETTERS_AND_SPACE,
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _LETTERS_AND_SPACE,
 }
+# What llama.cpp reads as another name of the same pre-tokenizer.
+ALIASES = {
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "qwen2": ("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"),
+    "gpt-2": ("phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4"),
+}
+CANONICAL_NAMES = {name: name for name in PRE_TOKENIZER_PATTERNS} | {
+    alias: name for name, aliases in ALIASES.items() for alias in aliases
+}
+# Many files name one end token only, that of texts; a turn ends with a token that has its text.
+END_TEXTS = frozenset(
+    {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>", "<EOT>", "_<EOT>"}
+    | {"<|endoftext|>", "<|end_of_text|>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"}
+    | {"<|return|>", "<|call|>"}
+)
+
+
+def build_generation_config(file: GgufFile) -> dict[str, Any]:
+    """The generation_config.json: which tokens begin and end a text."""
+    named = {file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    return {
+        "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": sorted((named - {None}) | end_tokens_by_text(_tokens(file))),
+        "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def end_tokens_by_text(tokens: Sequence[str]) -> set[int]:
+    """Ids of the tokens that end an answer by what they are called."""
+    found = {token: index for index, token in enumerate(tokens) if token in END_TEXTS}
+    if found.keys() >= {"<|return|>", "<|call|>"}:
+        # In this vocabulary <|end|> ends a message, behind which the same answer goes on.
+        found.pop("<|end|>", None)
+    return set(found.values())
+
+
+def _tokens(file: GgufFile) -> list[str]:
+    tokens: list[str] = file.get("tokenizer.ggml.tokens", required=True)
+    return tokens
 
 
 def build_tokenizer_files(file: GgufFile, *, chat_template: str | None) -> dict[str, str]:
     """File name → content: tokenizer.json, tokenizer_config.json and, if any, the template."""
-    tokens = file.get("tokenizer.ggml.tokens", required=True)
-    types = file.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    tokens = _tokens(file)
+    types = list(file.get("tokenizer.ggml.token_type") or [1] * len(tokens))
+    for index in end_tokens_by_text(tokens):
+        # Some files call them ordinary; they would come out as text, and be split in prompts.
+        types[index] = CONTROL
     kind = file.get("tokenizer.ggml.model", required=True)
     if kind == "llama":
         body = _sentencepiece_bpe(file, tokens, types)
@@ -124,15 +167,15 @@ def merges_by_score(
 
 def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
     name = file.get("tokenizer.ggml.pre", "gpt-2")
-    if name not in PRE_TOKENIZER_PATTERNS:
+    if name not in CANONICAL_NAMES:
         raise FatalError(
             "InvalidModelConfig",
             f"{file.path}: pre-tokenizer {name} is not supported; supported are "
-            f"{', '.join(sorted(PRE_TOKENIZER_PATTERNS))}.",
+            f"{', '.join(sorted(CANONICAL_NAMES))}.",
         )
     split = {
         "type": "Split",
-        "pattern": {"Regex": PRE_TOKENIZER_PATTERNS[name]},
+        "pattern": {"Regex": PRE_TOKENIZER_PATTERNS[CANONICAL_NAMES[name]]},
         "behavior": "Isolated",
         "invert": False,
     }
@@ -155,7 +198,7 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": name == "llama-bpe",
+            "ignore_merges": CANONICAL_NAMES[name] == "llama-bpe",
             "vocab": {token: index for index, token in enumerate(tokens)},
             "merges": merges,
         },
@@ -179,8 +222,11 @@ def _added_tokens(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
 
 
 def _adds_bos(file: GgufFile) -> bool:
-    is_sentencepiece = file.get("tokenizer.ggml.model") == "llama"
-    return bool(file.get("tokenizer.ggml.add_bos_token", is_sentencepiece))
+    """What the file says, or else what llama.cpp takes for granted of its kind of vocabulary."""
+    is_llama3 = CANONICAL_NAMES.get(file.get("tokenizer.ggml.pre")) == "llama-bpe"
+    is_expected = file.get("tokenizer.ggml.model") == "llama" or is_llama3
+    has_bos = file.get("tokenizer.ggml.bos_token_id") is not None
+    return has_bos and bool(file.get("tokenizer.ggml.add_bos_token", is_expected))
 
 
 def _post_processor(file: GgufFile, tokens: list[str]) -> dict[str, Any] | None:
