@@ -136,7 +136,7 @@ def parse_last_words(message: str) -> tuple[str, str] | None:
     for line in reversed(message.splitlines()):
         try:
             words = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(words, dict) and words.get("reason") in FATAL_REASONS:
             return str(words["reason"]), str(words.get("message", ""))

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 import aiohttp
 
@@ -36,6 +37,20 @@ IDLE_FACTOR = 1.25
 ANSWER_SECONDS = 2.0
 # /load is a line of JSON; what is longer is no engine of ours.
 MAX_ANSWER_BYTES = 16384
+# Of one service: its silent pods keep no other service waiting, nor all files of the process.
+MAX_ASKED_AT_ONCE = 100
+# A pod that is slow once is no news.
+BLIND_AFTER_ROUNDS = 3
+
+
+class Silence(StrEnum):
+    """Why the load of a pod is not known."""
+
+    TIMEOUT = f"no answer within {ANSWER_SECONDS:g} s"
+    UNREACHABLE = "no connection"
+    STATUS = "an HTTP status other than 200"
+    ANSWER = "not the answer of an engine"
+    ERROR = "an error of the operator; see its log"
 
 
 @dataclass(slots=True)
@@ -47,10 +62,18 @@ class _Watched:
     state: ScalingState
     addresses: tuple[str, ...]
     task: asyncio.Task[None] | None = None
+    slots: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(MAX_ASKED_AT_ONCE), repr=False
+    )
+    silent_rounds: int = 0
+    blindness: str | None = None
 
 
 class Poller:
-    """Knows the target of every service."""
+    """Knows the target of every service, and whether it can see the load of its pods.
+
+    Pods are not trusted: whatever one answers is at most a pod without a known load.
+    """
 
     def __init__(
         self,
@@ -66,6 +89,9 @@ class Poller:
         self._port = port
         self._watched: dict[Key, _Watched] = {}
         self._session: aiohttp.ClientSession | None = None
+        telemetry.polled_services.set_function(
+            lambda: sum(_is_running(watched) for watched in self._watched.values())
+        )
 
     def target(self, service: LLMService, status: Manifest, deployment: Manifest | None) -> int:
         """How many replicas the service should have now."""
@@ -79,6 +105,11 @@ class Poller:
             live=0 if deployment is None else deployment["spec"].get("replicas", 1),
         )
 
+    def blindness(self, key: Key) -> str | None:
+        """Why scaling does not see the load of ready pods, for some time now; None if it does."""
+        watched = self._watched.get(key)
+        return None if watched is None else watched.blindness
+
     def watch(self, service: LLMService, target: int, pods: list[Manifest]) -> None:
         """Ask these pods from now on, if the service can be scaled at all."""
         policy = ScalingPolicy.of(service.spec)
@@ -87,7 +118,7 @@ class Poller:
             return
         addresses = ready_addresses(pods)
         watched = self._watched.get(service.key)
-        if watched is not None and watched.uid == service.uid:
+        if watched is not None and watched.uid == service.uid and _is_running(watched):
             watched.policy, watched.addresses = policy, addresses
             return
         self.forget(service.key)
@@ -115,36 +146,96 @@ class Poller:
         interval = BUSY_SECONDS
         while True:
             await asyncio.sleep(interval)
-            loads = await asyncio.gather(*(self._ask(address) for address in watched.addresses))
-            before = watched.state.target
-            watched.state = decide(watched.state, loads, watched.policy, self._clock())
-            target = watched.state.target
-            if target != before:
-                direction = "up" if target > before else "down"
-                self._telemetry.scale_decisions.labels(direction=direction).inc()
-                logger.info("%s: %d replicas in place of %d", key, target, before)
-                self._on_change(key)
-            is_busy = any(load is not None and load.running + load.waiting for load in loads)
+            try:
+                is_busy = await self._poll_once(key, watched)
+            except Exception:
+                # Our bug: this service is asked again, and the others never notice.
+                logger.exception("%s: its pods cannot be asked", key)
+                self._count_failures([Silence.ERROR])
+                is_busy = False
             interval = BUSY_SECONDS if is_busy else min(interval * IDLE_FACTOR, IDLE_SECONDS)
 
-    async def _ask(self, address: str) -> PodLoad | None:
-        """The load of one pod; None if it does not answer as an engine does."""
-        if self._session is None:
-            timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
-            # No proxy of the environment: pods are reached directly.
-            self._session = aiohttp.ClientSession(timeout=timeout, trust_env=False)
+    async def _poll_once(self, key: Key, watched: _Watched) -> bool:
+        """Ask every pod and decide; whether there was anything to do for them."""
+        answers = await asyncio.gather(*(self._ask(it, watched) for it in watched.addresses))
+        loads = [answer if isinstance(answer, PodLoad) else None for answer in answers]
+        self._note_silence(key, watched, answers)
+        before = watched.state.target
+        watched.state = decide(watched.state, loads, watched.policy, self._clock())
+        target = watched.state.target
+        if target != before:
+            direction = "up" if target > before else "down"
+            self._telemetry.scale_decisions.labels(direction=direction).inc()
+            logger.info("%s: %d replicas in place of %d", key, target, before)
+            self._on_change(key)
+        return any(load is not None and load.running + load.waiting for load in loads)
+
+    def _note_silence(
+        self, key: Key, watched: _Watched, answers: Sequence[PodLoad | Silence]
+    ) -> None:
+        silences = [answer for answer in answers if isinstance(answer, Silence)]
+        self._count_failures(silences)
+        watched.silent_rounds = watched.silent_rounds + 1 if silences else 0
+        before = watched.blindness
+        watched.blindness = before if silences else None
+        if watched.silent_rounds >= BLIND_AFTER_ROUNDS:
+            # The most frequent reason, and no numbers: the words are part of the status.
+            reason = max(sorted(set(silences)), key=silences.count)
+            who = "no" if len(silences) == len(answers) else "not every"
+            watched.blindness = f"{who} ready replica tells its load at /load ({reason})"
+        if watched.blindness == before:
+            return
+        if watched.blindness is None:
+            logger.info("%s: scaling sees the load of all ready replicas again", key)
+        else:
+            logger.warning("%s: scaling is blind: %s", key, watched.blindness)
+        self._on_change(key)
+
+    def _count_failures(self, silences: Sequence[Silence]) -> None:
+        for silence in silences:
+            self._telemetry.poll_failures.labels(reason=silence.name.lower()).inc()
+
+    async def _ask(self, address: str, watched: _Watched) -> PodLoad | Silence:
+        """The load of one pod, or why it is not known."""
         try:
-            async with self._session.get(f"http://{address}:{self._port}/load") as response:
-                if response.status != 200:
-                    return None
-                body = bytearray()
-                async for chunk in response.content.iter_any():
-                    body += chunk
-                    if len(body) > MAX_ANSWER_BYTES:
-                        return None
-                return parse_load(bytes(body))
-        except (TimeoutError, OSError, aiohttp.ClientError):
-            return None
+            async with watched.slots, asyncio.timeout(ANSWER_SECONDS):
+                return await self._read_load(f"http://{address}:{self._port}/load")
+        except TimeoutError:
+            return Silence.TIMEOUT
+        except (OSError, aiohttp.ClientError):
+            return Silence.UNREACHABLE
+        except Exception:
+            logger.exception("%s cannot be asked for its load", address)
+            return Silence.ERROR
+
+    async def _read_load(self, url: str) -> PodLoad | Silence:
+        # A redirect would let a pod choose what the operator fetches.
+        async with self._open_session().get(url, allow_redirects=False) as response:
+            if response.status != 200:
+                return Silence.STATUS
+            body = bytearray()
+            async for chunk in response.content.iter_any():
+                body += chunk
+                if len(body) > MAX_ANSWER_BYTES:
+                    return Silence.ANSWER
+            return parse_load(bytes(body)) or Silence.ANSWER
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                # The default of 100 is one limit for all services.
+                connector=aiohttp.TCPConnector(limit=0),
+                # Nothing of a pod lasts, or grows while it is read.
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                # No proxy of the environment: pods are reached directly.
+                trust_env=False,
+            )
+        return self._session
+
+
+def _is_running(watched: _Watched) -> bool:
+    return watched.task is not None and not watched.task.done()
 
 
 def parse_load(body: bytes) -> PodLoad | None:
@@ -152,7 +243,7 @@ def parse_load(body: bytes) -> PodLoad | None:
     try:
         answer = json.loads(body)
         load = PodLoad(answer["running"], answer["waiting"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     counts = (load.running, load.waiting)
     return load if all(type(count) is int and count >= 0 for count in counts) else None

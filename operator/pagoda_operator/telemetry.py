@@ -37,6 +37,17 @@ class Telemetry:
             ["direction"],
             registry=self.registry,
         )
+        self.poll_failures = Counter(
+            "pagoda_operator_poll_failures_total",
+            "Ready pods that did not tell their load: timeout, unreachable, status, answer, error.",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.polled_services = Gauge(
+            "pagoda_operator_polled_services",
+            "Services whose pods are asked for their load.",
+            registry=self.registry,
+        )
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
