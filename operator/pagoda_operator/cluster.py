@@ -22,8 +22,6 @@ from pagoda_operator.names import API_VERSION, GROUP, PLURAL, VERSION, Manifest
 from pagoda_operator.plan import TakeOver
 from pagoda_operator.telemetry import Telemetry
 
-JsonPatch = list[Manifest]
-
 REQUEST_TIMEOUT_SECONDS = 15.0
 
 PATHS = {
@@ -151,22 +149,16 @@ class ApiServer:
         return await self._apply(path, manifest, manager=manager, force=force)
 
     async def set_managed_fields(self, manifest: Manifest, take_over: TakeOver) -> None:
+        # A merge patch that names the resourceVersion: a lost race is a Conflict, where a failed
+        # test of a JSON patch would be a refusal.
         metadata = manifest["metadata"]
-        body: JsonPatch = [
-            {
-                "op": "test",
-                "path": "/metadata/resourceVersion",
-                "value": take_over.resource_version,
-            },
-            {
-                "op": "replace",
-                "path": "/metadata/managedFields",
-                "value": take_over.managed_fields,
-            },
-        ]
+        changes = {
+            "resourceVersion": take_over.resource_version,
+            "managedFields": take_over.managed_fields,
+        }
         path = _path(manifest["kind"], metadata["namespace"], metadata["name"])
-        content_type = "application/json-patch+json"
-        await self._request("PATCH", path, body=body, content_type=content_type)
+        content_type = "application/merge-patch+json"
+        await self._request("PATCH", path, body={"metadata": changes}, content_type=content_type)
 
     async def apply_status(self, manifest: Manifest, *, manager: str) -> Manifest:
         metadata = manifest["metadata"]
@@ -198,7 +190,7 @@ class ApiServer:
         path: str,
         *,
         query: Mapping[str, str] | None = None,
-        body: Manifest | JsonPatch | None = None,
+        body: Manifest | None = None,
         content_type: str = "application/json",
     ) -> Manifest:
         try:
@@ -219,7 +211,7 @@ class ApiServer:
         method: str,
         path: str,
         query: Mapping[str, str] | None,
-        body: Manifest | JsonPatch | None,
+        body: Manifest | None,
         content_type: str,
     ) -> tuple[int, Mapping[str, str], bytes]:
         # Bounds the whole request, a refresh of the credentials and the body included.

@@ -11,7 +11,14 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-from pagoda_operator.names import MANAGER, SCALING_MANAGER, Manifest
+from pagoda_operator.names import (
+    LABEL_MANAGED_BY,
+    LABEL_SERVICE,
+    MANAGED_BY,
+    MANAGER,
+    SCALING_MANAGER,
+    Manifest,
+)
 
 Fields = dict[str, Any]
 """A tree of fields as in fieldsV1."""
@@ -24,7 +31,19 @@ _LEFT_ALONE = (
     ("f:spec", "f:template", "f:metadata", "f:annotations"),
     ("f:spec", "f:replicas"),
     ("f:status",),
+    # Of a ServiceAccount: registries' and tokens' Secrets, which people and platforms add.
+    ("f:secrets",),
+    ("f:imagePullSecrets",),
 )
+
+
+def is_made_by_us(live: Manifest, service_name: str) -> bool:
+    """Whether an object says that Pagoda made it for the service: by its labels and its fields."""
+    labels = live["metadata"].get("labels", {})
+    is_labelled = labels.get(LABEL_MANAGED_BY) == MANAGED_BY and (
+        labels.get(LABEL_SERVICE) == service_name
+    )
+    return is_labelled and any(_is_our_apply(entry) for entry in _entries(live))
 
 
 def is_scaled_by_us(deployment: Manifest) -> bool:
@@ -36,6 +55,22 @@ def is_scaled_by_us(deployment: Manifest) -> bool:
     )
 
 
+def replicas_owner(service: Manifest) -> str | None:
+    """Who set `spec.replicas` of an LLMService; None if it is no more than the CRD's default.
+
+    The API server says of clients that create or replace a whole object that they set its defaults
+    too: of those, only another number counts.
+    """
+    is_default = service["spec"].get("replicas", 1) == 1
+    for entry in _entries(service):
+        is_meant = entry.get("operation") == "Apply" or entry.get("subresource") == "scale"
+        if "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {}) and (
+            is_meant or not is_default
+        ):
+            return str(entry["manager"])
+    return None
+
+
 def take_over(live: Manifest) -> list[Manifest] | None:
     """The managedFields under which the next apply removes what others added.
 
@@ -45,7 +80,7 @@ def take_over(live: Manifest) -> list[Manifest] | None:
     ours: Manifest | None = None
     taken: list[Fields] = []
     for entry in _entries(live):
-        if entry.get("manager") == MANAGER and entry.get("operation") == "Apply":
+        if _is_our_apply(entry):
             ours = copy.deepcopy(entry)
             continue
         if entry.get("manager") == SCALING_MANAGER or entry.get("subresource"):
@@ -61,6 +96,10 @@ def take_over(live: Manifest) -> list[Manifest] | None:
     for foreign in taken:
         _merge(ours["fieldsV1"], foreign)
     return [*kept, ours]
+
+
+def _is_our_apply(entry: Manifest) -> bool:
+    return entry.get("manager") == MANAGER and entry.get("operation") == "Apply"
 
 
 def _entries(manifest: Manifest) -> Iterable[Manifest]:

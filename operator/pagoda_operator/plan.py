@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pagoda_operator.names import KIND, ChildRef, Manifest
-from pagoda_operator.ownership import is_scaled_by_us, take_over
+from pagoda_operator.ownership import is_made_by_us, is_scaled_by_us, take_over
 from pagoda_operator.render import render_children
 from pagoda_operator.spec import LLMService
 
 WAIT_FOR_DELETION_SECONDS = 1.0
+# Of the metadata, `digest` takes what matters.
+_NOT_OURS = ("metadata", "status", "apiVersion", "kind", "secrets", "imagePullSecrets")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ def make_plan(
     applies, conflicts, is_waiting = [], [], False
     for ref, manifest in wanted.items():
         live = observed.children.get(ref)
-        if live is not None and not _is_controlled_by(live, service):
+        if live is not None and not _is_ours(live, service):
             if _has_dead_owner(live, service):
                 is_waiting = True
             else:
@@ -133,16 +135,13 @@ def plan_scale(deployment: Manifest, target_replicas: int) -> Manifest | None:
 
 
 def digest(manifest: Manifest) -> str:
-    """A digest of what an apply can set: not status, not what the server counts, not replicas.
+    """A digest of what an apply can set: not status, not what the server counts, not replicas,
+    not the Secrets of a ServiceAccount.
 
     Two live objects have the same digest if nobody edited one into the other.
     """
     metadata = manifest["metadata"]
-    content = {
-        key: value
-        for key, value in manifest.items()
-        if key not in ("metadata", "status", "apiVersion", "kind")
-    }
+    content = {key: value for key, value in manifest.items() if key not in _NOT_OURS}
     content["metadata"] = {
         "labels": metadata.get("labels"),
         "ownerReferences": metadata.get("ownerReferences"),
@@ -183,6 +182,13 @@ def _controller(manifest: Manifest) -> Manifest:
 
 def _is_controlled_by(manifest: Manifest, service: LLMService) -> bool:
     return bool(_controller(manifest).get("uid") == service.uid)
+
+
+def _is_ours(manifest: Manifest, service: LLMService) -> bool:
+    """Whether it is a child, or one that lost its owner: left behind, or put back from a backup."""
+    if not _controller(manifest):
+        return is_made_by_us(manifest, service.key.name)
+    return _is_controlled_by(manifest, service)
 
 
 def _has_dead_owner(manifest: Manifest, service: LLMService) -> bool:

@@ -83,6 +83,12 @@ def test_status_and_replicas_of_a_child_are_no_drift() -> None:
     assert plan(make_service(), observed) == Plan()
 
 
+def test_secrets_of_a_service_account_are_no_drift() -> None:
+    observed, live = edited(steady(), ChildRef("ServiceAccount", "chat-engine"))
+    live |= {"secrets": [{"name": "token"}], "imagePullSecrets": [{"name": "registry"}]}
+    assert plan(make_service(), observed) == Plan()
+
+
 def test_an_edited_spec_or_label_of_a_child_is_drift() -> None:
     observed, live = edited(steady(), SERVICE)
     live["spec"]["ports"][0]["port"] = 81
@@ -125,6 +131,17 @@ def test_a_strangers_child_is_a_conflict_and_nothing_is_written() -> None:
         "Service chat exists and belongs to no LLMService; "
         "delete it, or give this LLMService another name",
     )
+
+
+def test_a_child_that_lost_its_owner_is_adopted_and_a_strangers_with_our_labels_is_not() -> None:
+    observed, live = edited(steady(), SERVICE, ownerReferences=[])
+    assert plan(make_service(), observed).conflicts
+    live["metadata"]["managedFields"] = [entry("pagoda", {"f:spec": {}}, operation="Apply")]
+    made = plan(make_service(), observed)
+    assert [(apply.ref, apply.creates) for apply in made.applies] == [(SERVICE, False)]
+    assert made.applies[0].manifest["metadata"]["ownerReferences"][0]["uid"] == "uid-of-chat"
+    live["metadata"]["labels"]["pagoda.dev/service"] = "another"
+    assert plan(make_service(), observed).conflicts
 
 
 def test_a_child_of_a_deleted_service_of_the_same_name_is_waited_for() -> None:
@@ -186,6 +203,8 @@ def test_annotations_status_and_replicas_of_others_are_left_alone() -> None:
     assert take_over(managed(entry("someone", annotations))) is None
     assert take_over(managed(entry("kubectl-rollout", restart))) is None
     assert take_over(managed(entry("kubectl", {"f:spec": {"f:replicas": {}}}))) is None
+    secrets = {"f:secrets": {".": {}, "k:x": {}}, "f:imagePullSecrets": {"k:y": {}}}
+    assert take_over(managed(entry("platform", secrets))) is None
     assert take_over(managed(entry("kcm", {"f:status": {"f:x": {}}}, subresource="status"))) is None
 
 
