@@ -33,10 +33,6 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no max": ({"autoscaling": {}}, "spec.autoscaling.maxReplicas: Required value"),
     "zero max": ({"autoscaling": {"maxReplicas": 0}}, "greater than or equal to 1"),
-    "both replicas and autoscaling": (
-        {"replicas": 1, "autoscaling": {"maxReplicas": 2}},
-        "replicas and autoscaling exclude each other; remove one of them",
-    ),
     "negative replicas": ({"replicas": -1}, "greater than or equal to 0"),
     "negative window": (
         {"autoscaling": {"maxReplicas": 2, "scaleDown": {"stabilizationSeconds": -1}}},

@@ -6,7 +6,6 @@ import json
 import random
 import time
 import urllib.parse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +16,17 @@ from audit import AuditLog
 from kube import Kubectl, condition, wait_until
 from operator_process import OperatorProcess, without_installed_operator
 from relay import Relay
+from services import (
+    deployment,
+    engine_arguments,
+    manifest,
+    ready_reason,
+    start_service,
+    within_two_seconds,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 CHILDREN = "deployments,services,serviceaccounts"
-
-
-def manifest(name: str = "chat", **spec: Any) -> dict[str, Any]:
-    return {
-        "apiVersion": "pagoda.dev/v1alpha1",
-        "kind": "LLMService",
-        "metadata": {"name": name},
-        "spec": {"model": {"uri": "hf://org/model"}, **spec},
-    }
-
-
-def deployment(kubectl: Kubectl, name: str = "chat") -> dict[str, Any]:
-    return kubectl.get("deployment", f"{name}-engine") or {}
-
-
-def engine_arguments(deployment: dict[str, Any]) -> str:
-    return " ".join(deployment["spec"]["template"]["spec"]["containers"][0]["args"])
-
-
-def start_service(kubectl: Kubectl, **spec: Any) -> None:
-    kubectl.apply(manifest(**spec))
-    wait_until(
-        "a status with the cause",
-        lambda: ready_reason(kubectl) == "InsufficientGPU",
-        timeout_seconds=10,
-    )
-
-
-def ready_reason(kubectl: Kubectl, name: str = "chat") -> str:
-    service = kubectl.get("llmservice", name) or {}
-    current = service.get("metadata", {}).get("generation")
-    found = condition(service, "Ready")
-    return str(found.get("reason")) if found.get("observedGeneration") == current else "outdated"
-
-
-def within_two_seconds(what: str, check: Callable[[], bool]) -> None:
-    wait_until(what, check, timeout_seconds=2, interval_seconds=0.05)
 
 
 def test_twenty_services_have_their_deployment_within_a_second(

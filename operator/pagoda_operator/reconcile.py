@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from pagoda_operator.autoscaling import autoscaling_condition
 from pagoda_operator.causes import Cause, find_cause
 from pagoda_operator.cluster import Cluster, NotFound, Refused, status_manifest
 from pagoda_operator.names import (
@@ -27,6 +28,7 @@ from pagoda_operator.names import (
     Manifest,
     engine_name,
 )
+from pagoda_operator.ownership import replicas_owner
 from pagoda_operator.plan import Applied, Observed, Plan, digest, make_plan, plan_scale
 from pagoda_operator.poll import Poller
 from pagoda_operator.render import render_children, revision_of
@@ -118,6 +120,11 @@ class Reconciler:
             desired_replicas=target,
             previous=manifest.get("status", {}),
             now=self._now(),
+            further=autoscaling_condition(
+                service.spec,
+                replicas_owner=replicas_owner(manifest),
+                blindness=self._poller.blindness(key),
+            ),
         )
         await self._write_status(manifest, status)
         self._poller.watch(service, target, world.pods)

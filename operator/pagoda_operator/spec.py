@@ -101,7 +101,7 @@ class LLMServiceSpec:
     model: Model
     engine: Engine = field(default_factory=Engine)
     resources: Resources = field(default_factory=Resources)
-    replicas: int | None = None
+    replicas: int = 1
     autoscaling: Autoscaling | None = None
     suspend: bool = False
 
@@ -118,7 +118,7 @@ class LLMServiceSpec:
             return 0
         if self.autoscaling is not None:
             return self.autoscaling.min_replicas
-        return 1 if self.replicas is None else self.replicas
+        return self.replicas
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

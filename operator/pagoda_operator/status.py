@@ -7,6 +7,8 @@ Four conditions, all of them always there:
     Reconciling  work is under way (kstatus: in progress)
     Stalled      a person has to act (kstatus: failed)
 
+and with spec.autoscaling a fifth, AutoscalingActive (see `autoscaling`).
+
 Nothing in it moves by itself: the same world gives the same status, so that a steady state is not
 written again.
 """
@@ -60,6 +62,7 @@ def make_status(
     desired_replicas: int,
     previous: Manifest,
     now: datetime,
+    further: Conditions | None = None,
 ) -> Manifest:
     """The status to write if it differs from the previous one.
 
@@ -67,6 +70,7 @@ def make_status(
         cause: what is wrong with the pods, or keeps the children from being made.
         previous: the status that the object has, {} at first.
         now: in UTC; the time of the conditions that change with this status.
+        further: conditions beside the four.
     """
     counts = Counts.of(deployment)
     labels = selector_labels(service.key.name)
@@ -83,7 +87,7 @@ def make_status(
     }
     if deployment is not None:
         status["revision"] = revision_of(deployment)
-    conditions = _conditions(service, counts, cause)
+    conditions = _conditions(service, counts, cause) | (further or {})
     status["conditions"] = merge_conditions(conditions, previous, service.generation, now)
     return status
 

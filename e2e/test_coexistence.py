@@ -1,0 +1,219 @@
+"""The operator beside others: platforms, people, backups, scalers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stack
+from audit import AuditLog
+from kube import Kubectl, condition, wait_until
+from operator_process import OperatorProcess, without_installed_operator
+from services import deployment, manifest, start_service, within_two_seconds
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def team(target: stack.Target, crds: None) -> Iterator[Kubectl]:
+    """kubectl in a namespace of this module's own."""
+    name = f"e2e-{uuid.uuid4().hex[:8]}"
+    target.kubectl.run("create", "namespace", name)
+    yield target.kubectl.in_namespace(name)
+    target.kubectl.run("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operator(
+    target: stack.Target, team: Kubectl, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OperatorProcess]:
+    """One operator for all tests of the module: each has a service of its own name."""
+    with without_installed_operator(target.kubectl):
+        log: Path = tmp_path_factory.mktemp("operator") / "operator.log"
+        process = OperatorProcess(team, log)
+        process.start()
+        try:
+            yield process
+        finally:
+            process.stop()
+
+
+def patch(kubectl: Kubectl, child: str, change: dict[str, Any], *flags: str) -> None:
+    kubectl.run("patch", child, "--type=merge", "-p", json.dumps(change), *flags)
+
+
+def writes(audit_log: AuditLog, kubectl: Kubectl) -> list[str]:
+    """What the operator wrote, leases aside."""
+    return [
+        f"{request.verb} {request.resource}/{request.subresource} {request.name} {request.status}"
+        for request in audit_log.requests(kubectl.namespace)
+        if request.is_by_operator and request.is_write and request.resource != "leases"
+    ]
+
+
+def test_secrets_that_a_platform_adds_to_a_service_account_stay_and_cost_no_write(
+    team: Kubectl, audit_log: AuditLog
+) -> None:
+    start_service(team, "account")
+    time.sleep(1)
+    before = len(writes(audit_log, team))
+    added = {"imagePullSecrets": [{"name": "registry"}], "secrets": [{"name": "token"}]}
+    patch(team, "sa/account-engine", added)
+    time.sleep(2)
+    account = team.json("get", "sa/account-engine")
+    assert {key: account.get(key) for key in added} == added
+    assert writes(audit_log, team)[before:] == []
+    # Nor does a correction of the same object take them.
+    patch(team, "sa/account-engine", {"automountServiceAccountToken": True})
+    within_two_seconds(
+        "the token is off again",
+        lambda: not team.json("get", "sa/account-engine")["automountServiceAccountToken"],
+    )
+    account = team.json("get", "sa/account-engine")
+    assert {key: account.get(key) for key in added} == added
+
+
+def test_children_that_were_left_behind_are_adopted_as_they_run(team: Kubectl) -> None:
+    start_service(team, "orphan")
+    uids = {
+        kind: team.json("get", kind, name)["metadata"]["uid"]
+        for kind, name in CHILDREN_OF_ORPHAN.items()
+    }
+    team.run("delete", "llms/orphan", "--cascade=orphan")
+    start_service(team, "orphan")
+    owner = team.json("get", "llms/orphan")["metadata"]["uid"]
+    for kind, name in CHILDREN_OF_ORPHAN.items():
+        metadata = team.json("get", kind, name)["metadata"]
+        assert metadata["uid"] == uids[kind]
+        assert [owner["uid"] for owner in metadata["ownerReferences"]] == [owner]
+
+
+CHILDREN_OF_ORPHAN = {"deploy": "orphan-engine", "service": "orphan", "sa": "orphan-engine"}
+
+
+def test_children_that_a_backup_put_back_are_adopted(team: Kubectl) -> None:
+    """A backup keeps labels and managed fields, and makes new objects."""
+    start_service(team, "backup")
+    saved = team.json("get", "deploy/backup-engine", "--show-managed-fields")
+    team.run("delete", "llms/backup")
+    wait_until("gone", lambda: not deployment(team, "backup"), timeout_seconds=20)
+    for key in ("uid", "resourceVersion", "ownerReferences", "creationTimestamp"):
+        del saved["metadata"][key]
+    team.run("create", "-f", "-", stdin=json.dumps(saved))
+    start_service(team, "backup")
+    (owner,) = deployment(team, "backup")["metadata"]["ownerReferences"]
+    assert owner["uid"] == team.json("get", "llms/backup")["metadata"]["uid"]
+
+
+def test_quick_edits_of_a_deployment_are_corrected_and_never_end_in_a_refusal(
+    team: Kubectl, operator: OperatorProcess
+) -> None:
+    start_service(team, "edits")
+    before = deployment(team, "edits")["spec"]["template"]
+    edits = [
+        subprocess.Popen(
+            team.command(
+                "patch", "deploy/edits-engine", "--type=merge", "-p",
+                json.dumps({"spec": {"minReadySeconds": number}}),
+            ),
+            stdout=subprocess.DEVNULL,
+        )
+        for number in range(1, 25)
+    ]  # fmt: skip
+    reasons = set()
+    while any(edit.poll() is None for edit in edits):
+        service = team.get("llms", "edits") or {}
+        reasons.add(condition(service, "Stalled").get("reason"))
+    wait_until(
+        "the Deployment as it was",
+        lambda: (
+            "minReadySeconds" not in deployment(team, "edits")["spec"]
+            and deployment(team, "edits")["spec"]["template"] == before
+        ),
+        timeout_seconds=20,
+        on_timeout=lambda: operator.log,
+    )
+    assert "Refused" not in reasons
+    assert "server rejected our request" not in operator.log
+
+
+def scale_of(kubectl: Kubectl, name: str) -> dict[str, Any]:
+    path = f"/apis/pagoda.dev/v1alpha1/namespaces/{kubectl.namespace}/llmservices/{name}/scale"
+    found: dict[str, Any] = json.loads(kubectl.run("get", "--raw", path))
+    return found
+
+
+def server_side(kubectl: Kubectl, document: dict[str, Any]) -> None:
+    flags = ("--server-side", "--field-manager=gitops", "-f", "-")
+    kubectl.run("apply", *flags, stdin=json.dumps(document))
+
+
+def test_a_service_without_replicas_can_be_scaled_by_an_autoscaler(team: Kubectl) -> None:
+    start_service(team, "hpa")
+    scale = scale_of(team, "hpa")
+    assert scale["spec"]["replicas"] == 1
+    assert "pagoda.dev/service=hpa" in scale["status"]["selector"]
+    target = {"apiVersion": "pagoda.dev/v1alpha1", "kind": "LLMService", "name": "hpa"}
+    spec = {"scaleTargetRef": target, "minReplicas": 2, "maxReplicas": 3}
+    kind = {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler"}
+    team.apply({**kind, "metadata": {"name": "hpa"}, "spec": spec})
+
+    def able() -> bool:
+        found = condition(team.get("hpa", "hpa") or {}, "AbleToScale")
+        return found.get("status") == "True"
+
+    wait_until("the autoscaler scales", able, timeout_seconds=40)
+    wait_until(
+        "its least number",
+        lambda: deployment(team, "hpa")["spec"]["replicas"] == 2,
+        timeout_seconds=20,
+    )
+
+
+@pytest.mark.parametrize("way", ["client-side", "server-side"])
+def test_a_manifest_without_replicas_that_is_applied_again_keeps_what_was_scaled(
+    team: Kubectl, way: str
+) -> None:
+    name = f"git-{way}"
+    apply = team.apply if way == "client-side" else lambda document: server_side(team, document)
+    apply(manifest(name))
+    team.run("scale", f"llms/{name}", "--replicas=3")
+    generation = team.json("get", f"llms/{name}")["metadata"]["generation"]
+    apply(manifest(name))
+    service = team.json("get", f"llms/{name}")
+    assert (service["spec"]["replicas"], service["metadata"]["generation"]) == (3, generation)
+    wait_until(
+        "three replicas",
+        lambda: (deployment(team, name) or {"spec": {}})["spec"].get("replicas") == 3,
+        timeout_seconds=10,
+    )
+
+
+def test_autoscaling_wins_over_replicas_and_says_so(team: Kubectl) -> None:
+    start_service(team, "both", autoscaling={"maxReplicas": 4})
+    assert active(team)["status"] == "True"
+    team.run("scale", "llms/both", "--replicas=3")
+    wait_until(
+        "what has no effect is said",
+        lambda: active(team).get("reason") == "ReplicasIgnored",
+        timeout_seconds=5,
+    )
+    assert active(team)["status"] == "True"
+    assert "spec.replicas: 3, set by kubectl, has no effect" in active(team)["message"]
+    assert scale_of(team, "both")["spec"]["replicas"] == 3
+    assert deployment(team, "both")["spec"]["replicas"] == 1
+    # A manifest with autoscaling is taken after `kubectl scale`, and one with both as well.
+    team.apply(manifest("both", autoscaling={"maxReplicas": 5}))
+    team.apply(manifest("both", autoscaling={"maxReplicas": 5}, replicas=2))
+    time.sleep(1)
+    assert deployment(team, "both")["spec"]["replicas"] == 1
+
+
+def active(kubectl: Kubectl) -> dict[str, Any]:
+    return condition(kubectl.get("llms", "both") or {}, "AutoscalingActive")
