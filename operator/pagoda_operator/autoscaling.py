@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagoda_operator.render import PORT
+from pagoda_operator.flags import PORT
 from pagoda_operator.scaling import ScalingPolicy
 from pagoda_operator.spec import LLMServiceSpec
 from pagoda_operator.status import Conditions
