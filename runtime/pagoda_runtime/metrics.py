@@ -158,7 +158,11 @@ class Metrics:
 
     def _add_counters(self) -> None:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began.")
-        self.generation_tokens = self._counter("generation_tokens", "Generated tokens.")
+        self.num_generated_tokens = 0
+        """Since the last scrape: a counter's lock would cost more than a token's text."""
+        self.generation_tokens = self._counter(
+            "generation_tokens", "Generated tokens of answers, up to what stopped each choice."
+        )
         success = Counter(
             "vllm:request_success",
             "Requests that ended, by reason.",
@@ -218,7 +222,9 @@ class Metrics:
             "request_prompt_tokens", "Prompt tokens of a request.", TOKEN_COUNTS
         )
         self.request_generation_tokens = histogram(
-            "request_generation_tokens", "Generated tokens of a request.", TOKEN_COUNTS
+            "request_generation_tokens",
+            "Generated tokens of a request, over all its choices.",
+            TOKEN_COUNTS,
         )
         self.request_max_tokens = histogram(
             "request_params_max_tokens", "max_tokens of a request.", TOKEN_COUNTS
@@ -259,8 +265,6 @@ class Metrics:
 
     def observe_step(self, output: StepOutput) -> None:
         """Take what the engine tells after each step."""
-        if output.deltas:
-            self.generation_tokens.inc(sum(len(d.new_token_ids) for d in output.deltas))
         if output.stats.num_scheduled_tokens:
             self.iteration_tokens.observe(output.stats.num_scheduled_tokens)
 
@@ -270,6 +274,8 @@ class Metrics:
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
+        self.generation_tokens.inc(self.num_generated_tokens)
+        self.num_generated_tokens = 0
         return generate_latest(self.registry)
 
 
@@ -295,8 +301,8 @@ class RequestClock:
         self._first = self._last = arrival
         self._last_of_choice: dict[int, float] = {}
 
-    def observe(self, delta: RequestDelta) -> None:
-        """Count the tokens of a delta that just came."""
+    def observe(self, delta: RequestDelta, num_counted: int) -> None:
+        """Take a delta that just came; num_counted of its tokens are part of the answer."""
         num_new = len(delta.new_token_ids)
         if delta.queue_seconds is not None:
             self._queue_seconds = delta.queue_seconds
@@ -304,18 +310,19 @@ class RequestClock:
         if not num_new:
             return
         now, metrics = self.now(), self.metrics
-        if self.num_tokens == 0:
+        if not self._last_of_choice:
             self._first = now
             metrics.first_token.observe(now - self.arrival)
         # Tokens that came in one delta share the time since the last one of their choice.
         before = self._last_of_choice.get(delta.index)
         if before is None:
-            num_gaps, gap = num_new - 1, 0.0
+            num_gaps, gap = num_counted - 1, 0.0
         else:
-            num_gaps, gap = num_new, (now - before) / num_new
+            num_gaps, gap = num_counted, (now - before) / num_new
         for _ in range(num_gaps):
             metrics.inter_token.observe(gap)
-        self.num_tokens += num_new
+        metrics.num_generated_tokens += num_counted
+        self.num_tokens += num_counted
         self._last = self._last_of_choice[delta.index] = now
 
     def finish(self, reason: str) -> None:
@@ -325,7 +332,7 @@ class RequestClock:
         metrics.request_prompt_tokens.observe(self.num_prompt_tokens)
         metrics.request_generation_tokens.observe(self.num_tokens)
         metrics.request_max_tokens.observe(self.max_tokens)
-        if self.num_tokens == 0:
+        if not self._last_of_choice:
             return
         e2e, decode = self._last - self.arrival, self._last - self._first
         metrics.e2e.observe(e2e)

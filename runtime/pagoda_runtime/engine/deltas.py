@@ -79,5 +79,5 @@ def _make_delta(item: Progress, *, is_last: bool) -> RequestDelta:
         cumulative_logprob=item.cumulative_logprob,
         is_last=is_last,
         num_cached_tokens=request.num_cached_tokens,
-        queue_seconds=request.queue_seconds if item.is_first else None,
+        queue_seconds=request.queue_seconds if item.is_first and item.index == 0 else None,
     )

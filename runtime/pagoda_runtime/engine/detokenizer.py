@@ -36,8 +36,9 @@ class IncrementalDetokenizer:
     Text is held back while it may still change: bytes of an unfinished character, and whatever may
     be the beginning of a stop string. Of several stop strings the one that is complete first wins;
     it and all that follows is dropped, or all that follows it alone (include_stop_str_in_output).
-    How tokens are grouped into pushes makes no difference. Stop token ids of the sampling
-    parameters give no text, unless what stopped it is to be in the output.
+    One that is complete before min_tokens are there is text like any other. How tokens are grouped
+    into pushes makes no difference. Stop token ids of the sampling parameters give no text, unless
+    what stopped it is to be in the output.
 
     Decoding token by token would lose spaces (sentencepiece drops one at the start) and characters
     that span tokens; so each decode starts some tokens back, and what was known is cut off. Most
@@ -45,8 +46,8 @@ class IncrementalDetokenizer:
 
     Args:
         tokenizer: decodes ids to text.
-        sampling_params: stop, stop_token_ids, include_stop_str_in_output and skip_special_tokens
-            are used.
+        sampling_params: stop, stop_token_ids, include_stop_str_in_output, min_tokens and
+            skip_special_tokens are used.
         prompt_token_ids: the prompt that the text continues; without it the text begins as a
             text of its own, and a sentencepiece tokenizer drops its leading space.
     """
@@ -60,6 +61,8 @@ class IncrementalDetokenizer:
     ) -> None:
         self.stopped_by: str | None = None
         """The stop string that ended the text."""
+        self.num_tokens = 0
+        """Tokens so far; what comes behind the one that completed a stop string is not counted."""
         self.num_decoded = 0
         """Characters so far, held ones included: where the text of the next token begins. The
         tokens of one character all begin where it begins."""
@@ -68,6 +71,7 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = sampling_params.skip_special_tokens
         self._stop = sampling_params.stop
+        self._min_tokens = sampling_params.min_tokens
         self._shows_stop = sampling_params.include_stop_str_in_output
         self._silent_ids = set() if self._shows_stop else set(sampling_params.stop_token_ids)
         if self._skip_special_tokens:
@@ -98,6 +102,7 @@ class IncrementalDetokenizer:
         for token_id in token_ids:
             if self.stopped_by is not None:
                 break
+            self.num_tokens += 1
             if token_id in self._silent_ids:
                 continue
             new_text = self._advance(token_id)
@@ -150,8 +155,15 @@ class IncrementalDetokenizer:
     def _cut(self, new_text: str) -> str:
         """Add text behind the held one; return what no stop string can claim."""
         text = self._held + new_text
-        # The one that ends first, and of those the longest.
-        found = [(text.find(s) + len(s), -len(s), s) for s in self._stop if s in text]
+        # The one that ends first, and of those the longest; each must end in the new text, for in
+        # the held one it was complete too early.
+        found = [
+            (begin + len(s), -len(s), s)
+            for s in self._stop
+            if s in text
+            and self.num_tokens >= self._min_tokens
+            and (begin := text.find(s, max(0, len(self._held) + 1 - len(s)))) >= 0
+        ]
         if found:
             end, minus_length, self.stopped_by = min(found)
             self._held = ""

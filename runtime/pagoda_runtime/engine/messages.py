@@ -134,7 +134,7 @@ class RequestDelta(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache at first admission."""
     queue_seconds: float | None = None
-    """Seconds from arrival to the first scheduling; sent with the first delta."""
+    """Seconds from arrival to the first scheduling; sent with the first delta of choice 0."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

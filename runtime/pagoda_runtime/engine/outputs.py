@@ -149,13 +149,9 @@ class _Choice:
 
     def take(self, delta: RequestDelta) -> bool:
         """Whether a stop string ended it now, before the engine did."""
-        detokenizer, num_taken = self._detokenizer, 0
-        # One by one, so that what is kept does not depend on how many came at once.
-        for token_id in delta.new_token_ids:
-            self._text.append(detokenizer.push((token_id,)))
-            num_taken += 1
-            if detokenizer.stopped_by is not None:
-                break
+        detokenizer = self._detokenizer
+        self._text.append(detokenizer.push(delta.new_token_ids))
+        num_taken = detokenizer.num_tokens - len(self.token_ids)
         self.token_ids += delta.new_token_ids[:num_taken]
         self.logprobs += (delta.logprobs or [])[:num_taken]
         self._cumulative_logprob = delta.cumulative_logprob

@@ -55,13 +55,15 @@ class ChoiceText:
 
     def push(
         self, delta: RequestDelta, prompt_logprobs: Sequence[TokenLogprobs] | None = None
-    ) -> tuple[str, list[ShownToken]]:
-        """The text that is certain now, and the tokens that it shows.
+    ) -> tuple[str, int, list[ShownToken]]:
+        """The text that is certain now, the number of new tokens, and those that the text shows.
 
-        A token is shown together with the beginning of its text, one without text once nothing
-        before it is held back. What a stop string cut off is not shown.
+        Tokens behind a stop string, which came before the engine was told, are not counted. A token
+        is shown together with the beginning of its text, one without text once nothing before it is
+        held back. What a stop string cut off is not shown.
         """
         detokenizer = self._detokenizer
+        num_before = detokenizer.num_tokens
         if self._has_logprobs:
             text = self._push_one_by_one(delta)
         else:
@@ -77,7 +79,7 @@ class ChoiceText:
             if self._has_logprobs:
                 tokens = self._echo.shown(prompt_logprobs or ()) + tokens
             self._echo = None
-        return text, tokens
+        return text, detokenizer.num_tokens - num_before, tokens
 
     def _push_one_by_one(self, delta: RequestDelta) -> str:
         detokenizer, text = self._detokenizer, ""

@@ -17,11 +17,12 @@ from pagoda_runtime.server.state import TokenStream
 
 
 class TextDelta(msgspec.Struct, frozen=True):
-    """What came for one choice: text that may be empty, and tokens that were counted."""
+    """What came for one choice: text that may be empty, and tokens."""
 
     index: int
     text: str
     num_tokens: int
+    """What the engine generated behind a stop string, before it was told, is not counted."""
     tokens: list[ShownToken]
     """Those that the text shows, if logprobs were asked for."""
     finish_reason: str | None
@@ -82,20 +83,14 @@ class Generation:
             self._clock.finish(reason)
 
     def _take(self, delta: RequestDelta) -> TextDelta:
-        self._clock.observe(delta)
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
         if delta.num_cached_tokens:
             self.num_cached_tokens = delta.num_cached_tokens
-        if self._is_scoring:
-            delta = RequestDelta(
-                request_id=delta.request_id,
-                index=delta.index,
-                new_token_ids=[],
-                finish_reason=delta.finish_reason and "length",
-            )
+        wanted = _without_tokens(delta) if self._is_scoring else delta
         choice = self._choices[delta.index]
-        text, tokens = choice.push(delta, self.prompt_logprobs)
+        text, num_tokens, tokens = choice.push(wanted, self.prompt_logprobs)
+        self._clock.observe(delta, num_tokens)
         if choice.finish_reason is not None:
             self._num_open -= 1
             if delta.finish_reason is None:
@@ -103,12 +98,28 @@ class Generation:
         return TextDelta(
             self._first_index + delta.index,
             text,
-            len(delta.new_token_ids),
+            num_tokens,
             tokens,
             choice.finish_reason,
             choice.stop_reason,
-            delta.cumulative_logprob,
+            delta.cumulative_logprob
+            if num_tokens == len(delta.new_token_ids)
+            else _cumulative_logprob(delta, num_tokens),
         )
+
+
+def _without_tokens(delta: RequestDelta) -> RequestDelta:
+    reason = delta.finish_reason and "length"
+    return RequestDelta(
+        request_id=delta.request_id, index=delta.index, new_token_ids=[], finish_reason=reason
+    )
+
+
+def _cumulative_logprob(delta: RequestDelta, num_tokens: int) -> float | None:
+    """Of a choice whose text ends behind the first num_tokens of the delta."""
+    if delta.cumulative_logprob is None:
+        return None
+    return delta.cumulative_logprob - sum(t.logprob for t in (delta.logprobs or ())[num_tokens:])
 
 
 async def close_all(generations: Sequence[Generation], reason: str = "abort") -> None:

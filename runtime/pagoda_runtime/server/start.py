@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from pagoda_runtime.engine.detokenizer import IncrementalDetokenizer
+from pagoda_runtime.engine.outputs import engine_params
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.metrics import RequestClock
 from pagoda_runtime.sampling_params import SamplingParams
@@ -103,7 +104,7 @@ class _Plan:
         stream = self.state.engine.generate(
             f"{self.id}-{number}",
             prompt,
-            limited,
+            engine_params(limited),
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
         )

@@ -190,6 +190,30 @@ def test_the_text_shown_ends_before_the_first_complete_stop_string(text, stop):
         assert (shown, detokenizer.stopped_by) == (text[: min(ends) - len(matched)], matched)
 
 
+@given(
+    st.text(alphabet="ab", max_size=20),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(0, 20),
+    st.integers(1, 5),
+)
+def test_a_stop_string_that_is_complete_before_min_tokens_is_text(text, stop, min_tokens, size):
+    detokenizer, data = make(stop=tuple(stop), min_tokens=min_tokens), text.encode()
+    pushes = [data[first : first + size] for first in range(0, len(data), size)]
+    shown = "".join(map(detokenizer.push, pushes)) + detokenizer.finish()
+    ends = [
+        end
+        for end in range(max(1, min_tokens), len(text) + 1)
+        if any(text[:end].endswith(s) for s in stop)
+    ]
+    if not ends:
+        assert (shown, detokenizer.stopped_by) == (text, None)
+        assert detokenizer.num_tokens == len(text)
+    else:
+        matched = max((s for s in stop if text[: ends[0]].endswith(s)), key=len)
+        assert (shown, detokenizer.stopped_by) == (text[: ends[0] - len(matched)], matched)
+        assert detokenizer.num_tokens == ends[0]
+
+
 def test_nothing_is_shown_after_a_stop():
     detokenizer = make(stop=("x",))
     detokenizer.push(list(b"ax"))

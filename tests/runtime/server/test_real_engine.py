@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import time
@@ -19,6 +20,8 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 FLAGS = ["--host", "127.0.0.1", "--port", "0", "--kv-cache-memory-bytes", "4000000"]
 FLAGS += ["--num-threads", "1", "--drain-delay-seconds", "0.2", "--max-num-batched-tokens", "64"]
 FLAGS += ["--max-num-seqs", "8"]
+# The only token that may be drawn: the letter a.
+ONLY_A = {"allowed_token_ids": [67]}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,17 @@ def url(server: ServerProcess) -> str:
 def client(url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
         yield client
+
+
+def scrape(url: str) -> dict[str, float]:
+    """The values of the metrics that have the model's name as their only label."""
+    label = '{model_name="tiny"}'
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return {
+        name.removesuffix(label): float(value)
+        for name, _, value in (line.rpartition(" ") for line in lines)
+        if name.endswith(label)
+    }
 
 
 def test_a_streamed_text_is_the_text_of_one_piece(client):
@@ -96,6 +110,40 @@ def test_a_stop_string_ends_one_choice_of_several(client):
     answer = client.completions.create(**asked, stop=stop)
     assert [choice.text for choice in answer.choices] == [whole[0].split(stop)[0], whole[1]]
     assert [choice.finish_reason for choice in answer.choices] == ["stop", "length"]
+
+
+def test_a_stop_string_counts_once_min_tokens_are_there(client):
+    asked = {"model": "tiny", "prompt": "abc", "stop": ["a"]}
+    for min_tokens in (0, 1, 4):
+        answer = client.completions.create(**asked, extra_body={"min_tokens": min_tokens, **ONLY_A})
+        num_tokens = max(1, min_tokens)
+        assert answer.choices[0].text == "a" * (num_tokens - 1)
+        assert answer.usage.completion_tokens == num_tokens
+
+
+def test_tokens_behind_a_stop_string_are_counted_nowhere_however_busy_the_server_is(url):
+    before = scrape(url)
+
+    async def ask_all() -> list[openai.types.Completion]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any") as client:
+            asked = {"model": "tiny", "prompt": "abc", "stop": ["a"], "max_tokens": 50}
+            asking = (client.completions.create(**asked, extra_body=ONLY_A) for _ in range(64))
+            return await asyncio.gather(*asking)
+
+    answers = asyncio.run(ask_all())
+    assert [answer.usage.completion_tokens for answer in answers] == [1] * 64
+    after = scrape(url)
+    for name in ("generation_tokens_total", "request_generation_tokens_sum"):
+        assert after[f"vllm:{name}"] - before[f"vllm:{name}"] == 64
+
+
+def test_a_prompt_is_counted_once_however_many_choices_it_has(client, url):
+    before = scrape(url)
+    answer = client.completions.create(model="tiny", prompt="123456789", max_tokens=2, n=4)
+    assert answer.usage.prompt_tokens == 10
+    after = scrape(url)
+    for name in ("prompt_tokens_total", "request_prompt_tokens_sum"):
+        assert after[f"vllm:{name}"] - before[f"vllm:{name}"] == 10
 
 
 def test_a_scored_prompt_has_the_logprobs_with_which_it_was_generated(client):
@@ -201,10 +249,9 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(client):
 
 def test_metrics_count_what_the_engine_did(client, url):
     client.completions.create(model="tiny", prompt="a", max_tokens=2)
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
-    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    assert float(values['vllm:generation_tokens_total{model_name="tiny"}']) >= 2
-    assert float(values['vllm:prefix_cache_queries_total{model_name="tiny"}']) >= 1
+    values = scrape(url)
+    assert values["vllm:generation_tokens_total"] >= 2
+    assert values["vllm:prefix_cache_queries_total"] >= 1
     assert httpx.get(f"{url}/load").json()["kv_usage"] == 0
 
 
