@@ -347,5 +347,5 @@ class EngineClient:
 
     def _bury(self, status: int, is_out_of_memory: bool) -> None:
         if not self._is_shut_down:
-            self._fail(describe_exit(self.pid, status, is_out_of_memory))
+            self._fail(describe_exit(status, is_out_of_memory))
         self._exited.set()

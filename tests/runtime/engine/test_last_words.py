@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pagoda_runtime.engine.death import describe_exit
+from pagoda_runtime.engine.death import count_oom_kills, describe_exit
 from pagoda_runtime.engine.process import describe_failure
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.last_words import MAX_LINE_BYTES, write_last_words
@@ -65,7 +65,29 @@ def test_every_exception_has_a_reason(error, reason):
     ],
 )
 def test_an_exit_without_a_word_is_explained_by_its_status(status, is_out_of_memory, reason, words):
-    failure = describe_exit(42, status, is_out_of_memory)
+    failure = describe_exit(status, is_out_of_memory)
     assert failure.reason == reason
     assert words in failure.message
-    assert "pid 42" in failure.message
+    assert "pid" not in failure.message
+
+
+@pytest.mark.parametrize(
+    ("own", "counter"),
+    [
+        ("0::/\n", "memory.events"),
+        ("0::/kubepods/pod1\n", "kubepods/pod1/memory.events"),
+        ("0::/kubepods/pod1\n", "memory.events"),
+        ("4:memory:/docker/7\n0::/\n", "memory/docker/7/memory.oom_control"),
+        ("4:cpu,memory:/docker/7\n", "memory/memory.oom_control"),
+    ],
+)
+def test_oom_kills_are_counted_under_either_version_of_cgroups(tmp_path, own, counter):
+    (tmp_path / "own").write_text(own)
+    file = tmp_path / "cgroup" / counter
+    file.parent.mkdir(parents=True)
+    file.write_text("oom 3\noom_kill 2\noom_group_kill 1\n")
+    assert count_oom_kills(tmp_path / "cgroup", tmp_path / "own") == 2
+
+
+def test_a_machine_without_cgroups_counts_no_kills(tmp_path):
+    assert count_oom_kills(tmp_path, tmp_path / "own") == 0
