@@ -21,7 +21,7 @@ from pagoda_operator.names import (
     selector_labels,
 )
 from pagoda_operator.pod import STARTUP_SECONDS, render_pod_template
-from pagoda_operator.spec import LLMService
+from pagoda_operator.spec import LLMService, RolloutStrategy
 
 # A pod may load for STARTUP_SECONDS; only then has the rollout failed.
 PROGRESS_DEADLINE_SECONDS = STARTUP_SECONDS + 300
@@ -111,10 +111,12 @@ def _metadata(service: LLMService, name: str) -> Manifest:
 
 
 def _render_strategy(service: LLMService) -> Manifest:
-    if service.spec.num_gpus:
-        # The new pod of a surge needs a second set of GPUs and may wait for it for ever.
+    strategy = service.spec.rollout_strategy
+    if strategy is RolloutStrategy.RECREATE:
         return {"type": "Recreate"}
-    return {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    surge = int(strategy is RolloutStrategy.SURGE)
+    rolling = {"maxSurge": surge, "maxUnavailable": 1 - surge}
+    return {"type": "RollingUpdate", "rollingUpdate": rolling}
 
 
 def _digest(template: Manifest) -> str:

@@ -49,6 +49,13 @@ class KvCacheDtype(StrEnum):
     INT8 = "INT8"
 
 
+class RolloutStrategy(StrEnum):
+    AUTO = "Auto"
+    SURGE = "Surge"
+    IN_PLACE = "InPlace"
+    RECREATE = "Recreate"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     uri: str
@@ -97,12 +104,18 @@ class Autoscaling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    strategy: RolloutStrategy = RolloutStrategy.AUTO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LLMServiceSpec:
     model: Model
     engine: Engine = field(default_factory=Engine)
     resources: Resources = field(default_factory=Resources)
     replicas: int = 1
     autoscaling: Autoscaling | None = None
+    rollout: Rollout = field(default_factory=Rollout)
     suspend: bool = False
 
     @property
@@ -110,6 +123,13 @@ class LLMServiceSpec:
         """GPUs of one replica; 0 is an engine on the CPU."""
         count = self.resources.gpu.count
         return self.engine.tensor_parallel_size if count is None else count
+
+    @property
+    def rollout_strategy(self) -> RolloutStrategy:
+        """Never AUTO: a surge needs a second set of GPUs, and may wait for it for ever."""
+        if self.rollout.strategy is not RolloutStrategy.AUTO:
+            return self.rollout.strategy
+        return RolloutStrategy.RECREATE if self.num_gpus else RolloutStrategy.SURGE
 
     @property
     def min_replicas(self) -> int:

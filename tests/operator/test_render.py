@@ -16,6 +16,7 @@ from pagoda_operator.spec import DType, KvCacheDtype, Quantization
 from pagoda_operator.testing import make_service
 
 CPU = {"gpu": {"count": 0}}
+ROLLING = [{"maxSurge": surge, "maxUnavailable": 1 - surge} for surge in (0, 1)]
 
 
 def deployment(spec: dict[str, Any] | None = None) -> Manifest:
@@ -94,6 +95,20 @@ def test_a_cpu_engine_rolls_by_surge_and_a_gpu_engine_by_recreate() -> None:
         "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
     }
     assert deployment()["spec"]["strategy"] == {"type": "Recreate"}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rendered"),
+    [
+        ("Recreate", {"type": "Recreate"}),
+        ("InPlace", {"type": "RollingUpdate", "rollingUpdate": ROLLING[0]}),
+        ("Surge", {"type": "RollingUpdate", "rollingUpdate": ROLLING[1]}),
+    ],
+)
+def test_a_chosen_strategy_holds_on_cpus_and_gpus(strategy: str, rendered: Manifest) -> None:
+    for resources in ({}, CPU):
+        found = deployment({"resources": resources, "rollout": {"strategy": strategy}})
+        assert found["spec"]["strategy"] == rendered
 
 
 def test_the_grace_period_covers_the_drain_that_the_flags_ask_for() -> None:
