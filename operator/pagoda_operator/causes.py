@@ -11,9 +11,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pagoda_operator.flags import model_claim
+from pagoda_operator.flags import MODELS_PATH, model_claim
 from pagoda_operator.names import LABEL_REVISION, Manifest
-from pagoda_operator.spec import LLMServiceSpec
+from pagoda_operator.spec import LLMServiceSpec, RolloutStrategy
 
 # Contract with the runtime: the reasons of its last words (`tests/contract`).
 FATAL_REASONS = (
@@ -31,8 +31,13 @@ FATAL_REASONS = (
     "RankDied",
     "DiskFull",
     "InvalidFlags",
+    "SourceUnreachable",
 )
+# The pod's own next attempt may succeed: nobody has to act.
+TRANSIENT_REASONS = ("SourceUnreachable",)
 IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
+# Warnings that keep a container from being created; the pod's own status says nothing of them.
+START_WARNINGS = ("FailedMount", "FailedAttachVolume", "FailedMapVolume", "FailedCreatePodSandBox")
 CRASHES_UNTIL_STALLED = 3
 MAX_MESSAGE = 1024
 
@@ -47,19 +52,34 @@ class Cause:
 
 
 def find_cause(
-    spec: LLMServiceSpec, deployment: Manifest, pods: Sequence[Manifest], revision: str
+    spec: LLMServiceSpec,
+    deployment: Manifest,
+    pods: Sequence[Manifest],
+    revision: str,
+    events: Sequence[Manifest] = (),
 ) -> Cause | None:
-    """The cause that weighs most, or None if nothing is known to be wrong."""
-    current = [
+    """The cause that weighs most, or None if nothing is known to be wrong.
+
+    Args:
+        events: warnings about the pods that `is_unstarted`.
+    """
+    living = [
         pod
         for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"]))
-        if pod["metadata"].get("labels", {}).get(LABEL_REVISION) == revision
-        and "deletionTimestamp" not in pod["metadata"]
+        if "deletionTimestamp" not in pod["metadata"]
         and pod.get("status", {}).get("phase") in ("Pending", "Running", "Unknown")
-        and not is_ready(pod)
     ]
-    causes = [cause for pod in current if (cause := _cause_of_pod(spec, pod)) is not None]
-    if (cause := _cause_of_deployment(deployment)) is not None:
+    current = [pod for pod in living if _revision(pod) == revision]
+    waiting = [pod for pod in current if not is_ready(pod)]
+    older = [pod for pod in living if _revision(pod) != revision]
+    failed = [pod for pod in failed_pods(pods) if _revision(pod) == revision]
+    found = [
+        # First, because it says why the pod that takes its place is loading the model again.
+        _cause_of_failed(failed, current) if waiting else None,
+        *(_cause_of_pod(spec, pod, older, events) for pod in waiting),
+    ]
+    causes = [cause for cause in found if cause is not None]
+    if (cause := _cause_of_deployment(deployment, causes)) is not None:
         causes.append(cause)
     # min keeps the first of equals, and pods are in order: the same state gives the same words.
     return min(causes, key=lambda cause: not cause.is_stalled, default=None)
@@ -70,21 +90,79 @@ def is_ready(pod: Manifest) -> bool:
     return _condition(pod, "Ready").get("status") == "True"
 
 
+def is_unstarted(pod: Manifest) -> bool:
+    """Whether the pod has a node on which its container was never created."""
+    statuses = pod.get("status", {}).get("containerStatuses", [])
+    return (
+        pod.get("status", {}).get("phase") == "Pending"
+        and _condition(pod, "PodScheduled").get("status") == "True"
+        and all(
+            entry.get("state", {}).get("waiting", {}).get("reason") in (None, "ContainerCreating")
+            for entry in statuses
+        )
+    )
+
+
+def failed_pods(pods: Sequence[Manifest]) -> list[Manifest]:
+    """Pods that their node ended (evicted, shut down): they never come back. Newest first."""
+    failed = [
+        pod
+        for pod in pods
+        if pod.get("status", {}).get("phase") == "Failed"
+        and "deletionTimestamp" not in pod["metadata"]
+    ]
+    return sorted(failed, key=lambda pod: (_created(pod), pod["metadata"]["name"]), reverse=True)
+
+
+def shorten(text: str) -> str:
+    """One line that a condition has room for."""
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
+
+
+def _revision(pod: Manifest) -> str:
+    return str(pod["metadata"].get("labels", {}).get(LABEL_REVISION, ""))
+
+
+def _created(pod: Manifest) -> str:
+    return str(pod["metadata"].get("creationTimestamp", ""))
+
+
 def _condition(manifest: Manifest, kind: str) -> Manifest:
     conditions: list[Manifest] = manifest.get("status", {}).get("conditions", [])
     return next((entry for entry in conditions if entry.get("type") == kind), {})
 
 
-def _cause_of_pod(spec: LLMServiceSpec, pod: Manifest) -> Cause | None:
+def _cause_of_failed(failed: Sequence[Manifest], current: Sequence[Manifest]) -> Cause | None:
+    # What failed before a pod that is ready now is past.
+    since = max((_created(pod) for pod in current if is_ready(pod)), default="")
+    failed = [pod for pod in failed if _created(pod) > since or not since]
+    if not failed:
+        return None
+    status = failed[0]["status"]
+    why = str(status.get("reason", "no reason given"))
+    text = f"The node ended the pod ({why}): {status.get('message', '')}"
+    if "memory" in text:
+        text += " Set spec.resources.memory to what the engine needs."
+    is_stalled = len(failed) >= CRASHES_UNTIL_STALLED
+    return Cause("Evicted" if why == "Evicted" else "PodFailed", shorten(text), is_stalled)
+
+
+def _cause_of_pod(
+    spec: LLMServiceSpec, pod: Manifest, older: Sequence[Manifest], events: Sequence[Manifest]
+) -> Cause | None:
     scheduled = _condition(pod, "PodScheduled")
     if scheduled.get("status") == "False":
-        return _cause_of_unscheduled(spec, str(scheduled.get("message", "")))
+        return _cause_of_unscheduled(spec, str(scheduled.get("message", "")), older)
+    if is_unstarted(pod):
+        return _cause_of_warnings(pod, events)
     for status in pod.get("status", {}).get("containerStatuses", []):
         state, last = status.get("state", {}), status.get("lastState", {})
         if (waiting := state.get("waiting", {})).get("reason") in IMAGE_REASONS:
             return _cause_of_image(str(status.get("image", "")), str(waiting.get("message", "")))
         if waiting.get("reason") in ("CreateContainerConfigError", "CreateContainerError"):
-            return Cause(waiting["reason"], _shorten(str(waiting.get("message", ""))), True)
+            message = str(waiting.get("message", ""))
+            return _cause_of_missing(message) or Cause(waiting["reason"], shorten(message), True)
         terminated = state.get("terminated") or last.get("terminated")
         if terminated:
             return _cause_of_exit(spec, terminated, int(status.get("restartCount", 0)))
@@ -93,16 +171,57 @@ def _cause_of_pod(spec: LLMServiceSpec, pod: Manifest) -> Cause | None:
     return None
 
 
-def _cause_of_unscheduled(spec: LLMServiceSpec, message: str) -> Cause:
+def _cause_of_unscheduled(spec: LLMServiceSpec, message: str, older: Sequence[Manifest]) -> Cause:
     resource = spec.resources.gpu.resource_name
-    if f"Insufficient {resource}" in message:
-        text = f"No node has {spec.num_gpus} free {resource}. The scheduler says: {message}"
-        return Cause("InsufficientGPU", _shorten(text), False)
     claim = model_claim(spec.model.uri)
     if claim and f'persistentvolumeclaim "{claim}" not found' in message:
         text = f"The PersistentVolumeClaim {claim} of spec.model.uri does not exist in this "
         return Cause("ModelNotFound", text + "namespace; create it, or correct the uri.", True)
-    return Cause("Unschedulable", _shorten(f"The scheduler says: {message}"), False)
+    if older and "Insufficient" in message and spec.rollout_strategy is RolloutStrategy.SURGE:
+        names = ", ".join(str(pod["metadata"]["name"]) for pod in older)
+        text = (
+            f"There is no room for a new engine beside {names}, which holds its own until the new "
+            "one is ready. Set spec.rollout.strategy to InPlace or Recreate, which stop the old "
+            f"one first, or make room. The scheduler says: {message}"
+        )
+        return Cause("NoRoomToSurge", shorten(text), False)
+    if f"Insufficient {resource}" in message:
+        text = f"No node has {spec.num_gpus} free {resource}. The scheduler says: {message}"
+        return Cause("InsufficientGPU", shorten(text), False)
+    return Cause("Unschedulable", shorten(f"The scheduler says: {message}"), False)
+
+
+def _cause_of_warnings(pod: Manifest, events: Sequence[Manifest]) -> Cause | None:
+    """Why the container is not created, from the latest warning that names a cause."""
+    uid = pod["metadata"].get("uid")
+    warnings = [
+        event
+        for event in events
+        if event.get("involvedObject", {}).get("uid") == uid
+        and event.get("reason") in START_WARNINGS
+    ]
+    if not warnings:
+        return None
+
+    def weight(event: Manifest) -> tuple[bool, str]:
+        # That the kubelet gave up waiting is said in turn with what it waited for.
+        message = str(event.get("message", ""))
+        is_timeout = "timed out waiting" in message or "deadline exceeded" in message
+        return not is_timeout, str(event.get("lastTimestamp") or event.get("eventTime"))
+
+    event = max(warnings, key=weight)
+    # The id of a sandbox is another one at each attempt.
+    message = re.sub(r"[0-9a-f]{32,}", "…", str(event.get("message", "")))
+    return _cause_of_missing(message) or Cause(str(event["reason"]), shorten(message), False)
+
+
+def _cause_of_missing(message: str) -> Cause | None:
+    found = re.search(r'(secret|configmap) "([^"]+)" not found', message)
+    if found is None:
+        return None
+    kind = {"secret": "Secret", "configmap": "ConfigMap"}[found[1]]
+    text = f"The {kind} {found[2]} does not exist in this namespace; create it, or correct the spec"
+    return Cause(f"{kind}Missing", f"{text} that names it.", True)
 
 
 def _cause_of_image(image: str, detail: str) -> Cause:
@@ -111,24 +230,34 @@ def _cause_of_image(image: str, detail: str) -> Cause:
     detail = re.sub(r'^Back-off pulling image "[^"]*":?\s*', "", detail)
     detail = re.sub(r"^(ErrImagePull|ImagePullBackOff):\s*", "", detail)
     text = f"The image {image} cannot be pulled; correct spec.engine.image or the registry. "
-    return Cause("ImagePullFailed", _shorten(text + detail), True)
+    return Cause("ImagePullFailed", shorten(text + detail), True)
 
 
 def _cause_of_exit(spec: LLMServiceSpec, terminated: Manifest, restarts: int) -> Cause:
     message = str(terminated.get("message", ""))
-    if (words := parse_last_words(message)) is not None:
-        return Cause(words[0], _shorten(words[1]), True)
-    code = terminated.get("exitCode")
+    # Before the last words: the process that writes them may not know what killed its child.
     if terminated.get("reason") == "OOMKilled":
         limit = spec.resources.memory or "the limit of the namespace"
         text = f"The engine used more memory than it may ({limit}); raise spec.resources.memory."
         return Cause("OutOfMemory", text, True)
-    tail = message.strip()[-200:]
+    if (words := parse_last_words(message)) is not None:
+        reason, text = words[0], _name_model_as_user(spec.model.uri, words[1])
+        return Cause(reason, shorten(text), reason not in TRANSIENT_REASONS)
+    code = terminated.get("exitCode")
+    # What differs between two equal crashes would be a write at each: so no count of restarts.
+    tail = re.sub(r"\d{4}-\d\d-\d\d[T ][\d:.,]+\S*|0x[0-9a-f]+|\(?pid \d+\)?", "…", message.strip())
+    tail = tail[-200:]
     if restarts >= CRASHES_UNTIL_STALLED:
-        # No count of restarts: it would be a write at every crash.
         text = f"The engine ends again and again, with exit status {code}. Its last words: {tail}"
         return Cause("CrashLooping", text, True)
     return Cause("Restarting", f"The engine ended with exit status {code}: {tail}", False)
+
+
+def _name_model_as_user(uri: str, message: str) -> str:
+    """The message with the uri of the spec in place of the path at which the claim is mounted."""
+    if (claim := model_claim(uri)) is None:
+        return message
+    return re.sub(rf"(?<![\w./-]){MODELS_PATH}(?![\w-])", f"pvc://{claim}", message)
 
 
 def parse_last_words(message: str) -> tuple[str, str] | None:
@@ -143,21 +272,17 @@ def parse_last_words(message: str) -> tuple[str, str] | None:
     return None
 
 
-def _cause_of_deployment(deployment: Manifest) -> Cause | None:
+def _cause_of_deployment(deployment: Manifest, of_pods: Sequence[Cause]) -> Cause | None:
     status = deployment.get("status", {})
     if status.get("observedGeneration", 0) < deployment["metadata"].get("generation", 0):
         return None
     failure = _condition(deployment, "ReplicaFailure")
     if failure.get("status") == "True":
-        message = _shorten(str(failure.get("message", "")))
+        message = shorten(str(failure.get("message", "")))
         reason = "QuotaExceeded" if "exceeded quota" in message else "PodsForbidden"
         return Cause(reason, message, True)
     if _condition(deployment, "Progressing").get("reason") == "ProgressDeadlineExceeded":
         text = "The pods of this revision did not become ready in time."
-        return Cause("ProgressDeadlineExceeded", text, True)
+        text = " ".join([text, *(cause.message for cause in of_pods[:1])])
+        return Cause("ProgressDeadlineExceeded", shorten(text), True)
     return None
-
-
-def _shorten(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"

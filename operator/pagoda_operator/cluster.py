@@ -30,6 +30,7 @@ PATHS = {
     "Service": ("/api/v1", "services"),
     "ServiceAccount": ("/api/v1", "serviceaccounts"),
     "Pod": ("/api/v1", "pods"),
+    "Event": ("/api/v1", "events"),
 }
 """kind → (path of its API group, plural)"""
 
@@ -73,8 +74,10 @@ class Cluster(Protocol):
     async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
         """The object, or None if there is none."""
 
-    async def list(self, kind: str, namespace: str | None, selector: str = "") -> list[Manifest]:
-        """The objects of a namespace (None: of all) that have the labels."""
+    async def list(
+        self, kind: str, namespace: str | None, selector: str = "", fields: str = ""
+    ) -> list[Manifest]:
+        """The objects of a namespace (None: of all) that have the labels and the fields."""
 
     async def apply(self, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
         """Server-side apply; returns the object as it is afterwards."""
@@ -135,8 +138,11 @@ class ApiServer:
         except NotFound:
             return None
 
-    async def list(self, kind: str, namespace: str | None, selector: str = "") -> list[Manifest]:
+    async def list(
+        self, kind: str, namespace: str | None, selector: str = "", fields: str = ""
+    ) -> list[Manifest]:
         query = {"labelSelector": selector} if selector else {}
+        query |= {"fieldSelector": fields} if fields else {}
         found = await self._request("GET", _path(kind, namespace), query=query)
         group = PATHS[kind][0]
         api_version = group.removeprefix("/apis/").removeprefix("/api/")

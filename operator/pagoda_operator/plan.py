@@ -72,11 +72,15 @@ class Delete:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The writes that are needed, in order; `conflicts` are names that others hold."""
+    """The writes that are needed, in order.
+
+    conflicts: names that others hold. waiting: children that have to be gone first.
+    """
 
     applies: tuple[Apply, ...] = ()
     deletes: tuple[Delete, ...] = ()
     conflicts: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
     requeue_seconds: float | None = None
 
 
@@ -90,23 +94,23 @@ def make_plan(
         engine_image: the image of engines whose spec names none.
     """
     wanted = render_children(service, engine_image=engine_image)
-    applies, conflicts, is_waiting = [], [], False
+    applies, conflicts, waiting = [], [], []
     for ref, manifest in wanted.items():
         live = observed.children.get(ref)
-        if live is not None and not _is_ours(live, service):
+        if live is not None and not is_ours(live, service):
             if _has_dead_owner(live, service):
-                is_waiting = True
+                waiting.append(_describe_deletion(ref, live))
             else:
                 conflicts.append(_describe_conflict(ref, live))
         elif live is not None and "deletionTimestamp" in live["metadata"]:
-            is_waiting = True
+            waiting.append(_describe_deletion(ref, live))
         elif live is None or observed.applied.get(ref) != Applied(digest(manifest), digest(live)):
             applies.append(_plan_apply(ref, manifest, live, target_replicas))
     deletes = [
         Delete(ref=ref, uid=live["metadata"]["uid"])
         for ref, live in sorted(observed.children.items())
         if ref not in wanted
-        and _is_controlled_by(live, service)
+        and is_controlled_by(live, service.uid)
         and "deletionTimestamp" not in live["metadata"]
     ]
     if conflicts:
@@ -114,7 +118,8 @@ def make_plan(
     return Plan(
         applies=tuple(applies),
         deletes=tuple(deletes),
-        requeue_seconds=WAIT_FOR_DELETION_SECONDS if is_waiting else None,
+        waiting=tuple(waiting),
+        requeue_seconds=WAIT_FOR_DELETION_SECONDS if waiting else None,
     )
 
 
@@ -180,15 +185,16 @@ def _controller(manifest: Manifest) -> Manifest:
     return next((owner for owner in owners if owner.get("controller")), {})
 
 
-def _is_controlled_by(manifest: Manifest, service: LLMService) -> bool:
-    return bool(_controller(manifest).get("uid") == service.uid)
+def is_controlled_by(manifest: Manifest, uid: str) -> bool:
+    """Whether the object is a child of the LLMService with the uid."""
+    return bool(_controller(manifest).get("uid") == uid)
 
 
-def _is_ours(manifest: Manifest, service: LLMService) -> bool:
+def is_ours(manifest: Manifest, service: LLMService) -> bool:
     """Whether it is a child, or one that lost its owner: left behind, or put back from a backup."""
     if not _controller(manifest):
         return is_made_by_us(manifest, service.key.name)
-    return _is_controlled_by(manifest, service)
+    return is_controlled_by(manifest, service.uid)
 
 
 def _has_dead_owner(manifest: Manifest, service: LLMService) -> bool:
@@ -204,3 +210,10 @@ def _describe_conflict(ref: ChildRef, live: Manifest) -> str:
     owner = _controller(live)
     whose = f"{owner.get('kind')} {owner.get('name')}" if owner else "no LLMService"
     return f"{ref} exists and belongs to {whose}; delete it, or give this LLMService another name"
+
+
+def _describe_deletion(ref: ChildRef, live: Manifest) -> str:
+    if "deletionTimestamp" not in live["metadata"]:
+        return f"{ref} belongs to a deleted LLMService of this name, and is deleted with it"
+    finalizers = ", ".join(live["metadata"].get("finalizers", [])) or "none"
+    return f"{ref} is being deleted (its finalizers: {finalizers}); it is made anew when it is gone"

@@ -9,15 +9,28 @@ one goes on from what it finds. All it remembers is what saves work (`plan.Appli
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from pagoda_operator.autoscaling import autoscaling_condition
-from pagoda_operator.causes import Cause, find_cause
-from pagoda_operator.cluster import Cluster, NotFound, Refused, status_manifest
+from pagoda_operator.causes import (
+    CRASHES_UNTIL_STALLED,
+    Cause,
+    failed_pods,
+    find_cause,
+    shorten,
+)
+from pagoda_operator.cluster import (
+    ApiError,
+    Cluster,
+    NotFound,
+    Refused,
+    Unavailable,
+    status_manifest,
+)
 from pagoda_operator.names import (
     CHILD_KINDS,
     LABEL_SERVICE,
@@ -28,12 +41,21 @@ from pagoda_operator.names import (
     Manifest,
     engine_name,
 )
+from pagoda_operator.observe import World, list_warnings, seconds_to_next_look
 from pagoda_operator.ownership import replicas_owner
-from pagoda_operator.plan import Applied, Observed, Plan, digest, make_plan, plan_scale
+from pagoda_operator.plan import (
+    Applied,
+    Observed,
+    Plan,
+    digest,
+    is_controlled_by,
+    make_plan,
+    plan_scale,
+)
 from pagoda_operator.poll import Poller
 from pagoda_operator.render import render_children, revision_of
 from pagoda_operator.spec import LLMService, SpecError, parse
-from pagoda_operator.status import failed_status, make_status
+from pagoda_operator.status import Counts, failed_status, is_seen, make_status
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +72,6 @@ def utc_now() -> datetime:
 
 async def _nothing() -> list[Manifest]:
     return []
-
-
-@dataclass(frozen=True, slots=True)
-class _World:
-    """What one pass read."""
-
-    children: dict[ChildRef, Manifest]
-    pods: list[Manifest]
 
 
 class Reconciler:
@@ -88,54 +102,55 @@ class Reconciler:
             # The garbage collector deletes the children: they name their owner.
             self.forget(key)
             return None
+        previous: Manifest = manifest.get("status", {})
         try:
             service = parse(manifest)
         except SpecError as error:
-            self._poller.forget(key)
-            await self._write_failure(manifest, "InvalidSpec", str(error))
+            await self._reject(key, manifest, str(error))
             return None
-        world = await self._observe(service, manifest.get("status", {}))
-        deployment = world.children.get(ChildRef("Deployment", engine_name(key.name)))
-        target = self._poller.target(service, manifest.get("status", {}), deployment)
-        applied = self._applied.setdefault(key, {})
-        observed = Observed(children=world.children, applied=applied)
+        try:
+            world = await self._observe(service, previous)
+        except (Refused, Unavailable) as error:
+            # One read that fails says nothing of what is in force already.
+            if (
+                isinstance(error, Refused)
+                or previous.get("observedGeneration") != service.generation
+            ):
+                with contextlib.suppress(ApiError):
+                    await self._write_failure(manifest, _cause_of_error(error), None)
+            raise
+        deployment = world.own(service, ChildRef("Deployment", engine_name(key.name)))
+        target = self._poller.target(service, previous, deployment)
+        observed = Observed(children=world.children, applied=self._applied.setdefault(key, {}))
         plan = make_plan(service, observed, target_replicas=target, engine_image=self._engine_image)
-        if plan.conflicts:
-            self._poller.forget(key)
-            await self._write_failure(manifest, "NameConflict", "; ".join(plan.conflicts))
-            return CONFLICT_RETRY_SECONDS
+        failure: Refused | Unavailable | None = None
         try:
             deployment = await self._execute(key, plan, deployment, target)
-        except Refused as error:
-            reason = "QuotaExceeded" if "exceeded quota" in error.message else "Refused"
-            await self._write_failure(manifest, reason, error.message)
-            return REFUSED_RETRY_SECONDS
-        if plan.applies and "observedGeneration" not in manifest.get("status", {}):
+        except (Refused, Unavailable) as error:
+            failure = error
+        if failure is None and plan.applies and not is_seen(previous):
             return FIRST_STATUS_SECONDS
-        cause = self._find_cause(service, deployment, world.pods, plan)
-        status = make_status(
-            service,
-            deployment=deployment,
-            cause=cause,
-            desired_replicas=target,
-            previous=manifest.get("status", {}),
-            now=self._now(),
-            further=autoscaling_condition(
-                service.spec,
-                replicas_owner=replicas_owner(manifest),
-                blindness=self._poller.blindness(key),
-            ),
-        )
-        await self._write_status(manifest, status)
+        hindrance = _find_hindrance(plan, failure)
+        # The queue tells of the first trouble, and tries the status again as well.
+        with contextlib.suppress(*([ApiError] if isinstance(failure, Unavailable) else [])):
+            await self._report(manifest, service, world, deployment, target, hindrance)
+        if isinstance(failure, Unavailable):
+            raise failure
+        if failure is not None:
+            return REFUSED_RETRY_SECONDS
+        if plan.conflicts:
+            self._poller.forget(key)
+            return CONFLICT_RETRY_SECONDS
         self._poller.watch(service, target, world.pods)
-        return plan.requeue_seconds
+        await self._clean_up(key, world.pods)
+        return plan.requeue_seconds or seconds_to_next_look(world.pods, self._now())
 
     def forget(self, key: Key) -> None:
         """The LLMService is gone."""
         self._applied.pop(key, None)
         self._poller.forget(key)
 
-    async def _observe(self, service: LLMService, status: Manifest) -> _World:
+    async def _observe(self, service: LLMService, status: Manifest) -> World:
         """The children, by name and where needed by label, and the pods.
 
         An object of ours whose name the renderer does not give (any more) was made by an earlier
@@ -144,7 +159,7 @@ class Reconciler:
         namespace, selector = service.key.namespace, f"{LABEL_SERVICE}={service.key.name}"
         wanted = list(render_children(service, engine_image=self._engine_image))
         is_known = service.key in self._applied
-        is_new = not is_known and "observedGeneration" not in status
+        is_new = not is_known and not is_seen(status)
         kinds = () if is_new or is_known else CHILD_KINDS
         *lists, pods = await asyncio.gather(
             *(self._cluster.list(kind, namespace, selector) for kind in kinds),
@@ -160,12 +175,23 @@ class Reconciler:
             *(self._cluster.get(ref.kind, namespace, ref.name) for ref in unseen)
         )
         children |= {ref: item for ref, item in zip(unseen, found, strict=True) if item is not None}
-        return _World(children, pods)
+        return World(children, pods, await list_warnings(self._cluster, namespace, pods))
+
+    async def _clean_up(self, key: Key, pods: list[Manifest]) -> None:
+        """Delete pods that their node ended, except the last few: nobody else does."""
+        with contextlib.suppress(Refused):
+            for pod in failed_pods(pods)[CRASHES_UNTIL_STALLED:]:
+                metadata = pod["metadata"]
+                name = metadata["name"]
+                await self._cluster.delete("Pod", key.namespace, name, uid=metadata["uid"])
+                logger.info("%s: deleted the pod %s, which its node ended", key, name)
 
     async def _execute(
         self, key: Key, plan: Plan, deployment: Manifest | None, target: int
     ) -> Manifest | None:
         """Write what the plan says; returns the Deployment as it is afterwards."""
+        if plan.conflicts:
+            return deployment
         applied = self._applied[key]
         for apply in plan.applies:
             if apply.taken_over is not None:
@@ -192,21 +218,51 @@ class Reconciler:
             logger.info("%s: scaled from %s to %d replicas", key, before, target)
         return deployment
 
-    def _find_cause(
-        self, service: LLMService, deployment: Manifest | None, pods: list[Manifest], plan: Plan
-    ) -> Cause | None:
-        if plan.requeue_seconds is not None:
-            text = "Objects of a deleted LLMService of this name are still being deleted."
-            return Cause("WaitingForDeletion", text, False)
-        if deployment is None:
-            return None
-        return find_cause(service.spec, deployment, pods, revision_of(deployment))
+    async def _reject(self, key: Key, manifest: Manifest, message: str) -> None:
+        """Say that the spec is not understood, and what becomes of the pods meanwhile."""
+        self._poller.forget(key)
+        live = await self._cluster.get("Deployment", key.namespace, engine_name(key.name))
+        if live is not None and not is_controlled_by(live, manifest["metadata"]["uid"]):
+            live = None
+        cause = Cause("InvalidSpec", shorten(message), True)
+        await self._write_failure(manifest, cause, Counts.of(live))
 
-    async def _write_failure(self, manifest: Manifest, reason: str, message: str) -> None:
+    async def _report(
+        self,
+        manifest: Manifest,
+        service: LLMService,
+        world: World,
+        deployment: Manifest | None,
+        target: int,
+        hindrance: Cause | None,
+    ) -> None:
+        cause = hindrance
+        if cause is None and deployment is not None:
+            revision = revision_of(deployment)
+            cause = find_cause(service.spec, deployment, world.pods, revision, world.events)
+        front = world.own(service, ChildRef("Service", service.key.name))
+        status = make_status(
+            service,
+            deployment=deployment,
+            cause=cause,
+            desired_replicas=target,
+            previous=manifest.get("status", {}),
+            now=self._now(),
+            is_applied=hindrance is None,
+            is_reachable=hindrance is None or front is not None,
+            further=autoscaling_condition(
+                service.spec,
+                replicas_owner=replicas_owner(manifest),
+                blindness=self._poller.blindness(service.key),
+            ),
+        )
+        await self._write_status(manifest, status)
+
+    async def _write_failure(self, manifest: Manifest, cause: Cause, counts: Counts | None) -> None:
         status = failed_status(
             manifest["metadata"]["generation"],
-            reason,
-            message[:1024],
+            cause,
+            counts,
             previous=manifest.get("status", {}),
             now=self._now(),
         )
@@ -220,3 +276,22 @@ class Reconciler:
             await self._cluster.apply_status(status_manifest(manifest, status), manager=MANAGER)
         except NotFound:
             logger.info("%s is gone", manifest["metadata"]["name"])
+
+
+def _find_hindrance(plan: Plan, failure: ApiError | None) -> Cause | None:
+    """Why the children are not what the spec asks for, if they are not."""
+    if plan.conflicts:
+        return Cause("NameConflict", shorten("; ".join(plan.conflicts)), True)
+    if failure is not None:
+        return _cause_of_error(failure)
+    if plan.waiting:
+        return Cause("WaitingForDeletion", shorten("; ".join(plan.waiting)), False)
+    return None
+
+
+def _cause_of_error(error: ApiError) -> Cause:
+    if isinstance(error, Refused):
+        reason = "QuotaExceeded" if "exceeded quota" in error.message else "Refused"
+        return Cause(reason, shorten(error.message), True)
+    text = f"The API server fails, and is asked again: {error.message}"
+    return Cause("ApiServerError", shorten(text), False)

@@ -24,8 +24,12 @@ from pagoda_operator.names import Manifest, selector_labels
 from pagoda_operator.render import revision_of
 from pagoda_operator.spec import LLMService
 
-Conditions = dict[str, tuple[bool, str, str]]
-"""type → (status, reason, message)"""
+Condition = tuple[bool | None, str, str]
+"""(status, reason, message); None is Unknown."""
+Conditions = dict[str, Condition]
+"""type → condition"""
+
+STARTING = Cause("Progressing", "The engines are being started.", False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,21 @@ class Counts:
             is_current=status.get("observedGeneration", 0) >= generation,
         )
 
+    def fields(self, desired_replicas: int) -> Manifest:
+        """The counts as the status has them."""
+        return {
+            "replicas": self.total,
+            "updatedReplicas": self.updated,
+            "readyReplicas": self.ready,
+            "desiredReplicas": desired_replicas,
+            "summary": f"{self.ready}/{desired_replicas}",
+        }
+
+
+def is_seen(status: Manifest) -> bool:
+    """Whether an operator has written this status; the CRD's default is generation -1."""
+    return bool(status.get("observedGeneration", -1) >= 1)
+
 
 def make_status(
     service: LLMService,
@@ -63,14 +82,19 @@ def make_status(
     previous: Manifest,
     now: datetime,
     further: Conditions | None = None,
+    is_applied: bool = True,
+    is_reachable: bool = True,
 ) -> Manifest:
     """The status to write if it differs from the previous one.
 
     Args:
-        cause: what is wrong with the pods, or keeps the children from being made.
-        previous: the status that the object has, {} at first.
+        deployment: the live one of this service, never a stranger's.
+        cause: what is wrong with the pods, or keeps the children from being what they should be.
+        previous: the status that the object has.
         now: in UTC; the time of the conditions that change with this status.
         further: conditions beside the four.
+        is_applied: every child is as the spec asks; if not, `cause` says why.
+        is_reachable: the Service in front of the engines is there and is ours.
     """
     counts = Counts.of(deployment)
     labels = selector_labels(service.key.name)
@@ -79,36 +103,35 @@ def make_status(
         "url": f"http://{service.key.name}.{service.key.namespace}.svc/v1",
         "modelName": service.model_name,
         "selector": ",".join(f"{key}={value}" for key, value in sorted(labels.items())),
-        "replicas": counts.total,
-        "updatedReplicas": counts.updated,
-        "readyReplicas": counts.ready,
-        "desiredReplicas": desired_replicas,
-        "summary": f"{counts.ready}/{desired_replicas}",
+        **counts.fields(desired_replicas),
     }
     if deployment is not None:
         status["revision"] = revision_of(deployment)
-    conditions = _conditions(service, counts, cause) | (further or {})
+    available = _available(counts, desired_replicas, service.spec.suspend, is_reachable)
+    if cause is not None and not is_applied:
+        conditions = _hindered(available, cause)
+    else:
+        conditions = _conditions(service, counts, cause, desired_replicas, available)
+    conditions |= further or {}
     status["conditions"] = merge_conditions(conditions, previous, service.generation, now)
     return status
 
 
 def failed_status(
-    generation: int, reason: str, message: str, *, previous: Manifest, now: datetime
+    generation: int, cause: Cause, counts: Counts | None, *, previous: Manifest, now: datetime
 ) -> Manifest:
-    """The status of a spec that nothing was done for; what is known of the pods stays as it was."""
-    available = _previous_condition(previous, "Available")
-    conditions: Conditions = {
-        "Ready": (False, reason, message),
-        "Available": (
-            available.get("status") == "True",
-            available.get("reason", "NoReadyReplica"),
-            available.get("message", "No replica is ready."),
-        ),
-        "Reconciling": (False, "Stalled", "Nothing is done until the cause is gone."),
-        "Stalled": (True, reason, message),
-    }
+    """The status of a spec that could not be read, or whose children could not.
+
+    Args:
+        counts: None where the pods are not known; what was known of them stays.
+    """
     kept = {key: value for key, value in previous.items() if key != "conditions"}
-    merged = merge_conditions(conditions, previous, generation, now)
+    if counts is None:
+        available: Condition = (None, cause.reason, "The pods could not be read.")
+    else:
+        kept |= counts.fields(desired := previous.get("desiredReplicas", counts.total))
+        available = _available(counts, desired, False, True)
+    merged = merge_conditions(_hindered(available, cause), previous, generation, now)
     return {**kept, "observedGeneration": generation, "conditions": merged}
 
 
@@ -118,7 +141,7 @@ def merge_conditions(
     """Conditions as the API has them; the transition time moves only with the status."""
     merged = []
     for kind, (is_true, reason, message) in conditions.items():
-        text = "True" if is_true else "False"
+        text = {True: "True", False: "False", None: "Unknown"}[is_true]
         before = _previous_condition(previous, kind)
         since = before.get("lastTransitionTime") if before.get("status") == text else None
         merged.append(
@@ -139,9 +162,10 @@ def _previous_condition(previous: Manifest, kind: str) -> dict[str, Any]:
     return next((entry for entry in entries if entry.get("type") == kind), {})
 
 
-def _conditions(service: LLMService, counts: Counts, cause: Cause | None) -> Conditions:
+def _conditions(
+    service: LLMService, counts: Counts, cause: Cause | None, desired: int, available: Condition
+) -> Conditions:
     needed = service.spec.min_replicas
-    available = _available(service, counts)
     if needed == 0:
         # Nothing runs because nothing should: there is nothing that could be wrong.
         if counts.total:
@@ -151,41 +175,56 @@ def _conditions(service: LLMService, counts: Counts, cause: Cause | None) -> Con
     is_in_force = (
         counts.is_current and counts.total == counts.updated and counts.available >= needed
     )
-    if is_in_force and (cause is None or not cause.is_stalled):
-        return _settled(available, "Serving", "The engines of the current revision serve.")
-    if cause is not None and cause.is_stalled:
-        return {
-            "Ready": (False, cause.reason, cause.message),
-            "Available": available,
-            "Reconciling": (False, "Stalled", "Nothing is done until the cause is gone."),
-            "Stalled": (True, cause.reason, cause.message),
-        }
-    if cause is not None:
-        return _in_progress(available, cause.reason, cause.message)
-    return _in_progress(available, "Progressing", "The engines are being started.")
+    if not is_in_force or (cause is not None and cause.is_stalled):
+        return _hindered(available, cause or STARTING)
+    if counts.available < desired:
+        # The spec asks for no more than the minimum, so that kstatus need not wait for the rest.
+        why = cause or STARTING
+        text = f"{counts.available} of {desired} replicas serve. {why.message}"
+        return _settled(available, why.reason, text, left="The spec is in force; see Ready.")
+    return _settled(available, "Serving", "The engines of the current revision serve.")
 
 
-def _available(service: LLMService, counts: Counts) -> tuple[bool, str, str]:
-    if counts.ready:
+def _available(counts: Counts, desired: int, is_suspended: bool, is_reachable: bool) -> Condition:
+    if counts.ready and not is_reachable:
+        text = "Engines are ready, but the Service in front of them is missing or not ours."
+        return False, "NoService", text
+    if counts.ready >= desired and counts.ready:
         return True, "ReplicasAvailable", "Requests are answered."
-    if service.spec.suspend:
+    if counts.ready:
+        text = f"Requests are answered by {counts.ready} of {desired} replicas."
+        return True, "ReplicasAvailable", text
+    if is_suspended:
         return False, "Suspended", "The service is suspended."
     return False, "NoReadyReplica", "No replica is ready."
 
 
-def _settled(available: tuple[bool, str, str], reason: str, message: str) -> Conditions:
+def _settled(
+    available: Condition, reason: str, message: str, left: str = "Nothing is left to do."
+) -> Conditions:
     return {
         "Ready": (True, reason, message),
         "Available": available,
-        "Reconciling": (False, "Settled", "Nothing is left to do."),
+        "Reconciling": (False, "Settled", left),
         "Stalled": (False, "Settled", "Nothing is wrong."),
     }
 
 
-def _in_progress(available: tuple[bool, str, str], reason: str, message: str) -> Conditions:
+def _hindered(available: Condition, cause: Cause) -> Conditions:
+    if not cause.is_stalled:
+        return _in_progress(available, cause.reason, cause.message)
+    return {
+        "Ready": (False, cause.reason, cause.message),
+        "Available": available,
+        "Reconciling": (False, "Stalled", "Nothing is done until the cause is gone."),
+        "Stalled": (True, cause.reason, cause.message),
+    }
+
+
+def _in_progress(available: Condition, reason: str, message: str) -> Conditions:
     return {
         "Ready": (False, reason, message),
         "Available": available,
         "Reconciling": (True, reason, message),
-        "Stalled": (False, "Progressing", "Nothing is wrong."),
+        "Stalled": (False, "Progressing", "Work is under way; see Reconciling."),
     }

@@ -103,7 +103,9 @@ class MemoryCluster:
     async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
         return copy.deepcopy(self.objects.get((kind, name)))
 
-    async def list(self, kind: str, namespace: str | None, selector: str = "") -> list[Manifest]:
+    async def list(
+        self, kind: str, namespace: str | None, selector: str = "", fields: str = ""
+    ) -> list[Manifest]:
         label, _, value = selector.partition("=")
         return [
             copy.deepcopy(item)

@@ -31,6 +31,7 @@ FATAL_REASONS = (
     "RankDied",
     "DiskFull",
     "InvalidFlags",
+    "SourceUnreachable",
 )
 # What another command line, path or config mends, and no repetition.
 USAGE_REASONS = frozenset(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pagoda_operator.causes import Cause
 from pagoda_operator.names import GROUP, KIND, PLURAL, VERSION
 from pagoda_operator.scaling import ScalingPolicy
 from pagoda_operator.spec import LLMServiceSpec, camel_case, parse
@@ -104,9 +105,12 @@ def test_every_status_that_the_operator_writes_fits_the_schema() -> None:
     )
     known = schema()["status"]["properties"]
     assert set(status) == set(known)
-    for found in (status, failed_status(1, "NameConflict", "x", previous=status, now=now)):
+    cause = Cause("InvalidSpec", "x", True)
+    for found in (status, failed_status(1, cause, None, previous=status, now=now)):
         for condition in found["conditions"]:
-            assert set(condition) == set(known["conditions"]["items"]["properties"])
+            allowed = known["conditions"]["items"]["properties"]
+            assert set(condition) == set(allowed)
+            assert condition["status"] in allowed["status"]["enum"]
 
 
 def test_the_reference_names_every_field() -> None:

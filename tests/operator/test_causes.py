@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from pagoda_operator.causes import Cause, find_cause, parse_last_words
+from pagoda_operator.causes import Cause, failed_pods, find_cause, is_unstarted, parse_last_words
 from pagoda_operator.names import Manifest
+from pagoda_operator.spec import LLMServiceSpec
 from pagoda_operator.testing import make_pod, make_service
 
 SPEC = make_service({"resources": {"gpu": {"count": 1}, "memory": "3Gi"}}).spec
 QUIET: Manifest = {"metadata": {"generation": 1}, "status": {"observedGeneration": 1}}
 
 
-def cause_of(*pods: Manifest, deployment: Manifest = QUIET) -> Cause | None:
-    return find_cause(SPEC, deployment, pods, "rev")
+def cause_of(
+    *pods: Manifest,
+    deployment: Manifest = QUIET,
+    spec: LLMServiceSpec = SPEC,
+    events: Sequence[Manifest] = (),
+) -> Cause | None:
+    return find_cause(spec, deployment, pods, "rev", events)
 
 
 def exited(code: int, message: str = "", **more: Any) -> dict[str, Any]:
@@ -64,6 +71,31 @@ def test_pods_of_another_revision_or_on_their_way_out_do_not_count() -> None:
             "The image img:1 cannot be pulled",
         ),
         ({"state": {"terminated": exited(137, reason="OOMKilled")}}, "OutOfMemory", True, "3Gi"),
+        (
+            {"state": {"terminated": exited(1, words("RankDied"), reason="OOMKilled")}},
+            "OutOfMemory",
+            True,
+            "3Gi",
+        ),
+        (
+            {"restartCount": 9, "lastState": {"terminated": exited(1, words("SourceUnreachable"))}},
+            "SourceUnreachable",
+            False,
+            "why",
+        ),
+        (
+            {
+                "state": {
+                    "waiting": {
+                        "reason": "CreateContainerConfigError",
+                        "message": 'secret "hub" not found',
+                    }
+                }
+            },
+            "SecretMissing",
+            True,
+            "hub",
+        ),
         (
             {"restartCount": 3, "lastState": {"terminated": exited(1, "Segmentation fault")}},
             "CrashLooping",
@@ -115,6 +147,158 @@ def test_a_pod_without_a_node_says_what_it_waits_for(
     cause = cause_of(make_pod("rev", unschedulable=message))
     assert cause is not None
     assert (cause.reason, cause.is_stalled) == (reason, is_stalled)
+
+
+SURGING = make_service({"resources": {"gpu": {"count": 0}}}).spec
+NO_ROOM = "0/1 nodes are available: 1 Insufficient memory."
+
+
+def test_a_surge_without_room_names_what_holds_it_and_what_to_choose() -> None:
+    old = make_pod("older", name="chat-engine-old", ready=True)
+    cause = cause_of(old, make_pod("rev", unschedulable=NO_ROOM), spec=SURGING)
+    assert cause is not None
+    assert (cause.reason, cause.is_stalled) == ("NoRoomToSurge", False)
+    assert "chat-engine-old" in cause.message
+    assert "spec.rollout.strategy" in cause.message
+    assert NO_ROOM in cause.message
+
+
+def test_without_an_older_pod_or_a_surge_the_scheduler_has_the_word() -> None:
+    waiting = make_pod("rev", unschedulable=NO_ROOM)
+    in_place = {"resources": {"gpu": {"count": 0}}, "rollout": {"strategy": "InPlace"}}
+    causes = [
+        cause_of(waiting, make_pod("rev", name="a", ready=True), spec=SURGING),
+        cause_of(waiting, make_pod("older", name="a"), spec=make_service(in_place).spec),
+    ]
+    assert [cause.reason for cause in causes if cause] == ["Unschedulable", "Unschedulable"]
+
+
+def failed_pod(name: str, created: str, reason: str = "Evicted") -> Manifest:
+    pod = make_pod("rev", name=name)
+    pod["metadata"]["creationTimestamp"] = created
+    message = "The node was low on resource: memory."
+    pod["status"] = {"phase": "Failed", "reason": reason, "message": message}
+    return pod
+
+
+def test_an_evicted_pod_explains_why_the_next_one_loads_the_model() -> None:
+    evicted = [failed_pod(f"evicted-{n}", f"2026-01-0{n}T00:00:00Z") for n in (1, 2, 3)]
+    loading = make_pod("rev", name="a-loading")
+    cause = cause_of(loading, evicted[0])
+    assert cause is not None
+    assert (cause.reason, cause.is_stalled) == ("Evicted", False)
+    assert "low on resource: memory. Set spec.resources.memory" in cause.message
+    cause = cause_of(loading, *evicted)
+    assert cause is not None
+    assert (cause.reason, cause.is_stalled) == ("Evicted", True)
+    cause = cause_of(loading, failed_pod("x", "2026-01-01T00:00:00Z", "NodeShutdown"))
+    assert cause is not None
+    assert cause.reason == "PodFailed"
+    assert "NodeShutdown" in cause.message
+
+
+def test_an_eviction_is_past_when_a_later_pod_is_ready() -> None:
+    evicted = failed_pod("evicted", "2026-01-01T00:00:00Z")
+    ready = make_pod("rev", name="ready", ready=True)
+    ready["metadata"]["creationTimestamp"] = "2026-01-02T00:00:00Z"
+    assert cause_of(evicted, ready) is None
+    cause = cause_of(evicted, ready, make_pod("rev", name="scaled-up"))
+    assert cause is not None
+    assert cause.reason == "LoadingModel"
+
+
+def test_failed_pods_come_newest_first_and_without_those_that_go() -> None:
+    pods = [failed_pod("a", "2026-01-01T00:00:00Z"), failed_pod("b", "2026-01-02T00:00:00Z")]
+    going = failed_pod("c", "2026-01-03T00:00:00Z")
+    going["metadata"]["deletionTimestamp"] = "now"
+    found = failed_pods([*pods, going, make_pod("rev")])
+    assert [pod["metadata"]["name"] for pod in found] == ["b", "a"]
+
+
+def unstarted_pod() -> Manifest:
+    waiting = {"state": {"waiting": {"reason": "ContainerCreating"}}}
+    pod = make_pod("rev", container=waiting)
+    pod["metadata"]["uid"] = "uid-1"
+    pod["status"]["phase"] = "Pending"
+    pod["status"]["conditions"].append({"type": "PodScheduled", "status": "True"})
+    return pod
+
+
+def warning(message: str, *, reason: str = "FailedMount", uid: str = "uid-1") -> Manifest:
+    event = {"reason": reason, "message": message, "lastTimestamp": "2026-01-01T00:00:00Z"}
+    return {"involvedObject": {"uid": uid}, **event}
+
+
+TIMED_OUT = warning("Unable to attach or mount volumes: timed out waiting for the condition")
+
+
+@pytest.mark.parametrize(
+    ("events", "reason", "is_stalled", "part"),
+    [
+        ([warning("mount.nfs: no route to host"), TIMED_OUT], "FailedMount", False, "no route"),
+        ([TIMED_OUT], "FailedMount", False, "timed out"),
+        ([warning('volume "keys" : secret "keys" not found')], "SecretMissing", True, "keys"),
+        ([warning('configmap "c" not found')], "ConfigMapMissing", True, "ConfigMap c"),
+        (
+            [warning(f'sandbox "{"a1" * 32}": no CNI', reason="FailedCreatePodSandBox")],
+            "FailedCreatePodSandBox",
+            False,
+            'sandbox "…": no CNI',
+        ),
+    ],
+)
+def test_a_pod_that_does_not_start_is_explained_by_its_warnings(
+    events: list[Manifest], reason: str, is_stalled: bool, part: str
+) -> None:
+    assert is_unstarted(unstarted_pod())
+    cause = cause_of(unstarted_pod(), events=events)
+    assert cause is not None
+    assert (cause.reason, cause.is_stalled) == (reason, is_stalled)
+    assert part in cause.message
+
+
+def test_warnings_of_other_pods_and_of_other_kinds_explain_nothing() -> None:
+    others = [warning("x", uid="uid-2"), warning("probe failed", reason="Unhealthy")]
+    assert cause_of(unstarted_pod(), events=others) is None
+    assert not is_unstarted(make_pod("rev"))
+    assert not is_unstarted(make_pod("rev", unschedulable="no room"))
+
+
+def test_two_equal_crashes_read_the_same() -> None:
+    tails = (
+        "2026-01-01T10:00:00.123Z pagoda (pid 7) at 0x7f01",
+        "2026-01-02T11:30:09.7Z pagoda (pid 812) at 0x7fee",
+    )
+    containers = [{"restartCount": 1, "lastState": {"terminated": exited(1, t)}} for t in tails]
+    first, second = (cause_of(make_pod("rev", container=each)) for each in containers)
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("uri", "message", "said"),
+    [
+        ("pvc://models/gemma", "The folder /models/gemma is", "The folder pvc://models/gemma is"),
+        ("pvc://models", "/models/config.json: x", "pvc://models/config.json: x"),
+        ("pvc://m/a", "--model /models/a and /srv/models", "--model pvc://m/a and /srv/models"),
+        ("hf://org/name", "no /models here", "no /models here"),
+    ],
+)
+def test_last_words_name_the_uri_of_the_spec(uri: str, message: str, said: str) -> None:
+    line = json.dumps({"reason": "ModelNotFound", "message": message})
+    pod = make_pod("rev", container={"state": {"terminated": exited(1, line)}})
+    cause = cause_of(pod, spec=make_service({"model": {"uri": uri}}).spec)
+    assert cause is not None
+    assert cause.message == said
+
+
+def test_a_missed_deadline_says_what_the_pods_wait_for() -> None:
+    missed = {"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"}
+    status = {"observedGeneration": 1, "conditions": [missed]}
+    deployment = {"metadata": {"generation": 1}, "status": status}
+    cause = cause_of(make_pod("rev", unschedulable="taints"), deployment=deployment)
+    assert cause is not None
+    assert (cause.reason, cause.is_stalled) == ("ProgressDeadlineExceeded", True)
+    assert "taints" in cause.message
 
 
 @pytest.mark.parametrize(

@@ -149,12 +149,15 @@ def test_a_child_of_a_deleted_service_of_the_same_name_is_waited_for() -> None:
     observed, _ = edited(steady(), DEPLOYMENT, ownerReferences=[dead])
     made = plan(make_service(), observed)
     assert (made.applies, made.conflicts, made.requeue_seconds) == ((), (), 1.0)
+    assert "belongs to a deleted LLMService of this name" in made.waiting[0]
 
 
 def test_a_child_that_is_being_deleted_is_waited_for() -> None:
-    observed, _ = edited(steady(), DEPLOYMENT, deletionTimestamp="now")
+    gone = {"deletionTimestamp": "now", "finalizers": ["team.dev/keep"]}
+    observed, _ = edited(steady(), DEPLOYMENT, **gone)
     made = plan(make_service(), observed)
     assert (made.applies, made.requeue_seconds) == ((), 1.0)
+    assert "team.dev/keep" in made.waiting[0]
 
 
 def test_a_child_of_ours_that_is_not_wanted_is_deleted_by_its_uid() -> None:

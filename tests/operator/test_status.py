@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from pagoda_operator.causes import Cause
 from pagoda_operator.names import Manifest
 from pagoda_operator.render import render_deployment
-from pagoda_operator.status import failed_status, make_status
+from pagoda_operator.status import Counts, failed_status, is_seen, make_status
 from pagoda_operator.testing import make_service, set_deployment_status
 
 NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
 STALL = Cause("ModelNotFound", "the folder is not there", True)
 LOADING = Cause("LoadingModel", "it loads", False)
+REFUSED = Cause("Refused", "a policy says no", True)
 
 
 def status(
@@ -29,6 +30,7 @@ def status(
     desired: int = 1,
     previous: Manifest | None = None,
     now: datetime = NOW,
+    **more: Any,
 ) -> Manifest:
     service = make_service(spec, generation=4)
     deployment = render_deployment(service, engine_image="engine:1")
@@ -40,7 +42,12 @@ def status(
         desired_replicas=desired,
         previous=previous or {},
         now=now,
+        **more,
     )
+
+
+def messages(found: Manifest) -> dict[str, str]:
+    return {entry["type"]: entry["message"] for entry in found["conditions"]}
 
 
 def conditions(found: Manifest) -> dict[str, str]:
@@ -96,10 +103,43 @@ def test_counts_of_an_earlier_spec_of_the_deployment_are_not_believed() -> None:
     assert conditions(found)["Ready"] == "False Progressing"
 
 
-def test_scaling_up_leaves_a_ready_service_ready() -> None:
+def test_a_service_that_finds_room_for_one_of_three_says_so_and_is_ready() -> None:
     spec = {"autoscaling": {"maxReplicas": 4}}
-    found = conditions(status(spec=spec, ready=1, updated=2, total=2, cause=LOADING, desired=2))
-    assert found["Ready"] == "True Serving"
+    no_room = Cause("InsufficientGPU", "No node has a GPU.", False)
+    found = status(spec=spec, ready=1, updated=3, total=3, cause=no_room, desired=3)
+    assert conditions(found) == {
+        "Ready": "True InsufficientGPU",
+        "Available": "True ReplicasAvailable",
+        "Reconciling": "False Settled",
+        "Stalled": "False Settled",
+    }
+    assert messages(found)["Ready"] == "1 of 3 replicas serve. No node has a GPU."
+    assert "Nothing is left" not in messages(found)["Reconciling"]
+    assert messages(found)["Available"] == "Requests are answered by 1 of 3 replicas."
+
+
+def test_a_service_whose_children_are_not_what_it_asks_for_is_never_ready() -> None:
+    hanging = Cause("WaitingForDeletion", "Deployment chat-engine is being deleted", False)
+    assert conditions(status(ready=1, cause=hanging, is_applied=False)) == {
+        "Ready": "False WaitingForDeletion",
+        "Available": "True ReplicasAvailable",
+        "Reconciling": "True WaitingForDeletion",
+        "Stalled": "False Progressing",
+    }
+
+
+def test_a_refused_write_does_not_hide_that_the_pods_are_gone() -> None:
+    before = status(ready=1)
+    found = status(ready=0, total=0, updated=0, cause=REFUSED, is_applied=False, previous=before)
+    assert conditions(found)["Available"] == "False NoReadyReplica"
+    assert conditions(found)["Stalled"] == "True Refused"
+    assert found["summary"] == "0/1"
+
+
+def test_engines_behind_a_service_that_is_not_ours_are_not_available() -> None:
+    conflict = Cause("NameConflict", "Service chat exists", True)
+    found = status(ready=1, cause=conflict, is_applied=False, is_reachable=False)
+    assert conditions(found)["Available"] == "False NoService"
 
 
 def test_a_suspended_service_is_ready_once_its_pods_are_gone() -> None:
@@ -130,12 +170,27 @@ def test_the_transition_time_moves_only_with_the_status_of_its_condition() -> No
     assert times["Stalled"] == "2026-11-21T13:00:00Z"
 
 
-def test_a_failure_keeps_what_is_known_of_the_pods() -> None:
+def test_a_spec_that_is_not_understood_keeps_the_url_and_counts_the_pods_anew() -> None:
     before = status(ready=1)
-    found = failed_status(5, "NameConflict", "Service chat exists", previous=before, now=NOW)
-    assert conditions(found)["Stalled"] == "True NameConflict"
-    assert conditions(found)["Available"] == "True ReplicasAvailable"
-    assert (found["observedGeneration"], found["summary"]) == (5, "1/1")
+    invalid = Cause("InvalidSpec", "spec.x: unknown", True)
+    found = failed_status(5, invalid, Counts.of(None), previous=before, now=NOW)
+    assert conditions(found)["Stalled"] == "True InvalidSpec"
+    assert conditions(found)["Available"] == "False NoReadyReplica"
+    assert (found["observedGeneration"], found["summary"]) == (5, "0/1")
+    assert found["url"] == before["url"]
+
+
+def test_pods_that_cannot_be_read_are_not_said_to_answer() -> None:
+    cause = Cause("ApiServerError", "GET pods: 500", False)
+    found = failed_status(5, cause, None, previous=status(ready=1), now=NOW)
+    assert conditions(found)["Available"] == "Unknown ApiServerError"
+    assert conditions(found)["Reconciling"] == "True ApiServerError"
+
+
+def test_the_default_of_the_crd_is_no_status_of_an_operator() -> None:
+    assert not is_seen({})
+    assert not is_seen({"observedGeneration": -1})
+    assert is_seen(status())
 
 
 causes = st.sampled_from([None, STALL, LOADING])
@@ -148,15 +203,27 @@ causes = st.sampled_from([None, STALL, LOADING])
     updated=st.integers(0, 3),
     extra=st.integers(0, 2),
     cause=causes,
+    is_applied=st.booleans(),
 )
 def test_every_status_can_be_read_by_kstatus(
-    replicas: int, suspend: bool, ready: int, updated: int, extra: int, cause: Cause | None
+    replicas: int,
+    suspend: bool,
+    ready: int,
+    updated: int,
+    extra: int,
+    cause: Cause | None,
+    is_applied: bool,
 ) -> None:
     """Ready, in progress or failed: never two of them, never none."""
     spec = {"replicas": replicas, "suspend": suspend}
     total = max(updated + extra, ready)
     found = status(
-        spec=spec, ready=min(ready, total), updated=min(updated, total), total=total, cause=cause
+        spec=spec,
+        ready=min(ready, total),
+        updated=min(updated, total),
+        total=total,
+        cause=cause,
+        is_applied=is_applied,
     )
     by_type = {entry["type"]: entry["status"] == "True" for entry in found["conditions"]}
     assert [by_type["Ready"], by_type["Reconciling"], by_type["Stalled"]].count(True) == 1

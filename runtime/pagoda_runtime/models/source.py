@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ def resolve_model(uri: str, revision: str | None, on_progress: OnProgress) -> Pa
     Args:
         uri: a folder; `hf://org/name`; or `org/name`, if no such folder exists.
         revision: branch, tag or commit on the hub; None: the default branch.
-    Raises: FatalError: ModelNotFound or ModelAccessDenied.
+    Raises: FatalError: ModelNotFound, ModelAccessDenied, SourceUnreachable or DiskFull.
     """
     if not uri.startswith("hf://"):
         path = Path(uri).expanduser()
@@ -43,13 +45,6 @@ def resolve_model(uri: str, revision: str | None, on_progress: OnProgress) -> Pa
 
 def _download(name: str, revision: str | None, on_progress: OnProgress) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     on_progress("download", 0.0, 0.0)
     try:
@@ -59,27 +54,58 @@ def _download(name: str, revision: str | None, on_progress: OnProgress) -> Path:
             allow_patterns=list(_PATTERNS),
             tqdm_class=_progress_bar(on_progress),
         )
-    except GatedRepoError as error:
-        raise FatalError(
-            "ModelAccessDenied",
-            f"hf://{name} is gated. Accept its terms on the hub and set HF_TOKEN to a token of "
-            "that account.",
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        at_revision = f" at revision {revision}" if revision else ""
-        raise FatalError(
-            "ModelNotFound",
-            f"hf://{name} was not found on the hub{at_revision}. Check the name and --revision; "
-            "for a private model set HF_TOKEN.",
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FatalError(
-            "ModelNotFound",
-            f"hf://{name} could not be downloaded: {error}. Check the network and HF_ENDPOINT, "
-            "or give --model a local folder.",
-        ) from error
+    except Exception as error:
+        # All that goes wrong in there is the source's, whichever library under it says so.
+        raise _describe_failure(f"hf://{name}", revision, error) from error
     on_progress("download", 100.0, 0.0)
     return Path(folder)
+
+
+def _describe_failure(uri: str, revision: str | None, error: Exception) -> FatalError:
+    """The last words for a download that failed. No request's id: they are the same each time."""
+    from huggingface_hub import constants, errors
+
+    chain = list(_causes(error))
+    status = next(
+        (e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)), 0
+    )
+    if any(isinstance(e, errors.GatedRepoError) for e in chain):
+        return FatalError(
+            "ModelAccessDenied",
+            f"{uri} is gated. Accept its terms on the hub and set HF_TOKEN to a token of that "
+            "account.",
+        )
+    if status == 404 or any(isinstance(e, errors.RepositoryNotFoundError) for e in chain):
+        at_revision = f" at revision {revision}" if revision else ""
+        return FatalError(
+            "ModelNotFound",
+            f"{uri} was not found on the hub{at_revision}. Check the name and --revision; for a "
+            "private model set HF_TOKEN.",
+        )
+    if status in (401, 403):
+        text = f"The hub refuses {uri} (HTTP {status}). Set HF_TOKEN to a token that may read it."
+        return FatalError("ModelAccessDenied", text)
+    if any(isinstance(e, errors.OfflineModeIsEnabled) for e in chain):
+        text = f"{uri} is not in the cache, and HF_HUB_OFFLINE forbids to download it."
+        return FatalError("ModelNotFound", text)
+    if any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in chain):
+        text = f"The disk is full: {uri} does not fit in {constants.HF_HUB_CACHE} (HF_HOME)."
+        return FatalError("DiskFull", text)
+    what = f"HTTP {status}" if status else f"{type(chain[-1]).__name__}: {chain[-1]}"
+    return FatalError(
+        "SourceUnreachable",
+        f"{uri} could not be downloaded from {constants.ENDPOINT}: {what}. Check the network "
+        "(NetworkPolicy, proxy) and HF_ENDPOINT, or give --model (model.uri) a local folder.",
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from, down to the first one."""
+    while True:
+        yield error
+        if (cause := error.__cause__ or error.__context__) is None:
+            return
+        error = cause
 
 
 def _progress_bar(on_progress: OnProgress) -> type[Any]:

@@ -61,14 +61,18 @@ class Hub(BaseHTTPRequestHandler):
         elif self.path.startswith("/org/tiny/resolve/"):
             headers = {"ETag": '"abc"', "X-Repo-Commit": self.commit}
             self.send(200, self.content, headers)
+        elif "org/broken" in self.path:
+            self.send(503, b"", {"X-Request-Id": "changes"})
+        elif "org/forbidden" in self.path:
+            self.send(403, b"")
         elif "org/secret" in self.path:
             self.send(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask first"})
         else:
             self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
 
-    def send(self, status, body, headers):
+    def send(self, status, body, headers=()):
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        for name, value in {"Content-Length": str(len(body)), **dict(headers)}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -111,9 +115,38 @@ def test_a_name_is_downloaded_from_the_hub(hub, uri):
     [
         ("org/absent", "ModelNotFound", "--revision"),
         ("org/secret", "ModelAccessDenied", "HF_TOKEN"),
+        ("org/forbidden", "ModelAccessDenied", "HF_TOKEN"),
+        ("org/broken", "SourceUnreachable", "HTTP 503"),
     ],
 )
 def test_the_hubs_refusal_becomes_a_reason_with_a_remedy(hub, name, reason, remedy):
     with pytest.raises(FatalError, match=remedy) as caught:
         resolve_model(f"hf://{name}", None, quiet)
     assert caught.value.reason == reason
+    assert "changes" not in caught.value.message
+
+
+def test_a_hub_that_cannot_be_reached_is_a_network_error_and_not_a_missing_model(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(FatalError, match="refused") as caught:
+        resolve_model("hf://org/tiny", None, quiet)
+    assert caught.value.reason == "SourceUnreachable"
+    assert "http://127.0.0.1:9" in caught.value.message
+    assert "HF_ENDPOINT" in caught.value.message
+
+
+def test_a_full_disk_is_not_taken_for_a_missing_model(hub, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", _write_to_full_disk)
+    with pytest.raises(FatalError, match="HF_HOME") as caught:
+        resolve_model("hf://org/tiny", None, quiet)
+    assert caught.value.reason == "DiskFull"
+
+
+def _write_to_full_disk(*arguments, **more):
+    with open("/dev/full", "w") as full:
+        full.write("x")
