@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
+from itertools import chain
 from typing import Any
 
 from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.errors import FatalError, exit_status
 from pagoda_runtime.flags import (
+    DEFAULTS,
     FlagParser,
     Flags,
     fraction,
     integer,
+    origins,
     positive_seconds,
     seconds,
     text_value,
+    texts,
 )
 from pagoda_runtime.last_words import write_last_words
 from pagoda_runtime.sampling_params import MAX_SEED
@@ -31,6 +35,8 @@ DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("none", "awq", "gptq", "fp8", "int8", "int4", "exl2", "compressed-tensors")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+# What has a meaning only where there are allowed origins.
+CORS_DETAILS = ("allow_credentials", "allowed_methods", "allowed_headers")
 # Of flags that take several values, and may come several times.
 SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "type": text_value, "default": None}
 
@@ -174,7 +180,38 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         help="seconds that running requests then have to finish",
     )
-    flags.add("--log-level", choices=LOG_LEVELS, help="least level that is logged")
+    flags.add("--log-level", choices=LOG_LEVELS, help="least level that server and engine log")
+    flags.add(
+        "--disable-access-log",
+        "--disable-uvicorn-access-log",
+        action="store_true",
+        help="do not log a line for each request; probes have one at level debug only",
+    )
+
+
+def add_browser_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of CORS. vLLM's users give each of them one JSON list."""
+    flags = Flags(parser, "browsers (CORS)")
+    flags.add(
+        "--allowed-origins",
+        **{**SEVERAL, "type": origins},
+        metavar="ORIGIN",
+        shown="none",
+        help="origins of pages that may call this server, such as https://example.org, or *",
+    )
+    flags.add(
+        "--allow-credentials",
+        action="store_true",
+        help="such pages may send cookies; not with *",
+    )
+    for name in ("--allowed-methods", "--allowed-headers"):
+        flags.add(
+            name,
+            **{**SEVERAL, "type": texts},
+            metavar="NAME",
+            shown="*: all",
+            help=f"{name.rpartition('-')[2]} that such pages may use",
+        )
 
 
 def build_serve_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -183,6 +220,7 @@ def build_serve_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add_engine_flags(parser)
     add_cache_flags(parser)
     add_server_flags(parser)
+    add_browser_flags(parser)
     return parser
 
 
@@ -205,8 +243,26 @@ def to_server_config(args: argparse.Namespace) -> ServerConfig:
     values = vars(args)
     for name in ("served_model_name", "api_key"):
         values[name] = tuple(values[name] or ())
+    for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+        values[name] = tuple(chain.from_iterable(values[name] or ())) or DEFAULTS[name]
+    verify_origins(values)
     rest = {f.name: values[f.name] for f in fields(ServerConfig) if f.name != "engine"}
     return ServerConfig(engine=to_engine_config(args), **rest)
+
+
+def verify_origins(values: Mapping[str, Any]) -> None:
+    """Raises FatalError InvalidFlags where flags of CORS contradict each other."""
+    origins = values["allowed_origins"]
+    changed = [n for n in CORS_DETAILS if values[n] != DEFAULTS[n]]
+    if changed and not origins:
+        flag = f"--{changed[0].replace('_', '-')}"
+        raise FatalError("InvalidFlags", f"{flag} means nothing without --allowed-origins.")
+    if "*" in origins and values["allow_credentials"]:
+        raise FatalError(
+            "InvalidFlags",
+            "--allow-credentials with --allowed-origins * would let every page act as its visitor; "
+            "name the origins.",
+        )
 
 
 def parse_serve_args(argv: Sequence[str]) -> ServerConfig:

@@ -97,3 +97,11 @@ class ServerConfig:
     drain_delay_seconds: float = 5.0
     drain_seconds: float = 30.0
     log_level: str = "info"
+    """debug, info, warning, error; of both processes."""
+    disable_access_log: bool = False
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of pages that browsers may let call this server; `*` is all of them."""
+    allow_credentials: bool = False
+    """Whether such a page may send cookies and certificates."""
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn
@@ -17,6 +19,9 @@ DEFAULTS = {
     for field in fields(config)
     if field.default is not MISSING
 }
+
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -128,3 +133,27 @@ def text_value(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the value is empty")
     return text
+
+
+def texts(text: str) -> list[str]:
+    """A type for argparse: any text but the empty one, or several as a JSON list."""
+    if not text.startswith("["):
+        return [text_value(text)]
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, list) or not all(v and isinstance(v, str) for v in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON list of texts")
+    return values
+
+
+def origins(text: str) -> list[str]:
+    """A type for argparse: origins as browsers send them, or `*`; several as a JSON list."""
+    values = texts(text)
+    for value in values:
+        if value != "*" and not _ORIGIN.fullmatch(value):
+            raise argparse.ArgumentTypeError(
+                f"{value!r} is not an origin such as https://example.org, without a path, nor *"
+            )
+    return values

@@ -9,6 +9,7 @@ is an AssertionError, or gives other tokens than `fake_next_token`.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -201,6 +202,7 @@ def make_fake_runner(config: EngineConfig, on_progress: OnProgress) -> FakeRunne
     exception, "load_seconds": N takes that long to be ready.
     """
     options = json.loads(config.model.removeprefix("fake:") or "{}")
+    logging.getLogger("pagoda.testing").info("Loading a fake")
     on_progress("load", 50.0, 1e6)
     time.sleep(options.pop("load_seconds", 0.0))
     if "fail" in options:

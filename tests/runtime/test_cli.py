@@ -64,6 +64,15 @@ def test_every_flag_reaches_its_field():
         "b",
         "--api-key",
         "k",
+        "--disable-access-log",
+        "--allowed-origins",
+        "https://a.example",
+        '["http://b.example:8080"]',
+        "--allow-credentials",
+        "--allowed-methods",
+        '["GET", "POST"]',
+        "--allowed-headers",
+        "authorization",
     ]
     for name, value in flags.items():
         argv += [f"--{name.replace('_', '-')}", str(value)]
@@ -80,6 +89,11 @@ def test_every_flag_reaches_its_field():
         "deterministic": True,
         "served_model_name": ("a", "b"),
         "api_key": ("k",),
+        "disable_access_log": True,
+        "allowed_origins": ("https://a.example", "http://b.example:8080"),
+        "allow_credentials": True,
+        "allowed_methods": ("GET", "POST"),
+        "allowed_headers": ("authorization",),
     }
 
 
@@ -95,6 +109,10 @@ def test_every_flag_reaches_its_field():
         (["m", "--max-num-seq", "4"], ["--max-num-seq 4", "mean --max-num-seqs", "serve --help"]),
         (["m", "--api-key", ""], ["--api-key", "empty"]),
         (["a", "--model", "b"], ["'a'", "'b'"]),
+        (["m", "--allowed-origins", "https://a/x"], ["--allowed-origins", "a/x", "without a path"]),
+        (["m", "--allowed-methods", "[GET]"], ["--allowed-methods", "[GET]", "JSON list"]),
+        (["m", "--allow-credentials"], ["--allow-credentials", "without --allowed-origins"]),
+        (["m", "--allowed-origins", "*", "--allow-credentials"], ["every page", "name the ori"]),
         ([], ["as MODEL", "--model MODEL"]),
     ],
 )

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     file or model is wrong. 128 + a signal's number: stopped. The same command continues.
     """
     from pagoda_runtime.batch import job
-    from pagoda_runtime.server.run import configure_logging
+    from pagoda_runtime.logs import configure_logging
 
     started = time.monotonic()
     try:
@@ -99,6 +99,7 @@ def _make_config(args: argparse.Namespace) -> ServerConfig:
         served_model_name=tuple(args.served_model_name or ()),
         chat_template=args.chat_template,
         log_level=args.log_level,
+        disable_access_log=True,
     )
 
 

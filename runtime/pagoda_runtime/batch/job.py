@@ -146,7 +146,9 @@ async def _running_app(
 ) -> AsyncIterator[ASGIApp]:
     """The server's application over an engine process, without HTTP."""
     started = time.monotonic()
-    engine = await EngineClient.start(config.engine, command=engine_command)
+    engine = await EngineClient.start(
+        config.engine, command=engine_command, log_level=config.log_level
+    )
     try:
         state = create_state(config, engine, chat_template)
         await engine.wait_ready()

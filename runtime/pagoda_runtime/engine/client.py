@@ -54,7 +54,7 @@ LAST_WORDS_SECONDS = 0.1
 class EngineClient:
     """Make it with `start`; all methods belong to the event loop that it was started on."""
 
-    def __init__(self, config: EngineConfig, command: Sequence[str]) -> None:
+    def __init__(self, config: EngineConfig, command: Sequence[str], log_level: str) -> None:
         self.config = config
         self.ready: EngineReady | None = None
         self.progress = LoadProgress(phase="start", percent=0.0)
@@ -75,17 +75,21 @@ class EngineClient:
         self._decoder: msgspec.msgpack.Decoder[ToApi] = msgspec.msgpack.Decoder(ToApi)
         self._oom_kills_before = count_oom_kills()
         self._open_sockets()
-        self._spawn(command)
+        self._spawn(command, log_level)
         self._loop.add_reader(self._output_fd, self._read)
         # The descriptor tells of changes alone, and some may have been before anybody listened.
         self._loop.call_soon(self._read)
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, *, command: Sequence[str] = ENGINE_COMMAND
+        cls,
+        config: EngineConfig,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+        log_level: str = "info",
     ) -> EngineClient:
         """Spawn the engine process and return at once; `wait_ready` waits for the model."""
-        return cls(config, command)
+        return cls(config, command, log_level)
 
     @property
     def pid(self) -> int:
@@ -238,11 +242,12 @@ class EngineClient:
         self._output.bind(f"ipc://{self._socket_dir}/output")
         self._output_fd = int(self._output.getsockopt(zmq.FD))
 
-    def _spawn(self, command: Sequence[str]) -> None:
+    def _spawn(self, command: Sequence[str], log_level: str) -> None:
         launch = Launch(
             config=self.config,
             input_address=f"ipc://{self._socket_dir}/input",
             output_address=f"ipc://{self._socket_dir}/output",
+            log_level=log_level,
         )
         # Its standard output is this process's standard error: a library's chatter must not end up
         # in what a user's program prints.

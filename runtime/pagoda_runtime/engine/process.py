@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -40,6 +39,7 @@ from pagoda_runtime.engine.messages import (
     ToEngine,
 )
 from pagoda_runtime.errors import FatalError, QueueFull, RequestError
+from pagoda_runtime.logs import configure_logging
 
 logger = logging.getLogger("pagoda.engine")
 
@@ -53,6 +53,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     config: EngineConfig
     input_address: str
     output_address: str
+    log_level: str = "info"
 
 
 class ReadyRunner(Runner, Protocol):
@@ -192,12 +193,12 @@ def main(make_runner: MakeRunner) -> int:
     # The parent drains on these, and then says Shutdown.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     with open(0, "rb", buffering=0, closefd=False) as stdin:
         line = stdin.readline()
     if not line:
         return 1
     launch = msgspec.json.decode(line, type=Launch)
+    configure_logging(launch.log_level)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
 
     context: zmq.Context[Any] = zmq.Context()
@@ -224,7 +225,7 @@ def main(make_runner: MakeRunner) -> int:
     except Exception as error:
         failure = describe_failure(error)
         if not isinstance(error, FatalError):
-            traceback.print_exc()
+            logger.error("The engine failed.", exc_info=error)
         outbox.send(failure)
         return 1
     finally:

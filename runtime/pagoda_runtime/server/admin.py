@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from pagoda_runtime.server.access import Access
 from pagoda_runtime.server.errors import add_error_handlers
 from pagoda_runtime.server.middleware import Authenticate
 from pagoda_runtime.server.state import ServerState
@@ -32,4 +33,5 @@ def create_admin_app(state: ServerState) -> ASGIApp:
 
     app.add_api_route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"])
     add_error_handlers(app)
-    return Authenticate(app, state.config.api_key, prefix="")
+    inner = Authenticate(app, state.config.api_key, prefix="")
+    return Access(inner, is_logged=not state.config.disable_access_log)

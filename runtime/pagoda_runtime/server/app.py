@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.server import health, openai
+from pagoda_runtime.server.access import REQUEST_ID_HEADER, Access
 from pagoda_runtime.server.errors import add_error_handlers
-from pagoda_runtime.server.middleware import Authenticate, LimitBody, Observe
+from pagoda_runtime.server.middleware import LOAD_HEADER, Authenticate, LimitBody, Observe
 from pagoda_runtime.server.state import Engine, ServerState
 
 # Room for the longest contexts, many prompts at once, and JSON's escapes.
@@ -44,5 +46,20 @@ def create_app(state: ServerState, max_body_bytes: int = MAX_BODY_BYTES) -> ASGI
     app.include_router(openai.make_router(state))
     add_error_handlers(app)
     paths = [route.split(" ")[1] for route in ROUTES]
-    inner: ASGIApp = LimitBody(app, max_body_bytes)
-    return Observe(Authenticate(inner, state.config.api_key), state, paths)
+    inner: ASGIApp = Authenticate(LimitBody(app, max_body_bytes), state.config.api_key)
+    observed = Observe(_allow_origins(inner, state.config), state, paths)
+    return Access(observed, is_logged=not state.config.disable_access_log)
+
+
+def _allow_origins(app: ASGIApp, config: ServerConfig) -> ASGIApp:
+    """What pages of other origins may ask; before the key, which a preflight does not carry."""
+    if not config.allowed_origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=config.allowed_origins,
+        allow_credentials=config.allow_credentials,
+        allow_methods=config.allowed_methods,
+        allow_headers=config.allowed_headers,
+        expose_headers=(REQUEST_ID_HEADER, LOAD_HEADER, "retry-after"),
+    )

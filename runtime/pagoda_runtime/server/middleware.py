@@ -15,8 +15,6 @@ from pagoda_runtime.server.errors import ApiError
 from pagoda_runtime.server.state import ServerState
 
 LOAD_HEADER = "x-pagoda-load"
-# Where a stream finds the server's own `send`: its chunks need nothing of what stands between.
-RAW_SEND = "pagoda.send"
 KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OTHER = "other"
 
@@ -35,7 +33,6 @@ class Observe:
             return
         started = time.perf_counter()
         status = 500
-        scope[RAW_SEND] = send
 
         async def send_observed(message: Message) -> None:
             nonlocal status

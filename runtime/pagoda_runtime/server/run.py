@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from starlette.types import ASGIApp
 from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.engine.client import ENGINE_COMMAND, EngineClient
 from pagoda_runtime.errors import FatalError
+from pagoda_runtime.logs import configure_logging
 from pagoda_runtime.server.admin import create_admin_app
 from pagoda_runtime.server.app import create_app, create_state
 from pagoda_runtime.server.lifecycle import LoadTokenizer, StopSignals, live
@@ -24,7 +24,6 @@ from pagoda_runtime.server.state import Engine, Tokenizer
 
 logger = logging.getLogger("pagoda.server")
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Longer than the idle time of common load balancers, so that they close first and not in a race.
 KEEP_ALIVE_SECONDS = 75
 # For the last bytes of answers that are complete, when the server ends.
@@ -48,12 +47,6 @@ def serve(config: ServerConfig) -> int:
         return runner.run(serve_async(config, load_from_folder(config.engine)))
 
 
-def configure_logging(level: str) -> None:
-    """Log to stderr; uvicorn's own lines only where something is wrong."""
-    logging.basicConfig(level=level.upper(), format=LOG_FORMAT, stream=sys.stderr, force=True)
-    logging.getLogger("uvicorn").setLevel("WARNING")
-
-
 async def serve_async(
     config: ServerConfig,
     load_tokenizer: LoadTokenizer,
@@ -70,7 +63,9 @@ async def serve_async(
                 listen(config.admin_host, config.admin_port, prefix="admin-")
             )
         stack.enter_context(stop.installed())
-        engine = await EngineClient.start(config.engine, command=engine_command)
+        engine = await EngineClient.start(
+            config.engine, command=engine_command, log_level=config.log_level
+        )
         state = create_state(config, engine, chat_template)
         servers = [_start_http(create_app(state), listener)]
         logger.info("Listening on %s; loading %s", _url(listener), config.engine.model)

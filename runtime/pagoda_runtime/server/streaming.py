@@ -11,8 +11,8 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from pagoda_runtime.server.access import RAW_SEND
 from pagoda_runtime.server.errors import to_api_error
-from pagoda_runtime.server.middleware import RAW_SEND
 
 T = TypeVar("T")
 

@@ -39,9 +39,10 @@ from pagoda_runtime.engine.messages import (
 )
 from pagoda_runtime.errors import EngineDead, FatalError, exit_status
 from pagoda_runtime.last_words import TERMINATION_LOG_VARIABLE, write_last_words
+from pagoda_runtime.logs import configure_logging
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.app import MAX_BODY_BYTES, create_app, create_state
-from pagoda_runtime.server.run import configure_logging, serve_async
+from pagoda_runtime.server.run import serve_async
 from pagoda_runtime.server.state import Engine, ServerState
 
 FAKE_ENGINE_COMMAND = (sys.executable, "-m", "pagoda_runtime.testing")

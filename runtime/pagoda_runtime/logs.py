@@ -1,0 +1,27 @@
+"""One form of log lines for every process: time, level, logger, and the request if there is one."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextvars import ContextVar
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""The id of the request that this task answers."""
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s%(request)s: %(message)s"
+
+
+def configure_logging(level: str) -> None:
+    """Log to stderr from this level on; uvicorn's own lines only where something is wrong."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_add_request)
+    logging.basicConfig(level=number, format=_FORMAT, handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(max(number, logging.WARNING))
+
+
+def _add_request(record: logging.LogRecord) -> bool:
+    found = request_id.get()
+    record.request = "" if found is None else f" [{found}]"
+    return True
