@@ -6,6 +6,7 @@ The flags carry vLLM's names. They are the contract with the operator, which ren
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -27,6 +28,7 @@ from pagoda_runtime.flags import (
     text_value,
     texts,
 )
+from pagoda_runtime.keys import environment_keys
 from pagoda_runtime.last_words import write_last_words
 from pagoda_runtime.sampling_params import MAX_SEED
 
@@ -161,8 +163,15 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--api-key",
         **SEVERAL,
         metavar="KEY",
-        shown="none: everybody may",
-        help="keys of which /v1/* asks for one as bearer token",
+        shown="PAGODA_API_KEY, several between commas; without any key everybody may call",
+        help="keys of which /v1/* asks for one as bearer token; `ps` shows what is given here",
+    )
+    flags.add(
+        "--api-key-file",
+        metavar="FILE",
+        type=text_value,
+        help="file with more keys, one a line, or folder of such files, as a mounted Secret is; "
+        "changes hold within seconds",
     )
     flags.add(
         "--chat-template",
@@ -243,6 +252,7 @@ def to_server_config(args: argparse.Namespace) -> ServerConfig:
     values = vars(args)
     for name in ("served_model_name", "api_key"):
         values[name] = tuple(values[name] or ())
+    values["api_key"] += environment_keys(os.environ)
     for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
         values[name] = tuple(chain.from_iterable(values[name] or ())) or DEFAULTS[name]
     verify_origins(values)

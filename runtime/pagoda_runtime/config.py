@@ -92,6 +92,9 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = ()
     """Names a request may use; the first one is shown in responses. Default: the model as given."""
     api_key: tuple[str, ...] = field(default=(), repr=False)
+    """Of the flag and of PAGODA_API_KEY."""
+    api_key_file: str | None = None
+    """A file with one key a line, or a folder of such files; read again when it changes."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own."""
     drain_delay_seconds: float = 5.0

@@ -50,6 +50,7 @@ def test_every_flag_reaches_its_field():
         "admin_host": "127.0.0.2",
         "admin_port": 9001,
         "chat_template": "template.jinja",
+        "api_key_file": "keys",
         "drain_delay_seconds": 1.0,
         "drain_seconds": 2.0,
         "log_level": "debug",
@@ -159,6 +160,11 @@ def test_python_m_pagoda_runtime_is_the_same_command():
     command = [sys.executable, "-m", "pagoda_runtime", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("pagoda 0.")
+
+
+def test_keys_of_the_environment_join_those_of_the_flag(monkeypatch):
+    monkeypatch.setenv("PAGODA_API_KEY", "a, b\nc,")
+    assert parse_serve_args(["m", "--api-key", "d"]).api_key == ("d", "a", "b", "c")
 
 
 def test_an_api_key_does_not_show_in_the_config_as_text():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import time
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from pagoda_runtime.bench.workloads import add_workload_flags, make_requests
 from pagoda_runtime.bench.workloads.base import BenchRequest
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.flags import integer, positive_seconds, text_value
+from pagoda_runtime.keys import VARIABLE as KEYS_VARIABLE
+from pagoda_runtime.keys import environment_keys
 from pagoda_runtime.sampling_params import MAX_SEED
 
 # Every vocabulary in use is larger.
@@ -73,7 +76,11 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--model", type=text_value, help="name in the requests (the first that the server lists)"
     )
     group.add_argument(
-        "--api-key", type=text_value, metavar="KEY", help="sent as bearer token (none)"
+        "--api-key",
+        type=text_value,
+        default=next(iter(environment_keys(os.environ)), None),
+        metavar="KEY",
+        help=f"sent as bearer token (the first of {KEYS_VARIABLE})",
     )
     group.add_argument(
         "--prompt-format",

@@ -33,5 +33,5 @@ def create_admin_app(state: ServerState) -> ASGIApp:
 
     app.add_api_route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"])
     add_error_handlers(app)
-    inner = Authenticate(app, state.config.api_key, prefix="")
+    inner = Authenticate(app, state.keys, prefix="")
     return Access(inner, is_logged=not state.config.disable_access_log)

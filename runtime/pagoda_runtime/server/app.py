@@ -7,6 +7,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from pagoda_runtime.config import ServerConfig
+from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.server import health, openai
 from pagoda_runtime.server.access import REQUEST_ID_HEADER, Access
 from pagoda_runtime.server.errors import add_error_handlers
@@ -31,10 +32,13 @@ ROUTES = (
 
 
 def create_state(
-    config: ServerConfig, engine: Engine, chat_template: str | None = None
+    config: ServerConfig,
+    engine: Engine,
+    chat_template: str | None = None,
+    keys: ApiKeys | None = None,
 ) -> ServerState:
     """The state of a server whose tokenizer comes later; its metrics follow the engine."""
-    state = ServerState(config, engine, chat_template=chat_template, handlers=ROUTES)
+    state = ServerState(config, engine, chat_template=chat_template, keys=keys, handlers=ROUTES)
     engine.on_stats = state.metrics.observe_step
     return state
 
@@ -46,7 +50,7 @@ def create_app(state: ServerState, max_body_bytes: int = MAX_BODY_BYTES) -> ASGI
     app.include_router(openai.make_router(state))
     add_error_handlers(app)
     paths = [route.split(" ")[1] for route in ROUTES]
-    inner: ASGIApp = Authenticate(LimitBody(app, max_body_bytes), state.config.api_key)
+    inner: ASGIApp = Authenticate(LimitBody(app, max_body_bytes), state.keys)
     observed = Observe(_allow_origins(inner, state.config), state, paths)
     return Access(observed, is_logged=not state.config.disable_access_log)
 

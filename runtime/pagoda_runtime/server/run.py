@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.engine.client import ENGINE_COMMAND, EngineClient
 from pagoda_runtime.errors import FatalError
+from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.logs import configure_logging
 from pagoda_runtime.server.admin import create_admin_app
 from pagoda_runtime.server.app import create_app, create_state
@@ -54,6 +55,7 @@ async def serve_async(
 ) -> int:
     """`serve` inside a running loop, with a tokenizer and an engine process of choice."""
     chat_template = read_chat_template(config.chat_template)
+    keys = ApiKeys(config.api_key, config.api_key_file)
     stop = StopSignals()
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(listen(config.host, config.port))
@@ -66,7 +68,7 @@ async def serve_async(
         engine = await EngineClient.start(
             config.engine, command=engine_command, log_level=config.log_level
         )
-        state = create_state(config, engine, chat_template)
+        state = create_state(config, engine, chat_template, keys)
         servers = [_start_http(create_app(state), listener)]
         logger.info("Listening on %s; loading %s", _url(listener), config.engine.model)
         if admin_listener is not None:

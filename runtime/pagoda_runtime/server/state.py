@@ -22,6 +22,7 @@ from pagoda_runtime.engine.messages import (
     StepOutput,
 )
 from pagoda_runtime.errors import EngineDead, PagodaError, QueueFull
+from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.metrics import Metrics
 from pagoda_runtime.sampling_params import SamplingParams
 
@@ -119,11 +120,13 @@ class ServerState:
         engine: Engine,
         *,
         chat_template: str | None = None,
+        keys: ApiKeys | None = None,
         handlers: Sequence[str] = (),
     ) -> None:
         self.config = config
         self.engine = engine
         self.chat_template = chat_template
+        self.keys = keys or ApiKeys(config.api_key, config.api_key_file)
         self.tokenizer: Tokenizer | None = None
         self.model_names = config.served_model_name or (config.engine.model,)
         self.created = int(time.time())
