@@ -67,7 +67,7 @@ IMAGES = (
 
 
 def _is_content(path: Path) -> bool:
-    return path.is_file() and "__pycache__" not in path.parts
+    return path.is_file() and not {"__pycache__", "compiled_ahead"} & set(path.parts)
 
 
 def content_tag(root: Path, files: Iterable[Path]) -> str:

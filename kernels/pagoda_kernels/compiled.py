@@ -10,17 +10,17 @@ array takes longer than many of them run.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
+
+# Before anything is compiled.
+import pagoda_kernels.targets  # noqa: F401
+from pagoda_kernels.cache import KernelCache
 
 Array: TypeAlias = Any
 """An array of numbers inside a kernel, or a part of one."""
@@ -33,38 +33,42 @@ _FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
 OPTIONS: dict[str, Any] = {"fastmath": _FAST_MATH, "error_model": "numpy"}
 
 
-def cache_folder() -> str:
-    """Where compiled kernels are kept, 1 MB: in PAGODA_CACHE, or ~/.cache/pagoda.
-
-    One folder for each version of all kernels: numba sees that the file of a kernel has changed,
-    but not the files of what it calls.
-    """
-    base = os.environ.get("PAGODA_CACHE") or os.path.expanduser("~/.cache/pagoda")
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(source.read_bytes())
-    return os.path.join(base, "kernels", digest.hexdigest()[:16])
+_TYPES = {"int": types.int64, "float": types.float64, "bool": types.boolean}
 
 
-if not numba.config.CACHE_DIR:
-    numba.config.CACHE_DIR = cache_folder()
+class Compiled(NamedTuple):
+    """A kernel that others can have compiled before it is called."""
+
+    name: str
+    needs: frozenset[str]
+    """Features of the processor, as LLVM names them."""
+    prepare: Callable[[], Any]
+    """Compile it, or find it in a file."""
+
+
+KERNELS: list[Compiled] = []
+"""All that were imported so far."""
 
 
 def compiled(function: Kernel) -> Kernel:
-    """Compile at the first call, and keep the result on disk where there is a place for it."""
-    return cast(
-        Kernel,
-        keep_on_disk(lambda cached: njit(nogil=True, cache=cached, **OPTIONS)(function)),
+    """A part of kernels: compiled as often as they are."""
+    return cast(Kernel, njit(nogil=True, **OPTIONS)(function))
+
+
+def kernel(function: Kernel) -> Kernel:
+    """A function of int, float and bool, compiled at its first call and kept in a file."""
+    dispatcher = compiled(cast(Any, function))
+    dispatcher._cache = KernelCache(function)
+    # By the names of the types: annotations are strings here.
+    signature = tuple(
+        _TYPES[name] for key, name in function.__annotations__.items() if key != "return"
     )
+    KERNELS.append(Compiled(_name(function), frozenset(), lambda: dispatcher.compile(signature)))
+    return cast(Kernel, dispatcher)
 
 
-def keep_on_disk(make: Callable[[bool], Any]) -> Any:
-    """make(True), which keeps its result on disk, unless there is no place for it."""
-    try:
-        return make(True)
-    except RuntimeError:
-        # There is no place that may be written to.
-        return make(False)
+def _name(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def _make_pointer(_context: Any, address: Any, dtype: Any) -> Any:

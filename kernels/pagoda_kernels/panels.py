@@ -15,10 +15,8 @@ Software Developer's Manual, volume 2.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
-import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
@@ -26,6 +24,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from pagoda_kernels.compiled import Array, address_of, compiled
+from pagoda_kernels.targets import features
 
 PANEL_SIZE = 16
 GROUP_SIZE = 2 * PANEL_SIZE
@@ -58,11 +57,9 @@ INT8_AS_BF16 = Numbers(2, frozenset({"avx512bf16", "avx512vbmi"}))
 """Widened on the way to the product with rows of bf16."""
 
 
-@cache
 def has_panels(numbers: Numbers) -> bool:
     """Whether this processor has the instructions."""
-    features = llvmlite.binding.get_host_cpu_features()
-    return all(features.get(name, False) for name in numbers.features)
+    return numbers.features <= features()
 
 
 def pack(matrix: torch.Tensor, numbers: Numbers) -> torch.Tensor:

@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
+from numba.core import sigutils
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
-from pagoda_kernels.compiled import OPTIONS, compiled, keep_on_disk
+from pagoda_kernels.cache import KernelCache
+from pagoda_kernels.compiled import KERNELS, OPTIONS, Compiled, compiled
 
 Task = Any
 """What a kernel gets: a C array of int64, the number of claimed parts and then its arguments."""
@@ -32,21 +35,30 @@ class ThreadedKernel:
     that the machine takes away for a while delays the others by one part at most.
     """
 
-    def __init__(self, function: Callable[[Task], None]) -> None:
+    def __init__(
+        self, function: Callable[[Task], None], needs: frozenset[str] = frozenset()
+    ) -> None:
+        """needs: features of the processor, as LLVM names them."""
         self._function = function
         self._compiled: Any = None
+        KERNELS.append(Compiled(function.__qualname__, needs, self.prepare))
 
     @property
     def is_compiled(self) -> bool:
         return self._compiled is not None
 
+    def prepare(self) -> None:
+        """Compile it, or find it in a file."""
+        signature = types.void(types.CPointer(types.int64))
+        kernel: Any = CFunc(self._function, sigutils.normalize_signature(signature), {}, OPTIONS)
+        kernel._cache = KernelCache(self._function)
+        kernel.compile()
+        self._compiled = kernel
+
     def __call__(self, *arguments: int) -> None:
         """Args: addresses and numbers; in the task they follow the number of claimed parts."""
         if self._compiled is None:
-            signature = types.void(types.CPointer(types.int64))
-            self._compiled = keep_on_disk(
-                lambda cached: cfunc(signature, cache=cached, **OPTIONS)(self._function)
-            )
+            self.prepare()
         task = (ctypes.c_int64 * (len(arguments) + 1))(0, *arguments)
         parallel = _openmp_parallel()
         if parallel is None:

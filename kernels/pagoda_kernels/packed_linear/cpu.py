@@ -94,7 +94,7 @@ def _multiply(task: Task) -> None:
         group = following
 
 
-multiply = ThreadedKernel(_multiply)
+multiply = ThreadedKernel(_multiply, needs=BF16.features | INT8_AS_BF16.features)
 
 
 @compiled

@@ -168,7 +168,7 @@ def _attend_parts(task: Task) -> None:
         part = claim(task)
 
 
-_attend = ThreadedKernel(_attend_parts)
+_attend = ThreadedKernel(_attend_parts, needs=BF16.features)
 
 
 @compiled
@@ -386,4 +386,4 @@ def _merge_parts(task: Task) -> None:
         part = claim(task)
 
 
-_merge = ThreadedKernel(_merge_parts)
+_merge = ThreadedKernel(_merge_parts, needs=BF16.features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pagoda_kernels.compiled import compiled, int32s, int64s
+from pagoda_kernels.compiled import int32s, int64s, kernel
 
 
 def list_slots(
@@ -35,7 +35,7 @@ def list_slots(
     return slots
 
 
-@compiled
+@kernel
 def _fill(
     table_at: int,
     max_blocks: int,
@@ -67,7 +67,7 @@ def require_slots(slots: torch.Tensor, kv_cache: torch.Tensor) -> None:
     _require(slots.data_ptr(), len(slots), kv_cache.shape[0] * kv_cache.shape[1])
 
 
-@compiled
+@kernel
 def _require(slots_at: int, num_keys: int, num_slots: int) -> None:
     slots = int64s(slots_at, (num_keys,))
     for i in range(num_keys):

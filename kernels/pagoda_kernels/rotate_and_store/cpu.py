@@ -14,6 +14,7 @@ from pagoda_kernels.compiled import (
     copy,
     floats,
     int64s,
+    kernel,
     narrow,
     sum_of_squares,
     widen,
@@ -48,7 +49,7 @@ def rotate_and_store_cpu(
     )
 
 
-@compiled
+@kernel
 def _run(
     qkv_at: int,
     cos_at: int,

@@ -13,6 +13,7 @@ from pagoda_kernels.compiled import (
     compiled,
     floats,
     int64s,
+    kernel,
     uint8s,
     widen,
     widened,
@@ -36,7 +37,7 @@ _INT8_MAX = np.float32(127)
 _dot = make_dot(INT8)
 
 
-@compiled
+@kernel
 def quantize(
     hidden_at: int,
     integers_at: int,
@@ -59,7 +60,7 @@ def quantize(
         deviations[row] = np.sqrt(np.float32(error) * total + np.float32(power) * rounding)
 
 
-@compiled
+@kernel
 def quantize_weights(
     table_at: int,
     integers_at: int,
@@ -173,7 +174,7 @@ def _find_largest(task: Task) -> None:
         chunk = following
 
 
-find_largest = ThreadedKernel(_find_largest)
+find_largest = ThreadedKernel(_find_largest, needs=INT8.features)
 
 
 @compiled
@@ -182,7 +183,7 @@ def _keep_largest(sums: Array, scale: int, largest: Array) -> None:
         keep_largest_panel(address_of(sums) + 4 * i, scale + 4 * i, address_of(largest) + 4 * i)
 
 
-@compiled
+@kernel
 def choose(
     hidden_at: int,
     table_at: int,
