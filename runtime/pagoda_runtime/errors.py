@@ -46,6 +46,25 @@ USAGE_REASONS = frozenset(
 )
 
 
+# A user recognises a value by so much of it.
+MAX_SHOWN_CHARACTERS = 80
+
+
+def shown(value: object) -> str:
+    """A user's value as a message repeats it: what is long is cut or described."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, str):
+        # First cut, then quoted: quoting megabytes takes long.
+        value = value if len(value) <= MAX_SHOWN_CHARACTERS else f"{value[:MAX_SHOWN_CHARACTERS]}…"
+        return repr(value)
+    if isinstance(value, dict):
+        return f"an object of {len(value)}"
+    if isinstance(value, (list, tuple)):
+        return f"a list of {len(value)}"
+    return repr(value)
+
+
 class PagodaError(Exception):
     """Root of every error that Pagoda raises on purpose."""
 

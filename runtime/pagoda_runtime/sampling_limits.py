@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from pagoda_runtime.errors import RequestError
+from pagoda_runtime.errors import RequestError, shown
 
 if TYPE_CHECKING:
     from pagoda_runtime.sampling_params import SamplingParams
@@ -115,14 +115,14 @@ def verify_token_id_fields(params: SamplingParams, *, vocab_size: int) -> None:
         for token_id in token_ids:
             if type(token_id) is not int or not 0 <= token_id < vocab_size:
                 raise RequestError(
-                    f"{name} holds token id {token_id!r}; the model's ids are integers of at "
+                    f"{name} holds token id {shown(token_id)}; the model's ids are integers of at "
                     f"least 0 and at most {vocab_size - 1}.",
                     param=name,
                 )
 
 
 def _refuse(name: str, value: object, why: str) -> NoReturn:
-    raise RequestError(f"{name} is {value!r}; {why}.", param=name)
+    raise RequestError(f"{name} is {shown(value)}; {why}.", param=name)
 
 
 def _verify_words(params: SamplingParams) -> None:
@@ -153,7 +153,7 @@ def _verify_logit_bias(params: SamplingParams) -> None:
     for token_id, value in params.logit_bias.items():
         if not bias.holds(value):
             raise RequestError(
-                f"logit_bias of token {token_id} is {value!r}; it must be {bias.expected}.",
+                f"logit_bias of token {shown(token_id)} is {value!r}; it must be {bias.expected}.",
                 param="logit_bias",
             )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 from pagoda_runtime.sampling_params import SamplingParams
@@ -17,17 +18,26 @@ NUM_SEARCHED_TOKENS = 64
 MAX_UNDECODED_TOKENS = 16
 
 
+NO_IDS: frozenset[int] = frozenset()
+
+
 class Decoder(Protocol):
     """What is asked of a tokenizer (`models.tokenizer.Tokenizer`)."""
 
     @property
-    def all_special_ids(self) -> Iterable[int]: ...
+    def all_special_ids(self) -> frozenset[int]: ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
     def piece(self, token_id: int, /) -> str | None:
         """The text of a token behind a whole character, if it depends on nothing else."""
         ...
+
+
+@lru_cache(16)
+def _union(special: frozenset[int], stop: tuple[int, ...]) -> frozenset[int]:
+    """One set for all choices of a request; a model may have thousands of special tokens."""
+    return special.union(stop)
 
 
 class IncrementalDetokenizer:
@@ -73,9 +83,9 @@ class IncrementalDetokenizer:
         self._stop = sampling_params.stop
         self._min_tokens = sampling_params.min_tokens
         self._shows_stop = sampling_params.include_stop_str_in_output
-        self._silent_ids = set() if self._shows_stop else set(sampling_params.stop_token_ids)
-        if self._skip_special_tokens:
-            self._silent_ids.update(tokenizer.all_special_ids)
+        special = tokenizer.all_special_ids if self._skip_special_tokens else NO_IDS
+        stop = () if self._shows_stop else sampling_params.stop_token_ids
+        self._silent_ids = _union(special, tuple(stop)) if stop else special
         # The window: ids[:num_known] give known_text, the rest is not shown yet.
         ends = prompt_token_ids[-NUM_SEARCHED_TOKENS:]
         self._ids = [i for i in ends if i not in self._silent_ids][-NUM_CONTEXT_TOKENS:]

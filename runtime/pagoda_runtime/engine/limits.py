@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pagoda_runtime.engine.messages import EngineReady
-from pagoda_runtime.errors import PromptTooLong, QueueFull, RequestError
+from pagoda_runtime.errors import PromptTooLong, QueueFull, RequestError, shown
 from pagoda_runtime.sampling_limits import verify_token_id_fields
 from pagoda_runtime.sampling_params import SamplingParams
 
@@ -138,7 +138,7 @@ def verify_token_ids(prompt_token_ids: Sequence[int], *, vocab_size: int) -> Non
     for token_id in (min(prompt_token_ids), max(prompt_token_ids)):
         if not 0 <= token_id < vocab_size:
             raise RequestError(
-                f"The prompt holds token id {token_id}; the model's ids run from 0 to "
+                f"The prompt holds token id {shown(token_id)}; the model's ids run from 0 to "
                 f"{vocab_size - 1}.",
                 param="prompt",
             )

@@ -59,6 +59,8 @@ class Tokenizer:
         self._forced_bos = self.bos_token_id if add_bos_token else None
         added = tokenizer.get_added_tokens_decoder().items()
         self.all_special_ids = frozenset(token_id for token_id, token in added if token.special)
+        self.longest_token = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
+        """Characters of the longest token: no longer text can be one."""
         self._is_context_free = is_context_free(tokenizer.decoder)
         self.piece: Callable[[int], str | None] = lru_cache(NUM_KEPT_PIECES)(self._find_piece)
         """The text of a token behind a whole character, if it depends on nothing else."""

@@ -19,11 +19,15 @@ from pagoda_runtime.errors import (
     PromptTooLong,
     QueueFull,
     RequestError,
+    shown,
 )
 from pagoda_runtime.server.state import Unavailable
 
 BAD_REQUEST_TYPE = "invalid_request_error"
 MAX_SHOWN_PROBLEMS = 3
+# An answer must not repeat megabytes of a request, whatever of it a message quotes.
+MAX_MESSAGE_CHARACTERS = 2000
+MAX_PATH_PART_CHARACTERS = 80
 # Names of a union's members, which pydantic puts into the path of a field; so do those with "[".
 UNION_TAGS = frozenset({"str", "constrained-str"})
 # A client that comes back after this finds the replacement of a dead process, if there is one.
@@ -43,6 +47,9 @@ class ApiError(PagodaError):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        if len(message) > MAX_MESSAGE_CHARACTERS:
+            half = MAX_MESSAGE_CHARACTERS // 2
+            message = f"{message[:half]} … {message[-half:]}"
         super().__init__(message)
         self.status = status
         self.headers = headers
@@ -87,26 +94,17 @@ def describe_validation(error: ValidationError) -> ApiError:
     first = problems[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"The body is no JSON: {first['msg']}.", code="invalid_json")
-    shown = [_describe_problem(problem) for problem in problems[:MAX_SHOWN_PROBLEMS]]
+    described = [_describe_problem(problem) for problem in problems[:MAX_SHOWN_PROBLEMS]]
     if len(problems) > MAX_SHOWN_PROBLEMS:
-        shown.append(f"and {len(problems) - MAX_SHOWN_PROBLEMS} more")
-    return ApiError(400, "; ".join(shown), param=_path(first["loc"]) or None)
+        described.append(f"and {len(problems) - MAX_SHOWN_PROBLEMS} more")
+    return ApiError(400, "; ".join(described), param=_path(first["loc"]) or None)
 
 
 def _describe_problem(problem: Any) -> str:
     path, message = _path(problem["loc"]), problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{path} is missing"
-    shown = _shorten(problem["input"])
-    return f"{path or 'The body'}: {message}, got {shown}"
-
-
-def _shorten(value: Any) -> str:
-    if isinstance(value, (dict, list)):
-        kind = "an object" if isinstance(value, dict) else "a list"
-        return f"{kind} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+    return f"{path or 'The body'}: {message}, got {shown(problem['input'])}"
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -115,7 +113,7 @@ def _path(location: tuple[int | str, ...]) -> str:
         if isinstance(part, int):
             path += f"[{part}]"
         elif "[" not in part and part not in UNION_TAGS:
-            path += f".{part}"
+            path += f".{part[:MAX_PATH_PART_CHARACTERS]}"
     return path.removeprefix(".")
 
 

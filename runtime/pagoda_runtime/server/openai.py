@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from pagoda_runtime.errors import ModelNotServed
+from pagoda_runtime.errors import ModelNotServed, shown
 from pagoda_runtime.server.answer import collect, stream
 from pagoda_runtime.server.errors import describe_validation
 from pagoda_runtime.server.generation import close_all
@@ -101,7 +101,7 @@ def _parse(state: ServerState, raw: bytes, body_class: type[Body]) -> Body:
 def _verify_model(state: ServerState, model: str) -> None:
     if model not in state.model_names:
         served = ", ".join(state.model_names)
-        raise ModelNotServed(f"There is no model {model!r} here; this server has: {served}.")
+        raise ModelNotServed(f"There is no model {shown(model)} here; this server has: {served}.")
 
 
 def _describe_model(state: ServerState, name: str) -> dict[str, Any]:

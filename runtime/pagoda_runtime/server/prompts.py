@@ -3,50 +3,151 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from pagoda_runtime.engine.detokenizer import IncrementalDetokenizer
+from pagoda_runtime.engine.limits import most_tokens
+from pagoda_runtime.engine.messages import EngineReady
 from pagoda_runtime.errors import PromptTooLong
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.choice import Echo
-from pagoda_runtime.server.protocol import ChatCompletionRequest, Prompt
-from pagoda_runtime.server.state import ServerState, Tokenizer
+from pagoda_runtime.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    Prompt,
+)
+from pagoda_runtime.server.state import PIECE_CHARACTERS, ServerState, Tokenizer
 
 # About as many characters as a token has, to tell how long its decoding takes.
 CHARACTERS_PER_TOKEN = 4
 
 
+# Tokens that a cut through a text may add or change.
+CUT_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TextLimits:
+    """How much text is worth tokenizing.
+
+    Args:
+        most_tokens: that this engine can hold of a sequence.
+        num_kept: tokens at a prompt's end that are used alone; None: all of them.
+        num_characters: of all prompts of the request together, token ids counted as text.
+    """
+
+    most_tokens: int
+    num_kept: int | None
+    num_characters: int
+
+    @classmethod
+    def of(cls, ready: EngineReady, body: GenerationRequest) -> TextLimits:
+        num_kept, num_characters = body.truncate_prompt_tokens, 0
+        if isinstance(body, CompletionRequest):
+            num_characters = sum(
+                len(prompt) * (1 if isinstance(prompt, str) else CHARACTERS_PER_TOKEN)
+                for prompt in body.prompt
+            )
+        most = most_tokens(ready.max_model_len, ready.num_blocks, ready.block_size)
+        # To keep more than fits is to keep all.
+        kept = num_kept if num_kept is not None and num_kept < most else None
+        return cls(most, kept, num_characters)
+
+    def weight(self, num_characters: int) -> int:
+        """The part of a prompt in the work of its request, as `off_loop` measures it: many short
+        prompts are as much as a long one."""
+        return max(num_characters, min(self.num_characters, PIECE_CHARACTERS))
+
+    def cut(self, token_ids: list[int]) -> list[int]:
+        """The end of the prompt that is used."""
+        return token_ids if self.num_kept is None else token_ids[-self.num_kept :]
+
+    def verify_characters(self, num_characters: int, longest_token: int, param: str) -> None:
+        """Raise PromptTooLong for a text that cannot fit, whatever its tokens are."""
+        most = longest_token * self.most_tokens
+        if num_characters > most and self.num_kept is None:
+            raise PromptTooLong(
+                f"The prompt has {num_characters} characters; at most {most} can fit, because this "
+                f"engine holds {self.most_tokens} tokens and the longest one has {longest_token} "
+                "characters. Shorten the prompt, or set truncate_prompt_tokens.",
+                param=param,
+            )
+
+
 async def encode_prompts(
-    state: ServerState, tokenizer: Tokenizer, prompts: Sequence[Prompt]
+    state: ServerState, tokenizer: Tokenizer, prompts: Sequence[Prompt], limits: TextLimits
 ) -> list[list[int]]:
-    """The token ids of each prompt, in order."""
-    encoded = []
+    """The token ids of each prompt, in order. Raises PromptTooLong."""
     for prompt in prompts:
         if isinstance(prompt, str):
-            encoded.append(await _encode(state, tokenizer, prompt, add_special_tokens=True))
-        else:
-            encoded.append(prompt)
-    return encoded
+            limits.verify_characters(len(prompt), tokenizer.longest_token, "prompt")
+    return [
+        await _encode(state, tokenizer, prompt, limits, add_special_tokens=True, param="prompt")
+        if isinstance(prompt, str)
+        else limits.cut(prompt)
+        for prompt in prompts
+    ]
 
 
 async def encode_chat(
-    state: ServerState, tokenizer: Tokenizer, request: ChatCompletionRequest
+    state: ServerState, tokenizer: Tokenizer, request: ChatCompletionRequest, limits: TextLimits
 ) -> list[int]:
-    """The token ids of a conversation. Raises RequestError if the model has no chat template."""
+    """The token ids of a conversation. Raises PromptTooLong, and RequestError if the model has no
+    chat template."""
     messages = [message.to_template() for message in request.messages]
+    num_characters = sum(message.num_characters for message in request.messages)
+    limits.verify_characters(num_characters, tokenizer.longest_token, "messages")
     text = await state.off_loop(
-        sum(message.num_characters for message in request.messages),
+        num_characters,
         lambda: tokenizer.apply_chat_template(messages, template=state.chat_template),
     )
     # The template writes the special tokens itself.
-    return await _encode(state, tokenizer, text, add_special_tokens=False)
+    return await _encode(state, tokenizer, text, limits, add_special_tokens=False, param="messages")
 
 
 async def _encode(
-    state: ServerState, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool
+    state: ServerState,
+    tokenizer: Tokenizer,
+    text: str,
+    limits: TextLimits,
+    *,
+    add_special_tokens: bool,
+    param: str,
 ) -> list[int]:
-    return await state.off_loop(
-        len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    if limits.num_kept is not None:
+        text = text[-tokenizer.longest_token * (limits.num_kept + CUT_TOKENS) :]
+    elif len(text) > max(PIECE_CHARACTERS, CHARACTERS_PER_TOKEN * limits.most_tokens):
+        await _verify_may_fit(state, tokenizer, text, limits.most_tokens, param)
+    ids = await state.off_loop(
+        limits.weight(len(text)),
+        lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens),
     )
+    return limits.cut(ids)
+
+
+async def _verify_may_fit(
+    state: ServerState, tokenizer: Tokenizer, text: str, most: int, param: str
+) -> None:
+    """Raise PromptTooLong as soon as the first pieces of a long text have too many tokens.
+
+    Between pieces others have their turn, and a client that leaves ends it.
+    """
+    num_tokens = 0
+    for start in range(0, len(text), PIECE_CHARACTERS):
+        piece = text[start : start + PIECE_CHARACTERS]
+        ids = await state.off_loop(
+            len(piece), partial(tokenizer.encode, piece, add_special_tokens=False)
+        )
+        num_tokens += len(ids) - CUT_TOKENS
+        if num_tokens > most:
+            raise PromptTooLong(
+                f"The prompt has {len(text)} characters, and the first {start + len(piece)} alone "
+                f"are more than {num_tokens} tokens; this engine holds {most}. Shorten the prompt, "
+                "or set truncate_prompt_tokens.",
+                param=param,
+            )
 
 
 def resolve_max_tokens(
@@ -82,12 +183,14 @@ async def make_echo(
     token_ids: Sequence[int],
     *,
     params: SamplingParams,
-    is_whole: bool,
+    limits: TextLimits,
 ) -> Echo:
     """What choices begin with that repeat their prompt.
 
     The text is the prompt's own if it is one and stands in token_ids whole; else it is decoded.
     """
+
+    is_whole = limits.num_kept is None or len(token_ids) < limits.num_kept
 
     def make() -> Echo:
         # Neither stop strings nor stop ids mean anything in a prompt.
@@ -100,4 +203,4 @@ async def make_echo(
         text += detokenizer.finish()
         return Echo(prompt if isinstance(prompt, str) and is_whole else text, token_ids, offsets)
 
-    return await state.off_loop(CHARACTERS_PER_TOKEN * len(token_ids), make)
+    return await state.off_loop(limits.weight(CHARACTERS_PER_TOKEN * len(token_ids)), make)

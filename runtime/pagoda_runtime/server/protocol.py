@@ -86,7 +86,7 @@ class GenerationRequest(BaseModel):
     beam_width: Small | None = None
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
-    max_tokens: int | None = None
+    max_tokens: Small | None = None
     min_tokens: Small | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -181,7 +181,7 @@ class ChatCompletionRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Small | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from collections.abc import Sequence
 import msgspec
 
 from pagoda_runtime.engine.detokenizer import IncrementalDetokenizer
+from pagoda_runtime.engine.limits import verify_fits
+from pagoda_runtime.engine.messages import EngineReady
 from pagoda_runtime.engine.outputs import engine_params
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.metrics import RequestClock
@@ -18,6 +21,7 @@ from pagoda_runtime.server.choice import ChoiceText, Echo
 from pagoda_runtime.server.generation import Generation, close_all
 from pagoda_runtime.server.logprobs import LogprobsWriter
 from pagoda_runtime.server.prompts import (
+    TextLimits,
     encode_chat,
     encode_prompts,
     make_echo,
@@ -43,16 +47,25 @@ async def start(state: ServerState, body: GenerationRequest, arrival: float) -> 
     Raises: RequestError, QueueFull, EngineDead.
     """
     ready, tokenizer = state.loaded()
-    params = to_sampling_params(body, tokenizer, ready.default_sampling)
-    _verify_num_prompts(state, body)
-    with state.tokenizing(len(body.prompt) if isinstance(body, CompletionRequest) else 1):
-        prompts = await _encode(state, tokenizer, body)
-        echoes = await _make_echoes(state, tokenizer, body, prompts, params)
+    # It tokenizes bad words.
+    params = await state.off_loop(
+        sum(map(len, body.bad_words or ())),
+        lambda: to_sampling_params(body, tokenizer, ready.default_sampling),
+    )
+    num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
+    _verify_num_sequences(state, num_prompts, params)
     plan = _Plan(state, body, tokenizer, params, ready.max_model_len, arrival)
     generations: list[Generation] = []
     try:
-        for number, (prompt, echo) in enumerate(zip(prompts, echoes, strict=True)):
-            generations.append(plan.start_prompt(number, prompt, echo))
+        with state.tokenizing(num_prompts) as enter:
+            prompts = await _encode(state, tokenizer, ready, body)
+            echoes = await _make_echoes(state, tokenizer, ready, body, prompts, params)
+            for number, (prompt, echo) in enumerate(zip(prompts, echoes, strict=True)):
+                if number:
+                    # Many prompts must not hold up the streams of others.
+                    await asyncio.sleep(0)
+                enter()
+                generations.append(plan.start_prompt(number, prompt, echo))
     except BaseException:
         # If the engine refuses one prompt, it gets none of them.
         await close_all(generations, "error")
@@ -131,32 +144,35 @@ class _Plan:
         )
 
 
-def _verify_num_prompts(state: ServerState, body: GenerationRequest) -> None:
-    num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
+def _verify_num_sequences(state: ServerState, num_prompts: int, params: SamplingParams) -> None:
+    """Raise RequestError if the choices of all prompts are more than this server ever holds."""
     engine_config = state.config.engine
-    most = engine_config.max_num_seqs + engine_config.max_num_waiting
-    if num_prompts > most:
+    slots, places = engine_config.max_num_seqs, engine_config.max_num_waiting
+    num_sequences = num_prompts * params.num_sequences
+    if num_prompts > 1 and num_sequences > slots + places:
+        choices = f" of {params.num_sequences} choices each" if params.num_sequences > 1 else ""
         raise RequestError(
-            f"The request has {num_prompts} prompts; this server takes at most {most} at once.",
+            f"The request has {num_prompts} prompts{choices}, {num_sequences} sequences; this "
+            f"server takes at most {slots + places} at once: it runs {slots} (--max-num-seqs) and "
+            f"lets {places} wait (--max-num-waiting). Send fewer in a request.",
             param="prompt",
         )
 
 
 async def _encode(
-    state: ServerState, tokenizer: Tokenizer, body: GenerationRequest
+    state: ServerState, tokenizer: Tokenizer, ready: EngineReady, body: GenerationRequest
 ) -> list[list[int]]:
+    limits = TextLimits.of(ready, body)
     if isinstance(body, ChatCompletionRequest):
-        prompts = [await encode_chat(state, tokenizer, body)]
-    else:
-        assert isinstance(body, CompletionRequest)
-        prompts = await encode_prompts(state, tokenizer, body.prompt)
-    most = body.truncate_prompt_tokens
-    return prompts if most is None else [prompt[-most:] for prompt in prompts]
+        return [await encode_chat(state, tokenizer, body, limits)]
+    assert isinstance(body, CompletionRequest)
+    return await encode_prompts(state, tokenizer, body.prompt, limits)
 
 
 async def _make_echoes(
     state: ServerState,
     tokenizer: Tokenizer,
+    ready: EngineReady,
     body: GenerationRequest,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
@@ -164,16 +180,12 @@ async def _make_echoes(
     if not is_echo(body):
         return [None] * len(prompts)
     assert isinstance(body, CompletionRequest)
-    most = body.truncate_prompt_tokens
+    for token_ids in prompts:
+        # What the engine refuses need not be decoded before.
+        verify_fits(token_ids, params, ready)
+    limits = TextLimits.of(ready, body)
     return [
-        await make_echo(
-            state,
-            tokenizer,
-            given,
-            token_ids,
-            params=params,
-            is_whole=most is None or len(token_ids) < most,
-        )
+        await make_echo(state, tokenizer, given, token_ids, params=params, limits=limits)
         for given, token_ids in zip(body.prompt, prompts, strict=True)
     ]
 

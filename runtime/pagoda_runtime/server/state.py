@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -32,7 +32,11 @@ LOADING_RETRY_SECONDS = 5
 DRAINING_RETRY_SECONDS = 1
 # Up to here a prompt is tokenized in less time than a switch of threads takes.
 INLINE_CHARACTERS = 2048
+# A text of so many takes a thread for some 50 ms; what is longer must not hold up the others.
+PIECE_CHARACTERS = 32768
 MAX_WARNED_FIELDS = 1000
+# Clients choose the names, and what is kept of them is kept for good.
+MAX_WARNED_CHARACTERS = 100
 
 
 class Unavailable(PagodaError):
@@ -90,7 +94,10 @@ class Tokenizer(Protocol):
     """The part of `models.tokenizer.Tokenizer` that the server uses."""
 
     @property
-    def all_special_ids(self) -> Iterable[int]: ...
+    def all_special_ids(self) -> frozenset[int]: ...
+
+    @property
+    def longest_token(self) -> int: ...
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
@@ -140,8 +147,9 @@ class ServerState:
         """Prompts that are accepted and not yet in the engine."""
         self.warned_fields: set[str] = set()
         self.metrics = Metrics(self.model_names[0], self, handlers)
-        # One thread: tokenizing must leave the other cores to the engine.
+        # Few threads: tokenizing must leave the other cores to the engine.
         self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._long_text_thread = ThreadPoolExecutor(1, thread_name_prefix="long-text")
 
     @property
     def ready(self) -> EngineReady | None:
@@ -194,8 +202,9 @@ class ServerState:
             self.num_requests -= 1
 
     @contextmanager
-    def tokenizing(self, num_prompts: int) -> Iterator[None]:
-        """Count prompts as waiting until they are in the engine. Raises QueueFull."""
+    def tokenizing(self, num_prompts: int) -> Iterator[Callable[[], None]]:
+        """Count prompts as waiting until they are in the engine, as the yielded function is told
+        of each. Raises QueueFull."""
         engine_config = self.config.engine
         num_open = self.engine.num_open + self.num_tokenizing
         room = engine_config.max_num_seqs + engine_config.max_num_waiting
@@ -206,20 +215,31 @@ class ServerState:
                 f"{engine_config.max_num_waiting} wait (--max-num-waiting). Try again later.",
                 retry_after_seconds=RETRY_AFTER_SECONDS,
             )
+        num_left = num_prompts
         self.num_tokenizing += num_prompts
+
+        def enter() -> None:
+            nonlocal num_left
+            num_left -= 1
+            self.num_tokenizing -= 1
+
         try:
-            yield
+            yield enter
         finally:
-            self.num_tokenizing -= num_prompts
+            self.num_tokenizing -= num_left
 
     async def off_loop(self, num_characters: int, call: Callable[[], T]) -> T:
-        """Run `call` at once if the text is short, else in the tokenizer's thread."""
+        """Run `call` at once if the text is short, else in a thread; what waits is cancelled with
+        its request."""
         if num_characters <= INLINE_CHARACTERS:
             return call()
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, call)
+        is_long = num_characters > PIECE_CHARACTERS
+        thread = self._long_text_thread if is_long else self._tokenizer_thread
+        return await asyncio.get_running_loop().run_in_executor(thread, call)
 
-    def is_first_warning(self, field: str) -> bool:
-        """Whether nobody was warned about this field yet. Bounded, as clients choose the names."""
+    def is_first_warning(self, name: str) -> bool:
+        """Whether nobody was warned about this field yet. Bounded in number and length."""
+        field = name[:MAX_WARNED_CHARACTERS]
         if field in self.warned_fields or len(self.warned_fields) >= MAX_WARNED_FIELDS:
             return False
         self.warned_fields.add(field)

@@ -66,8 +66,9 @@ class ByteTokenizer:
     eos_token_id = 0
     all_special_ids: frozenset[int] = frozenset({0})
 
-    def __init__(self, encode_seconds: float = 0.0) -> None:
+    def __init__(self, encode_seconds: float = 0.0, longest_token: int = 1) -> None:
         self.encode_seconds = encode_seconds
+        self.longest_token = longest_token
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         time.sleep(self.encode_seconds)

@@ -79,6 +79,9 @@ async def test_a_body_that_is_no_object_is_400(http, body):
     [
         ("max_tokens", "five", ["max_tokens", "integer", "'five'"]),
         ("max_tokens", 2.5, ["max_tokens", "integer"]),
+        ("max_tokens", int("9" * 4300), ["max_tokens", "2147483648", "a number of 14285 bits"]),
+        ("seed", int("9" * 4300), ["64-bit", "a number of 14285 bits"]),
+        ("prompt", [int("9" * 4300)], ["a number of 14285 bits", "255"]),
         ("max_tokens", 0, ["max_tokens is 0", "at least 1"]),
         ("max_tokens", 128, ["has 1 tokens", "max_tokens is 128", "together 129", "at most 127"]),
         ("temperature", 3, ["temperature is 3", "0 to 2"]),
@@ -317,7 +320,7 @@ async def test_bad_requests_do_not_disturb_a_running_one(http, engine):
 async def test_tokenizing_a_big_prompt_delays_nobody_s_stream_and_counts_as_waiting(
     http, state, engine
 ):
-    state.tokenizer = ByteTokenizer(encode_seconds=0.5)
+    state.tokenizer = ByteTokenizer(encode_seconds=0.5, longest_token=100)
     big = asyncio.create_task(complete(http, prompt="a" * 5000))
     while not state.num_tokenizing:
         await asyncio.sleep(0.001)
