@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import stack
 from audit import AuditLog
 from kube import Kubectl, condition, wait_until
 from operator_process import OperatorProcess, without_installed_operator
-from services import deployment, manifest, start_service, within_two_seconds
+from services import deployment, manifest, ready_reason, start_service, within_two_seconds
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -217,3 +218,53 @@ def test_autoscaling_wins_over_replicas_and_says_so(team: Kubectl) -> None:
 
 def active(kubectl: Kubectl) -> dict[str, Any]:
     return condition(kubectl.get("llms", "both") or {}, "AutoscalingActive")
+
+
+class Rival:
+    """Another controller: whenever its change is gone, it makes it again."""
+
+    def __init__(self, kubectl: Kubectl, child: str, change: dict[str, Any]) -> None:
+        self._kubectl, self._child, self._change = kubectl, child, change
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Rival:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        # A patch that changes nothing is no write.
+        while not self._stop.wait(0.1):
+            patch(self._kubectl, self._child, self._change, "--field-manager=rival")
+
+
+FIGHT_SECONDS = 10
+TOLERATION = {"spec": {"template": {"spec": {"tolerations": [{"operator": "Exists"}]}}}}
+FIGHTS: dict[str, tuple[dict[str, Any], str]] = {
+    "toleration": (TOLERATION, "rival sets spec.template.spec.tolerations of Deployment"),
+    "replicas": ({"spec": {"replicas": 5}}, "rival sets spec.replicas of Deployment"),
+}
+
+
+@pytest.mark.parametrize("fight", FIGHTS)
+def test_a_fight_with_another_manager_costs_few_writes_and_is_said(
+    team: Kubectl, audit_log: AuditLog, fight: str
+) -> None:
+    change, words = FIGHTS[fight]
+    name = f"fight-{fight}"
+    start_service(team, name)
+    before = len(writes(audit_log, team))
+    with Rival(team, f"deploy/{name}-engine", change):
+        time.sleep(FIGHT_SECONDS)
+        found = writes(audit_log, team)[before:]
+        service = team.get("llms", name) or {}
+    # Corrections after 0, 1, 3 and 7 seconds, of two writes each.
+    assert len([line for line in found if f" {name}-engine" in line]) <= 10
+    stalled = condition(service, "Stalled")
+    assert (stalled["status"], stalled["reason"]) == ("True", "Contested")
+    assert words.lower() in stalled["message"].lower()
+    assert ready_reason(team, name) == "Contested"

@@ -8,6 +8,7 @@ lets them count as its own; the apply, which does not send them, then removes th
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,7 @@ from pagoda_operator.names import (
 Fields = dict[str, Any]
 """A tree of fields as in fieldsV1."""
 
+MAX_PATHS_SHOWN = 3
 # Annotations are left to whoever sets them: `kubectl rollout restart` works through one.
 # Replicas have their own manager; see `plan.plan_scale`.
 _LEFT_ALONE = (
@@ -96,6 +98,48 @@ def take_over(live: Manifest) -> list[Manifest] | None:
     for foreign in taken:
         _merge(ours["fieldsV1"], foreign)
     return [*kept, ours]
+
+
+def describe_rivals(live: Manifest | None) -> str:
+    """Who changes which field of a child, as words that `of CHILD` can follow."""
+    if live is None:
+        return "somebody deletes the whole"
+    told = []
+    for entry in _entries(live):
+        is_ours = _is_our_apply(entry) or entry.get("manager") == SCALING_MANAGER
+        if is_ours or entry.get("subresource") == "status":
+            continue
+        paths = sorted(_paths(_split(entry.get("fieldsV1", {}))[0]))
+        if paths:
+            shown = ", ".join(paths[:MAX_PATHS_SHOWN])
+            more = f" and {len(paths) - MAX_PATHS_SHOWN} more" * (len(paths) > MAX_PATHS_SHOWN)
+            told.append(f"{entry.get('manager')} sets {shown}{more}")
+    return " and ".join(told) or "somebody removes fields"
+
+
+def describe_scaler(deployment: Manifest) -> str:
+    """Who sets the replicas of a Deployment that the operator scales."""
+    managers = [
+        str(entry["manager"])
+        for entry in _entries(deployment)
+        if "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {})
+        and entry["manager"] not in (MANAGER, SCALING_MANAGER)
+    ]
+    return f"{' and '.join(managers) or 'somebody'} sets spec.replicas"
+
+
+def _paths(fields: Fields, prefix: str = "") -> Iterable[str]:
+    """Paths of the leaves of a tree of fields, as a person writes them."""
+    for name, inner in fields.items():
+        kind, _, value = name.partition(":")
+        if kind == "f":
+            path = f"{prefix}.{value}" if prefix else value
+        elif kind == "k":
+            path = f"{prefix}[{','.join(str(part) for part in json.loads(value).values())}]"
+        else:
+            continue
+        below = list(_paths(inner, path))
+        yield from below or [path]
 
 
 def _is_our_apply(entry: Manifest) -> bool:

@@ -9,10 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pagoda_operator.names import KIND, ChildRef, Manifest
-from pagoda_operator.ownership import is_made_by_us, is_scaled_by_us, take_over
+from pagoda_operator.ownership import (
+    describe_rivals,
+    is_made_by_us,
+    is_scaled_by_us,
+    take_over,
+)
 from pagoda_operator.render import render_children
 from pagoda_operator.spec import LLMService
 
@@ -39,6 +44,8 @@ class Observed:
     children: Mapping[ChildRef, Manifest]
     """Objects with the label of the service, and objects that have the name of a child."""
     applied: Mapping[ChildRef, Applied]
+    waits: Mapping[ChildRef, float] = field(default_factory=dict)
+    """Seconds before a child that others changed may be put back; see `contest`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +61,14 @@ class Apply:
     """A server-side apply; `creates` if nothing of that name was there.
 
     taken_over: managedFields to write before; see `ownership.take_over`.
+    rival: who changed what, if this puts back what was applied before.
     """
 
     ref: ChildRef
     manifest: Manifest
     creates: bool
     taken_over: TakeOver | None = None
+    rival: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +84,14 @@ class Plan:
     """The writes that are needed, in order.
 
     conflicts: names that others hold. waiting: children that have to be gone first.
+    held: children that others changed again and again, and that wait to be put back.
     """
 
     applies: tuple[Apply, ...] = ()
     deletes: tuple[Delete, ...] = ()
     conflicts: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
+    held: tuple[ChildRef, ...] = ()
     requeue_seconds: float | None = None
 
 
@@ -94,7 +105,9 @@ def make_plan(
         engine_image: the image of engines whose spec names none.
     """
     wanted = render_children(service, engine_image=engine_image)
-    applies, conflicts, waiting = [], [], []
+    applies: list[Apply] = []
+    held: list[ChildRef] = []
+    conflicts, waiting = [], []
     for ref, manifest in wanted.items():
         live = observed.children.get(ref)
         if live is not None and not is_ours(live, service):
@@ -104,8 +117,11 @@ def make_plan(
                 conflicts.append(_describe_conflict(ref, live))
         elif live is not None and "deletionTimestamp" in live["metadata"]:
             waiting.append(_describe_deletion(ref, live))
-        elif live is None or observed.applied.get(ref) != Applied(digest(manifest), digest(live)):
-            applies.append(_plan_apply(ref, manifest, live, target_replicas))
+        elif (apply := _plan_apply(ref, manifest, observed, target_replicas)) is not None:
+            if apply.rival is not None and ref in observed.waits:
+                held.append(ref)
+            else:
+                applies.append(apply)
     deletes = [
         Delete(ref=ref, uid=live["metadata"]["uid"])
         for ref, live in sorted(observed.children.items())
@@ -119,6 +135,7 @@ def make_plan(
         applies=tuple(applies),
         deletes=tuple(deletes),
         waiting=tuple(waiting),
+        held=tuple(held),
         requeue_seconds=WAIT_FOR_DELETION_SECONDS if waiting else None,
     )
 
@@ -158,15 +175,23 @@ def digest(manifest: Manifest) -> str:
 
 
 def _plan_apply(
-    ref: ChildRef, manifest: Manifest, live: Manifest | None, target_replicas: int
-) -> Apply:
-    manifest = _with_replicas(manifest, live, target_replicas)
-    if live is None:
-        return Apply(ref=ref, manifest=manifest, creates=True)
+    ref: ChildRef, manifest: Manifest, observed: Observed, target_replicas: int
+) -> Apply | None:
+    """The apply that makes the child what it should be; None if it is."""
+    live, applied, intent = observed.children.get(ref), observed.applied.get(ref), digest(manifest)
+    if live is not None and applied == Applied(intent, digest(live)):
+        return None
+    is_correction = applied is not None and applied.intent == intent
     taken_over = None
-    if (managed_fields := take_over(live)) is not None:
+    if live is not None and (managed_fields := take_over(live)) is not None:
         taken_over = TakeOver(live["metadata"]["resourceVersion"], managed_fields)
-    return Apply(ref=ref, manifest=manifest, creates=False, taken_over=taken_over)
+    return Apply(
+        ref=ref,
+        manifest=_with_replicas(manifest, live, target_replicas),
+        creates=live is None,
+        taken_over=taken_over,
+        rival=describe_rivals(live) if is_correction else None,
+    )
 
 
 def _with_replicas(manifest: Manifest, live: Manifest | None, target_replicas: int) -> Manifest:

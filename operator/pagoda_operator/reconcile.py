@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -31,11 +32,11 @@ from pagoda_operator.cluster import (
     Unavailable,
     status_manifest,
 )
+from pagoda_operator.execute import Memory, Outcome, execute
 from pagoda_operator.names import (
     CHILD_KINDS,
     LABEL_SERVICE,
     MANAGER,
-    SCALING_MANAGER,
     ChildRef,
     Key,
     Manifest,
@@ -44,13 +45,10 @@ from pagoda_operator.names import (
 from pagoda_operator.observe import World, list_warnings, seconds_to_next_look
 from pagoda_operator.ownership import replicas_owner
 from pagoda_operator.plan import (
-    Applied,
     Observed,
     Plan,
-    digest,
     is_controlled_by,
     make_plan,
-    plan_scale,
 )
 from pagoda_operator.poll import Poller
 from pagoda_operator.render import render_children, revision_of
@@ -84,12 +82,14 @@ class Reconciler:
         *,
         engine_image: str,
         now: Callable[[], datetime] = utc_now,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster = cluster
         self._poller = poller
         self._engine_image = engine_image
         self._now = now
-        self._applied: dict[Key, dict[ChildRef, Applied]] = {}
+        self._clock = clock
+        self._memories: dict[Key, Memory] = {}
 
     async def reconcile(self, key: Key) -> float | None:
         """One pass. Returns after how many seconds to come again, None if only upon a change.
@@ -121,19 +121,24 @@ class Reconciler:
             raise
         deployment = world.own(service, ChildRef("Deployment", engine_name(key.name)))
         target = self._poller.target(service, previous, deployment)
-        observed = Observed(children=world.children, applied=self._applied.setdefault(key, {}))
+        memory, now = self._memories.setdefault(key, Memory()), self._clock()
+        observed = Observed(
+            children=world.children, applied=memory.applied, waits=memory.contests.waits(now)
+        )
         plan = make_plan(service, observed, target_replicas=target, engine_image=self._engine_image)
         failure: Refused | Unavailable | None = None
+        outcome = Outcome(deployment)
         try:
-            deployment = await self._execute(key, plan, deployment, target)
+            outcome = await execute(self._cluster, key, plan, deployment, memory, target, now)
         except (Refused, Unavailable) as error:
             failure = error
         if failure is None and plan.applies and not is_seen(previous):
             return FIRST_STATUS_SECONDS
-        hindrance = _find_hindrance(plan, failure)
+        contest = memory.contests.find_cause(outcome.held, now)
+        hindrance = _find_hindrance(plan, failure) or contest
         # The queue tells of the first trouble, and tries the status again as well.
         with contextlib.suppress(*([ApiError] if isinstance(failure, Unavailable) else [])):
-            await self._report(manifest, service, world, deployment, target, hindrance)
+            await self._report(manifest, service, world, outcome.deployment, target, hindrance)
         if isinstance(failure, Unavailable):
             raise failure
         if failure is not None:
@@ -143,11 +148,16 @@ class Reconciler:
             return CONFLICT_RETRY_SECONDS
         self._poller.watch(service, target, world.pods)
         await self._clean_up(key, world.pods)
-        return plan.requeue_seconds or seconds_to_next_look(world.pods, self._now())
+        looks = (
+            plan.requeue_seconds,
+            memory.contests.seconds_to_next_look(outcome.held, now),
+            seconds_to_next_look(world.pods, self._now()),
+        )
+        return min((seconds for seconds in looks if seconds is not None), default=None)
 
     def forget(self, key: Key) -> None:
         """The LLMService is gone."""
-        self._applied.pop(key, None)
+        self._memories.pop(key, None)
         self._poller.forget(key)
 
     async def _observe(self, service: LLMService, status: Manifest) -> World:
@@ -158,7 +168,7 @@ class Reconciler:
         """
         namespace, selector = service.key.namespace, f"{LABEL_SERVICE}={service.key.name}"
         wanted = list(render_children(service, engine_image=self._engine_image))
-        is_known = service.key in self._applied
+        is_known = service.key in self._memories
         is_new = not is_known and not is_seen(status)
         kinds = () if is_new or is_known else CHILD_KINDS
         *lists, pods = await asyncio.gather(
@@ -185,38 +195,6 @@ class Reconciler:
                 name = metadata["name"]
                 await self._cluster.delete("Pod", key.namespace, name, uid=metadata["uid"])
                 logger.info("%s: deleted the pod %s, which its node ended", key, name)
-
-    async def _execute(
-        self, key: Key, plan: Plan, deployment: Manifest | None, target: int
-    ) -> Manifest | None:
-        """Write what the plan says; returns the Deployment as it is afterwards."""
-        if plan.conflicts:
-            return deployment
-        applied = self._applied[key]
-        for apply in plan.applies:
-            if apply.taken_over is not None:
-                await self._cluster.set_managed_fields(apply.manifest, apply.taken_over)
-            # A name that was free a moment ago is taken without force: never from a stranger.
-            live = await self._cluster.apply(
-                apply.manifest, manager=MANAGER, force=not apply.creates
-            )
-            applied[apply.ref] = Applied(digest(apply.manifest), digest(live))
-            logger.info("%s: applied %s", key, apply.ref)
-            if apply.ref.kind == "Deployment":
-                deployment = live
-        for delete in plan.deletes:
-            await self._cluster.delete(
-                delete.ref.kind, key.namespace, delete.ref.name, uid=delete.uid
-            )
-            applied.pop(delete.ref, None)
-            logger.info("%s: deleted %s", key, delete.ref)
-        if deployment is None or plan.requeue_seconds is not None:
-            return deployment
-        if (scale := plan_scale(deployment, target)) is not None:
-            before = deployment["spec"].get("replicas")
-            deployment = await self._cluster.apply(scale, manager=SCALING_MANAGER, force=True)
-            logger.info("%s: scaled from %s to %d replicas", key, before, target)
-        return deployment
 
     async def _reject(self, key: Key, manifest: Manifest, message: str) -> None:
         """Say that the spec is not understood, and what becomes of the pods meanwhile."""

@@ -263,3 +263,66 @@ async def test_a_leftover_of_an_earlier_operator_is_deleted_after_a_restart(
     await make_reconciler(cluster, poller).reconcile(KEY)
     assert ("delete", "Service", "chat-old") in cluster.writes
     assert ("Service", "chat-old") not in cluster.objects
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("field", ["revisionHistoryLimit", "replicas"])
+async def test_a_field_that_is_set_again_and_again_is_put_back_later_and_later(
+    cluster: MemoryCluster, poller: Poller, field: str
+) -> None:
+    clock = Clock()
+    reconciler = Reconciler(cluster, poller, engine_image="engine:1", now=lambda: NOW, clock=clock)
+    cluster.put(make_manifest())
+    await settle(reconciler)
+    before = len(cluster.writes)
+    for _ in range(600):
+        deployment = cluster.find("Deployment", "chat-engine")
+        deployment["spec"][field] = 5
+        await reconciler.reconcile(KEY)
+        clock.now += 0.1
+    corrections = [write for write in cluster.writes[before:] if write[0] == "apply"]
+    # After 0, 1, 3, 7, 15 and 31 of 60 seconds.
+    assert len(corrections) == 6
+    assert reason(cluster, "Stalled") == "Contested"
+
+
+async def test_a_fight_that_is_over_is_no_more_said(cluster: MemoryCluster, poller: Poller) -> None:
+    clock = Clock()
+    reconciler = Reconciler(cluster, poller, engine_image="engine:1", now=lambda: NOW, clock=clock)
+    cluster.put(make_manifest())
+    await settle(reconciler)
+    for _ in range(3):
+        cluster.find("Deployment", "chat-engine")["spec"]["replicas"] = 5
+        again = await reconciler.reconcile(KEY)
+        clock.now += 10
+    assert reason(cluster, "Stalled") == "Contested"
+    assert again is not None
+    clock.now += again
+    assert await reconciler.reconcile(KEY) is None
+    assert reason(cluster) == "Progressing"
+
+
+async def test_a_changed_spec_is_applied_in_the_middle_of_a_fight(
+    cluster: MemoryCluster, poller: Poller
+) -> None:
+    reconciler = Reconciler(
+        cluster, poller, engine_image="engine:1", now=lambda: NOW, clock=Clock()
+    )
+    cluster.put(make_manifest())
+    await settle(reconciler)
+    for _ in range(3):
+        cluster.find("Deployment", "chat-engine")["spec"]["revisionHistoryLimit"] = 5
+        again = await reconciler.reconcile(KEY)
+    assert again == 1.0
+    before = len(cluster.writes)
+    edit(cluster, {"engine": {"maxNumSeqs": 9}}, 2)
+    await reconciler.reconcile(KEY)
+    assert ("apply", "Deployment", "chat-engine") in cluster.writes[before:]

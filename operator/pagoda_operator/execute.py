@@ -1,0 +1,100 @@
+"""Carry out a plan, and remember what saves work and bounds fights."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from pagoda_operator.cluster import Cluster
+from pagoda_operator.contest import Contests
+from pagoda_operator.names import MANAGER, SCALING_MANAGER, ChildRef, Key, Manifest
+from pagoda_operator.ownership import describe_scaler
+from pagoda_operator.plan import Applied, Apply, Plan, digest, plan_scale
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Memory:
+    """What the passes of one service remember; losing it costs a few writes."""
+
+    applied: dict[ChildRef, Applied] = field(default_factory=dict)
+    contests: Contests = field(default_factory=Contests)
+    scaled: int | None = None
+    """The replicas that the Deployment last had as it should."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The Deployment after the writes, and the children that wait for the end of a fight."""
+
+    deployment: Manifest | None
+    held: frozenset[ChildRef] = frozenset()
+
+
+async def execute(
+    cluster: Cluster,
+    key: Key,
+    plan: Plan,
+    deployment: Manifest | None,
+    memory: Memory,
+    target: int,
+    now: float,
+) -> Outcome:
+    """Write what the plan says, and then the replicas.
+
+    Args:
+        deployment: the live one, if there is one of ours.
+        target: the replicas that it should have.
+        now: seconds of a monotonic clock.
+
+    Raises:
+        ApiError: a write failed; those before it are done.
+    """
+    if plan.conflicts:
+        return Outcome(deployment)
+    for apply in plan.applies:
+        live = await _apply(cluster, key, apply, memory, now)
+        if apply.ref.kind == "Deployment":
+            deployment = live
+    for delete in plan.deletes:
+        await cluster.delete(delete.ref.kind, key.namespace, delete.ref.name, uid=delete.uid)
+        memory.applied.pop(delete.ref, None)
+        logger.info("%s: deleted %s", key, delete.ref)
+    held = frozenset(plan.held)
+    if deployment is None or plan.requeue_seconds is not None:
+        return Outcome(deployment, held)
+    scaled = await _scale(cluster, key, deployment, memory, target, now)
+    return Outcome(scaled.deployment, held | scaled.held)
+
+
+async def _apply(cluster: Cluster, key: Key, apply: Apply, memory: Memory, now: float) -> Manifest:
+    if apply.taken_over is not None:
+        await cluster.set_managed_fields(apply.manifest, apply.taken_over)
+    # A name that was free a moment ago is taken without force: never from a stranger.
+    live = await cluster.apply(apply.manifest, manager=MANAGER, force=not apply.creates)
+    memory.applied[apply.ref] = Applied(digest(apply.manifest), digest(live))
+    why = ""
+    if apply.rival is not None:
+        memory.contests.note(apply.ref, apply.rival, now)
+        why = f", since {apply.rival} of it"
+    logger.info("%s: applied %s%s", key, apply.ref, why)
+    return live
+
+
+async def _scale(
+    cluster: Cluster, key: Key, deployment: Manifest, memory: Memory, target: int, now: float
+) -> Outcome:
+    ref, before = ChildRef("Deployment", deployment["metadata"]["name"]), deployment["spec"]
+    scale, is_correction = plan_scale(deployment, target), memory.scaled == target
+    if scale is None:
+        memory.scaled = target
+        return Outcome(deployment)
+    if is_correction and ref in memory.contests.waits(now):
+        return Outcome(deployment, frozenset({ref}))
+    if is_correction:
+        memory.contests.note(ref, describe_scaler(deployment), now)
+    deployment = await cluster.apply(scale, manager=SCALING_MANAGER, force=True)
+    memory.scaled = target
+    logger.info("%s: scaled from %s to %d replicas", key, before.get("replicas"), target)
+    return Outcome(deployment)
