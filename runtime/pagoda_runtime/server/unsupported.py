@@ -1,7 +1,7 @@
-"""What of OpenAI's and vLLM's fields a route does not serve.
+"""What of OpenAI's, vLLM's and SGLang's fields a route does not serve.
 
-Three kinds of fields: those that a body of `protocol` declares; those of UNSUPPORTED, refused by
-name unless they ask for nothing; and all others, accepted and reported once in the log.
+Three kinds of fields: those that a body of `protocol` declares; those of the tables here, refused
+by name unless they ask for nothing; and all others, accepted and reported once in the log.
 """
 
 from __future__ import annotations
@@ -10,88 +10,101 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pagoda_runtime.errors import RequestError
-from pagoda_runtime.server.protocol import ChatCompletionRequest, GenerationRequest
+from pagoda_runtime.server.protocol import ChatCompletionRequest, ChatMessage, GenerationRequest
 
-# Neutral values: what a client may send because it asks for nothing. None always is.
+# What a client may send because it asks for nothing. null is always such a value.
+EMPTY: tuple[Any, ...] = (False, "", [], {})
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logprob_token_ids": ([],),
-    "echo": (False,),
-    "suffix": ("",),
+    # The form of the answer.
+    **dict.fromkeys(("ebnf", "format", "grammar", "json_schema", "regex", "structural_tag"), EMPTY),
+    **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex"), EMPTY),
+    **dict.fromkeys(("guided_json_object", "stop_regex", "structured_outputs", "suffix"), EMPTY),
+    "response_format": (*EMPTY, {"type": "text"}),
+    "modalities": (*EMPTY, ["text"]),
+    "verbosity": (*EMPTY, "medium"),
     "spaces_between_special_tokens": (True,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
+    # What is told beside it.
+    **dict.fromkeys(("audio", "echo", "logprob_token_ids", "return_hidden_states"), EMPTY),
+    **dict.fromkeys(("request_id", "return_token_ids", "web_search_options"), EMPTY),
+    "top_logprobs": (*EMPTY, 0),
+    # Tools and reasoning.
+    **dict.fromkeys(("functions", "tools", "thinking_token_budget"), EMPTY),
+    "function_call": (*EMPTY, "none", "auto"),
+    "tool_choice": (*EMPTY, "none", "auto"),
     "parallel_tool_calls": (True, False),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "verbosity": ("medium",),
-    "reasoning_effort": ("none",),
     "include_reasoning": (True, False),
-    "thinking_token_budget": (),
+    "reasoning_effort": (*EMPTY, "none"),
+    # The prompt.
+    **dict.fromkeys(("chat_template", "chat_template_kwargs", "documents", "images"), EMPTY),
+    **dict.fromkeys(("continue_final_message", "image_data", "input_ids", "prediction"), EMPTY),
+    **dict.fromkeys(("media_io_kwargs", "mm_processor_kwargs", "prompt_embeds"), EMPTY),
     "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "add_special_tokens": (),
-    "documents": ([],),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
-    "request_id": (),
-    "return_token_ids": (False,),
-    "kv_transfer_params": (),
-    "vllm_xargs": ({},),
+    "truncation_side": (*EMPTY, "left"),
+    # The model and its draws.
+    **dict.fromkeys(("custom_logit_processor", "custom_params", "logits_processors"), EMPTY),
+    **dict.fromkeys(("kv_transfer_params", "lora_path", "repetition_detection"), EMPTY),
+    **dict.fromkeys(("no_stop_trim", "vllm_xargs"), EMPTY),
 }
-UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "tool_calls": ([],),
-    "function_call": (),
-    "tool_call_id": (),
-    "audio": (),
-    "refusal": (),
-}
-
-
-def _is_neutral(value: Any, neutral: Sequence[Any]) -> bool:
-    # False == 0 in Python, but `logprobs: 0` asks for something and `logprobs: false` does not.
-    return value is None or any(
-        value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral
-    )
-
-
-def _verify_supported(
-    extra: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]], prefix: str = ""
-) -> None:
-    for name, value in extra.items():
-        if name in table and not _is_neutral(value, table[name]):
-            raise RequestError(
-                f"{prefix}{name} is not supported here; leave it out.",
-                param=f"{prefix}{name}",
-            )
+UNSUPPORTED_IN_COMPLETION = UNSUPPORTED | {"add_special_tokens": (True,)}
+# A chat's template writes the special tokens itself.
+UNSUPPORTED_IN_CHAT = UNSUPPORTED | {"add_special_tokens": (False,)}
+UNSUPPORTED_IN_MESSAGE = dict.fromkeys(
+    ("audio", "function_call", "images", "prefix", "refusal", "tool_call_id", "tool_calls"), EMPTY
+)
 
 
 def verify_supported(body: GenerationRequest) -> list[str]:
-    """The unknown fields of a body. Raises RequestError for a known one that is not served."""
-    extra = body.model_extra or {}
-    _verify_supported(extra, UNSUPPORTED)
-    unknown = [name for name in extra if name not in UNSUPPORTED]
-    if isinstance(body, ChatCompletionRequest):
-        for index, message in enumerate(body.messages):
-            in_message = message.model_extra or {}
-            _verify_supported(in_message, UNSUPPORTED_IN_MESSAGE, f"messages[{index}].")
-            unknown += [
-                f"messages.{name}" for name in in_message if name not in UNSUPPORTED_IN_MESSAGE
-            ]
+    """The unknown fields of a body.
+
+    Raises: RequestError: known ones are not served (it names all of them), a message has no
+        content, or stream_options came without a stream.
+    """
+    is_chat = isinstance(body, ChatCompletionRequest)
+    messages = body.messages if isinstance(body, ChatCompletionRequest) else ()
+    refused, unknown = _sort_out(
+        body.model_extra or {}, UNSUPPORTED_IN_CHAT if is_chat else UNSUPPORTED_IN_COMPLETION
+    )
+    for index, message in enumerate(messages):
+        others = _sort_out(message.model_extra or {}, UNSUPPORTED_IN_MESSAGE)
+        refused += [f"messages[{index}].{name}" for name in others[0]]
+        unknown += [f"messages.{name}" for name in others[1]]
+    if refused:
+        *first, last = refused
+        names = f"{', '.join(first)} and {last} are" if first else f"{last} is"
+        them = "them" if first else "it"
+        raise RequestError(f"{names} not supported here; leave {them} out.", param=refused[0])
+    _verify_contents(messages)
     if body.stream_options is not None and not body.stream:
         raise RequestError(
             "stream_options is only allowed with `stream: true`.", param="stream_options"
         )
     return unknown
+
+
+def _sort_out(
+    extra: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]]
+) -> tuple[list[str], list[str]]:
+    """The names that are refused, and those that nobody knows."""
+    refused = [
+        name for name in extra if name in table and not _is_neutral(extra[name], table[name])
+    ]
+    return refused, [name for name in extra if name not in table]
+
+
+def _is_neutral(value: Any, neutral: Sequence[Any]) -> bool:
+    # False == 0 in Python, but `top_k: 0` is a number and `top_k: false` is not.
+    return value is None or any(
+        value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral
+    )
+
+
+def _verify_contents(messages: Sequence[ChatMessage]) -> None:
+    for index, message in enumerate(messages):
+        # An empty text is one; an empty list of parts holds none.
+        if message.content is None or message.content == []:
+            path = f"messages[{index}].content"
+            raise RequestError(
+                f"{path} is missing; a message of the role {message.role} needs a text, which may "
+                "be empty.",
+                param=path,
+            )

@@ -111,6 +111,23 @@ async def test_continuous_usage_grows_with_every_chunk(client):
     assert counts == [1, 2, 3, 3]
 
 
+async def test_continuous_usage_of_a_chat_begins_with_the_prompt_s(client):
+    stream = await client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Hi"}],
+        max_tokens=2,
+        n=2,
+        stream=True,
+        stream_options={"include_usage": True, "continuous_usage_stats": True},
+    )
+    usages = [chunk.usage async for chunk in stream]
+    num_prompt_tokens = len("\nuser: Hi\nassistant:")
+    assert [usage.prompt_tokens for usage in usages] == [num_prompt_tokens] * len(usages)
+    assert [usage.completion_tokens for usage in usages[:2]] == [0, 0]
+    assert usages[0].total_tokens == num_prompt_tokens
+    assert usages[-1].completion_tokens == 4
+
+
 async def test_a_chat_sees_the_rendered_messages(client, engine):
     answer = await client.chat.completions.create(
         model="alias",
@@ -188,7 +205,18 @@ async def test_a_neutral_value_of_an_unsupported_field_is_accepted(client):
         response_format={"type": "text"},
         tools=[],
         user="me",
-        extra_body={"echo": False, "return_token_ids": False},
+        extra_body={"echo": False, "return_token_ids": False, "add_special_tokens": False},
+    )
+    await client.completions.create(
+        model="tiny", prompt="a", max_tokens=1, extra_body={"add_special_tokens": True}
+    )
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}])
+async def test_a_field_that_is_empty_asks_for_nothing(client, value):
+    names = ["logits_processors", "prompt_embeds", "truncation_side", "format", "images", "suffix"]
+    await client.completions.create(
+        model="tiny", prompt="a", max_tokens=1, extra_body=dict.fromkeys(names, value)
     )
 
 
