@@ -71,7 +71,7 @@ _NOT_FOR_BEAMS: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0.0,),
     "frequency_penalty": (0.0,),
     "repetition_penalty": (1.0,),
-    "seed": (None,),
+    "seed": (None, -1),
     "stop": ((),),
     "logprobs": (None,),
     "prompt_logprobs": (None,),

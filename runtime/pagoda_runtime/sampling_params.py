@@ -45,6 +45,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_tokens: int = 0
     """Tokens before an end token or stop id may come."""
     seed: int | None = None
+    """Of the draws; None and -1: another one for each request."""
     max_tokens: int | None = 16
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -64,6 +65,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def num_beams(self) -> int:
         return self.beam_width or self.best_of or self.n
+
+    @property
+    def fixed_seed(self) -> int | None:
+        return None if self.seed == -1 else self.seed
 
     @property
     def needs_history(self) -> bool:

@@ -99,7 +99,7 @@ class EngineCore:
                 request_id=request.request_id,
                 prompt_token_ids=list(request.prompt_token_ids),
                 sampling_params=params,
-                seed=self._derive_seed(request.request_id) if params.seed is None else params.seed,
+                seed=self._seed_of(request),
                 arrival=self._num_arrived,
                 arrival_seconds=request.arrival_seconds,
                 priority=request.priority,
@@ -171,9 +171,12 @@ class EngineCore:
 
         return plan, thread.submit(execute)
 
-    def _derive_seed(self, request_id: str) -> int:
-        """A seed for a request that brings none: reproducible for equal engine seeds and ids."""
-        digest = hashlib.sha256(f"{self.seed}/{request_id}".encode()).digest()
+    def _seed_of(self, request: EngineRequest) -> int:
+        """The request's own, or one that is reproducible for equal engine seeds and ids."""
+        fixed = request.sampling_params.fixed_seed
+        if fixed is not None:
+            return fixed
+        digest = hashlib.sha256(f"{self.seed}/{request.request_id}".encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1
 
     def _make_stats(self, plan: Plan) -> EngineStats:

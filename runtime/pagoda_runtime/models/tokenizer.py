@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
+from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from pagoda_runtime.errors import FatalError, RequestError
@@ -69,13 +70,35 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in the text become their ids."""
+        token_ids: list[int] = self._encode(text, add_special_tokens).ids
+        if add_special_tokens and self._lacks_bos(token_ids):
+            token_ids = [self._forced_bos, *token_ids]  # type: ignore[list-item]
+        return token_ids
+
+    def text_offsets(self, text: str) -> list[int]:
+        """For each token of `encode(text)` the character of the text at which it begins.
+
+        Tokens that share a character begin where it begins; one that stands for nothing in the
+        text, as an added special token, begins where the text goes on.
+        """
+        encoding = self._encode(text, add_special_tokens=True)
+        offsets = [0] if self._lacks_bos(encoding.ids) else []
+        end_before = 0
+        for (begin, end), is_added in zip(
+            encoding.offsets, encoding.special_tokens_mask, strict=True
+        ):
+            # Some tokenizers leave a token's space out of its span.
+            offsets.append(end_before if is_added else min(begin, end_before))
+            end_before = max(end, end_before)
+        return offsets
+
+    def _encode(self, text: str, add_special_tokens: bool) -> Encoding:
         # encode would hold Python's lock for the whole text; encode_batch lets it go.
         (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
-        token_ids: list[int] = encoding.ids
-        bos = self._forced_bos
-        if add_special_tokens and bos is not None and token_ids[:1] != [bos]:
-            token_ids.insert(0, bos)
-        return token_ids
+        return encoding
+
+    def _lacks_bos(self, token_ids: Sequence[int]) -> bool:
+        return self._forced_bos is not None and token_ids[:1] != [self._forced_bos]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)

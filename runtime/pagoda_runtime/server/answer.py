@@ -81,7 +81,7 @@ async def stream(answer: Answer) -> AsyncGenerator[bytes, None]:
     has_usage = request.has_continuous_usage
     if answer.is_chat:
         for index in range(len(answer.generations) * answer.num_shown):
-            yield writer.write_role(index)
+            yield writer.write_role(index, answer.usage() if has_usage else None)
     async with aclosing(merge(answer.generations)) as deltas:
         async for delta in deltas:
             answer.num_tokens += delta.num_tokens
@@ -141,10 +141,8 @@ def _pick_best(choices: list[_Choice], most: int) -> list[_Choice]:
 
 def _prompt_logprobs(answer: Answer, generation: Generation) -> dict[str, Any]:
     asked = answer.request.prompt_logprobs
-    if asked is None:
-        return {}
     found = generation.prompt_logprobs or ()
-    return {"prompt_logprobs": answer.logprobs.prompt(found, asked)}
+    return {"prompt_logprobs": None if asked is None else answer.logprobs.prompt(found, asked)}
 
 
 def _render_choice(answer: Answer, index: int, choice: _Choice) -> dict[str, Any]:

@@ -193,6 +193,9 @@ async def make_echo(
     is_whole = limits.num_kept is None or len(token_ids) < limits.num_kept
 
     def make() -> Echo:
+        if isinstance(prompt, str) and is_whole:
+            has_offsets = params.logprobs is not None
+            return Echo(prompt, token_ids, tokenizer.text_offsets(prompt) if has_offsets else ())
         # Neither stop strings nor stop ids mean anything in a prompt.
         plain = SamplingParams(skip_special_tokens=params.skip_special_tokens)
         detokenizer = IncrementalDetokenizer(tokenizer, plain)
@@ -201,6 +204,6 @@ async def make_echo(
             offsets.append(detokenizer.num_decoded)
             text += detokenizer.push((token_id,))
         text += detokenizer.finish()
-        return Echo(prompt if isinstance(prompt, str) and is_whole else text, token_ids, offsets)
+        return Echo(text, token_ids, offsets)
 
     return await state.off_loop(limits.weight(CHARACTERS_PER_TOKEN * len(token_ids)), make)

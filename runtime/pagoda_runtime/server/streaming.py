@@ -124,11 +124,12 @@ class ChunkWriter:
             self._no_usage if usage is None else b',"usage":' + encode(usage),
         )
 
-    def write_role(self, index: int) -> bytes:
+    def write_role(self, index: int, usage: dict[str, Any] | None = None) -> bytes:
         """The first chunk of a choice in a chat."""
+        shown_usage = b',"usage":' + msgspec.json.encode(usage) if usage else self._no_usage
         return (
             b'%s{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
-            b'"finish_reason":null}]%s}\n\n' % (self._head, index, self._no_usage)
+            b'"finish_reason":null}]%s}\n\n' % (self._head, index, shown_usage)
         )
 
     def write_usage(self, usage: dict[str, Any]) -> bytes:

@@ -74,6 +74,9 @@ class ByteTokenizer:
         time.sleep(self.encode_seconds)
         return list(text.encode())
 
+    def text_offsets(self, text: str) -> list[int]:
+        return [number for number, letter in enumerate(text) for _ in letter.encode()]
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         kept = [i for i in token_ids if not (skip_special_tokens and i in self.all_special_ids)]
         return bytes(kept).decode(errors="replace")

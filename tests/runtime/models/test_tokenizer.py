@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders
+from tokenizers import decoders, processors
 from tokenizers.models import BPE
 
 from pagoda_runtime.errors import FatalError, RequestError
@@ -65,6 +65,32 @@ def test_a_sentencepiece_token_has_its_space_and_its_byte():
     assert [tokenizer.token_text(i) for i in (1, 2, 3)] == [" the", "\ufffd", "x"]
     assert [tokenizer.token_bytes(i) for i in (1, 2, 3)] == [b" the", b"\xe2", b"x"]
     assert [tokenizer.piece(i) for i in (1, 2, 3)] == [" the", None, "x"]
+
+
+@pytest.mark.parametrize(
+    ("text", "offsets"),
+    [
+        ("a €b", [0, 0, 1, 2, 2, 2, 3]),
+        ("", [0]),
+        # The second <s> and </s> stand in the text, and the first does not.
+        ("<s>a</s>b", [0, 0, 3, 4, 8]),
+    ],
+)
+def test_tokens_begin_where_their_text_stands_in_the_given_text(folder, text, offsets):
+    assert load_tokenizer(folder).text_offsets(text) == offsets
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_token_begins_with_its_space_and_an_added_one_where_the_text_goes_on(folder, adds_bos):
+    fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    template = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    # It leaves spaces out of the tokens' spans.
+    fast.post_processor = processors.Sequence([processors.ByteLevel(), template])
+    special = {"bos_token": "<s>"}
+    tokenizer = Tokenizer(fast, special_tokens=special, add_bos_token=adds_bos)
+    token_ids, offsets = tokenizer.encode("a  b"), tokenizer.text_offsets("a  b")
+    assert offsets == [0] * adds_bos + [0, 1, 2, 3, 4]
+    assert len(token_ids) == len(offsets)
 
 
 def test_a_decoder_that_looks_at_neighbours_has_no_pieces():

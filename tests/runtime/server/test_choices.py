@@ -258,3 +258,8 @@ async def test_prompt_logprobs_are_by_token_id_with_null_first(http):
     answer = await chat(http, prompt_logprobs=0)
     assert answer["prompt_logprobs"][0] is None
     assert all(len(tokens) == 1 for tokens in answer["prompt_logprobs"][1:])
+
+
+async def test_prompt_logprobs_that_nobody_asked_for_are_null(http):
+    assert (await complete(http))["choices"][0]["prompt_logprobs"] is None
+    assert (await chat(http))["prompt_logprobs"] is None

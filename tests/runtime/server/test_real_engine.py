@@ -82,6 +82,29 @@ def test_a_seed_gives_the_same_text_again(client):
     assert client.completions.create(**{**asked, "seed": 6}).choices[0].text != first
 
 
+def test_a_seed_of_minus_1_is_none(client):
+    asked = {"model": "tiny", "prompt": "abc", "max_tokens": 12, "seed": -1}
+    assert len({client.completions.create(**asked).choices[0].text for _ in range(3)}) > 1
+    asked["seed"] = -2
+    assert len({client.completions.create(**asked).choices[0].text for _ in range(3)}) == 1
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_offsets_are_those_of_the_text_that_was_given(client, skips):
+    answer = client.completions.create(
+        model="tiny",
+        prompt="x<s>€",
+        echo=True,
+        logprobs=0,
+        max_tokens=2,
+        extra_body={"skip_special_tokens": skips, **ONLY_A},
+    )
+    choice = answer.choices[0]
+    assert choice.text == "x<s>€aa"
+    # The tokenizer adds <s>, which stands nowhere in the text.
+    assert choice.logprobs.text_offset == [0, 0, 1, 4, 4, 4, 5, 6]
+
+
 def test_a_repeated_prompt_is_found_in_the_cache(client):
     prompt = "A long prompt that fills more than one block of the cache, twice asked. " * 2
     asked = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
