@@ -185,7 +185,9 @@ def parse_options(arguments: Sequence[str]) -> Options:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--namespace", help="the one namespace to serve (all of them if the flag is absent)"
+        "--namespace",
+        type=lambda text: text or None,
+        help="the one namespace to serve (all of them if the flag is absent or empty)",
     )
     parser.add_argument(
         "--engine-image", required=True, help="image of engines whose LLMService names none"

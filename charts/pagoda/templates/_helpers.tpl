@@ -1,3 +1,14 @@
+{{- /* Names of objects in a namespace: the release `pagoda` has `pagoda-operator`. */ -}}
+{{- define "pagoda.name" -}}
+{{- $release := .Release.Name | trunc 46 | trimSuffix "-" -}}
+{{- if contains "pagoda" $release }}{{ $release }}-operator{{ else }}{{ $release }}-pagoda-operator{{ end -}}
+{{- end }}
+
+{{- /* Names of roles and bindings, which releases of several namespaces share a scope with. */ -}}
+{{- define "pagoda.roleName" -}}
+{{ include "pagoda.name" . }}.{{ .Release.Namespace }}
+{{- end }}
+
 {{- define "pagoda.labels" -}}
 app.kubernetes.io/name: pagoda-operator
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -20,6 +31,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
   verbs: [patch]
 - apiGroups: [apps]
   resources: [deployments]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [""]
   resources: [services, serviceaccounts]

@@ -1,0 +1,141 @@
+"""The chart: one release or several, and values that are refused where they are given."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import stack
+import yaml
+from kube import Kubectl
+
+pytestmark = pytest.mark.cluster
+
+
+def helm(target: stack.Target, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([target.helm, *arguments], capture_output=True, text=True, check=False)
+
+
+def render(
+    target: stack.Target, *values: str, release: str = "pagoda", namespace: str = "pagoda-system"
+) -> list[dict[str, Any]]:
+    """The objects of a release."""
+    sets = [part for value in values for part in ("--set-json", value)]
+    done = helm(target, "template", release, str(stack.CHART), "--namespace", namespace, *sets)
+    assert done.returncode == 0, done.stderr
+    return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+def operator_arguments(documents: list[dict[str, Any]]) -> list[str]:
+    (found,) = (item for item in documents if item["kind"] == "Deployment")
+    arguments: list[str] = found["spec"]["template"]["spec"]["containers"][0]["args"]
+    return arguments
+
+
+@pytest.mark.parametrize("empty", ['""', "null"])
+def test_an_empty_namespace_means_all_of_them_for_rights_and_operator_alike(
+    target: stack.Target, empty: str
+) -> None:
+    documents = render(target, f"watchNamespace={empty}")
+    kinds = {item["kind"] for item in documents}
+    assert {"ClusterRole", "ClusterRoleBinding"} <= kinds
+    assert not {"Role", "RoleBinding"} & kinds
+    assert not any(flag.startswith("--namespace") for flag in operator_arguments(documents))
+
+
+def test_one_namespace_has_a_role_there_and_the_operator_watches_it(target: stack.Target) -> None:
+    documents = render(target, 'watchNamespace="team"')
+    kinds = {item["kind"] for item in documents}
+    assert not {"ClusterRole", "ClusterRoleBinding"} & kinds
+    roles = [item for item in documents if item["kind"] in ("Role", "RoleBinding")]
+    assert [item["metadata"]["namespace"] for item in roles] == ["team", "team"]
+    assert "--namespace=team" in operator_arguments(documents)
+
+
+def test_the_release_pagoda_keeps_the_names_that_the_documentation_gives(
+    target: stack.Target,
+) -> None:
+    named = {(item["kind"], item["metadata"]["name"]) for item in render(target)}
+    assert {("Deployment", "pagoda-operator"), ("ServiceAccount", "pagoda-operator")} <= named
+
+
+BAD_VALUES = {
+    "a typo": ("watchNamespaces", '"team"', "watchNamespaces"),
+    "a typo further down": ("resources", '{"limit": {"memory": "1Gi"}}', "limit"),
+    "an unknown level": ("logLevel", '"verbose"', "logLevel"),
+    "two namespaces": ("watchNamespace", '"a,b"', "watchNamespace"),
+    "a secret's name without its key": ("imagePullSecrets", '["registry"]', "imagePullSecrets"),
+    "root": ("runAsUser", "0", "runAsUser"),
+    "no image": ("image", '""', "image"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_a_wrong_value_is_refused_by_its_name(target: stack.Target, case: str) -> None:
+    name, value, words = BAD_VALUES[case]
+    done = helm(target, "template", "pagoda", str(stack.CHART), "--set-json", f"{name}={value}")
+    assert done.returncode != 0
+    assert words in done.stderr
+
+
+def test_the_platform_may_give_the_operator_its_user(target: stack.Target) -> None:
+    (found,) = (i for i in render(target, "runAsUser=null") if i["kind"] == "Deployment")
+    security = found["spec"]["template"]["spec"]["securityContext"]
+    assert security == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+
+
+@pytest.fixture
+def releases(target: stack.Target, namespace: Kubectl) -> Iterator[list[tuple[str, Kubectl]]]:
+    """Three releases: one name in two namespaces, and a second name in one of them."""
+    other = namespace.in_namespace(f"{namespace.namespace}-b")
+    other.run("create", "namespace", other.namespace)
+    found = [("pagoda", namespace), ("pagoda", other), ("second", other)]
+    try:
+        yield found
+    finally:
+        for release, kubectl in found:
+            helm(target, "uninstall", release, *access(kubectl), "--ignore-not-found")
+        other.run("delete", "namespace", other.namespace, "--wait=false")
+
+
+def access(kubectl: Kubectl) -> list[str]:
+    flags = ["--namespace", kubectl.namespace]
+    flags += ["--kubeconfig", kubectl.kubeconfig] if kubectl.kubeconfig else []
+    return flags + (["--kube-context", kubectl.context] if kubectl.context else [])
+
+
+def test_several_releases_live_side_by_side_each_with_the_rights_it_needs(
+    target: stack.Target, releases: list[tuple[str, Kubectl]]
+) -> None:
+    for number, (release, kubectl) in enumerate(releases):
+        # A namespace of its own, none, and none given as null.
+        watched = [json.dumps(kubectl.namespace), '""', "null"][number]
+        flags = ["--skip-crds", "--set-json", f"watchNamespace={watched}"]
+        done = helm(target, "install", release, str(stack.CHART), *access(kubectl), *flags)
+        assert done.returncode == 0, done.stderr
+    (first, namespaced), *cluster_wide = releases
+    assert may_list(namespaced, f"{first}-operator", namespaced.namespace)
+    assert not may_list(namespaced, f"{first}-operator", None)
+    for (_, kubectl), name in zip(
+        cluster_wide, ("pagoda-operator", "second-pagoda-operator"), strict=True
+    ):
+        assert may_list(kubectl, name, None)
+
+
+def may_list(kubectl: Kubectl, account: str, namespace: str | None) -> bool:
+    """Whether the ServiceAccount may list LLMServices there (None: everywhere)."""
+    spec = {
+        "user": f"system:serviceaccount:{kubectl.namespace}:{account}",
+        "resourceAttributes": {
+            "group": "pagoda.dev",
+            "resource": "llmservices",
+            "verb": "list",
+            **({"namespace": namespace} if namespace else {}),
+        },
+    }
+    review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec}
+    answer = kubectl.run("create", "-f", "-", "-o", "json", stdin=json.dumps(review))
+    return bool(json.loads(answer)["status"]["allowed"])
