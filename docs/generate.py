@@ -6,8 +6,11 @@ A test compares them with what this would write.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import yaml
 from prometheus_client.core import Metric
 
 from pagoda_runtime.cli import build_serve_parser
@@ -81,10 +84,53 @@ def _render_metric(metric: Metric) -> str:
     return f"| `{metric.name}{suffix}` | {metric.type} | {shown} | {metric.documentation} |"
 
 
+def render_llmservice() -> str:
+    """The page of the LLMService, with the table of its fields as the CRD has them."""
+    page = (ROOT / "docs/reference/llmservice.md").read_text()
+    crd = yaml.safe_load((ROOT / "crds/llmservice.yaml").read_text())
+    (version,) = crd["spec"]["versions"]
+    spec = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    head, rest = page.split("<!-- fields -->\n", 1)
+    _, tail = rest.split("<!-- end of fields -->\n", 1)
+    lines = ["| field | values | default | meaning |", "| --- | --- | --- | --- |"]
+    lines += _field_rows(spec, "")
+    table = "\n".join(lines)
+    return f"{head}<!-- fields -->\n{table}\n<!-- end of fields -->\n{tail}"
+
+
+def _field_rows(node: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name, field in node["properties"].items():
+        path = f"{prefix}{name}"
+        # Parts without a description are as Kubernetes has them in a pod.
+        if any("description" in child for child in field.get("properties", {}).values()):
+            yield from _field_rows(field, f"{path}.")
+            continue
+        default = field.get("default", "required" if name in node.get("required", []) else None)
+        shown = str(default).lower() if isinstance(default, bool) else default
+        shown = "" if shown is None else shown if shown == "required" else f"`{shown}`"
+        yield f"| `{path}` | {_values(field)} | {shown} | {field['description']} |"
+
+
+def _values(field: dict[str, Any]) -> str:
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    kind = field.get("type", "quantity")
+    if kind == "integer":
+        return f"{field['minimum']} … {field['maximum']}"
+    if kind == "array":
+        return f"list of {field['items']['type']}s, at most {field['maxItems']}"
+    if "additionalProperties" in field:
+        return f"map of strings, at most {field['maxProperties']}"
+    if kind == "object" and "required" in field:
+        return f"`{{{', '.join(field['required'])}}}`"
+    return str(kind)
+
+
 def render_all() -> dict[str, str]:
     """Path in the repository → text."""
     return {
         "docs/reference/flags.md": render_flags(),
+        "docs/reference/llmservice.md": render_llmservice(),
         "docs/reference/metrics.md": render_metrics(),
     }
 

@@ -38,6 +38,12 @@ def crds(target: stack.Target) -> None:
 
 
 @pytest.fixture
+def dry_runs(target: stack.Target, crds: None) -> Kubectl:
+    """kubectl for what writes nothing, and so needs no namespace of its own."""
+    return target.kubectl
+
+
+@pytest.fixture
 def namespace(target: stack.Target, crds: None) -> Iterator[Kubectl]:
     """kubectl in a namespace of the test's own, deleted afterwards without waiting."""
     name = f"e2e-{uuid.uuid4().hex[:8]}"

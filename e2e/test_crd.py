@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import stack
-import yaml
 from kube import Kubectl, KubectlError
+from llmservices import dry_run, manifest
 
 pytestmark = pytest.mark.cluster
 EXAMPLES = sorted((stack.ROOT / "examples").glob("*.yaml"))
@@ -61,37 +61,65 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
         {"engine": {"tensorParallelSize": 4}, "resources": {"gpu": {"count": 2}}},
         "resources.gpu.count is 0 (an engine on the CPU) or equal to engine.tensorParallelSize",
     ),
-    "negative cpu": ({"resources": {"cpu": -2}}, "cpu is a positive number of cores"),
+    "a flag and its value in one item": (
+        {"engine": {"extraArgs": ["--max-num-batched-tokens 512"]}},
+        "an item of extraArgs is one argument; write a flag and its value as --flag=value",
+    ),
+    "an API key for all to read": (
+        {"engine": {"extraArgs": ["--api-key", "secret"]}},
+        "API keys come from a Secret, so that nobody reads them here; set spec.auth.apiKeysSecret",
+    ),
+    "a revision as a flag": (
+        {"engine": {"extraArgs": ["--revision=main"]}},
+        "extraArgs repeats a flag that has a field of its own",
+    ),
+    "a revision of a claim": (
+        {"model": {"uri": "pvc://models/a", "revision": "main"}},
+        "model.revision is for hf:// models",
+    ),
+    "credentials for a claim": (
+        {"model": {"uri": "pvc://models/a", "credentialsSecretRef": {"name": "hub"}}},
+        "model.credentialsSecretRef is for hf:// models",
+    ),
+    "a secret without a name": (
+        {"auth": {"apiKeysSecretRef": {}}},
+        "spec.auth.apiKeysSecretRef.name: Required value",
+    ),
+    "negative cpu": ({"resources": {"cpu": -2}}, "should be greater than 0"),
+    "no cpu at all": ({"resources": {"cpu": 0}}, "should be greater than 0"),
+    "cpu of nonsense": ({"resources": {"cpu": "half"}}, "spec.resources.cpu in body should match"),
+    "cpu as a list": (
+        {"resources": {"cpu": [1]}},
+        "spec.resources.cpu: Too many: 1",
+    ),
+    "cpu as a truth": ({"resources": {"cpu": True}}, "spec.resources.cpu"),
+    "more memory requested than may be used": (
+        {"resources": {"memory": "4Gi", "memoryRequest": "5Gi"}},
+        "resources.memoryRequest may not exceed resources.memory",
+    ),
+    "a cache without unit": (
+        {"cache": {"sizeLimit": 200}},
+        "cache.sizeLimit is at least 1Mi, with its unit",
+    ),
     "memory without unit": ({"resources": {"memory": 16}}, "with its unit, as 16Gi"),
     "memory of nonsense": ({"resources": {"memory": "16x"}}, "with its unit, as 16Gi"),
     "GPU name without domain": (
         {"resources": {"gpu": {"resourceName": "gpu"}}},
         "resourceName is a domain, '/' and a name",
     ),
+    "a peer of nothing": (
+        {"networkPolicy": {"enabled": True, "from": [{}]}},
+        "should have at least 1 properties",
+    ),
     "unknown field": ({"engine": {"blockSize": 16}}, 'unknown field "spec.engine.blockSize"'),
 }
 
 
-def manifest(spec: dict[str, Any], name: str = "x") -> dict[str, Any]:
-    merged = {"model": {"uri": "pvc://models/a"}, **spec}
-    return {
-        "apiVersion": "pagoda.dev/v1alpha1",
-        "kind": "LLMService",
-        "metadata": {"name": name},
-        "spec": {key: value for key, value in merged.items() if value is not None},
-    }
-
-
-def dry_run(kubectl: Kubectl, document: object) -> str:
-    flags = ("--dry-run=server", "--validate=strict")
-    return kubectl.run("create", *flags, "-f", "-", stdin=yaml.safe_dump(document))
-
-
 @pytest.mark.parametrize("case", BAD_SPECS)
-def test_a_bad_spec_is_refused_in_words_that_help(namespace: Kubectl, case: str) -> None:
+def test_a_bad_spec_is_refused_in_words_that_help(dry_runs: Kubectl, case: str) -> None:
     spec, words = BAD_SPECS[case]
     with pytest.raises(KubectlError) as refusal:
-        dry_run(namespace, manifest(spec))
+        dry_run(dry_runs, manifest(spec))
     assert words in str(refusal.value)
 
 
@@ -99,25 +127,39 @@ def test_a_bad_spec_is_refused_in_words_that_help(namespace: Kubectl, case: str)
     ("name", "words"),
     [("a" * 51, "at most 50 characters"), ("7b", "begins with a letter"), ("a.b", "lower case")],
 )
-def test_a_bad_name_is_refused_in_words_that_help(
-    namespace: Kubectl, name: str, words: str
-) -> None:
+def test_a_bad_name_is_refused_in_words_that_help(dry_runs: Kubectl, name: str, words: str) -> None:
     with pytest.raises(KubectlError) as refusal:
-        dry_run(namespace, manifest({}, name=name))
+        dry_run(dry_runs, manifest({}, name=name))
     assert words in str(refusal.value)
 
 
 def test_the_longest_name_and_an_engine_on_the_cpu_with_any_tp_are_taken(
-    namespace: Kubectl,
+    dry_runs: Kubectl,
 ) -> None:
     spec = {"engine": {"tensorParallelSize": 8}, "resources": {"gpu": {"count": 0}}}
-    assert "created" in dry_run(namespace, manifest(spec, name="a" * 50))
+    assert "created" in dry_run(dry_runs, manifest(spec, name="a" * 50))
+
+
+@pytest.mark.parametrize("cpu", [2, 0.5, 0.001, "250m", "1.5", "16"])
+def test_cores_are_numbers_or_quantities(dry_runs: Kubectl, cpu: float | str) -> None:
+    assert "created" in dry_run(dry_runs, manifest({"resources": {"cpu": cpu}}))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--seed=7"], ["--seed", "7"], ["--chat-template=/a b.jinja"], ["--chat-template", "/a b"]],
+    ids=str,
+)
+def test_an_extra_argument_may_have_a_space_in_its_value(
+    dry_runs: Kubectl, arguments: list[str]
+) -> None:
+    assert "created" in dry_run(dry_runs, manifest({"engine": {"extraArgs": arguments}}))
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_is_taken(namespace: Kubectl, example: Path) -> None:
+def test_an_example_is_taken(dry_runs: Kubectl, example: Path) -> None:
     flags = ("--dry-run=server", "--validate=strict")
-    assert "dry run" in namespace.run("apply", *flags, "-f", str(example))
+    assert "dry run" in dry_runs.run("apply", *flags, "-f", str(example))
 
 
 @pytest.mark.parametrize("is_namespaced", [False, True], ids=["cluster-wide", "namespaced"])

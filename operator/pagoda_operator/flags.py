@@ -9,6 +9,7 @@ from pagoda_operator.spec import DType, KvCacheDtype, LLMService, Quantization
 
 PORT = 8000
 MODELS_PATH = "/models"
+API_KEYS_PATH = "/etc/pagoda/api-keys"
 DRAIN_DELAY_SECONDS = 5
 DRAIN_SECONDS = 30
 
@@ -39,6 +40,8 @@ def engine_args(service: LLMService) -> list[str]:
     """The arguments of the `pagoda` command; the runtime's CLI parses them (`tests/contract`)."""
     spec, engine = service.spec, service.spec.engine
     args = ["serve", "--model", _model_argument(spec.model.uri)]
+    if spec.model.revision is not None:
+        args += ["--revision", spec.model.revision]
     args += ["--served-model-name", service.model_name]
     args += ["--host", "0.0.0.0", "--port", str(PORT)]
     # Named, not detected: an engine that finds no GPU fails rather than crawls on the CPU.
@@ -55,6 +58,8 @@ def engine_args(service: LLMService) -> list[str]:
     args += ["--max-num-seqs", str(engine.max_num_seqs)]
     args += ["--gpu-memory-utilization", f"{engine.gpu_memory_percent / 100:.2f}"]
     args += ["--enable-prefix-caching" if engine.prefix_caching else "--no-enable-prefix-caching"]
+    if spec.auth.api_keys_secret_ref is not None:
+        args += ["--api-key-file", API_KEYS_PATH]
     args += ["--drain-delay-seconds", str(DRAIN_DELAY_SECONDS)]
     args += ["--drain-seconds", str(DRAIN_SECONDS)]
     return [*args, *engine.extra_args]

@@ -51,12 +51,12 @@ class ChildRef:
         return f"{self.kind} {self.name}"
 
 
-CHILD_KINDS = ("ServiceAccount", "Service", "Deployment")
+CHILD_KINDS = ("ServiceAccount", "Service", "NetworkPolicy", "Deployment")
 """In the order in which they are applied: a pod needs its ServiceAccount."""
 
 
 def engine_name(service_name: str) -> str:
-    """Name of the Deployment and of the ServiceAccount of the engines."""
+    """Name of the Deployment, the ServiceAccount and the NetworkPolicy of the engines."""
     return f"{service_name}-engine"
 
 

@@ -1,10 +1,15 @@
-"""The pod of an engine: from an LLMService to a pod template. Pure."""
+"""The pod of an engine: from an LLMService to a pod template. Pure.
+
+What the user adds (`spec.podTemplate`) comes beside what is the operator's; where both have a word
+for the same thing, the CRD has refused the user's.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from pagoda_operator.flags import (
+    API_KEYS_PATH,
     DRAIN_DELAY_SECONDS,
     DRAIN_SECONDS,
     MODELS_PATH,
@@ -12,19 +17,27 @@ from pagoda_operator.flags import (
     engine_args,
     model_claim,
 )
-from pagoda_operator.names import Manifest, common_labels, engine_name
-from pagoda_operator.spec import LLMService
+from pagoda_operator.names import Manifest, common_labels, engine_name, selector_labels
+from pagoda_operator.spec import LLMService, PodTemplate, SecurityContext, UserFrom
 
 STARTUP_SECONDS = 3600
 # What the engine needs to end after its drain, before the kubelet kills it.
 DRAIN_MARGIN_SECONDS = 10
 # The numeric user of the runtime image: the kubelet cannot check runAsNonRoot against a name.
 USER_ID = 65532
+# Compiled kernels and sockets; what is large goes to the cache.
+TMP_SIZE_LIMIT = "4Gi"
+HUB_TOKEN = "HF_TOKEN"
 
 
 def render_pod_template(service: LLMService, engine_image: str) -> Manifest:
+    """The template of the engine's pods; two services with the same spec get the same one."""
+    added = service.spec.pod_template
+    metadata: Manifest = {"labels": {**added.labels, **common_labels(service.key.name)}}
+    if added.annotations:
+        metadata["annotations"] = added.annotations
     return {
-        "metadata": {"labels": common_labels(service.key.name)},
+        "metadata": metadata,
         "spec": {
             "serviceAccountName": engine_name(service.key.name),
             "automountServiceAccountToken": False,
@@ -32,34 +45,50 @@ def render_pod_template(service: LLMService, engine_image: str) -> Manifest:
             "terminationGracePeriodSeconds": (
                 DRAIN_DELAY_SECONDS + DRAIN_SECONDS + DRAIN_MARGIN_SECONDS
             ),
-            "securityContext": {
-                "runAsNonRoot": True,
-                "runAsUser": USER_ID,
-                "runAsGroup": USER_ID,
-                "seccompProfile": {"type": "RuntimeDefault"},
-            },
+            "securityContext": _render_security_context(added.security_context),
             "containers": [_render_container(service, engine_image)],
             "volumes": _render_volumes(service),
+            **_render_placement(service.key.name, added),
         },
     }
 
 
+def _render_security_context(security: SecurityContext) -> Manifest:
+    context: Manifest = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    if security.user_from is UserFrom.IMAGE:
+        context["runAsUser"] = security.run_as_user or USER_ID
+        context["runAsGroup"] = security.run_as_group or USER_ID
+    if security.fs_group is not None:
+        context["fsGroup"] = security.fs_group
+    if security.supplemental_groups:
+        context["supplementalGroups"] = list(security.supplemental_groups)
+    return context
+
+
+def _render_placement(service_name: str, added: PodTemplate) -> Manifest:
+    """Where the pods go and who pulls their images; only what the spec has."""
+    own_pods = {"labelSelector": {"matchLabels": selector_labels(service_name)}}
+    placement = {
+        "imagePullSecrets": list(added.image_pull_secrets),
+        "nodeSelector": added.node_selector,
+        "tolerations": list(added.tolerations),
+        "affinity": added.affinity,
+        "topologySpreadConstraints": [
+            {**own_pods, **constraint} for constraint in added.topology_spread_constraints
+        ],
+        "priorityClassName": added.priority_class_name,
+        "runtimeClassName": added.runtime_class_name,
+        "schedulerName": added.scheduler_name,
+    }
+    return {key: value for key, value in placement.items() if value}
+
+
 def _render_container(service: LLMService, engine_image: str) -> Manifest:
-    mounts: list[Manifest] = [
-        {"name": "tmp", "mountPath": "/tmp"},
-        {"name": "cache", "mountPath": "/cache"},
-        {"name": "shm", "mountPath": "/dev/shm"},
-    ]
-    if model_claim(service.spec.model.uri) is not None:
-        mounts.append({"name": "models", "mountPath": MODELS_PATH, "readOnly": True})
-    return {
+    container: Manifest = {
         "name": "engine",
         "image": service.spec.engine.image or engine_image,
         "args": engine_args(service),
-        "env": [
-            {"name": "HOME", "value": "/cache"},
-            {"name": "HF_HOME", "value": "/cache/huggingface"},
-        ],
+        "env": _render_env(service),
         "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
         "resources": _render_resources(service),
         "securityContext": {
@@ -72,8 +101,37 @@ def _render_container(service: LLMService, engine_image: str) -> Manifest:
         # Longer than readiness: a busy engine leaves the Service before it is restarted.
         "livenessProbe": _render_probe("/health", period=10, failures=6),
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": mounts,
+        "volumeMounts": _render_mounts(service),
     }
+    if service.spec.pod_template.env_from:
+        container["envFrom"] = list(service.spec.pod_template.env_from)
+    return container
+
+
+def _render_env(service: LLMService) -> list[Manifest]:
+    env: list[Manifest] = [
+        {"name": "HOME", "value": "/cache"},
+        {"name": "HF_HOME", "value": "/cache/huggingface"},
+        {"name": "PAGODA_CACHE", "value": "/cache/pagoda"},
+    ]
+    if (secret := service.spec.model.credentials_secret_ref) is not None:
+        source = {"secretKeyRef": {"name": secret.name, "key": HUB_TOKEN}}
+        env.append({"name": HUB_TOKEN, "valueFrom": source})
+    return [*env, *service.spec.pod_template.env]
+
+
+def _render_mounts(service: LLMService) -> list[Manifest]:
+    mounts: list[Manifest] = [
+        {"name": "tmp", "mountPath": "/tmp"},
+        {"name": "cache", "mountPath": "/cache"},
+        {"name": "shm", "mountPath": "/dev/shm"},
+    ]
+    if model_claim(service.spec.model.uri) is not None:
+        mounts.append({"name": "models", "mountPath": MODELS_PATH, "readOnly": True})
+    if service.spec.auth.api_keys_secret_ref is not None:
+        # The folder, not a file of it: only then does the kubelet bring a changed Secret in.
+        mounts.append({"name": "api-keys", "mountPath": API_KEYS_PATH, "readOnly": True})
+    return [*mounts, *service.spec.pod_template.volume_mounts]
 
 
 def _render_probe(path: str, *, period: int, failures: int) -> Manifest:
@@ -87,17 +145,29 @@ def _render_probe(path: str, *, period: int, failures: int) -> Manifest:
 
 def _render_resources(service: LLMService) -> Manifest:
     resources = service.spec.resources
-    requests: dict[str, Any] = {}
-    limits: dict[str, Any] = {}
-    if resources.cpu is not None:
-        # No limit: idle cores are of use to the tokenizer, and throttling delays every step.
-        requests["cpu"] = str(resources.cpu)
-    if resources.memory is not None:
-        requests["memory"] = limits["memory"] = str(resources.memory)
-    if service.spec.num_gpus:
-        limits[resources.gpu.resource_name] = str(service.spec.num_gpus)
-        requests[resources.gpu.resource_name] = str(service.spec.num_gpus)
-    return {"requests": requests, "limits": limits}
+    gpus = {resources.gpu.resource_name: service.spec.num_gpus or None}
+    requests: dict[str, Any] = {
+        "cpu": _cores(resources.cpu),
+        "memory": resources.memory_request or resources.memory,
+        "ephemeral-storage": resources.ephemeral_storage,
+        **gpus,
+    }
+    limits: dict[str, Any] = {
+        # Absent by default: idle cores are of use to the tokenizer, and throttling delays steps.
+        "cpu": _cores(resources.cpu_limit),
+        "memory": resources.memory,
+        "ephemeral-storage": resources.ephemeral_storage,
+        **gpus,
+    }
+    return {
+        "requests": {key: str(value) for key, value in requests.items() if value is not None},
+        "limits": {key: str(value) for key, value in limits.items() if value is not None},
+    }
+
+
+def _cores(cpu: int | float | str | None) -> int | str | None:
+    """A number of cores as a quantity, which has no binary fractions."""
+    return f"{max(1, round(cpu * 1000))}m" if isinstance(cpu, float) else cpu
 
 
 def _render_volumes(service: LLMService) -> list[Manifest]:
@@ -105,12 +175,14 @@ def _render_volumes(service: LLMService) -> list[Manifest]:
     # NCCL exchanges data between ranks through /dev/shm; its default of 64 MiB is too small.
     shm_mebibytes = 1024 * tensor_parallel_size if tensor_parallel_size > 1 else 256
     volumes: list[Manifest] = [
-        {"name": "tmp", "emptyDir": {}},
-        {"name": "cache", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE_LIMIT}},
+        {"name": "cache", "emptyDir": {"sizeLimit": str(service.spec.cache.size_limit)}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shm_mebibytes}Mi"}},
     ]
     claim = model_claim(service.spec.model.uri)
     if claim is not None:
         source = {"claimName": claim, "readOnly": True}
         volumes.append({"name": "models", "persistentVolumeClaim": source})
-    return volumes
+    if (secret := service.spec.auth.api_keys_secret_ref) is not None:
+        volumes.append({"name": "api-keys", "secret": {"secretName": secret.name}})
+    return [*volumes, *service.spec.pod_template.volumes]

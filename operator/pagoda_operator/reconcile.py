@@ -163,8 +163,8 @@ class Reconciler:
     async def _observe(self, service: LLMService, status: Manifest) -> World:
         """The children, by name and where needed by label, and the pods.
 
-        An object of ours whose name the renderer does not give (any more) was made by an earlier
-        operator: to look for them once is enough, and never for a service that is new.
+        An object of ours whose name the renderer does not give (any more) was applied before, or by
+        an earlier operator: to look for the latter once is enough, and never for a new service.
         """
         namespace, selector = service.key.namespace, f"{LABEL_SERVICE}={service.key.name}"
         wanted = list(render_children(service, engine_image=self._engine_image))
@@ -180,7 +180,8 @@ class Reconciler:
             for kind, items in zip(kinds, lists, strict=True)
             for item in items
         }
-        unseen = [ref for ref in wanted if ref not in children]
+        applied = self._memories[service.key].applied if is_known else {}
+        unseen = [ref for ref in {**dict.fromkeys(wanted), **applied} if ref not in children]
         found = await asyncio.gather(
             *(self._cluster.get(ref.kind, namespace, ref.name) for ref in unseen)
         )

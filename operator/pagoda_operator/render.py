@@ -25,6 +25,8 @@ from pagoda_operator.spec import LLMService, RolloutStrategy
 
 # A pod may load for STARTUP_SECONDS; only then has the rollout failed.
 PROGRESS_DEADLINE_SECONDS = STARTUP_SECONDS + 300
+# Of the operator's own pods, whatever the release and its namespace (`charts/pagoda`).
+OPERATOR_LABELS = {"app.kubernetes.io/name": "pagoda-operator"}
 
 
 def render_children(service: LLMService, *, engine_image: str) -> dict[ChildRef, Manifest]:
@@ -35,11 +37,10 @@ def render_children(service: LLMService, *, engine_image: str) -> dict[ChildRef,
     Args:
         engine_image: the image of engines whose spec names none.
     """
-    children = (
-        render_service_account(service),
-        render_service(service),
-        render_deployment(service, engine_image=engine_image),
-    )
+    children = [render_service_account(service), render_service(service)]
+    if service.spec.network_policy.enabled:
+        children.append(render_network_policy(service))
+    children.append(render_deployment(service, engine_image=engine_image))
     return {ChildRef(child["kind"], child["metadata"]["name"]): child for child in children}
 
 
@@ -63,6 +64,23 @@ def render_service(service: LLMService) -> Manifest:
             "type": "ClusterIP",
             "selector": selector_labels(service.key.name),
             "ports": [{"name": "http", "port": 80, "protocol": "TCP", "targetPort": PORT}],
+        },
+    }
+
+
+def render_network_policy(service: LLMService) -> Manifest:
+    """Who may connect to the engines: the peers of the spec, and the operator for `/load`."""
+    peers = service.spec.network_policy.from_ or ({"podSelector": {}},)
+    operator = {"namespaceSelector": {}, "podSelector": {"matchLabels": OPERATOR_LABELS}}
+    ports = [{"port": PORT, "protocol": "TCP"}]
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(service, engine_name(service.key.name)),
+        "spec": {
+            "podSelector": {"matchLabels": selector_labels(service.key.name)},
+            "policyTypes": ["Ingress"],
+            "ingress": [{"from": [*peers, operator], "ports": ports}],
         },
     }
 

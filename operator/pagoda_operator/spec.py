@@ -17,6 +17,9 @@ from typing import Any
 
 from pagoda_operator.names import Key
 
+Part = dict[str, Any]
+"""A part of a pod in Kubernetes' own form, which the CRD's schema has checked."""
+
 
 class SpecError(Exception):
     """A field of the spec cannot be understood; the message begins with its path."""
@@ -56,10 +59,22 @@ class RolloutStrategy(StrEnum):
     RECREATE = "Recreate"
 
 
+class UserFrom(StrEnum):
+    IMAGE = "Image"
+    PLATFORM = "Platform"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecretRef:
+    name: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     uri: str
     name: str | None = None
+    revision: str | None = None
+    credentials_secret_ref: SecretRef | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +101,11 @@ class Gpu:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
     gpu: Gpu = field(default_factory=Gpu)
-    cpu: int | str | None = None
+    cpu: int | float | str | None = None
+    cpu_limit: int | float | str | None = None
     memory: int | str | None = None
+    memory_request: int | str | None = None
+    ephemeral_storage: int | str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +127,52 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Auth:
+    api_keys_secret_ref: SecretRef | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    size_limit: int | str = "200Gi"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkPolicy:
+    enabled: bool = False
+    from_: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecurityContext:
+    user_from: UserFrom = UserFrom.IMAGE
+    run_as_user: int | None = None
+    run_as_group: int | None = None
+    fs_group: int | None = None
+    supplemental_groups: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodTemplate:
+    """What the user adds to the pods; all else of them is the operator's."""
+
+    labels: Part = field(default_factory=dict)
+    annotations: Part = field(default_factory=dict)
+    image_pull_secrets: tuple[Part, ...] = ()
+    node_selector: Part = field(default_factory=dict)
+    tolerations: tuple[Part, ...] = ()
+    affinity: Part = field(default_factory=dict)
+    topology_spread_constraints: tuple[Part, ...] = ()
+    priority_class_name: str | None = None
+    runtime_class_name: str | None = None
+    scheduler_name: str | None = None
+    env: tuple[Part, ...] = ()
+    env_from: tuple[Part, ...] = ()
+    volumes: tuple[Part, ...] = ()
+    volume_mounts: tuple[Part, ...] = ()
+    security_context: SecurityContext = field(default_factory=SecurityContext)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LLMServiceSpec:
     model: Model
     engine: Engine = field(default_factory=Engine)
@@ -116,6 +180,10 @@ class LLMServiceSpec:
     replicas: int = 1
     autoscaling: Autoscaling | None = None
     rollout: Rollout = field(default_factory=Rollout)
+    auth: Auth = field(default_factory=Auth)
+    cache: Cache = field(default_factory=Cache)
+    network_policy: NetworkPolicy = field(default_factory=NetworkPolicy)
+    pod_template: PodTemplate = field(default_factory=PodTemplate)
     suspend: bool = False
 
     @property
@@ -174,7 +242,8 @@ def parse(manifest: Mapping[str, Any]) -> LLMService:
 
 def camel_case(name: str) -> str:
     """The name that the CRD gives to a field: `max_num_seqs` is `maxNumSeqs`."""
-    return re.sub(r"_([a-z0-9])", lambda match: match.group(1).upper(), name)
+    # `from` is a word of Python's own; its field is `from_`.
+    return re.sub(r"_([a-z0-9])", lambda match: match.group(1).upper(), name).rstrip("_")
 
 
 def _build(cls: type[Any], value: object, path: str) -> Any:
@@ -204,8 +273,15 @@ def _convert(hint: Any, value: object, path: str) -> Any:
         if isinstance(option, type) and issubclass(option, StrEnum):
             return _convert_enum(option, value, path)
         if typing.get_origin(option) is tuple:
-            if isinstance(value, list) and all(isinstance(item, str) for item in value):
-                return tuple(value)
+            if isinstance(value, list):
+                (item_hint, _) = typing.get_args(option)
+                return tuple(
+                    _convert(item_hint, item, f"{path}[{index}]")
+                    for index, item in enumerate(value)
+                )
+        elif option == Part:
+            if isinstance(value, Mapping):
+                return dict(value)
         # bool is a subclass of int, but true is no number of replicas.
         elif type(value) is option:
             return value

@@ -30,6 +30,7 @@ CHILDREN = (
     ("apps", "v1", "deployments"),
     ("", "v1", "services"),
     ("", "v1", "serviceaccounts"),
+    ("networking.k8s.io", "v1", "networkpolicies"),
     ("", "v1", "pods"),
 )
 OUTAGE_PAUSE_MAX_SECONDS = 10.0

@@ -73,6 +73,17 @@ def replicas(cluster: MemoryCluster) -> int:
     return int(cluster.find("Deployment", "chat-engine")["spec"]["replicas"])
 
 
+async def test_a_network_policy_goes_when_the_spec_no_longer_asks_for_it(
+    cluster: MemoryCluster, reconciler: Reconciler
+) -> None:
+    cluster.put(make_manifest({"networkPolicy": {"enabled": True}}))
+    await settle(reconciler)
+    assert ("NetworkPolicy", "chat-engine") in cluster.objects
+    edit(cluster, {}, generation=2)
+    await settle(reconciler)
+    assert ("NetworkPolicy", "chat-engine") not in cluster.objects
+
+
 async def test_a_new_service_gets_its_children_and_then_nothing_is_written(
     cluster: MemoryCluster, reconciler: Reconciler
 ) -> None:

@@ -89,6 +89,20 @@ def test_the_pod_passes_pod_security_restricted() -> None:
     assert kinds <= {"emptyDir", "persistentVolumeClaim"}
 
 
+def test_every_folder_on_the_nodes_disk_is_bounded() -> None:
+    def limits(spec: dict[str, Any] | None = None) -> dict[str, str]:
+        volumes = pod_spec(spec)["volumes"]
+        return {v["name"]: v["emptyDir"].get("sizeLimit") for v in volumes if "emptyDir" in v}
+
+    assert limits() == {"tmp": "4Gi", "cache": "200Gi", "shm": "256Mi"}
+    assert limits({"cache": {"sizeLimit": "1Ti"}})["cache"] == "1Ti"
+
+
+def test_what_an_engine_compiles_and_converts_goes_to_its_cache() -> None:
+    variables = {variable["name"]: variable["value"] for variable in container()["env"]}
+    assert all(variables[name].startswith("/cache") for name in ("HOME", "HF_HOME", "PAGODA_CACHE"))
+
+
 def test_a_cpu_engine_rolls_by_surge_and_a_gpu_engine_by_recreate() -> None:
     assert deployment({"resources": CPU})["spec"]["strategy"] == {
         "type": "RollingUpdate",
@@ -129,6 +143,21 @@ def test_resources_are_reserved_and_only_cpu_is_not_limited() -> None:
     assert container({"resources": CPU})["resources"] == {"requests": {}, "limits": {}}
 
 
+def test_limits_and_requests_can_differ_where_a_namespace_asks_for_both() -> None:
+    resources = {
+        **CPU,
+        "cpu": 0.5,
+        "cpuLimit": "1500m",
+        "memory": "8Gi",
+        "memoryRequest": "6Gi",
+        "ephemeralStorage": "20Gi",
+    }
+    assert container({"resources": resources})["resources"] == {
+        "requests": {"cpu": "500m", "memory": "6Gi", "ephemeral-storage": "20Gi"},
+        "limits": {"cpu": "1500m", "memory": "8Gi", "ephemeral-storage": "20Gi"},
+    }
+
+
 def test_the_image_of_the_spec_comes_before_the_one_of_the_operator() -> None:
     assert container()["image"] == "engine:1"
     assert container({"engine": {"image": "mine:2"}})["image"] == "mine:2"
@@ -156,8 +185,8 @@ def test_only_a_changed_pod_makes_a_new_revision() -> None:
 @pytest.mark.parametrize(
     ("spec", "revision"),
     [
-        ({"model": {"uri": "hf://org/model"}}, "43f933e72b"),
-        ({"resources": CPU, "engine": {"maxNumSeqs": 16}}, "3aebdb86fe"),
+        ({"model": {"uri": "hf://org/model"}}, "42ad1497cf"),
+        ({"resources": CPU, "engine": {"maxNumSeqs": 16}}, "9d2d2003aa"),
     ],
 )
 def test_the_revision_of_an_unchanged_spec_survives_an_upgrade(

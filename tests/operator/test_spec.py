@@ -47,7 +47,10 @@ def test_absent_gpus_are_as_many_as_the_tensor_parallel_size() -> None:
         ({"replicas": "2"}, "spec.replicas: int"),
         ({"replicas": True}, "spec.replicas: int"),
         ({"autoscaling": {}}, "spec.autoscaling.maxReplicas: the field is required"),
-        ({"engine": {"extraArgs": [1]}}, "spec.engine.extraArgs"),
+        ({"engine": {"extraArgs": [1]}}, "spec.engine.extraArgs[0]: str is needed, not 1"),
+        ({"podTemplate": {"env": ["A=b"]}}, "spec.podTemplate.env[0]"),
+        ({"podTemplate": {"containers": []}}, "spec.podTemplate.containers: this operator"),
+        ({"resources": {"cpu": True}}, "spec.resources.cpu: int or float or str"),
         ({"model": "hf://a/b"}, "spec.model: an object is needed"),
     ],
 )
@@ -59,3 +62,4 @@ def test_what_cannot_be_understood_is_named_by_its_path(spec: dict[str, Any], wo
 
 def test_field_names_become_camel_case() -> None:
     assert camel_case("gpu_memory_percent") == "gpuMemoryPercent"
+    assert camel_case("from_") == "from"

@@ -1,0 +1,140 @@
+"""What the user adds to the pods of the engines, and what stays the operator's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pagoda_operator.names import ChildRef, Manifest, common_labels, selector_labels
+from pagoda_operator.render import render_children, render_deployment, revision_of
+from pagoda_operator.testing import KEY, make_service
+
+# Every field of spec.podTemplate, and where of the pod it ends up as it is.
+PLACEMENT: dict[str, Any] = {
+    "imagePullSecrets": [{"name": "registry"}],
+    "nodeSelector": {"pool": "gpu"},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+    "affinity": {"podAntiAffinity": {}},
+    "priorityClassName": "high",
+    "runtimeClassName": "nvidia",
+    "schedulerName": "volcano",
+}
+
+
+def deployment(spec: dict[str, Any] | None = None) -> Manifest:
+    return render_deployment(make_service(spec), engine_image="engine:1")
+
+
+def template(spec: dict[str, Any] | None = None) -> Manifest:
+    found: Manifest = deployment(spec)["spec"]["template"]
+    return found
+
+
+def pod(spec: dict[str, Any] | None = None) -> Manifest:
+    found: Manifest = template(spec)["spec"]
+    return found
+
+
+def added(**fields: Any) -> dict[str, Any]:
+    return {"podTemplate": fields}
+
+
+@pytest.mark.parametrize("field", PLACEMENT)
+def test_a_field_of_the_placement_reaches_the_pod_and_makes_a_new_revision(field: str) -> None:
+    spec = added(**{field: PLACEMENT[field]})
+    assert pod(spec)[field] == PLACEMENT[field]
+    assert field not in pod()
+    assert revision_of(deployment(spec)) != revision_of(deployment())
+
+
+def test_labels_and_annotations_come_beside_those_of_the_operator() -> None:
+    spec = added(labels={"team": "a", "pagoda.dev/service": "b"}, annotations={"scrape": "true"})
+    metadata = template(spec)["metadata"]
+    assert metadata["labels"]["team"] == "a"
+    assert common_labels("chat").items() <= metadata["labels"].items()
+    assert metadata["annotations"] == {"scrape": "true"}
+    assert "annotations" not in template()["metadata"]
+
+
+def test_a_spread_counts_the_pods_of_the_service_unless_it_says_which() -> None:
+    constraint = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}
+    theirs = {**constraint, "labelSelector": {"matchLabels": {"a": "b"}}}
+    first, second = pod(added(topologySpreadConstraints=[constraint, theirs]))[
+        "topologySpreadConstraints"
+    ]
+    assert first["labelSelector"] == {"matchLabels": selector_labels("chat")}
+    assert second == theirs
+
+
+def test_variables_volumes_and_mounts_come_after_those_of_the_operator() -> None:
+    volume = {"name": "ca", "configMap": {"name": "corporate-ca"}}
+    mount = {"name": "ca", "mountPath": "/etc/ssl/corporate", "readOnly": True}
+    variable, source = {"name": "HF_ENDPOINT", "value": "https://hub"}, {"secretRef": {"name": "s"}}
+    spec = added(env=[variable], envFrom=[source], volumes=[volume], volumeMounts=[mount])
+    (container,) = pod(spec)["containers"]
+    assert container["env"] == [*pod()["containers"][0]["env"], variable]
+    assert container["envFrom"] == [source]
+    assert container["volumeMounts"] == [*pod()["containers"][0]["volumeMounts"], mount]
+    assert pod(spec)["volumes"] == [*pod()["volumes"], volume]
+
+
+def test_the_token_of_the_hub_comes_from_the_secret_and_stands_nowhere() -> None:
+    spec = {
+        "model": {
+            "uri": "hf://org/gated",
+            "revision": "v1.0",
+            "credentialsSecretRef": {"name": "hub"},
+        }
+    }
+    (container,) = pod(spec)["containers"]
+    source = {"secretKeyRef": {"name": "hub", "key": "HF_TOKEN"}}
+    assert container["env"][-1] == {"name": "HF_TOKEN", "valueFrom": source}
+    assert container["args"][container["args"].index("--revision") + 1] == "v1.0"
+
+
+def test_api_keys_are_a_folder_that_the_kubelet_renews() -> None:
+    spec = {"auth": {"apiKeysSecretRef": {"name": "keys"}}}
+    (container,) = pod(spec)["containers"]
+    (mount,) = [m for m in container["volumeMounts"] if m["name"] == "api-keys"]
+    # With a subPath the kubelet would never bring a changed Secret in.
+    assert mount == {"name": "api-keys", "mountPath": "/etc/pagoda/api-keys", "readOnly": True}
+    assert pod(spec)["volumes"][-1] == {"name": "api-keys", "secret": {"secretName": "keys"}}
+    assert container["args"][container["args"].index("--api-key-file") + 1] == mount["mountPath"]
+
+
+def test_the_platform_may_give_the_user_and_the_rest_stays_restricted() -> None:
+    security = pod(added(securityContext={"userFrom": "Platform"}))["securityContext"]
+    assert security == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+
+
+def test_a_user_of_the_spec_comes_before_the_one_of_the_image() -> None:
+    assert (pod()["securityContext"]["runAsUser"], pod()["securityContext"]["runAsGroup"]) == (
+        65532,
+        65532,
+    )
+    ours = {"runAsUser": 1000, "fsGroup": 2000, "supplementalGroups": [3000]}
+    security = pod(added(securityContext=ours))["securityContext"]
+    assert ours.items() <= security.items()
+    assert (security["runAsGroup"], security["runAsNonRoot"]) == (65532, True)
+
+
+def test_a_network_policy_lets_in_the_peers_and_the_operator_and_nobody_else() -> None:
+    ref = ChildRef("NetworkPolicy", f"{KEY.name}-engine")
+    assert ref not in render_children(make_service(), engine_image="engine:1")
+
+    def peers(**fields: Any) -> list[Manifest]:
+        service = make_service({"networkPolicy": {"enabled": True, **fields}})
+        spec = render_children(service, engine_image="engine:1")[ref]["spec"]
+        assert spec["podSelector"] == {"matchLabels": selector_labels(KEY.name)}
+        (rule,) = spec["ingress"]
+        assert rule["ports"] == [{"port": 8000, "protocol": "TCP"}]
+        return list(rule["from"])
+
+    operator = {
+        "namespaceSelector": {},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "pagoda-operator"}},
+    }
+    assert peers() == [{"podSelector": {}}, operator]
+    gateway = {"namespaceSelector": {"matchLabels": {"gateway": "true"}}}
+    assert peers(**{"from": [gateway]}) == [gateway, operator]
