@@ -5,19 +5,22 @@ Built on the `tokenizers` library alone: importing transformers would cost the A
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
-from tokenizers import Encoding
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from pagoda_runtime.errors import FatalError, RequestError
 from pagoda_runtime.models.chat_template import ChatTemplate
-from pagoda_runtime.models.config import ConfigFile
 from pagoda_runtime.models.pieces import is_context_free
+from pagoda_runtime.models.tokenizer_files import TokenizerFiles, read_text
+
+logger = logging.getLogger(__name__)
 
 # Of about 100 bytes each.
 NUM_KEPT_PIECES = 65536
@@ -39,14 +42,13 @@ BYTE_OF = _byte_characters()
 
 
 class Tokenizer:
-    """A model's tokenizer.json with the settings of its tokenizer_config.json."""
+    """A model's tokenizer, with what its folder's other files add to tokenizer.json."""
 
     def __init__(
         self,
         tokenizer: FastTokenizer,
         *,
         special_tokens: Mapping[str, str],
-        add_bos_token: bool = False,
         chat_template: str | None = None,
     ) -> None:
         """special_tokens: bos_token, eos_token, … → their text."""
@@ -57,9 +59,9 @@ class Tokenizer:
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
-        self._forced_bos = self.bos_token_id if add_bos_token else None
-        added = tokenizer.get_added_tokens_decoder().items()
-        self.all_special_ids = frozenset(token_id for token_id, token in added if token.special)
+        # The flag of a token is not all: what is added again as a special token becomes one.
+        added = tokenizer.get_added_tokens_decoder()
+        self.all_special_ids = frozenset(i for i in added if not self.decode([i]))
         self.longest_token = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
         """Characters of the longest token: no longer text can be one."""
         self._is_context_free = is_context_free(tokenizer.decoder)
@@ -71,8 +73,6 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in the text become their ids."""
         token_ids: list[int] = self._encode(text, add_special_tokens).ids
-        if add_special_tokens and self._lacks_bos(token_ids):
-            token_ids = [self._forced_bos, *token_ids]  # type: ignore[list-item]
         return token_ids
 
     def text_offsets(self, text: str) -> list[int]:
@@ -82,7 +82,7 @@ class Tokenizer:
         text, as an added special token, begins where the text goes on.
         """
         encoding = self._encode(text, add_special_tokens=True)
-        offsets = [0] if self._lacks_bos(encoding.ids) else []
+        offsets = []
         end_before = 0
         for (begin, end), is_added in zip(
             encoding.offsets, encoding.special_tokens_mask, strict=True
@@ -96,9 +96,6 @@ class Tokenizer:
         # encode would hold Python's lock for the whole text; encode_batch lets it go.
         (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         return encoding
-
-    def _lacks_bos(self, token_ids: Sequence[int]) -> bool:
-        return self._forced_bos is not None and token_ids[:1] != [self._forced_bos]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -204,7 +201,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises: FatalError: ModelNotFound, ModelAccessDenied or InvalidModelConfig.
     """
     path = folder / "tokenizer.json"
-    text = _read_text(path)
+    text = read_text(path)
     if text is None:
         raise FatalError(
             "ModelNotFound",
@@ -221,19 +218,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     # A stored truncation would silently cut prompts, a stored padding lengthen them.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    special_tokens: dict[str, str] = {}
-    settings: Mapping[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            settings = ConfigFile.read(folder / name).values
-            special_tokens |= _special_tokens(settings)
-    template = _chat_template(folder, settings)
+    files = TokenizerFiles.read(folder)
+    tokenizer.encode_special_tokens = files.splits_special_tokens
+    _add_tokens(tokenizer, files, folder)
     try:
         return Tokenizer(
-            tokenizer,
-            special_tokens=special_tokens,
-            add_bos_token=bool(settings.get("add_bos_token")),
-            chat_template=template,
+            tokenizer, special_tokens=files.special_tokens, chat_template=files.chat_template
         )
     except jinja2.TemplateError as error:
         raise FatalError(
@@ -242,41 +232,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         ) from error
 
 
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    tokens = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"):
-        value = settings.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            tokens[name] = value
-    return tokens
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or the template in tokenizer_config.json (the default of several)."""
-    template = _read_text(folder / "chat_template.jinja")
-    if template is not None:
-        return template
-    stored = settings.get("chat_template")
-    if isinstance(stored, list):
-        stored = next((t.get("template") for t in stored if t.get("name") == "default"), None)
-    return stored if isinstance(stored, str) else None
-
-
-def _read_text(path: Path) -> str | None:
-    """None if there is no such file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError as error:
-        raise FatalError(
-            "InvalidModelConfig", f"{path} is not UTF-8 text: {error}. Copy the file again."
-        ) from error
-    except OSError as error:
-        raise FatalError(
-            "ModelAccessDenied",
-            f"{path} cannot be read: {error.strerror}. "
-            "Give the user that runs the engine read access to the model folder.",
-        ) from error
+def _add_tokens(tokenizer: FastTokenizer, files: TokenizerFiles, folder: Path) -> None:
+    """Add what the files beside tokenizer.json know, in the order that transformers adds it."""
+    known = tokenizer.get_added_tokens_decoder()
+    added = {token_id: AddedToken(**token) for token_id, token in files.added_tokens.items()}
+    if not files.has_all_added:
+        added |= known
+    named = set(files.special_tokens.values())
+    for token in added.values():
+        token.special = token.special or token.content in named
+    texts = {token.content for token in (*known.values(), *added.values())}
+    special = {token["content"]: AddedToken(**token) for token in files.special_list}
+    new = [token for text, token in special.items() if text not in texts]
+    tokenizer.add_tokens([*(added[token_id] for token_id in sorted(added)), *new])
+    for token_id, declared in files.added_tokens.items():
+        given = tokenizer.token_to_id(declared["content"])
+        if given != token_id:
+            message = "%s: the token %r is said to have the id %d, and has %d by its place"
+            logger.warning(message, folder, declared["content"], token_id, given)

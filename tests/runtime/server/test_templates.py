@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import httpx
 import msgspec
 import pytest
@@ -13,9 +16,13 @@ from pagoda_runtime.server.testing import READY, FakeEngine, make_config, make_s
 PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
 
 
-async def chat(folder, template: str, content: object) -> tuple[httpx.Response, list[str]]:
+async def chat(
+    folder: Path, template: str, content: object, **settings: object
+) -> tuple[httpx.Response, list[str]]:
     """The answer, and the prompts that came to the engine."""
     write_tiny_tokenizer(folder, template)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     config = make_config()
     engine = FakeEngine(config.engine)
     engine.ready = msgspec.structs.replace(READY, vocab_size=300)
@@ -52,3 +59,13 @@ async def test_a_template_that_fails_is_answered_with_400_and_its_words(tmp_path
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], prompts) == (400, "messages", [])
     assert error["message"].startswith("The chat template refuses these messages: ")
+
+
+async def test_a_mark_that_only_the_tokenizer_s_config_knows_is_one_token(tmp_path):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ '\n' }}"
+        "{% endfor %}<|im_start|>assistant{{ '\n' }}"
+    )
+    marks = {"259": {"content": "<|im_start|>"}, "260": {"content": "<|im_end|>"}}
+    answer, _ = await chat(tmp_path, template, "Hi", added_tokens_decoder=marks)
+    assert answer.json()["usage"]["prompt_tokens"] == 21
