@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pagoda_operator.flags import MODELS_PATH, model_claim
+from pagoda_operator.flags import API_KEYS_PATH, MODELS_PATH, model_claim
 from pagoda_operator.names import LABEL_REVISION, Manifest
 from pagoda_operator.spec import LLMServiceSpec, RolloutStrategy
 
@@ -216,6 +216,10 @@ def _cause_of_warnings(pod: Manifest, events: Sequence[Manifest]) -> Cause | Non
 
 
 def _cause_of_missing(message: str) -> Cause | None:
+    if found := re.search(r"find key (\S+) in (Secret|ConfigMap) \S+/(\S+)", message):
+        key, kind, name = found.groups()
+        text = f"The {kind} {name} has no key {key}; add it, or correct the spec that names it."
+        return Cause(f"{kind}Missing", text, True)
     found = re.search(r'(secret|configmap) "([^"]+)" not found', message)
     if found is None:
         return None
@@ -242,6 +246,8 @@ def _cause_of_exit(spec: LLMServiceSpec, terminated: Manifest, restarts: int) ->
         return Cause("OutOfMemory", text, True)
     if (words := parse_last_words(message)) is not None:
         reason, text = words[0], _name_model_as_user(spec.model.uri, words[1])
+        if reason == "InvalidFlags":
+            text = _name_field(spec, text)
         return Cause(reason, shorten(text), reason not in TRANSIENT_REASONS)
     code = terminated.get("exitCode")
     # What differs between two equal crashes would be a write at each: so no count of restarts.
@@ -258,6 +264,21 @@ def _name_model_as_user(uri: str, message: str) -> str:
     if (claim := model_claim(uri)) is None:
         return message
     return re.sub(rf"(?<![\w./-]){MODELS_PATH}(?![\w-])", f"pvc://{claim}", message)
+
+
+def _name_field(spec: LLMServiceSpec, message: str) -> str:
+    """The message with the field that a wrong flag came from.
+
+    Of most flags that come from a field of their own, the engine names the field itself.
+    """
+    if (secret := spec.auth.api_keys_secret_ref) is not None:
+        whose = f"The Secret {secret.name} of spec.auth.apiKeysSecretRef"
+        message = message.replace(f"--api-key-file {API_KEYS_PATH}", whose)
+    names = {argument.partition("=")[0] for argument in spec.engine.extra_args}
+    is_theirs = "(engine." not in message and any(
+        re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", message) for name in names
+    )
+    return f"spec.engine.extraArgs: {message}" if is_theirs else message
 
 
 def parse_last_words(message: str) -> tuple[str, str] | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pagoda_operator.causes import find_cause
 from pagoda_operator.flags import (
+    API_KEYS_PATH,
     DTYPE_FLAGS,
     KV_CACHE_DTYPE_FLAGS,
     PORT,
@@ -16,9 +20,11 @@ from pagoda_operator.flags import (
     engine_args,
 )
 from pagoda_operator.spec import DType, KvCacheDtype, Quantization
-from pagoda_operator.testing import make_service
+from pagoda_operator.testing import make_pod, make_service
 from pagoda_runtime import cli
 from pagoda_runtime.config import ServerConfig
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.keys import ApiKeys
 
 
 def parse(spec: dict[str, Any]) -> ServerConfig:
@@ -31,6 +37,7 @@ def test_every_field_of_the_spec_arrives_in_the_configuration() -> None:
     config = parse(
         {
             "model": {"uri": "pvc://models/gemma-3-270m", "name": "gemma"},
+            "auth": {"apiKeysSecretRef": {"name": "keys"}},
             "engine": {
                 "dtype": "Float16",
                 "tensorParallelSize": 2,
@@ -53,6 +60,52 @@ def test_every_field_of_the_spec_arrives_in_the_configuration() -> None:
     assert engine.gpu_memory_utilization == 0.85
     assert engine.enable_prefix_caching is False
     assert (engine.seed, engine.num_threads) == (7, 2)
+    assert config.api_key_file == "/etc/pagoda/api-keys"
+
+
+def test_a_revision_of_the_hub_arrives_in_the_configuration() -> None:
+    config = parse({"model": {"uri": "hf://org/name", "revision": "v1.0"}})
+    assert (config.engine.model, config.engine.revision) == ("hf://org/name", "v1.0")
+
+
+def cause_of(error: FatalError, spec: dict[str, Any]) -> str:
+    """What the status says of an engine that ended with this error."""
+    last_words = json.dumps({"reason": error.reason, "message": error.message})
+    terminated = {"state": {"terminated": {"exitCode": 2, "message": last_words}}}
+    pods = [make_pod("rev", container=terminated)]
+    cause = find_cause(make_service(spec).spec, {"metadata": {"generation": 0}}, pods, "rev")
+    assert cause is not None
+    return cause.message
+
+
+def test_a_secret_without_a_key_is_told_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FatalError) as error:
+        ApiKeys(path=str(tmp_path))
+    error.value.message = error.value.message.replace(str(tmp_path), API_KEYS_PATH)
+    words = cause_of(error.value, {"auth": {"apiKeysSecretRef": {"name": "keys"}}})
+    assert words.startswith(
+        "The Secret keys of spec.auth.apiKeysSecretRef cannot be used: it holds"
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "words"),
+    [
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--seed=much"], "argument --seed: 'much' is not an integer"),
+        (["--num-threads"], "argument --num-threads"),
+        (["stray"], "MODEL is 'stray'"),
+    ],
+)
+def test_a_wrong_extra_argument_is_told_by_its_field_of_the_spec(
+    extra_args: list[str], words: str
+) -> None:
+    spec = {"engine": {"extraArgs": extra_args}}
+    with pytest.raises(FatalError) as error:
+        parse(spec)
+    found = cause_of(error.value, spec)
+    assert found.startswith("spec.engine.extraArgs: ")
+    assert words in found
 
 
 def test_the_least_spec_leaves_the_runtimes_own_defaults() -> None:

@@ -49,6 +49,15 @@ def test_last_words_hold_while_the_container_waits_and_while_it_tries_again() ->
         assert cause.reason == "InvalidFlags"
 
 
+def test_a_secret_that_lacks_the_key_is_named() -> None:
+    message = "couldn't find key HF_TOKEN in Secret team/hub"
+    waiting = {"waiting": {"reason": "CreateContainerConfigError", "message": message}}
+    cause = cause_of(make_pod("rev", container={"state": waiting}))
+    assert cause is not None
+    assert (cause.reason, cause.is_stalled) == ("SecretMissing", True)
+    assert cause.message.startswith("The Secret hub has no key HF_TOKEN; add it")
+
+
 def test_a_pod_that_became_ready_has_no_cause_whatever_its_past() -> None:
     last = {"terminated": exited(1, words("GpuOutOfMemory"))}
     assert cause_of(make_pod("rev", ready=True, container={"lastState": last})) is None
