@@ -180,6 +180,12 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         help="Jinja file in place of the model's template",
     )
     flags.add(
+        "--max-body-bytes",
+        type=integer(1024),
+        shown="4 MiB, and 64 bytes for each token of the context",
+        help="bytes of a request's body; a larger one is answered with 413",
+    )
+    flags.add(
         "--drain-delay-seconds",
         type=seconds,
         help="seconds after SIGTERM in which new requests are still served",

@@ -97,6 +97,8 @@ class ServerConfig:
     """A file with one key a line, or a folder of such files; read again when it changes."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own."""
+    max_body_bytes: int | None = None
+    """Of one request; None: what the context needs."""
     drain_delay_seconds: float = 5.0
     drain_seconds: float = 30.0
     log_level: str = "info"

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -19,12 +19,14 @@ from pagoda_runtime.batch.results import ResultFile, make_bad_result, make_resul
 from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.engine.client import ENGINE_COMMAND, EngineClient
 from pagoda_runtime.errors import EngineDead, FatalError, PagodaError
-from pagoda_runtime.server.app import MAX_BODY_BYTES, ROUTES, create_app, create_state
+from pagoda_runtime.server.app import ROUTES, create_app, create_state
 from pagoda_runtime.server.run import load_from_folder, read_chat_template
 
 logger = logging.getLogger("pagoda.batch")
 
 URLS = tuple(route.removeprefix("POST ") for route in ROUTES if route.startswith("POST /v1/"))
+# A file is its owner's own; it is read line by line.
+MAX_BODY_BYTES = 32 * 1024 * 1024
 # A body of the largest size, and room for the other fields.
 MAX_LINE_BYTES = MAX_BODY_BYTES + 65536
 SYNC_SECONDS = 1.0
@@ -150,6 +152,7 @@ async def _running_app(
         config.engine, command=engine_command, log_level=config.log_level
     )
     try:
+        config = replace(config, max_body_bytes=MAX_BODY_BYTES)
         state = create_state(config, engine, chat_template)
         await engine.wait_ready()
         state.tokenizer = await load_from_folder(config.engine)(engine)

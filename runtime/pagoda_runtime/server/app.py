@@ -14,9 +14,6 @@ from pagoda_runtime.server.errors import add_error_handlers
 from pagoda_runtime.server.middleware import LOAD_HEADER, Authenticate, LimitBody, Observe
 from pagoda_runtime.server.state import Engine, ServerState
 
-# Room for the longest contexts, many prompts at once, and JSON's escapes.
-MAX_BODY_BYTES = 32 * 1024 * 1024
-
 ROUTES = (
     "GET /startup",
     "GET /health",
@@ -43,14 +40,14 @@ def create_state(
     return state
 
 
-def create_app(state: ServerState, max_body_bytes: int = MAX_BODY_BYTES) -> ASGIApp:
+def create_app(state: ServerState) -> ASGIApp:
     """The application of one server."""
     app = FastAPI(title="Pagoda", docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(health.make_router(state))
     app.include_router(openai.make_router(state))
     add_error_handlers(app)
     paths = [route.split(" ")[1] for route in ROUTES]
-    inner: ASGIApp = Authenticate(LimitBody(app, max_body_bytes), state.keys)
+    inner: ASGIApp = Authenticate(LimitBody(app, state), state.keys)
     observed = Observe(_allow_origins(inner, state.config), state, paths)
     return Access(observed, is_logged=not state.config.disable_access_log)
 

@@ -9,7 +9,10 @@ import msgspec
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pagoda_runtime.engine.limits import RETRY_AFTER_SECONDS
+from pagoda_runtime.errors import QueueFull
 from pagoda_runtime.keys import ApiKeys
+from pagoda_runtime.server.body import MAX_HELD_BYTES
 from pagoda_runtime.server.errors import ApiError
 from pagoda_runtime.server.state import ServerState
 
@@ -90,18 +93,21 @@ class Authenticate:
 
 
 class LimitBody:
-    """Answers 413 to a body of more than max_bytes, announced or sent."""
+    """Answers 413 to a body of more than --max-body-bytes, announced or sent, and 429 where those
+    of all open requests together are too much."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self.app = app
-        self.max_bytes = max_bytes
+        self.state = state
+        self.num_held = 0
+        """Bytes of the bodies of open requests."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if int(announced) > self.max_bytes:
+        if int(announced) > self.state.max_body_bytes:
             error = self._too_large(f"The body has {int(announced)} bytes")
             await error.to_response()(scope, receive, send)
             return
@@ -110,13 +116,27 @@ class LimitBody:
         async def receive_limited() -> Message:
             nonlocal num_bytes
             message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.max_bytes:
+            size = len(message.get("body", b""))
+            num_bytes += size
+            self.num_held += size
+            if num_bytes > self.state.max_body_bytes:
                 raise self._too_large("The body is larger")
+            if self.num_held > max(MAX_HELD_BYTES, self.state.max_body_bytes):
+                raise QueueFull(
+                    f"The bodies of the open requests have {self.num_held} bytes, more than this "
+                    "server holds at once. Try again later.",
+                    retry_after_seconds=RETRY_AFTER_SECONDS,
+                )
             return message
 
-        await self.app(scope, receive_limited, send)
+        try:
+            await self.app(scope, receive_limited, send)
+        finally:
+            self.num_held -= num_bytes
 
     def _too_large(self, what: str) -> ApiError:
-        message = f"{what}; this server takes at most {self.max_bytes}."
+        message = (
+            f"{what}; this server takes at most {self.state.max_body_bytes} (--max-body-bytes). "
+            "Send less in a request."
+        )
         return ApiError(413, message, code="body_too_large")

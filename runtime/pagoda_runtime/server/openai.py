@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,6 +16,7 @@ from starlette.responses import Response
 
 from pagoda_runtime.errors import ModelNotServed, shown
 from pagoda_runtime.server.answer import collect, stream
+from pagoda_runtime.server.body import verify_shape
 from pagoda_runtime.server.errors import describe_validation
 from pagoda_runtime.server.generation import close_all
 from pagoda_runtime.server.protocol import (
@@ -62,14 +64,17 @@ def make_router(state: ServerState) -> APIRouter:
 async def _answer(state: ServerState, request: Request, body_class: type[Body]) -> Response:
     arrival = time.monotonic()
     try:
-        raw = await request.body()
+        # Not `request.body()`, which would keep it until the last token is sent.
+        raw = b"".join([chunk async for chunk in request.stream()])
     except ClientDisconnect:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    state.loaded()
+    ready, _ = state.loaded()
     # Until the last chunk is sent, the drain waits for this request.
     with ExitStack() as stack:
         stack.enter_context(state.admit())
-        body = _parse(state, raw, body_class)
+        body = await state.parse(len(raw), partial(_parse, raw, body_class, ready.max_model_len))
+        del raw
+        _verify(state, body)
         try:
             answer = await run_while_connected(request.receive, start(state, body, arrival))
             if body.stream:
@@ -85,17 +90,20 @@ async def _answer(state: ServerState, request: Request, body_class: type[Body]) 
             return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-def _parse(state: ServerState, raw: bytes, body_class: type[Body]) -> Body:
+def _parse(raw: bytes, body_class: type[Body], max_model_len: int) -> Body:
+    verify_shape(raw, max_model_len)
     try:
-        body = body_class.model_validate_json(raw)
+        return body_class.model_validate_json(raw)
     except ValidationError as error:
         raise describe_validation(error) from None
+
+
+def _verify(state: ServerState, body: GenerationRequest) -> None:
     for name in verify_supported(body):
         if state.is_first_warning(name):
             logger.warning("Unknown field in a request, ignored: %.100r", name)
     if body.model is not None:
         _verify_model(state, body.model)
-    return body
 
 
 def _verify_model(state: ServerState, model: str) -> None:

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+)
 
-from pagoda_runtime.sampling_limits import MAX_LOGPROBS
+from pagoda_runtime.sampling_limits import MAX_LOGIT_BIAS, MAX_LOGPROBS
 
 Prompt = str | list[int]
+
+MAX_MESSAGES = 2048
+MAX_STOP_TOKEN_IDS = 1024
 
 
 def _verify_text(text: str) -> str:
@@ -26,11 +36,15 @@ def _verify_text(text: str) -> str:
 # Whole numbers that fit a message to the engine; tighter ranges are verified with the others.
 Small = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Text = Annotated[str, AfterValidator(_verify_text)]
+# Each stop string is looked for in the text of each token.
+Phrase = Annotated[str, Field(max_length=1024), AfterValidator(_verify_text)]
+# The first wrong entry ends the list: an error for each of a million costs more than the list.
+TokenIds = Annotated[list[Small], Field(fail_fast=True)]
 Salt = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_verify_text)]
 
 
 def _is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+    return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
 def _verify_prompt(value: Any) -> list[Prompt]:
@@ -61,6 +75,18 @@ def _verify_logit_bias(value: dict[str, float]) -> dict[str, float]:
         if not (key.isascii() and key.isdecimal() and key == str(int(key))):
             raise ValueError(f'its keys must be token ids such as "42"; one is {key[:20]!r}')
     return value
+
+
+def _verify_num_biases(value: Any) -> Any:
+    # Before each of them is looked at.
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"{len(value)} entries; at most {MAX_LOGIT_BIAS} fit")
+    return value
+
+
+LogitBias = Annotated[
+    dict[str, float], AfterValidator(_verify_logit_bias), BeforeValidator(_verify_num_biases)
+]
 
 
 class StreamOptions(BaseModel):
@@ -95,12 +121,12 @@ class GenerationRequest(BaseModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], AfterValidator(_verify_logit_bias)] | None = None
-    allowed_token_ids: list[Small] | None = None
-    bad_words: list[Text] | None = None
+    logit_bias: LogitBias | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Annotated[list[Phrase], Field(fail_fast=True)] | None = None
     seed: int | None = None
-    stop: Text | list[Text] | None = None
-    stop_token_ids: list[Small] | None = None
+    stop: Phrase | Annotated[list[Phrase], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: Small | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -158,7 +184,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart] | None = None
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: Text | None = None
 
     @property
@@ -180,7 +206,9 @@ class ChatMessage(BaseModel):
 class ChatCompletionRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
     max_completion_tokens: Small | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

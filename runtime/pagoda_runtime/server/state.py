@@ -25,6 +25,7 @@ from pagoda_runtime.errors import EngineDead, PagodaError, QueueFull
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.metrics import Metrics
 from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.server.body import default_max_body_bytes
 
 T = TypeVar("T")
 
@@ -32,6 +33,8 @@ LOADING_RETRY_SECONDS = 5
 DRAINING_RETRY_SECONDS = 1
 # Up to here a prompt is tokenized in less time than a switch of threads takes.
 INLINE_CHARACTERS = 2048
+# Up to here a body is parsed within a millisecond, or refused by its shape.
+INLINE_BODY_BYTES = 65536
 # A text of so many takes a thread for some 50 ms; what is longer must not hold up the others.
 PIECE_CHARACTERS = 32768
 MAX_WARNED_FIELDS = 1000
@@ -152,10 +155,17 @@ class ServerState:
         # Few threads: tokenizing must leave the other cores to the engine.
         self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._long_text_thread = ThreadPoolExecutor(1, thread_name_prefix="long-text")
+        self._parser_thread = ThreadPoolExecutor(1, thread_name_prefix="parser")
 
     @property
     def ready(self) -> EngineReady | None:
         return self.engine.ready
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Of one request."""
+        max_model_len = 0 if self.ready is None else self.ready.max_model_len
+        return self.config.max_body_bytes or default_max_body_bytes(max_model_len)
 
     @property
     def is_loaded(self) -> bool:
@@ -229,6 +239,12 @@ class ServerState:
             yield enter
         finally:
             self.num_tokenizing -= num_left
+
+    async def parse(self, num_bytes: int, call: Callable[[], T]) -> T:
+        """Run `call` at once if the body is short, else in the parser's thread."""
+        if num_bytes <= INLINE_BODY_BYTES:
+            return call()
+        return await asyncio.get_running_loop().run_in_executor(self._parser_thread, call)
 
     async def off_loop(self, num_characters: int, call: Callable[[], T]) -> T:
         """Run `call` at once if the text is short, else in a thread; what waits is cancelled with

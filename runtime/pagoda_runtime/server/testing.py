@@ -41,7 +41,7 @@ from pagoda_runtime.errors import EngineDead, FatalError, exit_status
 from pagoda_runtime.last_words import TERMINATION_LOG_VARIABLE, write_last_words
 from pagoda_runtime.logs import configure_logging
 from pagoda_runtime.sampling_params import SamplingParams
-from pagoda_runtime.server.app import MAX_BODY_BYTES, create_app, create_state
+from pagoda_runtime.server.app import create_app, create_state
 from pagoda_runtime.server.run import serve_async
 from pagoda_runtime.server.state import Engine, ServerState
 
@@ -261,11 +261,11 @@ def make_config(*flags: str) -> ServerConfig:
 
 @contextlib.asynccontextmanager
 async def running_server(
-    state: ServerState, max_body_bytes: int = MAX_BODY_BYTES
+    state: ServerState,
 ) -> AsyncIterator[str]:
     """A real HTTP server around the state; yields its base URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        app = create_app(state, max_body_bytes)
+        app = create_app(state)
         config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
         config.load()
         server = uvicorn.Server(config)

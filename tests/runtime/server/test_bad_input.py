@@ -36,12 +36,13 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def state(engine: FakeEngine) -> ServerState:
     flags = ["--max-num-seqs", "2", "--max-num-waiting", "2", "--api-key", "one", "two"]
+    flags += ["--max-body-bytes", str(MAX_BODY_BYTES)]
     return make_state(engine, make_config("--served-model-name", "tiny", *flags))
 
 
 @pytest_asyncio.fixture
 async def http(state: ServerState) -> AsyncIterator[httpx.AsyncClient]:
-    async with running_server(state, max_body_bytes=MAX_BODY_BYTES) as url:
+    async with running_server(state) as url:
         key = {"authorization": "Bearer two"}
         async with httpx.AsyncClient(base_url=url, headers=key) as http:
             yield http
