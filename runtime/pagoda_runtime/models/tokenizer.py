@@ -60,8 +60,11 @@ class Tokenizer:
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
         # The flag of a token is not all: what is added again as a special token becomes one.
-        added = tokenizer.get_added_tokens_decoder()
-        self.all_special_ids = frozenset(i for i in added if not self.decode([i]))
+        self.all_special_ids = frozenset(
+            token_id
+            for token_id in tokenizer.get_added_tokens_decoder()
+            if self.decode([token_id]) != self.decode([token_id], skip_special_tokens=False)
+        )
         self.longest_token = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
         """Characters of the longest token: no longer text can be one."""
         self._is_context_free = is_context_free(tokenizer.decoder)
@@ -72,8 +75,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in the text become their ids."""
-        token_ids: list[int] = self._encode(text, add_special_tokens).ids
-        return token_ids
+        return list(self._encode(text, add_special_tokens).ids)
 
     def text_offsets(self, text: str) -> list[int]:
         """For each token of `encode(text)` the character of the text at which it begins.

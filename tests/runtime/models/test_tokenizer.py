@@ -83,11 +83,12 @@ def test_tokens_begin_where_their_text_stands_in_the_given_text(folder, text, of
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_a_token_begins_with_its_space_and_an_added_one_where_the_text_goes_on(folder, adds_bos):
     fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
-    template = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    single = "<s> $A </s>" if adds_bos else "$A </s>"
+    ids = [("<s>", 1), ("</s>", 2)]
+    template = processors.TemplateProcessing(single=single, special_tokens=ids)
     # It leaves spaces out of the tokens' spans.
     fast.post_processor = processors.Sequence([processors.ByteLevel(), template])
-    special = {"bos_token": "<s>"}
-    tokenizer = Tokenizer(fast, special_tokens=special, add_bos_token=adds_bos)
+    tokenizer = Tokenizer(fast, special_tokens={"bos_token": "<s>"})
     token_ids, offsets = tokenizer.encode("a  b"), tokenizer.text_offsets("a  b")
     assert offsets == [0] * adds_bos + [0, 1, 2, 3, 4]
     assert len(token_ids) == len(offsets)
