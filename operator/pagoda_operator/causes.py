@@ -78,6 +78,8 @@ def find_cause(
         _cause_of_failed(failed, current) if waiting else None,
         *(_cause_of_pod(spec, pod, older, events) for pod in waiting),
     ]
+    if not current:
+        found.append(_cause_of_ending(pods))
     causes = [cause for cause in found if cause is not None]
     if (cause := _cause_of_deployment(deployment, causes)) is not None:
         causes.append(cause)
@@ -146,6 +148,14 @@ def _cause_of_failed(failed: Sequence[Manifest], current: Sequence[Manifest]) ->
         text += " Set spec.resources.memory to what the engine needs."
     is_stalled = len(failed) >= CRASHES_UNTIL_STALLED
     return Cause("Evicted" if why == "Evicted" else "PodFailed", shorten(text), is_stalled)
+
+
+def _cause_of_ending(pods: Sequence[Manifest]) -> Cause | None:
+    ending = sorted(p["metadata"]["name"] for p in pods if "deletionTimestamp" in p["metadata"])
+    if not ending:
+        return None
+    text = f"New engines start when {', '.join(ending)} has ended."
+    return Cause("DrainingOldPods", shorten(text), False)
 
 
 def _cause_of_pod(

@@ -58,6 +58,16 @@ def test_a_secret_that_lacks_the_key_is_named() -> None:
     assert cause.message.startswith("The Secret hub has no key HF_TOKEN; add it")
 
 
+def test_pods_that_have_to_end_before_new_ones_start_are_named() -> None:
+    ending = make_pod("older", name="chat-engine-old")
+    ending["metadata"]["deletionTimestamp"] = "now"
+    cause = cause_of(ending)
+    assert cause is not None
+    assert (cause.reason, cause.is_stalled) == ("DrainingOldPods", False)
+    assert "chat-engine-old" in cause.message
+    assert cause_of(ending, make_pod("rev", ready=True)) is None
+
+
 def test_a_pod_that_became_ready_has_no_cause_whatever_its_past() -> None:
     last = {"terminated": exited(1, words("GpuOutOfMemory"))}
     assert cause_of(make_pod("rev", ready=True, container={"lastState": last})) is None
@@ -67,7 +77,9 @@ def test_pods_of_another_revision_or_on_their_way_out_do_not_count() -> None:
     failed = {"state": {"terminated": exited(1, words("ModelNotFound"))}}
     leaving = make_pod("rev", container=failed)
     leaving["metadata"]["deletionTimestamp"] = "now"
-    assert cause_of(make_pod("older", container=failed), leaving) is None
+    cause = cause_of(make_pod("older", container=failed), leaving)
+    assert cause is not None
+    assert cause.reason == "DrainingOldPods"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,278 @@
+"""What the status says where pods or writes fail, against a real API server.
+
+The pods land on a node that has no kubelet: the tests say what a kubelet would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import stack
+from fake_node import RUNNING, Engines, engine
+from kube import Kubectl, KubectlError, wait_until
+from operator_process import OperatorProcess, without_installed_operator
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module")
+def team(
+    target: stack.Target, crds: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Kubectl]:
+    """A namespace with an operator of its own, for all tests."""
+    name = f"e2e-{uuid.uuid4().hex[:8]}"
+    target.kubectl.run("create", "namespace", name)
+    kubectl = target.kubectl.in_namespace(name)
+    log: Path = tmp_path_factory.mktemp("operator") / "operator.log"
+    with without_installed_operator(target.kubectl):
+        operator = OperatorProcess(kubectl, log)
+        operator.start()
+        try:
+            yield kubectl
+            assert "Traceback" not in operator.log
+        finally:
+            operator.stop()
+            target.kubectl.run("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="module")
+def node(target: stack.Target) -> Iterator[str]:
+    """A node without a kubelet, which offers no room but that for engines of these tests."""
+    name = f"e2e-{uuid.uuid4().hex[:8]}"
+    target.kubectl.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})
+    yield name
+    target.kubectl.run("delete", "node", name)
+
+
+def test_a_service_that_no_operator_has_seen_is_in_progress(namespace: Kubectl, node: str) -> None:
+    engines = Engines(namespace, node, room=0)
+    engines.apply()
+    wait_until(
+        "the default status",
+        lambda: engines.status().get("status") == {"observedGeneration": -1},
+        timeout_seconds=5,
+        on_timeout=lambda: json.dumps(engines.status()),
+    )
+    assert engines.kstatus() == "InProgress"
+
+
+@contextlib.contextmanager
+def failing_webhook(engines: Engines, resource: str, name: str) -> Iterator[None]:
+    """Let the API server answer 500 to every write of one object."""
+    group, _, plural = resource.rpartition("/")
+    webhook = {
+        "name": "broken.e2e.pagoda.dev",
+        "clientConfig": {"url": "https://127.0.0.1:9/"},
+        "rules": [
+            {
+                "apiGroups": [group],
+                "apiVersions": ["*"],
+                "operations": ["CREATE", "UPDATE"],
+                "resources": [plural.replace(".", "/")],
+            }
+        ],
+        "matchConditions": [{"name": "one", "expression": f"request.name == '{name}'"}],
+        "failurePolicy": "Fail",
+        "sideEffects": "None",
+        "timeoutSeconds": 1,
+        "admissionReviewVersions": ["v1"],
+    }
+    manifest = {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "ValidatingWebhookConfiguration",
+        "metadata": {"name": f"{engines.name}-{plural}"},
+        "webhooks": [webhook],
+    }
+    engines.kubectl.apply(manifest)
+    try:
+        yield
+    finally:
+        kind = "validatingwebhookconfiguration"
+        engines.kubectl.run("delete", kind, manifest["metadata"]["name"], "--ignore-not-found")
+
+
+def test_a_status_that_cannot_be_written_is_in_progress(team: Kubectl, node: str) -> None:
+    engines = Engines(team, node, room=0)
+    with failing_webhook(engines, "pagoda.dev/llmservices.status", engines.name):
+        engines.apply()
+        wait_until(
+            "the Deployment",
+            lambda: engines.kubectl.get("deployment", f"{engines.name}-engine"),
+            timeout_seconds=20,
+        )
+        assert engines.kstatus() == "InProgress"
+    engines.wait_for("Ready", "False", "InsufficientGPU")
+
+
+def test_what_the_api_server_fails_to_write_is_in_the_status(team: Kubectl, node: str) -> None:
+    engines = Engines(team, node, room=1)
+    engines.serve()
+    with failing_webhook(engines, "apps/deployments", f"{engines.name}-engine"):
+        engines.apply(engine={"maxNumSeqs": 7})
+        engines.wait_for("Reconciling", "True", "ApiServerError", "broken.e2e.pagoda.dev")
+        engines.wait_for("Available", "True")
+    engines.wait_for("Reconciling", "True", "DrainingOldPods")
+
+
+@contextlib.contextmanager
+def policy_against(engines: Engines) -> Iterator[None]:
+    """Let an admission policy refuse every write of the Deployment."""
+    api, kind = "admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy"
+    name = engines.name
+    rule = {
+        "apiGroups": ["apps"],
+        "apiVersions": ["v1"],
+        "operations": ["UPDATE"],
+        "resources": ["deployments"],
+        "resourceNames": [f"{name}-engine"],
+    }
+    validation = {"expression": "false", "message": "frozen by the team", "reason": "Forbidden"}
+    policy = {
+        "failurePolicy": "Fail",
+        "matchConstraints": {"resourceRules": [rule]},
+        "validations": [validation],
+    }
+    binding = {"policyName": name, "validationActions": ["Deny"]}
+    for item, spec in ((kind, policy), (f"{kind}Binding", binding)):
+        engines.kubectl.apply(
+            {"apiVersion": api, "kind": item, "metadata": {"name": name}, "spec": spec}
+        )
+    try:
+        wait_until("the policy in force", lambda: _is_frozen(engines), timeout_seconds=20)
+        yield
+    finally:
+        for item in (f"{kind}Binding", kind):
+            engines.kubectl.run("delete", item.lower(), name, "--ignore-not-found")
+
+
+def _is_frozen(engines: Engines) -> bool:
+    patch = {"metadata": {"annotations": {"e2e": "frozen?"}}}
+    try:
+        engines.patch(f"deployment/{engines.name}-engine", patch)
+    except KubectlError as error:
+        return "frozen by the team" in str(error)
+    return False
+
+
+def test_pods_that_go_while_writes_are_refused_are_not_available(team: Kubectl, node: str) -> None:
+    engines = Engines(team, node, room=1)
+    engines.serve()
+    with policy_against(engines):
+        engines.apply(engine={"maxNumSeqs": 7})
+        engines.wait_for("Stalled", "True", "Refused", "frozen by the team")
+        engines.wait_for("Available", "True")
+        engines.play_kubelet(engines.bound_pods()[0], RUNNING, ready=False)
+        engines.wait_for("Available", "False", "NoReadyReplica")
+        assert engines.status()["status"]["summary"] == "0/1"
+
+
+def test_a_deployment_that_hangs_in_deletion_is_not_in_force(team: Kubectl, node: str) -> None:
+    engines = Engines(team, node, room=1)
+    engines.serve()
+    deployment = f"deployment/{engines.name}-engine"
+    engines.patch(deployment, {"metadata": {"finalizers": ["team.dev/keep"]}})
+    team.run("delete", deployment, "--wait=false")
+    engines.wait_for("Ready", "False", "WaitingForDeletion", "team.dev/keep")
+    engines.apply(engine={"maxNumSeqs": 7})
+    engines.wait_for("Reconciling", "True", "WaitingForDeletion", "team.dev/keep")
+    assert engines.kstatus() == "InProgress"
+    engines.patch(deployment, {"metadata": {"finalizers": None}})
+    wait_until(
+        "a new Deployment",
+        lambda: '"7"' in json.dumps(team.get("deployment", f"{engines.name}-engine")),
+        timeout_seconds=20,
+    )
+
+
+def test_a_service_scaled_to_three_with_room_for_one_says_so(team: Kubectl, node: str) -> None:
+    engines = Engines(team, node, room=1)
+    engines.apply(autoscaling={"minReplicas": 3, "maxReplicas": 3})
+    wait_until("a pod with a node", engines.bound_pods, timeout_seconds=20)
+    engines.play_kubelet(engines.bound_pods()[0], RUNNING, ready=True)
+    engines.apply(autoscaling={"minReplicas": 1, "maxReplicas": 3})
+    engines.wait_for("Ready", "True", "InsufficientGPU", "1 of 3 replicas serve", engines.gpu)
+    engines.wait_for("Available", "True", "1 of 3")
+    assert engines.kstatus() == "Current"
+
+
+def test_a_surge_without_room_names_the_pod_that_holds_it(team: Kubectl, node: str) -> None:
+    engines = Engines(team, node, room=1)
+    engines.serve(rollout={"strategy": "Surge"})
+    (old,) = engines.bound_pods()
+    engines.apply(engine={"maxNumSeqs": 7}, rollout={"strategy": "Surge"})
+    engines.wait_for("Reconciling", "True", "NoRoomToSurge", old, "spec.rollout.strategy")
+    engines.apply(engine={"maxNumSeqs": 7}, rollout={"strategy": "InPlace"})
+
+    def new_pods() -> list[str]:
+        # No kubelet confirms that the old pod has ended.
+        ending = team.get("pod", old) or {"metadata": {}}
+        if "deletionTimestamp" in ending["metadata"]:
+            team.run("delete", "pod", old, "--force", "--grace-period=0")
+        return [pod for pod in engines.bound_pods() if pod != old]
+
+    (new,) = wait_until("room for the new pod", new_pods, timeout_seconds=20)
+    engines.play_kubelet(new, RUNNING, ready=True)
+    engines.wait_for("Ready", "True", "Serving")
+
+
+def test_evicted_pods_are_named_and_do_not_pile_up(team: Kubectl, node: str) -> None:
+    engines = Engines(team, node, room=1)
+    engines.apply()
+    message = "The node was low on resource: memory."
+    for number in range(5):
+        (pod,) = wait_until("a pod with a node", engines.bound_pods, timeout_seconds=20)
+        engines.play_kubelet(pod, {"phase": "Failed", "reason": "Evicted", "message": message})
+        stalled = "True" if number >= 2 else "False"
+        engines.wait_for("Ready", "False", "Evicted", message)
+        engines.wait_for("Stalled", stalled)
+
+    def failed() -> int:
+        label = f"pagoda.dev/service={engines.name}"
+        return len(team.items("pods", "-l", label, "--field-selector=status.phase=Failed"))
+
+    wait_until("three of them left", lambda: failed() == 3, timeout_seconds=20)
+
+
+def test_a_pod_that_cannot_mount_its_volume_says_so(team: Kubectl, node: str) -> None:
+    engines = Engines(team, node, room=1)
+    engines.apply()
+    (name,) = wait_until("a pod with a node", engines.bound_pods, timeout_seconds=20)
+    pod = team.json("get", f"pod/{name}")
+    reference = {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": pod["metadata"]["uid"]}
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    team.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{name}.1"},
+            "involvedObject": {**reference, "namespace": team.namespace},
+            "type": "Warning",
+            "reason": "FailedMount",
+            "message": 'MountVolume.SetUp failed for volume "models": no route to host',
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+        }
+    )
+    engines.wait_for("Reconciling", "True", "FailedMount", "no route to host")
+
+
+def test_what_the_kubelet_says_outranks_last_words_and_a_network_error_is_retried(
+    team: Kubectl, node: str
+) -> None:
+    engines = Engines(team, node, room=1)
+    engines.apply()
+    (pod,) = wait_until("a pod with a node", engines.bound_pods, timeout_seconds=20)
+    words = json.dumps({"reason": "RankDied", "message": "was killed by signal 9 (SIGKILL)."})
+    exited = {"exitCode": 1, "reason": "OOMKilled", "message": words}
+    engines.play_kubelet(pod, engine(lastState={"terminated": exited}, restartCount=1))
+    engines.wait_for("Stalled", "True", "OutOfMemory", "spec.resources.memory")
+    words = json.dumps({"reason": "SourceUnreachable", "message": "no route to the hub"})
+    exited = {"exitCode": 1, "reason": "Error", "message": words}
+    engines.play_kubelet(pod, engine(lastState={"terminated": exited}, restartCount=9))
+    engines.wait_for("Reconciling", "True", "SourceUnreachable", "no route to the hub")
