@@ -6,35 +6,15 @@ as soon as its pod is gone or well, so that a corrected spec clears it by itself
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pagoda_operator.flags import API_KEYS_PATH, MODELS_PATH, model_claim
+from pagoda_operator.flags import model_claim
+from pagoda_operator.last_words import TRANSIENT_REASONS, parse_last_words, say_as_user
 from pagoda_operator.names import LABEL_REVISION, Manifest
 from pagoda_operator.spec import LLMServiceSpec, RolloutStrategy
 
-# Contract with the runtime: the reasons of its last words (`tests/contract`).
-FATAL_REASONS = (
-    "ModelNotFound",
-    "ModelAccessDenied",
-    "UnsupportedArchitecture",
-    "CorruptWeights",
-    "QuantizationMismatch",
-    "InvalidModelConfig",
-    "DoesNotFit",
-    "OutOfMemory",
-    "GpuOutOfMemory",
-    "KvCacheTooSmall",
-    "NcclInitFailed",
-    "RankDied",
-    "DiskFull",
-    "InvalidFlags",
-    "SourceUnreachable",
-)
-# The pod's own next attempt may succeed: nobody has to act.
-TRANSIENT_REASONS = ("SourceUnreachable",)
 IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 # Warnings that keep a container from being created; the pod's own status says nothing of them.
 START_WARNINGS = ("FailedMount", "FailedAttachVolume", "FailedMapVolume", "FailedCreatePodSandBox")
@@ -255,9 +235,7 @@ def _cause_of_exit(spec: LLMServiceSpec, terminated: Manifest, restarts: int) ->
         text = f"The engine used more memory than it may ({limit}); raise spec.resources.memory."
         return Cause("OutOfMemory", text, True)
     if (words := parse_last_words(message)) is not None:
-        reason, text = words[0], _name_model_as_user(spec.model.uri, words[1])
-        if reason == "InvalidFlags":
-            text = _name_field(spec, text)
+        reason, text = words[0], say_as_user(spec, *words)
         return Cause(reason, shorten(text), reason not in TRANSIENT_REASONS)
     code = terminated.get("exitCode")
     # What differs between two equal crashes would be a write at each: so no count of restarts.
@@ -267,40 +245,6 @@ def _cause_of_exit(spec: LLMServiceSpec, terminated: Manifest, restarts: int) ->
         text = f"The engine ends again and again, with exit status {code}. Its last words: {tail}"
         return Cause("CrashLooping", text, True)
     return Cause("Restarting", f"The engine ended with exit status {code}: {tail}", False)
-
-
-def _name_model_as_user(uri: str, message: str) -> str:
-    """The message with the uri of the spec in place of the path at which the claim is mounted."""
-    if (claim := model_claim(uri)) is None:
-        return message
-    return re.sub(rf"(?<![\w./-]){MODELS_PATH}(?![\w-])", f"pvc://{claim}", message)
-
-
-def _name_field(spec: LLMServiceSpec, message: str) -> str:
-    """The message with the field that a wrong flag came from.
-
-    Of most flags that come from a field of their own, the engine names the field itself.
-    """
-    if (secret := spec.auth.api_keys_secret_ref) is not None:
-        whose = f"The Secret {secret.name} of spec.auth.apiKeysSecretRef"
-        message = message.replace(f"--api-key-file {API_KEYS_PATH}", whose)
-    names = {argument.partition("=")[0] for argument in spec.engine.extra_args}
-    is_theirs = "(engine." not in message and any(
-        re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", message) for name in names
-    )
-    return f"spec.engine.extraArgs: {message}" if is_theirs else message
-
-
-def parse_last_words(message: str) -> tuple[str, str] | None:
-    """Reason and message of the JSON line in a termination log; None if there is none."""
-    for line in reversed(message.splitlines()):
-        try:
-            words = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(words, dict) and words.get("reason") in FATAL_REASONS:
-            return str(words["reason"]), str(words.get("message", ""))
-    return None
 
 
 def _cause_of_deployment(deployment: Manifest, of_pods: Sequence[Cause]) -> Cause | None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pagoda_operator import causes
+from pagoda_operator import last_words
 from pagoda_runtime.errors import FATAL_REASONS
 from pagoda_runtime.last_words import write_last_words
 
 
 def test_the_reasons_are_the_same() -> None:
-    assert causes.FATAL_REASONS == FATAL_REASONS
+    assert last_words.FATAL_REASONS == FATAL_REASONS
 
 
 @pytest.mark.parametrize("reason", FATAL_REASONS)
@@ -23,7 +23,7 @@ def test_the_operator_reads_what_the_runtime_writes(
     monkeypatch.setenv("PAGODA_TERMINATION_LOG", str(log))
     message = 'no folder "/models/x"\nuse --model'
     write_last_words(reason, message)
-    words = causes.parse_last_words(log.read_text())
+    words = last_words.parse_last_words(log.read_text())
     assert words is not None
     assert words[0] == reason
     assert words[1].split() == message.split()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pagoda_operator.causes import Cause, failed_pods, find_cause, is_unstarted, parse_last_words
+from pagoda_operator.causes import Cause, failed_pods, find_cause, is_unstarted
 from pagoda_operator.names import Manifest
 from pagoda_operator.spec import LLMServiceSpec
 from pagoda_operator.testing import make_pod, make_service
@@ -295,23 +295,6 @@ def test_two_equal_crashes_read_the_same() -> None:
     assert first == second
 
 
-@pytest.mark.parametrize(
-    ("uri", "message", "said"),
-    [
-        ("pvc://models/gemma", "The folder /models/gemma is", "The folder pvc://models/gemma is"),
-        ("pvc://models", "/models/config.json: x", "pvc://models/config.json: x"),
-        ("pvc://m/a", "--model /models/a and /srv/models", "--model pvc://m/a and /srv/models"),
-        ("hf://org/name", "no /models here", "no /models here"),
-    ],
-)
-def test_last_words_name_the_uri_of_the_spec(uri: str, message: str, said: str) -> None:
-    line = json.dumps({"reason": "ModelNotFound", "message": message})
-    pod = make_pod("rev", container={"state": {"terminated": exited(1, line)}})
-    cause = cause_of(pod, spec=make_service({"model": {"uri": uri}}).spec)
-    assert cause is not None
-    assert cause.message == said
-
-
 def test_a_missed_deadline_says_what_the_pods_wait_for() -> None:
     missed = {"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"}
     status = {"observedGeneration": 1, "conditions": [missed]}
@@ -358,9 +341,3 @@ def test_a_cause_that_needs_a_person_comes_before_one_that_does_not() -> None:
     cause = cause_of(waiting, failed)
     assert cause is not None
     assert cause.reason == "DoesNotFit"
-
-
-def test_only_a_json_line_with_a_known_reason_is_last_words() -> None:
-    assert parse_last_words('{"reason": "Whatever", "message": "x"}') is None
-    assert parse_last_words("[1]\n7\nnull\nnot json") is None
-    assert parse_last_words(words("DiskFull") + "more log") == ("DiskFull", "why DiskFull")
