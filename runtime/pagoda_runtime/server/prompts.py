@@ -13,6 +13,7 @@ from pagoda_runtime.errors import PromptTooLong
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.choice import Echo
 from pagoda_runtime.server.protocol import (
+    AS_MANY_AS_FIT,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
@@ -44,13 +45,16 @@ class TextLimits:
 
     @classmethod
     def of(cls, ready: EngineReady, body: GenerationRequest) -> TextLimits:
-        num_kept, num_characters = body.truncate_prompt_tokens, 0
+        num_characters = 0
         if isinstance(body, CompletionRequest):
             num_characters = sum(
                 len(prompt) * (1 if isinstance(prompt, str) else CHARACTERS_PER_TOKEN)
                 for prompt in body.prompt
             )
         most = most_tokens(ready.max_model_len, ready.num_blocks, ready.block_size)
+        num_kept = body.truncate_prompt_tokens
+        if num_kept == AS_MANY_AS_FIT:
+            num_kept = max(1, most - max(1, body.asked_tokens or 1))
         # To keep more than fits is to keep all.
         kept = num_kept if num_kept is not None and num_kept < most else None
         return cls(most, kept, num_characters)

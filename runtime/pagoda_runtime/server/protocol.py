@@ -20,6 +20,8 @@ from pydantic import (
 from pagoda_runtime.sampling_limits import MAX_LOGIT_BIAS, MAX_LOGPROBS
 
 Prompt = str | list[int]
+# As truncate_prompt_tokens: the context, less what is asked of the answer.
+AS_MANY_AS_FIT = -1
 
 MAX_MESSAGES = 2048
 MAX_STOP_TOKEN_IDS = 1024
@@ -89,6 +91,12 @@ LogitBias = Annotated[
 ]
 
 
+def _verify_truncation(value: int) -> int:
+    if value < 1 and value != AS_MANY_AS_FIT:
+        raise ValueError(f"must be at least 1, or {AS_MANY_AS_FIT} for as many tokens as fit")
+    return value
+
+
 class StreamOptions(BaseModel):
     """What a stream tells beside its text."""
 
@@ -130,7 +138,7 @@ class GenerationRequest(BaseModel):
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: Small | None = None
     return_tokens_as_token_ids: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    truncate_prompt_tokens: Annotated[Small, AfterValidator(_verify_truncation)] | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     cache_salt: Salt | None = None
     ignore_eos: bool | None = None
@@ -141,6 +149,11 @@ class GenerationRequest(BaseModel):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """The bound of each choice, if it has one of the request."""
+        return self.max_tokens
 
     @property
     def includes_usage(self) -> bool:
@@ -212,6 +225,11 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: Small | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def asked_tokens(self) -> int | None:
+        completion = self.max_completion_tokens
+        return self.max_tokens if completion is None else completion
 
     @property
     def num_logprobs(self) -> int | None:

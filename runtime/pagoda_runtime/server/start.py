@@ -194,13 +194,13 @@ def _limit(
     body: GenerationRequest, params: SamplingParams, num_prompt_tokens: int, max_model_len: int
 ) -> SamplingParams:
     """The parameters with the bound of one prompt's answer. Raises PromptTooLong."""
-    max_tokens, name, default = body.max_tokens, "max_tokens", None
+    max_tokens, name, default = body.asked_tokens, "max_tokens", None
     if isinstance(body, CompletionRequest):
         default = DEFAULT_COMPLETION_TOKENS
         if max_tokens == 0 and body.echo:
             # Only the prompt is asked for, but its logprobs come with the first token.
             max_tokens = 1
     elif isinstance(body, ChatCompletionRequest) and body.max_completion_tokens is not None:
-        max_tokens, name = body.max_completion_tokens, "max_completion_tokens"
+        name = "max_completion_tokens"
     limit = resolve_max_tokens(max_tokens, default, num_prompt_tokens, max_model_len, param=name)
     return msgspec.structs.replace(params, max_tokens=limit)

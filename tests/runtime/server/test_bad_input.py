@@ -137,7 +137,8 @@ async def test_a_body_that_is_no_object_is_400(http, body):
         ("priority", 1001, ["priority", "1000", "1001"]),
         ("priority", -1001, ["priority", "-1000", "-1001"]),
         ("cache_salt", "", ["cache_salt", "1 character"]),
-        ("truncate_prompt_tokens", 0, ["truncate_prompt_tokens", "1", "0"]),
+        ("truncate_prompt_tokens", 0, ["truncate_prompt_tokens", "at least 1, or -1", "got 0"]),
+        ("truncate_prompt_tokens", -2, ["truncate_prompt_tokens", "at least 1, or -1", "got -2"]),
         ("include_stop_str_in_output", "no", ["include_stop_str_in_output", "boolean"]),
     ],
 )

@@ -105,6 +105,21 @@ def test_offsets_are_those_of_the_text_that_was_given(client, skips):
     assert choice.logprobs.text_offset == [0, 0, 1, 4, 4, 4, 5, 6]
 
 
+@pytest.mark.parametrize("max_tokens", [None, 1, 20])
+def test_a_prompt_may_be_cut_to_what_leaves_room_for_the_answer(client, max_tokens):
+    asked = {"model": "tiny", "max_tokens": max_tokens}
+    body = {"truncate_prompt_tokens": -1, **ONLY_A}
+    answer = client.completions.create(**asked, prompt="b" * 600, extra_body=body)
+    assert answer.usage.total_tokens == 512
+    assert answer.usage.completion_tokens == (max_tokens or 1)
+    message = {"role": "user", "content": "b" * 600}
+    answer = client.chat.completions.create(**asked, messages=[message], extra_body=body)
+    assert answer.usage.total_tokens == 512
+    whole = client.completions.create(**asked, prompt="abc", echo=True, extra_body=body)
+    assert whole.choices[0].text.startswith("abca")
+    assert whole.usage.prompt_tokens == 4
+
+
 def test_a_repeated_prompt_is_found_in_the_cache(client):
     prompt = "A long prompt that fills more than one block of the cache, twice asked. " * 2
     asked = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
