@@ -30,6 +30,7 @@ from pagoda_runtime.flags import (
 )
 from pagoda_runtime.keys import environment_keys
 from pagoda_runtime.last_words import write_last_words
+from pagoda_runtime.models.check import verify_start
 from pagoda_runtime.sampling_params import MAX_SEED
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -50,7 +51,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         nargs="?",
         type=text_value,
-        help="a folder in Hugging Face layout, hf://org/name, or org/name",
+        help="a folder in Hugging Face layout, a GGUF file, hf://org/name, or org/name",
     )
     flags.group.add_argument("--model", type=text_value, help="the same as MODEL")
     flags.add("--revision", shown="main", help="branch, tag or commit of an hf:// model")
@@ -310,6 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         config = to_server_config(args) if args.command == "serve" else None
+        if config is not None:
+            verify_start(config.engine)
     except FatalError as error:
         write_last_words(error.reason, error.message)
         return exit_status(error)

@@ -41,7 +41,8 @@ class EngineConfig:
     """
 
     model: str
-    """A folder in Hugging Face layout, `hf://org/name`, or `org/name` if no such folder exists."""
+    """A folder in Hugging Face layout, a GGUF file (converted once), `hf://org/name`, or `org/name`
+    if nothing local has that name."""
     revision: str | None = None
     dtype: str = "auto"
     """auto, bfloat16, float16, float32; auto is the checkpoint's dtype."""

@@ -70,10 +70,12 @@ def run(args: argparse.Namespace) -> int:
     """
     from pagoda_runtime.batch import job
     from pagoda_runtime.logs import configure_logging
+    from pagoda_runtime.models.check import verify_start
 
     started = time.monotonic()
     try:
         config = _make_config(args)
+        verify_start(config.engine)
         configure_logging(config.log_level)
         work = job.run_batch(config, args.input_file, args.output_file)
         outcome = asyncio.run(_until_signal(work))

@@ -39,7 +39,7 @@ class LLM:
     """A model in an engine process of its own.
 
     Args:
-        model: a folder in Hugging Face layout, or org/name.
+        model: a folder in Hugging Face layout, a GGUF file, or org/name.
         flags: fields of EngineConfig: the flags of `pagoda serve` with underscores.
     Raises:
         TypeError: a keyword is no such field.

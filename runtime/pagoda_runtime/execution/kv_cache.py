@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pagoda_runtime.errors import FatalError
+from pagoda_runtime.models.check import verify_max_model_len
 from pagoda_runtime.models.config import ModelConfig
 
 GIB = 2**30
@@ -46,16 +47,11 @@ def size_kv_cache(
 
     A max_model_len of None is the model's own, lowered to what fits.
 
-    Raises: FatalError: InvalidModelConfig if max_model_len exceeds the model's positions,
+    Raises: FatalError: InvalidFlags if max_model_len exceeds the model's positions,
         KvCacheTooSmall if one sequence of max_model_len tokens does not fit.
     """
+    verify_max_model_len(config, max_model_len)
     limit = config.max_position_embeddings
-    if max_model_len is not None and max_model_len > limit:
-        raise FatalError(
-            "InvalidFlags",
-            f"--max-model-len (engine.maxModelLen) is {max_model_len}, but the model "
-            f"reaches {limit} tokens (max_position_embeddings and rope). Give at most {limit}.",
-        )
     wanted_len = limit if max_model_len is None else max_model_len
     block_bytes = config.kv_elements_per_token * element_bytes * block_size
     # Block 0 is never handed out: padding is written there.

@@ -34,6 +34,7 @@ from pagoda_runtime.execution.kv_cache import (
 from pagoda_runtime.execution.logprobs import compute_logprobs
 from pagoda_runtime.execution.sampler import sample, wants_likeliest
 from pagoda_runtime.execution.step_input import prepare_step
+from pagoda_runtime.models.check import verify_supported
 from pagoda_runtime.models.decoder import Decoder
 from pagoda_runtime.models.registry import load_model_config
 from pagoda_runtime.models.source import resolve_model
@@ -65,8 +66,9 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig, on_progress: OnProgress = no_progress) -> None:
-        require_supported(config)
+        verify_supported(config)
         self.device = choose_device(config.device)
+        _verify_deterministic(config, self.device)
         configure_threads(config, self.device)
         with _timed("Finding the model"):
             folder = resolve_model(config.model, config.revision, on_progress)
@@ -301,29 +303,11 @@ class ModelRunner:
             )
 
 
-def require_supported(config: EngineConfig) -> None:
-    """Refuse flags that today's engine cannot serve."""
-    if config.tensor_parallel_size != 1:
-        raise FatalError(
-            "InvalidFlags",
-            f"--tensor-parallel-size (engine.tensorParallelSize) is {config.tensor_parallel_size}; "
-            "this version runs on one device only. Set it to 1.",
-        )
-    if config.kv_cache_dtype != "auto":
-        raise FatalError(
-            "InvalidFlags",
-            f"--kv-cache-dtype (engine.kvCacheDtype) is {config.kv_cache_dtype}; this version "
-            "keeps the KV cache in the model's dtype only. Set it to auto.",
-        )
-    if config.deterministic and choose_device(config.device).type != "cpu":
+def _verify_deterministic(config: EngineConfig, device: torch.device) -> None:
+    if config.deterministic and device.type != "cpu":
         raise FatalError(
             "InvalidFlags",
             "--deterministic is for the CPU in this version. Leave it out, or give --device cpu.",
-        )
-    if config.dtype not in ("auto", *_DTYPES):
-        raise FatalError(
-            "InvalidFlags",
-            f"--dtype (engine.dtype) is {config.dtype}; it must be auto, {', '.join(_DTYPES)}.",
         )
 
 

@@ -21,26 +21,49 @@ def resolve_model(uri: str, revision: str | None, on_progress: OnProgress) -> Pa
     """The folder with the model's files.
 
     Args:
-        uri: a folder; `hf://org/name`; or `org/name`, if no such folder exists.
+        uri: a folder or a GGUF file; `hf://org/name`; or `org/name`, if nothing local has that
+            name.
         revision: branch, tag or commit on the hub; None: the default branch.
-    Raises: FatalError: ModelNotFound, ModelAccessDenied, SourceUnreachable or DiskFull.
+    Raises: FatalError: ModelNotFound, ModelAccessDenied, SourceUnreachable or DiskFull; for a GGUF
+        file what `convert` raises.
+    """
+    path = local_path(uri)
+    if path is None:
+        return _download(uri.removeprefix("hf://"), revision, on_progress)
+    if path.is_dir():
+        return path
+    from pagoda_runtime.convert.cache import converted
+
+    on_progress("convert", 0.0, 0.0)
+    return converted(path)
+
+
+def local_path(uri: str) -> Path | None:
+    """The folder or file on this machine that uri names; None: it is a model of a hub.
+
+    Raises: FatalError: ModelNotFound, it is neither.
     """
     if not uri.startswith("hf://"):
         path = Path(uri).expanduser()
         if path.exists():
             return path
-        if path.is_absolute() or uri.startswith((".", "~")) or not _HUB_NAME.fullmatch(uri):
+        is_gguf = path.suffix == ".gguf"
+        if (
+            is_gguf
+            or path.is_absolute()
+            or uri.startswith((".", "~"))
+            or not _HUB_NAME.fullmatch(uri)
+        ):
             raise FatalError(
                 "ModelNotFound",
-                f"The model folder {uri} does not exist. "
-                "Give --model (model.uri) a folder in Hugging Face layout, or hf://org/name.",
+                f"The model {'file' if is_gguf else 'folder'} {uri} does not exist. Give --model "
+                "(model.uri) a folder in Hugging Face layout, a GGUF file, or hf://org/name.",
             )
-    name = uri.removeprefix("hf://")
-    if not _HUB_NAME.fullmatch(name):
+    if not _HUB_NAME.fullmatch(uri.removeprefix("hf://")):
         raise FatalError(
             "ModelNotFound", f"{uri!r} is not a model of a hub; it must look like hf://org/name."
         )
-    return _download(name, revision, on_progress)
+    return None
 
 
 def _download(name: str, revision: str | None, on_progress: OnProgress) -> Path:

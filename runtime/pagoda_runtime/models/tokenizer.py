@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # Of about 100 bytes each.
 NUM_KEPT_PIECES = 65536
+TOKENIZER_FILE = "tokenizer.json"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -197,25 +198,33 @@ def tokenize_bad_words(tokenizer: Encoder, words: Sequence[str]) -> tuple[tuple[
     return tuple(sequence for sequence in sequences if sequence)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder.
-
-    Raises: FatalError: ModelNotFound, ModelAccessDenied or InvalidModelConfig.
-    """
-    path = folder / "tokenizer.json"
+def read_tokenizer_file(folder: Path) -> str:
+    """The text of tokenizer.json. Raises FatalError: ModelNotFound, ModelAccessDenied."""
+    path = folder / TOKENIZER_FILE
     text = read_text(path)
     if text is None:
         raise FatalError(
             "ModelNotFound",
             f"{path} does not exist. Save the model's tokenizer in the fast format "
-            "(tokenizer.json) beside its config.json.",
+            f"({TOKENIZER_FILE}) beside its config.json.",
         )
+    return text
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder.
+
+    Raises: FatalError: ModelNotFound, ModelAccessDenied or InvalidModelConfig.
+    """
     try:
-        tokenizer = FastTokenizer.from_str(text)
+        tokenizer = FastTokenizer.from_str(read_tokenizer_file(folder))
+    except FatalError:
+        raise
     except Exception as error:  # the library raises bare Exception
         raise FatalError(
             "InvalidModelConfig",
-            f"{path} is not a tokenizer: {error}. Copy or download the file again.",
+            f"{folder / TOKENIZER_FILE} is not a tokenizer: {error}. Copy or download the file "
+            "again.",
         ) from error
     # A stored truncation would silently cut prompts, a stored padding lengthen them.
     tokenizer.no_truncation()

@@ -152,8 +152,8 @@ def load_from_folder(config: EngineConfig) -> LoadTokenizer:
         return load_tokenizer(folder)
 
     async def load_in_thread(engine: Engine) -> Tokenizer:
-        if not Path(config.model).exists():
-            # The engine downloads; when it is ready the files are here.
+        if not Path(config.model).expanduser().is_dir():
+            # The engine downloads or converts; when it is ready the files are here.
             await engine.wait_ready()
         return await asyncio.to_thread(load)
 

@@ -6,7 +6,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from pagoda_runtime.convert.testing import write_gguf
 from pagoda_runtime.errors import FatalError
+from pagoda_runtime.models.registry import load_model_config
 from pagoda_runtime.models.source import resolve_model
 
 
@@ -16,6 +18,15 @@ def quiet(phase, percent, bytes_per_second):
 
 def test_a_folder_is_taken_as_it_is(tmp_path):
     assert resolve_model(str(tmp_path), None, quiet) == tmp_path
+
+
+def test_a_gguf_file_is_converted_into_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAGODA_CACHE", str(tmp_path))
+    source, phases = write_gguf(tmp_path / "tiny.gguf", "llama"), []
+    folder = resolve_model(str(source), None, lambda phase, percent, rate: phases.append(phase))
+    assert folder.is_relative_to(tmp_path / "gguf")
+    assert load_model_config(folder).architecture == "LlamaForCausalLM"
+    assert phases == ["convert"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from pagoda_runtime.convert.testing import write_gguf
 from pagoda_runtime.models.testing import make_tiny_checkpoint, write_tiny_tokenizer
 from pagoda_runtime.server.testing import ServerProcess
 
@@ -54,6 +57,23 @@ def url(server: ServerProcess) -> str:
 def client(url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
         yield client
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_served_as_it_is_given(tmp_path, monkeypatch):
+    cache = Path(os.environ.get("PAGODA_CACHE") or "~/.cache/pagoda").expanduser()
+    (tmp_path / "kernels").symlink_to(cache / "kernels")
+    monkeypatch.setenv("PAGODA_CACHE", str(tmp_path))
+    source = write_gguf(tmp_path / "tiny.gguf", "llama")
+    command = ["pagoda_runtime", "serve", str(source), "--served-model-name", "tiny"]
+    with contextlib.closing(ServerProcess([*command, *FLAGS], tmp_path / "log")) as server:
+        url = server.wait_for_url()
+        while httpx.get(f"{url}/ready").status_code != 200:
+            assert server.process.poll() is None, "".join(server.lines)
+            time.sleep(0.05)
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "ab", "max_tokens": 4})
+        assert answer.json()["usage"]["completion_tokens"] == 4
+    assert sum("Converting" in line for line in server.lines) == 1
 
 
 def scrape(url: str) -> dict[str, float]:

@@ -1,0 +1,101 @@
+"""What ends `pagoda serve` with status 2 before it listens."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pagoda_runtime.cli import main
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def remove(name: str, put: str | None = None):
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        if put is not None:
+            (folder / put).write_text("GGUF")
+
+    return change
+
+
+def rewrite(text: str):
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (remove("config.json"), ["ModelNotFound", "config.json does not exist"]),
+        (remove("config.json", "a.gguf"), ["ModelNotFound", "GGUF files", "tiny/a.gguf"]),
+        (remove("tokenizer.json"), ["ModelNotFound", "tokenizer.json does not exist"]),
+        (rewrite("{"), ["InvalidModelConfig", "config.json is not valid JSON"]),
+        (rewrite(json.dumps({**CONFIG, "hidden_size": 0})), ["InvalidModelConfig", "hidden_size"]),
+        (rewrite('{"architectures": ["T5Model"]}'), ["UnsupportedArchitecture", "T5Model"]),
+    ],
+)
+def test_a_folder_that_cannot_be_served_ends_the_command(folder, capsys, change, words):
+    change(folder)
+    assert main(["serve", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--max-model-len", "65"], ["--max-model-len", "65", "reaches 64"]),
+        (["--tensor-parallel-size", "2"], ["--tensor-parallel-size", "2", "one device"]),
+        (["--kv-cache-dtype", "fp8"], ["--kv-cache-dtype", "fp8", "auto"]),
+        (["--quantization", "awq"], ["--quantization", "awq"]),
+    ],
+)
+def test_flags_that_do_not_go_with_the_model_end_the_command(folder, capsys, flags, words):
+    assert main(["serve", str(folder), *flags]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.gguf", ["model file nowhere.gguf does not exist", "GGUF file"]),
+        ("/no/such/folder", ["model folder /no/such/folder does not exist"]),
+        ("hf://a/b/c", ["'hf://a/b/c'", "hf://org/name"]),
+        (__file__, ["is a file, but not in GGUF format"]),
+    ],
+)
+def test_a_model_that_is_not_there_ends_the_command(capsys, name, words):
+    assert main(["serve", name]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+
+
+def test_the_command_neither_listens_nor_loads_the_server_for_a_wrong_path():
+    command = [sys.executable, "-X", "importtime", "-m", "pagoda_runtime", "serve", "/no/such"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "ModelNotFound" in result.stderr
+    for word in ("Listening", "uvicorn", "torch"):
+        assert word not in result.stderr
