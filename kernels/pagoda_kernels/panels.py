@@ -31,6 +31,8 @@ GROUP_SIZE = 2 * PANEL_SIZE
 BYTES_PER_STEP = 4
 """Of each row of the matrix, and of x."""
 VECTOR_BYTES = PANEL_SIZE * BYTES_PER_STEP
+STEP_BYTES = 2 * VECTOR_BYTES
+"""Of a group of panels."""
 MOST_ROWS = 8
 """Rows of x at a time: 16 sums of 32 registers; with 12 or 16 they are no faster."""
 
@@ -60,29 +62,6 @@ INT8_AS_BF16 = Numbers(2, frozenset({"avx512bf16", "avx512vbmi"}))
 def has_panels(numbers: Numbers) -> bool:
     """Whether this processor has the instructions."""
     return numbers.features <= features()
-
-
-def pack(matrix: torch.Tensor, numbers: Numbers) -> torch.Tensor:
-    """[num_groups, num_steps, GROUP_SIZE, numbers a step]: a matrix in groups of panels.
-
-    Args:
-        matrix: [out_features, in_features] bf16, or int8 between -127 and 127; zeros fill the last
-            group.
-    Raises: ValueError if in_features is not a whole number of steps.
-    """
-    out_features, in_features = matrix.shape
-    per_step = BYTES_PER_STEP // numbers.multiplied_bytes
-    if in_features % per_step:
-        raise ValueError(f"in_features is {in_features}; it must be a multiple of {per_step}.")
-    missing = -out_features % GROUP_SIZE
-    padded = torch.nn.functional.pad(matrix, (0, 0, 0, missing)) if missing else matrix
-    groups = padded.view(-1, GROUP_SIZE, in_features // per_step, per_step).transpose(1, 2)
-    if numbers is not INT8_AS_BF16:
-        return groups.contiguous()
-    # Sign and magnitude, and halves of eights in turns: so `_widen_vector` needs no other order.
-    coded = groups.abs().to(torch.uint8) | (groups < 0).to(torch.uint8) << 7
-    halves = coded.reshape(*groups.shape[:2], 2, PANEL_SIZE // 4, 8)
-    return halves.transpose(2, 3).reshape(groups.shape)
 
 
 @compiled

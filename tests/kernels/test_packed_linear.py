@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import gelu, silu
 
 from pagoda_kernels.packed_linear import GATES, PackedGate, PackedMatrix, can_pack
-from pagoda_kernels.panels import BF16, GROUP_SIZE, INT8_AS_BF16, has_panels, pack
+from pagoda_kernels.panels import BF16, INT8_AS_BF16, has_panels
 
 pytestmark = pytest.mark.skipif(
     not has_panels(BF16), reason="this processor does not multiply bf16 itself"
@@ -126,14 +126,6 @@ def test_rows_need_not_lie_next_to_each_other():
 
 def test_no_rows_give_no_rows():
     assert PackedMatrix(make(64, 64))(make(0, 64)).shape == (0, 64)
-
-
-def test_panels_hold_two_numbers_of_each_row_next_to_each_other():
-    matrix = torch.arange(40 * 6).view(40, 6).bfloat16()
-    panels = pack(matrix, BF16)
-    assert panels.shape == (2, 3, GROUP_SIZE, 2)
-    assert panels[1, 2, 7].tolist() == matrix[39, 4:6].tolist()
-    assert torch.all(panels[1, :, 8:] == 0)
 
 
 def test_a_matrix_or_rows_that_do_not_fit_are_refused():

@@ -6,6 +6,7 @@ import torch
 from pagoda_kernels.panels import GROUP_SIZE, INT8, has_panels
 from pagoda_kernels.screened_argmax import (
     Int8Table,
+    RoundedTable,
     choose_tokens,
     quantize_rows,
     quantize_table,
@@ -24,6 +25,10 @@ def largest_of(logits):
     missing = -logits.shape[1] % CHUNK
     padded = torch.nn.functional.pad(logits.float(), (0, missing), value=-torch.inf)
     return padded.view(len(logits), -1, CHUNK_GROUPS, GROUP_SIZE).amax(2)
+
+
+def int8_table(integers, scales):
+    return Int8Table(RoundedTable(integers, scales, integers.sum(1, dtype=torch.int32)))
 
 
 def choose(hidden, table, logits, errors, most=CHUNK):
@@ -73,7 +78,7 @@ def test_the_largest_logits_are_those_of_the_whole_numbers(rows, vocab_size):
     x = torch.randint(1, 256, (rows, 24), dtype=torch.uint8)
     logits = (x.double() - 128) @ integers.double().T * scales.double()
     expected = largest_of(logits)
-    largest = Int8Table(integers, scales).find_largest(x)
+    largest = int8_table(integers, scales).find_largest(x)
     is_padding = expected == -torch.inf
     assert torch.all(largest[is_padding] < logits.min() * 10)
     torch.testing.assert_close(largest[~is_padding], expected[~is_padding])
@@ -99,7 +104,8 @@ def test_products_of_rotated_and_rounded_factors_are_as_exact_as_they_say():
     torch.manual_seed(0)
     table, hidden = torch.randn(500, 96).bfloat16(), torch.randn(40, 96).bfloat16()
     hidden[:, 7] *= 50
-    integers, scales, error, power = quantize_table(table, 32)
+    (integers, scales, sums), error, power = quantize_table(table, 32)
+    assert torch.equal(sums, integers.sum(1, dtype=torch.int32))
     rows, deviations = quantize_rows(hidden, 32, error, power)
     products = (rows.double() - 128) @ (integers.double() * scales.double()[:, None]).T
     exact = hidden.double() @ table.double().T
@@ -124,9 +130,9 @@ def test_tensors_that_do_not_fit_are_refused():
 
 @needs_panels
 def test_rows_that_do_not_fit_the_table_are_refused():
-    table = Int8Table(torch.zeros(32, 8, dtype=torch.int8), torch.ones(32))
+    table = int8_table(torch.zeros(32, 8, dtype=torch.int8), torch.ones(32))
     for rows in (torch.zeros(2, 12, dtype=torch.uint8), torch.zeros(2, 8, dtype=torch.int8)):
         with pytest.raises(ValueError, match="rows"):
             table.find_largest(rows)
     with pytest.raises(ValueError, match="multiple of 4"):
-        Int8Table(torch.zeros(32, 6, dtype=torch.int8), torch.ones(32))
+        int8_table(torch.zeros(32, 6, dtype=torch.int8), torch.ones(32))

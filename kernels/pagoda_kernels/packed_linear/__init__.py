@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from pagoda_kernels.packed_linear import cpu
+from pagoda_kernels.packing import pack
 from pagoda_kernels.panels import (
     BF16,
     BYTES_PER_STEP,
@@ -14,7 +15,6 @@ from pagoda_kernels.panels import (
     INT8_AS_BF16,
     PANEL_SIZE,
     has_panels,
-    pack,
 )
 
 __all__ = ["GATES", "PackedGate", "PackedMatrix", "can_pack"]

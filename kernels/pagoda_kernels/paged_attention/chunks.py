@@ -36,6 +36,7 @@ from pagoda_kernels.panels import (
     GROUP_SIZE,
     MOST_ROWS,
     PANEL_SIZE,
+    STEP_BYTES,
     VECTOR_BYTES,
     empty_panels,
     interleave_group,
@@ -49,8 +50,6 @@ _dot = make_dot(BF16)
 
 _PART_FIELDS, _MERGE_FIELDS = len(Part._fields), len(Merge._fields)
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_STEP_BYTES = GROUP_SIZE * 4
-"""Of a group of panels."""
 
 
 def attend_chunks(
@@ -193,7 +192,7 @@ def _score(
     """Scores of some keys, [num_groups, num_rows, GROUP_SIZE]; and their values, packed."""
     head_dim = queries.shape[1]
     row_bytes = 2 * head_dim
-    values_stride = num_groups * GROUP_SIZE // 2 * _STEP_BYTES
+    values_stride = num_groups * GROUP_SIZE // 2 * STEP_BYTES
     addresses = np.empty(GROUP_SIZE, np.int64)
     zeros = np.zeros(GROUP_SIZE, np.float32)
     for group in range(num_groups):
@@ -202,7 +201,7 @@ def _score(
             # Past the end the last key is repeated: slots that nobody wrote are never read.
             addresses[i] = keys_at + stride * slots[min(begin + i, slots.size - 1)]
         _pack_keys(addresses, head_dim, address_of(keys))
-        values_at = address_of(values) + group * GROUP_SIZE // 2 * _STEP_BYTES
+        values_at = address_of(values) + group * GROUP_SIZE // 2 * STEP_BYTES
         _pack_values(addresses, stride // 2, head_dim, values_at, values_stride)
         wanted, following = begin + GROUP_SIZE, min(begin + 2 * GROUP_SIZE, slots.size)
         row = 0
@@ -233,8 +232,8 @@ def _pack_keys(addresses: Array, head_dim: int, to: int) -> None:
     for panel in range(2):
         some = address_of(addresses) + 8 * panel * PANEL_SIZE
         for offset in range(0, 2 * head_dim, VECTOR_BYTES):
-            target = to + panel * VECTOR_BYTES + offset // 4 * _STEP_BYTES
-            transpose_panel(some, offset, target, _STEP_BYTES)
+            target = to + panel * VECTOR_BYTES + offset // 4 * STEP_BYTES
+            transpose_panel(some, offset, target, STEP_BYTES)
 
 
 @compiled
@@ -247,7 +246,7 @@ def _pack_values(addresses: Array, offset: int, head_dim: int, to: int, stride: 
         at, target = offset + 2 * column * GROUP_SIZE, to + column * stride
         for pair in range(GROUP_SIZE // 2):
             even, odd = addresses[2 * pair] + at, addresses[2 * pair + 1] + at
-            interleave_group(even, odd, target + pair * _STEP_BYTES)
+            interleave_group(even, odd, target + pair * STEP_BYTES)
 
 
 @compiled
@@ -312,7 +311,7 @@ def _add_values(
     """sums = sums * factors + weights @ values; sums are [head_dim / GROUP_SIZE, num_rows, …]."""
     width = num_groups * GROUP_SIZE
     for column in range(head_dim // GROUP_SIZE):
-        panels = address_of(values) + column * (width // 2 * _STEP_BYTES)
+        panels = address_of(values) + column * (width // 2 * STEP_BYTES)
         begin = sums_at + 4 * column * num_rows * GROUP_SIZE
         sums = floats(begin, (num_rows, GROUP_SIZE))
         for row in range(num_rows):

@@ -5,18 +5,22 @@ See `pagoda_runtime.layers.screen`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from pagoda_kernels.panels import GROUP_SIZE, INT8, pack
+from pagoda_kernels.packing import pack
+from pagoda_kernels.panels import GROUP_SIZE, INT8
 from pagoda_kernels.screened_argmax.cpu import (
     CHUNK_GROUPS,
+    PART_ROWS,
     choose,
     find_largest,
     quantize,
     quantize_weights,
 )
 
-__all__ = ["Int8Table", "choose_tokens", "quantize_rows", "quantize_table"]
+__all__ = ["Int8Table", "RoundedTable", "choose_tokens", "quantize_rows", "quantize_table"]
 
 ROW_OFFSET = 128
 """What is added to a row's whole numbers: the processor multiplies unsigned by signed bytes."""
@@ -55,15 +59,24 @@ def quantize_rows(
     return integers, deviations
 
 
-def quantize_table(
-    table: torch.Tensor, rotation_size: int
-) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+class RoundedTable(NamedTuple):
+    """A table in whole numbers, each row with a scale of its own."""
+
+    integers: torch.Tensor
+    """[vocab_size, hidden_size] int8."""
+    scales: torch.Tensor
+    """[vocab_size] fp32."""
+    sums: torch.Tensor
+    """[vocab_size] int32, of each row of integers."""
+
+
+def quantize_table(table: torch.Tensor, rotation_size: int) -> tuple[RoundedTable, float, float]:
     """Rotate a table's rows as `quantize_rows` does, and round them, each by a scale of its own.
 
     Args:
         table: [vocab_size, hidden_size] bf16 on a CPU, contiguous.
-    Returns: [vocab_size, hidden_size] int8, [vocab_size] fp32 scales, and of all rows the largest
-        mean square of the roundings, and of the rounded weights.
+    Returns: the rounded table, and of all rows the largest mean square of the roundings, and of
+        the rounded weights.
     """
     if table.dtype is not torch.bfloat16 or not table.is_contiguous():
         raise ValueError("table must be bf16 and contiguous.")
@@ -71,29 +84,33 @@ def quantize_table(
     if size % rotation_size:
         raise ValueError(f"rotation_size is {rotation_size}; it must divide {size}.")
     integers = torch.empty(vocab_size, size, dtype=torch.int8)
-    scales = torch.empty(vocab_size)
-    error, power = quantize_weights(
-        table.data_ptr(), integers.data_ptr(), scales.data_ptr(), vocab_size, size, rotation_size
+    scales, sums = torch.empty(vocab_size), torch.empty(vocab_size, dtype=torch.int32)
+    worst = torch.empty(-(-vocab_size // PART_ROWS), 2)
+    quantize_weights(
+        table.data_ptr(),
+        integers.data_ptr(),
+        scales.data_ptr(),
+        sums.data_ptr(),
+        worst.data_ptr(),
+        vocab_size,
+        size,
+        rotation_size,
     )
-    return integers, scales, float(error), float(power)
+    error, power = worst.amax(0).tolist()
+    return RoundedTable(integers, scales, sums), error, power
 
 
 class Int8Table:
-    """A rounded table in panels, for products with rounded rows.
+    """A rounded table in panels, for products with rounded rows; the table is copied."""
 
-    Args:
-        integers: [vocab_size, hidden_size] int8; copied.
-        scales: [vocab_size] fp32.
-    """
-
-    def __init__(self, integers: torch.Tensor, scales: torch.Tensor) -> None:
-        self._panels = pack(integers, INT8)
+    def __init__(self, table: RoundedTable) -> None:
+        self._panels = pack(table.integers, INT8)
         size = len(self._panels) * GROUP_SIZE
         # Rows are whole numbers plus 128. What fills the last group is less than any product.
         self._offsets = torch.full((size,), torch.iinfo(torch.int32).min, dtype=torch.int32)
-        self._offsets[: len(integers)] = integers.sum(1, dtype=torch.int32) * -ROW_OFFSET
-        self._scales = torch.full((size,), float(scales.max()))
-        self._scales[: len(scales)] = scales
+        self._offsets[: len(table.sums)] = table.sums * -ROW_OFFSET
+        self._scales = torch.full((size,), float(table.scales.max()))
+        self._scales[: len(table.scales)] = table.scales
 
     def find_largest(self, rows: torch.Tensor) -> torch.Tensor:
         """[num_rows, num_chunks, GROUP_SIZE] fp32: the largest logit of each column of each chunk.

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from pagoda_kernels.compiled import (
     Array,
@@ -12,6 +15,7 @@ from pagoda_kernels.compiled import (
     bf16_bits,
     compiled,
     floats,
+    int32s,
     int64s,
     kernel,
     uint8s,
@@ -31,6 +35,9 @@ from pagoda_kernels.threads import Task, ThreadedKernel, claim
 
 CHUNK_GROUPS = 16
 """Groups of panels whose largest logits are kept together, column by column."""
+
+PART_ROWS = 256
+"""Rows of a table that a thread rounds at a time."""
 
 _INT8_MAX = np.float32(127)
 
@@ -60,53 +67,85 @@ def quantize(
         deviations[row] = np.sqrt(np.float32(error) * total + np.float32(power) * rounding)
 
 
-@kernel
-def quantize_weights(
-    table_at: int,
-    integers_at: int,
-    scales_at: int,
-    num_rows: int,
-    size: int,
-    rotation_size: int,
-) -> Any:
-    """See `pagoda_kernels.screened_argmax.quantize_table`: the two means."""
-    table, integers = bf16_bits(table_at, (num_rows, size)), uint8s(integers_at, (num_rows, size))
-    scales, x = floats(scales_at, (num_rows,)), np.empty(size, np.float32)
+def _quantize_parts(task: Task) -> None:
+    """Arguments: table, integers, scales, sums, worst, num_rows, size, rotation_size. A part is
+    PART_ROWS rows. See `pagoda_kernels.screened_argmax.quantize_table`.
+    """
+    num_rows, size, rotation_size = task[6], task[7], task[8]
+    num_parts = (num_rows + PART_ROWS - 1) // PART_ROWS
+    table, integers = bf16_bits(task[1], (num_rows, size)), uint8s(task[2], (num_rows, size))
+    scales, sums = floats(task[3], (num_rows,)), int32s(task[4], (num_rows,))
+    worst, x = floats(task[5], (num_parts, 2)), np.empty(size, np.float32)
     # The transform makes numbers larger by the square root of its size.
-    length = np.sqrt(np.float32(rotation_size))
-    error = power = np.float32(0)
-    for row in range(num_rows):
-        widen(table[row], x)
-        _rotate(x, rotation_size)
-        for i in range(size):
-            x[i] = x[i] / length
-        largest = np.float32(1e-30)
-        for i in range(size):
-            largest = max(largest, abs(x[i]))
-        scales[row] = largest / _INT8_MAX
-        rounding, total = _round_weights(x, _INT8_MAX / largest, integers[row])
-        square = scales[row] * scales[row] / np.float32(size)
-        error, power = max(error, rounding * square), max(power, total * square)
-    return error, power
+    shrink = np.float32(1) / np.sqrt(np.float32(rotation_size))
+    part = claim(task)
+    while part < num_parts:
+        error = power = np.float32(0)
+        for row in range(part * PART_ROWS, min((part + 1) * PART_ROWS, num_rows)):
+            widen(table[row], x)
+            _rotate(x, rotation_size)
+            largest = np.float32(1e-30)
+            for i in range(size):
+                largest = max(largest, abs(x[i]))
+            scales[row] = largest * shrink / _INT8_MAX
+            rounding, total, sums[row] = _round_weights(x, _INT8_MAX / largest, integers[row])
+            square = scales[row] * scales[row] / np.float32(size)
+            error, power = max(error, rounding * square), max(power, total * square)
+        worst[part, 0], worst[part, 1] = error, power
+        part = claim(task)
+
+
+quantize_weights = ThreadedKernel(_quantize_parts)
 
 
 @compiled
 def _round_weights(x: Array, factor: Any, integers: Array) -> Any:
-    """The sums of squares of the roundings, and of the rounded numbers; integers get int8 bits."""
+    """The sums of squares of the roundings and of the rounded numbers, and their sum.
+
+    integers get int8 bits.
+    """
     rounding = total = np.float32(0)
+    all_of_them = np.int32(0)
     for i in range(x.size):
         number = x[i] * factor
         whole = np.rint(number)
-        integers[i] = np.uint8(np.int32(whole) & np.int32(255))
+        integer = np.int32(whole)
+        integers[i] = np.uint8(integer & np.int32(255))
         total += whole * whole
         rounding += (number - whole) * (number - whole)
-    return rounding, total
+        all_of_them += integer
+    return rounding, total, all_of_them
+
+
+def _make_rotate(_context: Any, numbers: Any) -> Any:
+    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.VectorType(ir.FloatType(), PANEL_SIZE)
+        at = b.inttoptr(arguments[0], kind.as_pointer())
+        vector = b.load(at, align=4)
+        for half in (1, 2, 4, 8):
+            order = ir.Constant(_ORDER, [i ^ half for i in range(PANEL_SIZE)])
+            signs = ir.Constant(kind, [-1.0 if i & half else 1.0 for i in range(PANEL_SIZE)])
+            partner = b.shuffle_vector(vector, vector, order)
+            vector = b.fadd(partner, b.fmul(vector, signs))
+        b.store(vector, at, align=4)
+        return context.get_dummy_value()
+
+    return types.void(numbers), generate
+
+
+_ORDER = ir.VectorType(ir.IntType(32), PANEL_SIZE)
+_rotate_panel: Any = intrinsic(_make_rotate)
+"""The transform of PANEL_SIZE fp32 numbers at an address, in place."""
 
 
 @compiled
 def _rotate(x: Array, rotation_size: int) -> None:
     """The fast Walsh-Hadamard transform, without its factor, which does not matter here."""
     half = 1
+    if rotation_size >= PANEL_SIZE:
+        for i in range(0, x.size, PANEL_SIZE):
+            _rotate_panel(address_of(x) + 4 * i)
+        half = PANEL_SIZE
     while half < rotation_size:
         for start in range(0, x.size, 2 * half):
             for i in range(start, start + half):

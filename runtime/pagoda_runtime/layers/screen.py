@@ -44,8 +44,8 @@ class Screen:
     def __init__(self, table: torch.Tensor, method: LinearMethod) -> None:
         self.table, self.method = table, method
         self.rotation_size = min(_LARGEST_ROTATION, _power_of_two_in(table.shape[1]))
-        integers, scales, self.error, self.power = quantize_table(table, self.rotation_size)
-        self.int8_table = Int8Table(integers, scales)
+        rounded, self.error, self.power = quantize_table(table, self.rotation_size)
+        self.int8_table = Int8Table(rounded)
 
     def argmax(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows] int64: the token of each row's largest logit, the first of equals.
