@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kube import Kubectl, wait_until
-from stack import OPERATOR_NAMESPACE
+from stack import CHART, OPERATOR_NAMESPACE, Target
 
 ENGINE_IMAGE = "pagoda.invalid/engine:1"
 
@@ -94,6 +95,21 @@ def without_installed_operator(kubectl: Kubectl) -> Iterator[None]:
         yield
     finally:
         installed.run(*scale, "--replicas=1")
+
+
+def kubeconfig_of_chart(target: Target, namespace: str, folder: Path) -> str:
+    """A kubeconfig with the rights that the chart gives an operator of this namespace."""
+    kubectl = target.kubectl.in_namespace(namespace)
+    command = [target.helm, "template", "pagoda", str(CHART), "--namespace", namespace]
+    command += ["--set", f"watchNamespace={namespace}", "--show-only", "templates/rbac.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    kubectl.apply(done.stdout)
+    config = kubectl.json("config", "view", "--raw", "--minify")
+    token = kubectl.run("create", "token", "pagoda-operator").strip()
+    config["users"] = [{"name": config["users"][0]["name"], "user": {"token": token}}]
+    path = folder / "kubeconfig"
+    path.write_text(json.dumps(config))
+    return str(path)
 
 
 def _free_port() -> int:

@@ -10,13 +10,12 @@ import json
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 import stack
 from fake_node import RUNNING, Engines, engine
 from kube import Kubectl, KubectlError, wait_until
-from operator_process import OperatorProcess, without_installed_operator
+from operator_process import OperatorProcess, kubeconfig_of_chart, without_installed_operator
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
@@ -25,17 +24,19 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 def team(
     target: stack.Target, crds: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Kubectl]:
-    """A namespace with an operator of its own, for all tests."""
+    """A namespace with an operator of its own, which has the rights of the chart alone."""
     name = f"e2e-{uuid.uuid4().hex[:8]}"
     target.kubectl.run("create", "namespace", name)
     kubectl = target.kubectl.in_namespace(name)
-    log: Path = tmp_path_factory.mktemp("operator") / "operator.log"
+    folder = tmp_path_factory.mktemp("operator")
     with without_installed_operator(target.kubectl):
-        operator = OperatorProcess(kubectl, log)
+        kubeconfig = kubeconfig_of_chart(target, name, folder)
+        operator = OperatorProcess(kubectl, folder / "operator.log", kubeconfig)
         operator.start()
         try:
             yield kubectl
             assert "Traceback" not in operator.log
+            assert "is forbidden: User" not in operator.log
         finally:
             operator.stop()
             target.kubectl.run("delete", "namespace", name, "--wait=false")
@@ -170,6 +171,20 @@ def test_pods_that_go_while_writes_are_refused_are_not_available(team: Kubectl, 
         engines.play_kubelet(engines.bound_pods()[0], RUNNING, ready=False)
         engines.wait_for("Available", "False", "NoReadyReplica")
         assert engines.status()["status"]["summary"] == "0/1"
+
+
+def test_pods_behind_a_service_of_another_s_are_not_available(team: Kubectl, node: str) -> None:
+    engines = Engines(team, node, room=1)
+    engines.serve()
+    team.run("create", "configmap", engines.name)
+    owner = team.json("get", f"configmap/{engines.name}")
+    reference = {"apiVersion": "v1", "kind": "ConfigMap", "name": engines.name, "controller": True}
+    reference["uid"] = owner["metadata"]["uid"]
+    engines.patch(f"service/{engines.name}", {"metadata": {"ownerReferences": [reference]}})
+    engines.wait_for("Stalled", "True", "NameConflict", f"Service {engines.name}")
+    engines.wait_for("Available", "False", "NoService")
+    team.run("delete", "service", engines.name)
+    engines.wait_for("Ready", "True", "Serving")
 
 
 def test_a_deployment_that_hangs_in_deletion_is_not_in_force(team: Kubectl, node: str) -> None:

@@ -37,10 +37,15 @@ class World:
 
 
 async def list_warnings(
-    cluster: Cluster, namespace: str, pods: Sequence[Manifest]
+    cluster: Cluster, namespace: str, pods: Sequence[Manifest], now: datetime
 ) -> list[Manifest]:
     """Warning events about pods that do not start; none where they may not be read."""
-    names = [pod["metadata"]["name"] for pod in pods if is_unstarted(pod)]
+    names = [
+        pod["metadata"]["name"]
+        for pod in pods
+        # Below 0 is a clock that goes wrong, which must not make the operator blind.
+        if is_unstarted(pod) and not 0 <= _age_seconds(pod, now) < FIRST_LOOK_SECONDS
+    ]
     selectors = [f"involvedObject.name={name},type=Warning" for name in names]
     try:
         found = await asyncio.gather(
@@ -56,12 +61,12 @@ async def list_warnings(
 
 def seconds_to_next_look(pods: Sequence[Manifest], now: datetime) -> float | None:
     """When to look at the events of pods that do not start; None if all of them did."""
-    created = [
-        datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
-        for pod in pods
-        if is_unstarted(pod)
-    ]
-    if not created:
+    ages = [_age_seconds(pod, now) for pod in pods if is_unstarted(pod)]
+    if not ages:
         return None
-    age = (now - max(created)).total_seconds()
-    return min(max(age, FIRST_LOOK_SECONDS), LOOK_EVERY_SECONDS)
+    return min(max(min(ages), FIRST_LOOK_SECONDS), LOOK_EVERY_SECONDS)
+
+
+def _age_seconds(pod: Manifest, now: datetime) -> float:
+    created = datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
+    return (now - created).total_seconds()

@@ -186,7 +186,9 @@ class Reconciler:
             *(self._cluster.get(ref.kind, namespace, ref.name) for ref in unseen)
         )
         children |= {ref: item for ref, item in zip(unseen, found, strict=True) if item is not None}
-        return World(children, pods, await list_warnings(self._cluster, namespace, pods))
+        return World(
+            children, pods, await list_warnings(self._cluster, namespace, pods, self._now())
+        )
 
     async def _clean_up(self, key: Key, pods: list[Manifest]) -> None:
         """Delete pods that their node ended, except the last few: nobody else does."""

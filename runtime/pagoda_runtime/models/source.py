@@ -108,6 +108,8 @@ def _describe_failure(uri: str, revision: str | None, error: Exception) -> Fatal
     if status in (401, 403):
         text = f"The hub refuses {uri} (HTTP {status}). Set HF_TOKEN to a token that may read it."
         return FatalError("ModelAccessDenied", text)
+    if any(isinstance(e, errors.HFValidationError) for e in chain):
+        return FatalError("ModelNotFound", f"{uri} is not a model of a hub: {chain[0]}")
     if any(isinstance(e, errors.OfflineModeIsEnabled) for e in chain):
         text = f"{uri} is not in the cache, and HF_HUB_OFFLINE forbids to download it."
         return FatalError("ModelNotFound", text)

@@ -40,6 +40,12 @@ def test_what_is_neither_a_folder_nor_a_name_is_not_found(uri):
     assert "hf://org/name" in caught.value.message
 
 
+def test_a_name_that_no_hub_has_is_not_found():
+    with pytest.raises(FatalError, match=r"hf://org/a\.\.b is not a model") as caught:
+        resolve_model("hf://org/a..b", None, quiet)
+    assert caught.value.reason == "ModelNotFound"
+
+
 class Hub(BaseHTTPRequestHandler):
     """A hub with one model, org/tiny, of one file; org/secret is gated."""
 
