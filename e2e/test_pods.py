@@ -1,0 +1,122 @@
+"""What a spec adds to real pods: users of the platform's own, Secrets that change, volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import stack
+from kube import Kubectl, is_ready, wait_until
+from llmservices import manifest
+
+NAMESPACE = "e2e-pods"
+NAME = "guarded"
+# As OpenShift gives them: a number of the namespace's own range, which no image knows.
+PLATFORM_USER = 1000680000
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+def guarded_service() -> dict[str, Any]:
+    spec = {
+        "model": {"uri": "pvc://models/gemma-3-270m"},
+        "engine": {"maxModelLen": 512, "maxNumSeqs": 4, "extraArgs": ["--num-threads=1"]},
+        "resources": {
+            "gpu": {"count": 0},
+            "cpu": 0.25,
+            "cpuLimit": 2,
+            "memory": "4Gi",
+            "memoryRequest": "2Gi",
+            "ephemeralStorage": "4Gi",
+        },
+        "cache": {"sizeLimit": "2Gi"},
+        "auth": {"apiKeysSecretRef": {"name": "keys"}},
+        "podTemplate": {
+            "labels": {"team": "a"},
+            "annotations": {"example.com/note": "kept"},
+            "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+            "env": [{"name": "GREETING", "value": "hello"}],
+            "volumes": [{"name": "note", "configMap": {"name": "note"}}],
+            "volumeMounts": [{"name": "note", "mountPath": "/etc/note", "readOnly": True}],
+            "securityContext": {"runAsUser": PLATFORM_USER, "runAsGroup": PLATFORM_USER},
+        },
+    }
+    return manifest(spec, name=NAME)
+
+
+@pytest.fixture(scope="module")
+def kubectl(target: stack.Target, images: dict[str, str]) -> Iterator[Kubectl]:
+    """A namespace under Pod Security restricted in which the service is Ready."""
+    stack.install_operator(target, images)
+    stack.wait_for_namespace_gone(target.kubectl, NAMESPACE)
+    target.kubectl.run("create", "namespace", NAMESPACE)
+    enforce = "pod-security.kubernetes.io/enforce=restricted"
+    target.kubectl.run("label", "namespace", NAMESPACE, enforce)
+    kubectl = target.kubectl.in_namespace(NAMESPACE)
+    stack.ensure_model_volume(target, kubectl, images)
+    kubectl.run("create", "configmap", "note", "--from-literal=text=read me")
+    kubectl.apply(guarded_service())
+    # The Secret comes later: the pod waits for it, and says so.
+    wait_until(
+        "the missing Secret in the status",
+        lambda: reason(kubectl) == "SecretMissing",
+        timeout_seconds=60,
+        on_timeout=lambda: kubectl.run("get", "llms,pods,events", "-o", "wide"),
+    )
+    kubectl.run("create", "secret", "generic", "keys", "--from-literal=alice=first-key")
+    wait_until(
+        f"{NAME} Ready",
+        lambda: is_ready(kubectl.get("llmservice", NAME)),
+        timeout_seconds=240,
+        on_timeout=lambda: kubectl.run("get", "llms,pods,events", "-o", "wide"),
+    )
+    yield kubectl
+    stack.wait_for_namespace_gone(target.kubectl, NAMESPACE)
+    target.kubectl.run("delete", "pv", f"models-{NAMESPACE}", "--ignore-not-found")
+
+
+def reason(kubectl: Kubectl) -> str:
+    path = '{.status.conditions[?(@.type=="Ready")].reason}'
+    return kubectl.run("get", "llmservice", NAME, "-o", f"jsonpath={path}")
+
+
+def pod(kubectl: Kubectl) -> dict[str, Any]:
+    (found,) = kubectl.items("pods", "-l", f"pagoda.dev/service={NAME}")
+    return found
+
+
+def status_with(kubectl: Kubectl, key: str | None) -> int:
+    """The HTTP status of a request with this key."""
+    service = kubectl.json("get", "service", NAME)
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    url = f"http://{service['spec']['clusterIP']}/v1/models"
+    return httpx.get(url, headers=headers, timeout=10).status_code
+
+
+def test_the_pod_is_what_its_template_says_under_a_user_that_no_image_knows(
+    kubectl: Kubectl,
+) -> None:
+    found = pod(kubectl)
+    assert found["metadata"]["labels"]["team"] == "a"
+    assert found["metadata"]["annotations"]["example.com/note"] == "kept"
+    script = 'id -u; echo $GREETING; cat /etc/note/text; touch /cache/x && echo " cache"'
+    said = kubectl.run("exec", found["metadata"]["name"], "--", "sh", "-c", script)
+    assert said.split("\n") == [str(PLATFORM_USER), "hello", "read me cache", ""]
+    container = found["spec"]["containers"][0]
+    assert container["resources"]["requests"]["cpu"] == "250m"
+    assert container["resources"]["limits"]["cpu"] == "2"
+
+
+def test_a_changed_secret_of_keys_is_in_force_without_a_restart(kubectl: Kubectl) -> None:
+    before = pod(kubectl)
+    assert status_with(kubectl, None) == 401
+    assert status_with(kubectl, "first-key") == 200
+    changed = '{"stringData": {"alice": "second-key", "bob": "third-key"}}'
+    kubectl.run("patch", "secret", "keys", "-p", changed)
+    wait_until("the new key", lambda: status_with(kubectl, "third-key") == 200, timeout_seconds=90)
+    assert status_with(kubectl, "second-key") == 200
+    assert status_with(kubectl, "first-key") == 401
+    after = pod(kubectl)
+    assert after["metadata"]["uid"] == before["metadata"]["uid"]
+    assert after["status"]["containerStatuses"][0]["restartCount"] == 0
