@@ -51,6 +51,7 @@ def test_every_flag_reaches_its_field():
         "admin_port": 9001,
         "chat_template": "template.jinja",
         "api_key_file": "keys",
+        "max_body_bytes": 5000,
         "drain_delay_seconds": 1.0,
         "drain_seconds": 2.0,
         "log_level": "debug",

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -20,17 +21,23 @@ from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.logs import configure_logging
 from pagoda_runtime.server.admin import create_admin_app
 from pagoda_runtime.server.app import create_app, create_state
+from pagoda_runtime.server.connections import (
+    PROBE_ROOM,
+    Connection,
+    Room,
+    raise_file_limit,
+    share_files,
+)
 from pagoda_runtime.server.lifecycle import LoadTokenizer, StopSignals, live
 from pagoda_runtime.server.state import Engine, Tokenizer
 
 logger = logging.getLogger("pagoda.server")
 
-# Longer than the idle time of common load balancers, so that they close first and not in a race.
-KEEP_ALIVE_SECONDS = 75
 # For the last bytes of answers that are complete, when the server ends.
 LAST_BYTES_SECONDS = 2
 ENGINE_END_SECONDS = 5.0
-BACKLOG = 2048
+# The admin port is for its owner alone.
+ADMIN_CONNECTIONS, ADMIN_BACKLOG = 32, 16
 
 
 class HttpServer(uvicorn.Server):
@@ -57,22 +64,25 @@ async def serve_async(
     chat_template = read_chat_template(config.chat_template)
     keys = ApiKeys(config.api_key, config.api_key_file)
     stop = StopSignals()
+    limit, backlog = _find_room(config)
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(listen(config.host, config.port))
+        listener = stack.enter_context(listen(config.host, config.port, backlog))
         admin_listener = None
         if config.admin_port is not None:
             admin_listener = stack.enter_context(
-                listen(config.admin_host, config.admin_port, prefix="admin-")
+                listen(config.admin_host, config.admin_port, ADMIN_BACKLOG, prefix="admin-")
             )
         stack.enter_context(stop.installed())
         engine = await EngineClient.start(
             config.engine, command=engine_command, log_level=config.log_level
         )
         state = create_state(config, engine, chat_template, keys)
-        servers = [_start_http(create_app(state), listener)]
+        state.max_num_requests = limit - PROBE_ROOM
+        servers = [_start_http(http_config(create_app(state), limit, backlog), listener)]
         logger.info("Listening on %s; loading %s", _url(listener), config.engine.model)
         if admin_listener is not None:
-            servers.append(_start_http(create_admin_app(state), admin_listener))
+            admin = http_config(create_admin_app(state), ADMIN_CONNECTIONS, ADMIN_BACKLOG)
+            servers.append(_start_http(admin, admin_listener))
             logger.info("Admin port on %s", _url(admin_listener))
         try:
             return await live(state, load_tokenizer, stop)
@@ -85,19 +95,42 @@ async def serve_async(
             await asyncio.gather(*(serving for _, serving in servers))
 
 
-def _start_http(app: ASGIApp, listener: socket.socket) -> tuple[HttpServer, asyncio.Task[None]]:
-    """A server and the task in which it serves."""
-    server = HttpServer(
-        uvicorn.Config(
-            app,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=LAST_BYTES_SECONDS,
+def _find_room(config: ServerConfig) -> tuple[int, int]:
+    """(connections at once, backlog) as the limit of open files allows."""
+    num_files = raise_file_limit()
+    num_requests = config.engine.max_num_seqs + config.engine.max_num_waiting
+    limit, backlog = share_files(num_files, num_requests)
+    if limit - PROBE_ROOM < num_requests:
+        logger.warning(
+            "%d open files (ulimit -n) leave room for %d requests at once; --max-num-seqs and "
+            "--max-num-waiting are for %d. Raise the limit, or lower --max-num-waiting.",
+            num_files,
+            limit - PROBE_ROOM,
+            num_requests,
         )
+    return limit, backlog
+
+
+def http_config(app: ASGIApp, limit: int, backlog: int) -> uvicorn.Config:
+    """How an application is served: `limit` connections at once, and backlog to be taken."""
+    return uvicorn.Config(
+        app,
+        http=partial(Connection, room=Room(limit)),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=backlog,
+        timeout_graceful_shutdown=LAST_BYTES_SECONDS,
     )
+
+
+def _start_http(
+    config: uvicorn.Config, listener: socket.socket
+) -> tuple[HttpServer, asyncio.Task[None]]:
+    """A server and the task in which it serves."""
+    server = HttpServer(config)
     return server, asyncio.create_task(server.serve(sockets=[listener]))
 
 
@@ -106,14 +139,14 @@ def _url(listener: socket.socket) -> str:
     return f"http://{host}:{port}"
 
 
-def listen(host: str, port: int, prefix: str = "") -> socket.socket:
+def listen(host: str, port: int, backlog: int, prefix: str = "") -> socket.socket:
     """A listening socket; prefix is of its flags.
 
     Raises: FatalError: InvalidFlags, the address cannot be had.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=backlog)
     except OSError as error:
         raise FatalError(
             "InvalidFlags",

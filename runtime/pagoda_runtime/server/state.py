@@ -148,6 +148,8 @@ class ServerState:
         """New requests are answered with 503."""
         self.num_requests = 0
         """Requests for tokens that are not answered yet."""
+        self.max_num_requests: int | None = None
+        """Of num_requests, where connections are scarcer than places in the queue."""
         self.num_tokenizing = 0
         """Prompts that are accepted and not yet in the engine."""
         self.warned_fields: set[str] = set()
@@ -202,10 +204,16 @@ class ServerState:
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """Hold one request for tokens open. Raises Unavailable once the server refuses them."""
+        """Hold one request for tokens open. Raises Unavailable, or QueueFull."""
         if self.is_refusing:
             raise Unavailable(
                 "This server is shutting down; send the request again.", DRAINING_RETRY_SECONDS
+            )
+        if self.num_requests == self.max_num_requests:
+            raise QueueFull(
+                f"{self.num_requests} requests are in this server, as many as its connections "
+                "allow. Try again later.",
+                retry_after_seconds=RETRY_AFTER_SECONDS,
             )
         self.num_requests += 1
         try:

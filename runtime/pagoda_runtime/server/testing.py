@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -42,7 +43,7 @@ from pagoda_runtime.last_words import TERMINATION_LOG_VARIABLE, write_last_words
 from pagoda_runtime.logs import configure_logging
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.app import create_app, create_state
-from pagoda_runtime.server.run import serve_async
+from pagoda_runtime.server.run import http_config, serve_async
 from pagoda_runtime.server.state import Engine, ServerState
 
 FAKE_ENGINE_COMMAND = (sys.executable, "-m", "pagoda_runtime.testing")
@@ -260,13 +261,11 @@ def make_config(*flags: str) -> ServerConfig:
 
 
 @contextlib.asynccontextmanager
-async def running_server(
-    state: ServerState,
-) -> AsyncIterator[str]:
+async def running_server(state: ServerState, max_connections: int = 1000) -> AsyncIterator[str]:
     """A real HTTP server around the state; yields its base URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         app = create_app(state)
-        config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
+        config = http_config(app, max_connections, backlog=100)
         config.load()
         server = uvicorn.Server(config)
         # Without uvicorn's main loop, whose naps would cost each test a fifth of a second.
@@ -292,13 +291,24 @@ def make_state(
 
 
 class ServerProcess:
-    """A server in a process of its own; its stderr is collected in `lines`."""
+    """A server in a process of its own; its stderr is collected in `lines`.
 
-    def __init__(self, command: Sequence[str], termination_log: Path) -> None:
+    Args:
+        max_open_files: of the process, if not as many as this one may open.
+    """
+
+    def __init__(
+        self, command: Sequence[str], termination_log: Path, max_open_files: int | None = None
+    ) -> None:
+        def limit_files() -> None:
+            if max_open_files is not None:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (max_open_files, max_open_files))
+
         self.process = subprocess.Popen(
             [sys.executable, "-m", *command],
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=limit_files,
             env={**os.environ, TERMINATION_LOG_VARIABLE: str(termination_log)},
         )
         self.lines: list[str] = []
