@@ -19,10 +19,17 @@ ENGINE_IMAGE = "pagoda.invalid/engine:1"
 
 
 class OperatorProcess:
-    """`pagoda-operator` for one namespace; its log is kept in a file."""
+    """`pagoda-operator` for one namespace, or for all; its log is kept in a file."""
 
-    def __init__(self, kubectl: Kubectl, log: Path, kubeconfig: str | None = None) -> None:
-        self._kubectl = kubectl
+    def __init__(
+        self,
+        kubectl: Kubectl,
+        log: Path,
+        kubeconfig: str | None = None,
+        *,
+        is_cluster_wide: bool = False,
+    ) -> None:
+        self._namespace = "" if is_cluster_wide else kubectl.namespace
         self._log = log
         self._kubeconfig = kubeconfig or kubectl.kubeconfig
         self._process: subprocess.Popen[bytes] | None = None
@@ -36,7 +43,7 @@ class OperatorProcess:
         """Start the process, and by default wait until it is ready."""
         self._port = _free_port()
         command = [sys.executable, "-m", "pagoda_operator.main", "--engine-image", ENGINE_IMAGE]
-        command += ["--namespace", self._kubectl.namespace, "--health-port", str(self._port)]
+        command += ["--namespace", self._namespace, "--health-port", str(self._port)]
         environment = dict(os.environ)
         if self._kubeconfig:
             environment["KUBECONFIG"] = self._kubeconfig

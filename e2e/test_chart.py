@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import stack
 import yaml
-from kube import Kubectl
+from kube import Kubectl, condition, wait_until
+from llmservices import manifest
+from operator_process import OperatorProcess, without_installed_operator
 
 pytestmark = pytest.mark.cluster
 
@@ -123,6 +126,52 @@ def test_several_releases_live_side_by_side_each_with_the_rights_it_needs(
         cluster_wide, ("pagoda-operator", "second-pagoda-operator"), strict=True
     ):
         assert may_list(kubectl, name, None)
+
+
+@pytest.mark.parametrize("watched", ["one namespace", "null"])
+def test_the_rights_of_a_release_are_enough_for_all_that_its_operator_does(
+    target: stack.Target, namespace: Kubectl, tmp_path: Path, watched: str
+) -> None:
+    is_cluster_wide = watched == "null"
+    value = watched if is_cluster_wide else json.dumps(namespace.namespace)
+    for document in render(target, f"watchNamespace={value}", namespace=namespace.namespace):
+        if document["kind"] != "Deployment":
+            namespace.apply(document)
+    kubeconfig = as_account(namespace, "pagoda-operator", tmp_path / "kubeconfig")
+    operator = OperatorProcess(
+        namespace, tmp_path / "log", str(kubeconfig), is_cluster_wide=is_cluster_wide
+    )
+    with without_installed_operator(target.kubectl):
+        operator.start()
+        try:
+            namespace.apply(manifest({"networkPolicy": {"enabled": True}}, name="chat"))
+            wait_until(
+                "a status",
+                lambda: condition(namespace.get("llmservice", "chat") or {}, "Ready"),
+                timeout_seconds=20,
+                on_timeout=lambda: operator.log,
+            )
+            kinds = "deployment,service,serviceaccount,networkpolicy"
+            found = {item["kind"] for item in namespace.items(kinds, "-l", LABEL)}
+            assert found == {"Deployment", "Service", "ServiceAccount", "NetworkPolicy"}
+            assert "forbidden" not in operator.log
+        finally:
+            operator.kill()
+            roles = ["clusterrole", "clusterrolebinding"] if is_cluster_wide else []
+            for kind in roles:
+                namespace.run("delete", kind, f"pagoda-operator.{namespace.namespace}")
+
+
+LABEL = "pagoda.dev/service=chat"
+
+
+def as_account(kubectl: Kubectl, account: str, path: Path) -> Path:
+    """A kubeconfig of the cluster that has the rights of a ServiceAccount and no others."""
+    config = kubectl.json("config", "view", "--raw", "--minify")
+    token = kubectl.run("create", "token", account).strip()
+    config["users"][0]["user"] = {"token": token}
+    path.write_text(json.dumps(config))
+    return path
 
 
 def may_list(kubectl: Kubectl, account: str, namespace: str | None) -> bool:
