@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -40,6 +38,7 @@ from pagoda_runtime.engine.messages import (
     ToEngine,
 )
 from pagoda_runtime.engine.process import Launch
+from pagoda_runtime.engine.sockets import SocketFolder, input_address, output_address
 from pagoda_runtime.engine.stream import Mailbox, RequestStream
 from pagoda_runtime.errors import EngineDead, FatalError, PagodaError, RequestError
 from pagoda_runtime.sampling_params import SamplingParams
@@ -221,34 +220,21 @@ class EngineClient:
         self._input.close(linger=0)
         self._output.close(linger=0)
         self._context.term()
-        shutil.rmtree(self._socket_dir, ignore_errors=True)
+        self._folder.remove()
 
     def _open_sockets(self) -> None:
-        try:
-            # Mode 0700: whoever can connect to these sockets can read other users' requests.
-            self._socket_dir = tempfile.mkdtemp(prefix="pagoda-")
-        except OSError as error:
-            raise FatalError(
-                "DiskFull",
-                f"Cannot make a folder for the engine's sockets: {error}. Set TMPDIR to a folder "
-                "that can be written.",
-            ) from error
+        self._folder = SocketFolder()
         self._context = zmq.Context()
         self._input = self._context.socket(zmq.PUSH)
         # Unbounded here, because verify_queue_has_room bounds what is sent.
         self._input.setsockopt(zmq.SNDHWM, 0)
-        self._input.connect(f"ipc://{self._socket_dir}/input")
+        self._input.connect(input_address(self._folder.path))
         self._output = self._context.socket(zmq.PULL)
-        self._output.bind(f"ipc://{self._socket_dir}/output")
+        self._output.bind(output_address(self._folder.path))
         self._output_fd = int(self._output.getsockopt(zmq.FD))
 
     def _spawn(self, command: Sequence[str], log_level: str) -> None:
-        launch = Launch(
-            config=self.config,
-            input_address=f"ipc://{self._socket_dir}/input",
-            output_address=f"ipc://{self._socket_dir}/output",
-            log_level=log_level,
-        )
+        launch = Launch(config=self.config, socket_folder=self._folder.path, log_level=log_level)
         # Its standard output is this process's standard error: a library's chatter must not end up
         # in what a user's program prints.
         self._process = subprocess.Popen(

@@ -8,9 +8,12 @@ deaths that leave this process no time for words.
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
+import resource
+import shutil
 import signal
 import sys
 import threading
@@ -38,6 +41,7 @@ from pagoda_runtime.engine.messages import (
     ToApi,
     ToEngine,
 )
+from pagoda_runtime.engine.sockets import input_address, output_address
 from pagoda_runtime.errors import FatalError, QueueFull, RequestError
 from pagoda_runtime.logs import configure_logging
 
@@ -45,14 +49,15 @@ logger = logging.getLogger("pagoda.engine")
 
 IDLE_CHECK_MILLISECONDS = 1000
 LINGER_MILLISECONDS = 1000
+# How torch, the loader of libraries and the C library say that memory cannot be had.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "annot allocate memory", "failed to map segment")
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """What the parent tells the engine process at its start."""
 
     config: EngineConfig
-    input_address: str
-    output_address: str
+    socket_folder: str
     log_level: str = "info"
 
 
@@ -175,17 +180,28 @@ def describe_failure(error: BaseException) -> EngineFailed:
             message=f"The GPU's memory is full: {error} Lower --gpu-memory-utilization, "
             "--max-model-len or --max-num-batched-tokens.",
         )
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+    if _is_out_of_memory(error):
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        kind, remedy = "memory is full", "give the engine more memory"
+        if limit != resource.RLIM_INFINITY:
+            kind, remedy = f"address space, limited to {limit} bytes, is full", "raise `ulimit -v`"
         return EngineFailed(
             reason="OutOfMemory",
-            message=f"The memory is full: {str(error) or type(error).__name__}. Lower "
-            "--kv-cache-memory-bytes or --max-num-batched-tokens, or give the engine more memory.",
+            message=f"The {kind}: {str(error) or type(error).__name__}. Lower "
+            f"--kv-cache-memory-bytes or --max-num-batched-tokens, or {remedy}.",
         )
     return EngineFailed(
         reason="RankDied",
         message=f"The engine failed with {type(error).__name__}: {error}. "
         "The traceback is in its log.",
     )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Libraries that cannot be mapped are an ImportError, and files a RuntimeError."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def main(make_runner: MakeRunner) -> int:
@@ -199,16 +215,18 @@ def main(make_runner: MakeRunner) -> int:
         return 1
     launch = msgspec.json.decode(line, type=Launch)
     configure_logging(launch.log_level)
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    threading.Thread(
+        target=_end_with_parent, args=[launch.socket_folder], name="parent-watch", daemon=True
+    ).start()
 
     context: zmq.Context[Any] = zmq.Context()
     output_socket = context.socket(zmq.PUSH)
     output_socket.setsockopt(zmq.LINGER, LINGER_MILLISECONDS)
-    output_socket.connect(launch.output_address)
+    output_socket.connect(output_address(launch.socket_folder))
     input_socket = context.socket(zmq.PULL)
     # No bound here: the client bounds the requests that it lets in.
     input_socket.setsockopt(zmq.RCVHWM, 0)
-    input_socket.bind(launch.input_address)
+    input_socket.bind(input_address(launch.socket_folder))
     outbox = Outbox(output_socket)
     try:
         runner = make_runner(launch.config, outbox.report_progress)
@@ -233,10 +251,12 @@ def main(make_runner: MakeRunner) -> int:
     return 0
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(socket_folder: str) -> None:
     """End this process when the parent's end of standard input closes, whatever it is doing."""
     while os.read(0, 1):
         pass
+    # The parent may have been killed, and then nobody else would.
+    shutil.rmtree(socket_folder, ignore_errors=True)
     os._exit(1)
 
 

@@ -262,7 +262,7 @@ async def test_an_engine_whose_messages_cannot_be_read_is_killed():
         await anext(stream)
         context = zmq.Context()
         socket = context.socket(zmq.PUSH)
-        socket.connect(f"ipc://{client._socket_dir}/output")
+        socket.connect(f"ipc://{client._folder.path}/output")
         socket.send(b"no message")
         with pytest.raises(EngineDead, match="cannot be read"):
             async for _ in stream:
@@ -317,7 +317,7 @@ async def test_shutdown_ends_process_streams_and_sockets():
     async with engine(SLOW) as client:
         stream = client.generate("r", [1], ENDLESS)
         await anext(stream)
-        folder = Path(client._socket_dir)
+        folder = Path(client._folder.path)
         assert folder.stat().st_mode & 0o777 == 0o700
         await client.shutdown()
         with pytest.raises(EngineDead, match="shut down"):
@@ -340,12 +340,10 @@ async def test_an_idle_engine_uses_no_processor():
         assert cpu_ticks() - before <= 1
 
 
-def test_the_engine_ends_when_its_parent_dies(tmp_path):
-    launch = Launch(
-        config=fake_config({"load_seconds": 60}),
-        input_address=f"ipc://{tmp_path}/i",
-        output_address=f"ipc://{tmp_path}/o",
-    )
+def test_the_engine_ends_when_its_parent_is_killed_and_leaves_no_folder(tmp_path):
+    folder = tmp_path / "sockets"
+    folder.mkdir()
+    launch = Launch(config=fake_config({"load_seconds": 60}), socket_folder=str(folder))
     line = msgspec.json.encode(launch).decode()
     # The child of this program has its only other end of the pipe, as EngineClient does.
     program = (
@@ -366,3 +364,4 @@ def test_the_engine_ends_when_its_parent_dies(tmp_path):
     while is_running(child_pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not is_running(child_pid)
+    assert not folder.exists()

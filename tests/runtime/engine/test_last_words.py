@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -47,6 +50,10 @@ class OutOfMemoryError(RuntimeError):
         (FatalError("DiskFull", "full"), "DiskFull"),
         (MemoryError(), "OutOfMemory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "OutOfMemory"),
+        (ImportError("libtorch.so: failed to map segment from shared object"), "OutOfMemory"),
+        (RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"), "OutOfMemory"),
+        (OSError(errno.ENOMEM, "no more"), "OutOfMemory"),
+        (ImportError("no such module"), "RankDied"),
         (OutOfMemoryError("CUDA out of memory."), "GpuOutOfMemory"),
         (ValueError("odd"), "RankDied"),
     ],
@@ -91,3 +98,20 @@ def test_oom_kills_are_counted_under_either_version_of_cgroups(tmp_path, own, co
 
 def test_a_machine_without_cgroups_counts_no_kills(tmp_path):
     assert count_oom_kills(tmp_path, tmp_path / "own") == 0
+
+
+def test_a_limit_of_the_address_space_is_named():
+    """A library as large as any is mapped under a limit, in a process of its own."""
+    script = (
+        "import resource\n"
+        "from pagoda_runtime.engine.process import describe_failure\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+        "try:\n"
+        "    import torch\n"
+        "except Exception as error:\n"
+        "    failure = describe_failure(error)\n"
+        "    print(failure.reason, failure.message)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.startswith("OutOfMemory The address space, limited to 1073741824 bytes")
+    assert "ulimit -v" in done.stdout
