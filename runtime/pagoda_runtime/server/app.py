@@ -8,24 +8,18 @@ from starlette.types import ASGIApp
 
 from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.keys import ApiKeys
-from pagoda_runtime.server import health, openai
+from pagoda_runtime.server import health, openai, openapi
 from pagoda_runtime.server.access import REQUEST_ID_HEADER, Access
 from pagoda_runtime.server.errors import add_error_handlers
 from pagoda_runtime.server.framing import AnswerHead, ReadTarget
 from pagoda_runtime.server.middleware import LOAD_HEADER, Authenticate, LimitBody, Observe
+from pagoda_runtime.server.openapi import DOCUMENTED
 from pagoda_runtime.server.state import Engine, ServerState
 
 ROUTES = (
-    "GET /startup",
-    "GET /health",
-    "GET /ready",
-    "GET /load",
-    "GET /version",
-    "GET /metrics",
-    "GET /v1/models",
-    "GET /v1/models/{model}",
-    "POST /v1/completions",
-    "POST /v1/chat/completions",
+    *(f"{route.method} {route.path}" for route in DOCUMENTED),
+    "GET /openapi.json",
+    "GET /docs",
 )
 
 
@@ -46,6 +40,7 @@ def create_app(state: ServerState) -> ASGIApp:
     app = FastAPI(title="Pagoda", docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(health.make_router(state))
     app.include_router(openai.make_router(state))
+    app.include_router(openapi.make_router(are_keys_asked=state.keys.are_asked))
     add_error_handlers(app)
     paths = [route.split(" ")[1] for route in ROUTES]
     inner: ASGIApp = Authenticate(LimitBody(AnswerHead(app), state), state.keys)

@@ -57,6 +57,8 @@ class Observe:
     def _handler(self, path: str) -> str:
         if path in self.paths:
             return path
+        if path == "/v1/models/":
+            return "/v1/models"
         return "/v1/models/{model}" if path.startswith("/v1/models/") else OTHER
 
 

@@ -13,13 +13,18 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainValidator,
+    Tag,
+    model_validator,
 )
 
+from pagoda_runtime.errors import shown
 from pagoda_runtime.sampling_limits import MAX_LOGIT_BIAS, MAX_LOGPROBS
 
 Prompt = str | list[int]
+PromptInput = str | list[str] | list[int] | list[list[int]]
 # As truncate_prompt_tokens: the context, less what is asked of the answer.
 AS_MANY_AS_FIT = -1
 
@@ -173,13 +178,19 @@ class GenerationRequest(BaseModel):
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[list[Prompt], PlainValidator(_verify_prompt)]
+    prompt: Annotated[
+        list[Prompt], PlainValidator(_verify_prompt, json_schema_input_type=PromptInput)
+    ]
     logprobs: Small | None = None
     echo: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+
+def _tag_of(content: Any) -> str:
+    return "list[part]" if isinstance(content, list) else "str"
 
 
 class TextPart(BaseModel):
@@ -190,6 +201,21 @@ class TextPart(BaseModel):
     type: Literal["text"]
     text: Text
 
+    @model_validator(mode="before")
+    @classmethod
+    def _verify_kind(cls, part: Any) -> Any:
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise ValueError(f"text parts only; the type of this one is {shown(part['type'])}")
+        return part
+
+
+# By the kind of the value, so that an error is of the one form that was sent.
+Content = Annotated[
+    Annotated[Text, Tag("str")]
+    | Annotated[list[TextPart], Field(fail_fast=True), Tag("list[part]")],
+    Discriminator(_tag_of),
+]
+
 
 class ChatMessage(BaseModel):
     """One message of a conversation."""
@@ -197,7 +223,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: Content | None = None
     name: Text | None = None
 
     @property

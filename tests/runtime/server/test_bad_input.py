@@ -210,9 +210,11 @@ async def test_a_wrong_message_is_named_by_its_path(http, message, param):
 
 
 async def test_a_content_part_that_is_no_text_is_refused(http):
-    part = {"type": "image_url", "image_url": {"url": "data:"}}
-    answer = await chat(http, {"role": "user", "content": [part]})
-    assert_error(answer, 400, "'text'", "'image_url'", param="messages[0].content")
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:"}}]
+    answer = await chat(http, {"role": "user", "content": parts})
+    words = ("messages[0].content[1]: text parts only", "'image_url'")
+    assert_error(answer, 400, *words, param="messages[0].content[1]")
+    assert "string" not in answer.text
 
 
 async def test_a_conversation_without_messages_is_400(http):

@@ -1,0 +1,189 @@
+"""/openapi.json and /docs: what the server answers, from the models of `protocol` and `answers`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.responses import Response
+
+from pagoda_runtime.server import answers, protocol
+from pagoda_runtime.server.docs_page import render_page
+
+Json = dict[str, Any]
+
+_SCHEMAS = "#/components/schemas/"
+_HEADERS = {
+    "x-request-id": "The request's own id, or a new one.",
+    "x-pagoda-load": "The object of GET /load, as JSON.",
+}
+# 4xx and 5xx of every route under /v1 that needs the model, and of those that take a body.
+_LOADED = (401, 503)
+_BODY = (400, 401, 404, 413, 429, 503)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One method of one path. Its answer is JSON of a model, or else text."""
+
+    method: str
+    path: str
+    summary: str
+    answer: type[BaseModel] | None
+    body: type[BaseModel] | None = None
+    chunk: type[BaseModel] | None = None
+    """An event of the stream that the body may ask for."""
+    errors: tuple[int, ...] = ()
+    """Statuses that are answered with `Error`."""
+    unready: bool = False
+    """Whether 503 is answered with the same model."""
+
+    @property
+    def is_keyed(self) -> bool:
+        return self.path.startswith("/v1/")
+
+
+DOCUMENTED = (
+    Route("GET", "/startup", "How far the model is loaded", answers.Startup, unready=True),
+    Route("GET", "/health", "Whether the engine works", answers.Status, unready=True),
+    Route("GET", "/ready", "Whether requests should come here", answers.Status, unready=True),
+    Route("GET", "/load", "Running and waiting requests", answers.Load),
+    Route("GET", "/version", "Pagoda's version", answers.Version),
+    Route("GET", "/metrics", "Metrics in Prometheus' text format", None),
+    Route("GET", "/v1/models", "The served names", answers.ModelList, errors=_LOADED),
+    Route("GET", "/v1/models/{model}", "One of them", answers.Model, errors=(*_LOADED, 404)),
+    Route(
+        "POST",
+        "/v1/completions",
+        "Continue prompts",
+        answers.Completion,
+        body=protocol.CompletionRequest,
+        chunk=answers.CompletionChunk,
+        errors=_BODY,
+    ),
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        "Answer a conversation",
+        answers.ChatCompletion,
+        body=protocol.ChatCompletionRequest,
+        chunk=answers.ChatCompletionChunk,
+        errors=_BODY,
+    ),
+)
+
+
+def make_router(*, are_keys_asked: bool) -> APIRouter:
+    """GET /openapi.json and /docs; neither asks for a key."""
+    router = APIRouter()
+
+    # Not coroutines: the first call takes some 50 ms, which a thread spends beside the streams.
+    def show_document() -> Response:
+        content = msgspec.json.encode(build_document(are_keys_asked=are_keys_asked))
+        return Response(content, media_type="application/json")
+
+    def show_docs() -> Response:
+        page = render_page(build_document(are_keys_asked=are_keys_asked))
+        policy = "default-src 'none'; style-src 'unsafe-inline'"
+        headers = {"content-security-policy": policy}
+        return Response(page, media_type="text/html", headers=headers)
+
+    router.add_api_route("/openapi.json", show_document, methods=["GET"])
+    router.add_api_route("/docs", show_docs, methods=["GET"])
+    return router
+
+
+@cache
+def build_document(*, are_keys_asked: bool) -> Json:
+    """The OpenAPI document of a server."""
+    models = {
+        model: None
+        for route in DOCUMENTED
+        for model in (route.answer, route.body, route.chunk, answers.Error)
+        if model is not None
+    }
+    _, definitions = models_json_schema(
+        [(model, "validation") for model in models], ref_template=_SCHEMAS + "{model}"
+    )
+    paths: dict[str, Json] = {}
+    for route in DOCUMENTED:
+        operation = _describe(route, are_keys_asked=are_keys_asked)
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Pagoda", "version": version("pagoda-serve")},
+        "paths": paths,
+        "components": {
+            "schemas": definitions["$defs"],
+            "headers": {
+                name: {"description": text, "schema": {"type": "string"}}
+                for name, text in _HEADERS.items()
+            },
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _describe(route: Route, *, are_keys_asked: bool) -> Json:
+    parameters: list[Json] = [
+        {
+            "name": "X-Request-Id",
+            "in": "header",
+            "description": "Comes back in the answer, and stands in the log.",
+            "schema": {"type": "string", "minLength": 1, "maxLength": 128},
+        }
+    ]
+    if "{model}" in route.path:
+        schema = {"type": "string"}
+        parameters += [{"name": "model", "in": "path", "required": True, "schema": schema}]
+    operation: Json = {
+        "operationId": f"{route.method}_{route.path.strip('/')}".lower().replace("/", "_"),
+        "summary": route.summary,
+        "parameters": parameters,
+        "responses": _describe_answers(route),
+    }
+    if route.body is not None:
+        operation["requestBody"] = {"required": True, "content": _json_of(route.body)}
+    if route.is_keyed and are_keys_asked:
+        operation["security"] = [{"key": []}]
+    return operation
+
+
+def _describe_answers(route: Route) -> Json:
+    if route.answer is None:
+        content: Json = {"text/plain": {"schema": {"type": "string"}}}
+    else:
+        content = _json_of(route.answer)
+    described = {"200": _describe_answer(200, content)}
+    if route.chunk is not None:
+        content["text/event-stream"] = {
+            "schema": {
+                "type": "string",
+                "description": "With `stream: true`: server-sent events. The data of each is a "
+                f"{route.chunk.__name__} ({_SCHEMAS}{route.chunk.__name__}), or an Error where the "
+                "answer breaks off; that of the last one is [DONE].",
+            }
+        }
+    if route.unready:
+        described["503"] = _describe_answer(503, content)
+    for status in route.errors:
+        described[str(status)] = _describe_answer(status, _json_of(answers.Error))
+    return described
+
+
+def _describe_answer(status: int, content: Json) -> Json:
+    headers: Json = {name: {"$ref": f"#/components/headers/{name}"} for name in _HEADERS}
+    if status in (429, 503):
+        headers["retry-after"] = {"description": "Seconds.", "schema": {"type": "integer"}}
+    return {"description": HTTPStatus(status).phrase, "headers": headers, "content": content}
+
+
+def _json_of(model: type[BaseModel]) -> Json:
+    return {"application/json": {"schema": {"$ref": _SCHEMAS + model.__name__}}}
