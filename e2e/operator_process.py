@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +29,10 @@ class OperatorProcess:
         kubeconfig: str | None = None,
         *,
         is_cluster_wide: bool = False,
+        engine_image: str = ENGINE_IMAGE,
     ) -> None:
-        self._namespace = "" if is_cluster_wide else kubectl.namespace
+        namespace = "" if is_cluster_wide else kubectl.namespace
+        self._flags = ["--engine-image", engine_image, "--namespace", namespace]
         self._log = log
         self._kubeconfig = kubeconfig or kubectl.kubeconfig
         self._process: subprocess.Popen[bytes] | None = None
@@ -42,8 +45,8 @@ class OperatorProcess:
     def start(self, *, wait: bool = True) -> None:
         """Start the process, and by default wait until it is ready."""
         self._port = _free_port()
-        command = [sys.executable, "-m", "pagoda_operator.main", "--engine-image", ENGINE_IMAGE]
-        command += ["--namespace", self._namespace, "--health-port", str(self._port)]
+        command = [sys.executable, "-m", "pagoda_operator.main", *self._flags]
+        command += ["--health-port", str(self._port)]
         environment = dict(os.environ)
         if self._kubeconfig:
             environment["KUBECONFIG"] = self._kubeconfig
@@ -76,16 +79,25 @@ class OperatorProcess:
 
     def _is_ready(self) -> bool:
         assert self.is_running, self.log
+        return self.readiness() == "ok"
+
+    def readiness(self) -> str:
+        """The words of /readyz."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/readyz", timeout=2):
-                return True
-        except OSError:
-            return False
+            url = f"http://127.0.0.1:{self._port}/readyz"
+            with urllib.request.urlopen(url, timeout=2) as response:
+                return str(response.read().decode().strip())
+        except urllib.error.HTTPError as error:
+            return str(error.read().decode().strip())
+        except OSError as error:
+            return str(error)
 
 
 @contextlib.contextmanager
 def without_installed_operator(kubectl: Kubectl) -> Iterator[None]:
-    """Stop the operator that the chart installed, if there is one: two would repair each other."""
+    """Stop the operator that the chart installed, if there is one, as nobody but a test should be
+    served by the test's.
+    """
     installed = kubectl.in_namespace(OPERATOR_NAMESPACE)
     if installed.get("deployment", "pagoda-operator") is None:
         yield
@@ -123,3 +135,13 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def installed_engine_image(kubectl: Kubectl) -> str | None:
+    """The image of engines that the installed operator was given; None if there is none."""
+    found = kubectl.in_namespace(OPERATOR_NAMESPACE).get("deployment", "pagoda-operator")
+    if found is None:
+        return None
+    flags = found["spec"]["template"]["spec"]["containers"][0]["args"]
+    (image,) = (flag.partition("=")[2] for flag in flags if flag.startswith("--engine-image="))
+    return str(image)

@@ -32,6 +32,7 @@ PATHS = {
     "NetworkPolicy": ("/apis/networking.k8s.io/v1", "networkpolicies"),
     "Pod": ("/api/v1", "pods"),
     "Event": ("/api/v1", "events"),
+    "Lease": ("/apis/coordination.k8s.io/v1", "leases"),
 }
 """kind → (path of its API group, plural)"""
 
@@ -154,6 +155,17 @@ class ApiServer:
         metadata = manifest["metadata"]
         path = _path(manifest["kind"], metadata["namespace"], metadata["name"])
         return await self._apply(path, manifest, manager=manager, force=force)
+
+    async def create(self, manifest: Manifest) -> Manifest:
+        """A new object; Conflict if there is one of that name."""
+        path = _path(manifest["kind"], manifest["metadata"]["namespace"])
+        return await self._request("POST", path, body=manifest)
+
+    async def replace(self, manifest: Manifest) -> Manifest:
+        """The object as it should be; Conflict if it has another resourceVersion."""
+        metadata = manifest["metadata"]
+        path = _path(manifest["kind"], metadata["namespace"], metadata["name"])
+        return await self._request("PUT", path, body=manifest)
 
     async def set_managed_fields(self, manifest: Manifest, take_over: TakeOver) -> None:
         # A merge patch that names the resourceVersion: a lost race is a Conflict, where a failed

@@ -10,19 +10,26 @@ from pagoda_operator.telemetry import Telemetry
 
 
 async def serve_health(
-    port: int, *, is_alive: Callable[[], bool], is_ready: Callable[[], bool], telemetry: Telemetry
+    port: int,
+    *,
+    is_alive: Callable[[], bool],
+    hindrance: Callable[[], str | None],
+    telemetry: Telemetry,
 ) -> web.AppRunner:
     """Serve until the runner's `cleanup`.
+
+    Args:
+        hindrance: why the operator is not ready; None if it is.
 
     Raises:
         OSError: the port is taken.
     """
 
     async def livez(_: web.Request) -> web.Response:
-        return _answer(is_alive())
+        return _answer(None if is_alive() else "not ok")
 
     async def readyz(_: web.Request) -> web.Response:
-        return _answer(is_ready())
+        return _answer(hindrance())
 
     async def metrics(_: web.Request) -> web.Response:
         content_type = "text/plain; version=0.0.4; charset=utf-8"
@@ -38,5 +45,5 @@ async def serve_health(
     return runner
 
 
-def _answer(is_ok: bool) -> web.Response:
-    return web.Response(status=200 if is_ok else 503, text="ok\n" if is_ok else "not ok\n")
+def _answer(trouble: str | None) -> web.Response:
+    return web.Response(status=503 if trouble else 200, text=f"{trouble or 'ok'}\n")

@@ -1,8 +1,8 @@
 """The command `pagoda-operator`: put the parts together, run, and end cleanly.
 
-Order: credentials → the CRD is served → health server → workers, resync → watches. On SIGTERM the
-passes that are under way are finished, then the watches end. An API server that does not answer
-never ends the operator; a missing CRD and a watch that died do.
+Order: credentials → the CRD is served → health server → the Lease → workers, resync → watches. On
+SIGTERM the passes that are under way are finished, then the watches end. An API server that does
+not answer never ends the operator; a missing CRD, a watch that died and a lost Lease do.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from pagoda_operator.cluster import ApiError, ApiServer, ClusterConfigError, Unavailable
 from pagoda_operator.health import serve_health
+from pagoda_operator.lease import Lease
 from pagoda_operator.names import Key
 from pagoda_operator.poll import Poller
 from pagoda_operator.queue import QueueClosed, WorkQueue, backoff_seconds
@@ -30,6 +31,10 @@ NUM_WORKERS = 8
 RESYNC_SECONDS = 300.0
 FINISH_SECONDS = 10.0
 CRD_WAIT_SECONDS = 30.0
+# What another operator serves is looked at again.
+FOREIGN_RETRY_SECONDS = 10.0
+# The API server did not answer for so long that another operator may have begun.
+UNSURE_RETRY_SECONDS = 1.0
 
 
 class StartError(Exception):
@@ -58,6 +63,7 @@ class Operator:
         self._poller = Poller(clock=clock, on_change=self._queue.add, telemetry=telemetry)
         self._reconciler = Reconciler(api, self._poller, engine_image=options.engine_image)
         self._clock = clock
+        self._lease = Lease(api, options.namespace, clock)
         self._is_listed = False
         self._known: set[Key] = set()
         self._workers: list[asyncio.Task[None]] = []
@@ -70,9 +76,10 @@ class Operator:
         health = await serve_health(
             options.health_port,
             is_alive=self._is_alive,
-            is_ready=lambda: self._is_listed,
+            hindrance=self._find_hindrance,
             telemetry=self._telemetry,
         )
+        await self._lease.acquire()
         loop = asyncio.get_running_loop()
         self._workers = [loop.create_task(self._work()) for _ in range(NUM_WORKERS)]
         resync = loop.create_task(self._resync_forever())
@@ -81,8 +88,10 @@ class Operator:
             watch(self._queue.add, namespace=options.namespace, stop=stop_watching, ready=ready)
         )
         signals = loop.create_task(_stop_on_signals(ready, stop))
+        renewal = loop.create_task(self._lease.renew())
         try:
-            await asyncio.wait({watching, signals}, return_when=asyncio.FIRST_COMPLETED)
+            ends = {watching, signals, renewal}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             logger.info("ending")
             # Ours first: kopf cancels the tasks that were made while it ran.
             self._queue.close()
@@ -90,10 +99,20 @@ class Operator:
             signals.cancel()
             await asyncio.wait(self._workers, timeout=FINISH_SECONDS)
             await self._poller.close()
+            is_lost = renewal.done()
+            renewal.cancel()
+            await self._lease.release()
             stop_watching.set()
             await watching
+            if is_lost:
+                raise StartError(f"{self._lease.describe_holder()}.")
         finally:
             await health.cleanup()
+
+    def _find_hindrance(self) -> str | None:
+        if not self._lease.is_held:
+            return self._lease.describe_holder()
+        return None if self._is_listed else "the LLMServices are not listed yet"
 
     def _is_alive(self) -> bool:
         return not any(worker.done() for worker in self._workers)
@@ -131,6 +150,13 @@ class Operator:
 
     async def _reconcile(self, key: Key) -> str:
         try:
+            if not self._lease.is_held:
+                self._queue.done(key, requeue_seconds=UNSURE_RETRY_SECONDS)
+                return "retry"
+            if await self._lease.other_holder(key.namespace) is not None:
+                self._reconciler.forget(key)
+                self._queue.done(key, requeue_seconds=FOREIGN_RETRY_SECONDS)
+                return "foreign"
             requeue_seconds = await self._reconciler.reconcile(key)
         except ApiError as error:
             at_least = error.retry_after_seconds if isinstance(error, Unavailable) else 0.0

@@ -12,7 +12,7 @@ class Telemetry:
         self.registry = CollectorRegistry()
         self.reconciles = Counter(
             "controller_runtime_reconcile_total",
-            "Reconciles by their result: success, retry or error.",
+            "Reconciles by their result: success, retry, error, or foreign (another operator's).",
             ["controller", "result"],
             registry=self.registry,
         )

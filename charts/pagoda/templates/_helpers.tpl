@@ -44,4 +44,12 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 - apiGroups: [""]
   resources: [events]
   verbs: [list]
+# A second operator is noticed by its Lease.
+- apiGroups: [coordination.k8s.io]
+  resources: [leases]
+  resourceNames: [pagoda-operator, pagoda-operator-cluster]
+  verbs: [get, update]
+- apiGroups: [coordination.k8s.io]
+  resources: [leases]
+  verbs: [create]
 {{- end }}

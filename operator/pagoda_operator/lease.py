@@ -1,0 +1,215 @@
+"""One operator for one object: a Lease says who serves a namespace, and another who serves all.
+
+An operator of one namespace holds the Lease `pagoda-operator` there, a cluster-wide one the Lease
+`pagoda-operator-cluster` in `default`. A second operator of the same reach stands by until the
+first is gone; a cluster-wide one leaves alone the namespaces that have an operator of their own.
+Whether a holder lives is judged by this process's own clock: a Lease is dead when it was seen
+unchanged for as long as it lasts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Protocol
+
+from pagoda_operator.cluster import ApiError, Conflict, NotFound, Refused
+from pagoda_operator.names import Manifest
+
+logger = logging.getLogger(__name__)
+
+DURATION_SECONDS = 15
+RENEW_SECONDS = 5.0
+RETRY_SECONDS = 2.0
+# What a cluster-wide operator knows of a namespace that has an operator of its own.
+BELIEVED_SECONDS = 5.0
+NAME = "pagoda-operator"
+CLUSTER_NAME = "pagoda-operator-cluster"
+CLUSTER_NAMESPACE = "default"
+
+
+class LeaseApi(Protocol):
+    """What leases need of an API server. Every method raises ApiError."""
+
+    async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
+        """The object, or None if there is none."""
+
+    async def create(self, manifest: Manifest) -> Manifest:
+        """A new object; Conflict if there is one."""
+
+    async def replace(self, manifest: Manifest) -> Manifest:
+        """The object anew; Conflict if it has another resourceVersion."""
+
+
+def own_identity() -> str:
+    return f"{socket.gethostname()}_{os.getpid()}"
+
+
+def is_dead_here(holder: str) -> bool:
+    """Whether the holder was a process of this host, or of this pod, that is no more."""
+    host, _, pid = holder.rpartition("_")
+    if host != socket.gethostname() or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    # This process holds nothing yet: an earlier one had its number.
+    return int(pid) == os.getpid()
+
+
+@dataclass(slots=True)
+class Sightings:
+    """When each Lease was last seen to change; every time is an argument."""
+
+    _seen: dict[tuple[str, str], tuple[str, float]] = field(default_factory=dict)
+
+    def holder(self, lease: Manifest | None, now: float) -> str | None:
+        """Who holds the Lease and lives, as far as it can be told; None if nobody."""
+        if lease is None:
+            return None
+        metadata, spec = lease["metadata"], lease.get("spec", {})
+        place = (metadata["namespace"], metadata["name"])
+        version, since = self._seen.get(place, ("", now))
+        if version != metadata["resourceVersion"]:
+            version, since = metadata["resourceVersion"], now
+        self._seen[place] = (version, since)
+        name: str = spec.get("holderIdentity") or ""
+        is_over = now - since >= spec.get("leaseDurationSeconds", DURATION_SECONDS)
+        return None if not name or is_over or is_dead_here(name) else name
+
+
+class Lease:
+    """The Lease of this operator, and a look at those of others."""
+
+    def __init__(
+        self,
+        api: LeaseApi,
+        namespace: str | None,
+        clock: Callable[[], float],
+        identity: str | None = None,
+    ) -> None:
+        self._api = api
+        self._is_cluster_wide = namespace is None
+        self._namespace = CLUSTER_NAMESPACE if namespace is None else namespace
+        self._name = CLUSTER_NAME if namespace is None else NAME
+        self._clock = clock
+        self._identity = identity or own_identity()
+        self._sightings = Sightings()
+        self._lease: Manifest | None = None
+        self._renewed = -float("inf")
+        self._believed: dict[str, tuple[str, float]] = {}
+        self._is_unguarded = False
+        self.holder: str | None = None
+        """Who holds the Lease in place of this operator, while it stands by."""
+
+    @property
+    def is_held(self) -> bool:
+        """Whether nobody else can hold it now."""
+        return self._is_unguarded or self._clock() - self._renewed < DURATION_SECONDS
+
+    async def acquire(self) -> None:
+        """Wait until the Lease is this operator's."""
+        while not self.is_held:
+            told = self.holder
+            try:
+                self.holder = await self._try_to_take()
+            except Refused as error:
+                logger.warning("a second operator would not be noticed: %s", error.message)
+                self._is_unguarded = True
+            except ApiError as error:
+                logger.warning("the Lease %s cannot be taken yet: %s", self._name, error.message)
+            if self.holder is not None and self.holder != told:
+                logger.warning("standing by: %s", self.describe_holder())
+            if not self.is_held:
+                await asyncio.sleep(RETRY_SECONDS)
+        self.holder = None
+
+    def describe_holder(self) -> str:
+        """Why this operator does nothing, for people."""
+        if self.holder is None:
+            return f"the Lease {self._namespace}/{self._name} cannot be taken yet"
+        what = "this cluster" if self._is_cluster_wide else f"the namespace {self._namespace}"
+        return (
+            f"the operator {self.holder} serves {what} "
+            f"(Lease {self._namespace}/{self._name}); uninstall one of the two"
+        )
+
+    async def renew(self) -> None:
+        """Keep the Lease; returns when another operator has it."""
+        while True:
+            await asyncio.sleep(RENEW_SECONDS if self.is_held else RETRY_SECONDS)
+            holder: str | None = None
+            try:
+                if not self._is_unguarded:
+                    await self._write(self._identity, "renewTime")
+                else:
+                    holder = await self._try_to_take()
+                    self._is_unguarded = False
+            except (Conflict, NotFound):
+                with contextlib.suppress(ApiError):
+                    holder = await self._try_to_take()
+            except Refused:
+                continue
+            except ApiError as error:
+                logger.warning("the Lease %s is not renewed: %s", self._name, error.message)
+            if holder is not None:
+                self.holder = holder
+                return
+
+    async def release(self) -> None:
+        """Let the next operator begin at once."""
+        if self._lease is not None and self.is_held and not self._is_unguarded:
+            with contextlib.suppress(ApiError):
+                await self._write(None, "renewTime")
+            self._renewed = -float("inf")
+
+    async def other_holder(self, namespace: str) -> str | None:
+        """The operator of a namespace's own that lives, where this one is cluster-wide."""
+        if not self._is_cluster_wide or self._is_unguarded:
+            return None
+        holder, until = self._believed.get(namespace, ("", 0.0))
+        if self._clock() < until:
+            return holder
+        found = self._sightings.holder(await self._api.get("Lease", namespace, NAME), self._clock())
+        if found is None:
+            self._believed.pop(namespace, None)
+            return None
+        if found != holder:
+            logger.warning("the operator %s serves the namespace %s alone", found, namespace)
+        self._believed[namespace] = (found, self._clock() + BELIEVED_SECONDS)
+        return found
+
+    async def _try_to_take(self) -> str | None:
+        """Take the Lease if nobody holds it; who else does."""
+        found = await self._api.get("Lease", self._namespace, self._name)
+        holder = self._sightings.holder(found, self._clock())
+        if holder is not None and holder != self._identity:
+            return holder
+        self._lease = found
+        # Another one that was faster is seen at the next try.
+        with contextlib.suppress(Conflict):
+            await self._write(self._identity, "acquireTime", "renewTime")
+        return None
+
+    async def _write(self, holder: str | None, *times: str) -> None:
+        asked = self._clock()
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        found: Manifest = self._lease or {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": {"name": self._name, "namespace": self._namespace},
+        }
+        spec = {**found.get("spec", {}), **dict.fromkeys(times, now)}
+        spec |= {"holderIdentity": holder, "leaseDurationSeconds": DURATION_SECONDS}
+        write = self._api.replace if self._lease else self._api.create
+        self._lease = await write({**found, "spec": spec})
+        self._renewed = asked
