@@ -37,6 +37,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("none", "awq", "gptq", "fp8", "int8", "int4", "exl2", "compressed-tensors")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
+GENERATION_CONFIGS = ("auto", "none")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # What has a meaning only where there are allowed origins.
 CORS_DETAILS = ("allow_credentials", "allowed_methods", "allowed_headers")
@@ -61,6 +62,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         choices=QUANTIZATIONS,
         help="format of the weights; absent is what the checkpoint says, none is no quantization, "
         "int8 also rounds an unquantized checkpoint when it is loaded (CPU with AVX512-bf16)",
+    )
+    flags.add(
+        "--generation-config",
+        choices=GENERATION_CONFIGS,
+        help="auto takes the defaults of requests from the model's generation_config.json, none "
+        "does not",
     )
     flags.add(
         "--max-model-len",

@@ -49,6 +49,8 @@ class EngineConfig:
     device: str = "auto"
     """auto, cpu, cuda; auto is cuda where it is available."""
     quantization: str | None = None
+    generation_config: str = "auto"
+    """Whether the model's own sampling defaults are used: auto, or none."""
     kv_cache_dtype: str = "auto"
     tensor_parallel_size: int = 1
     max_model_len: int | None = None

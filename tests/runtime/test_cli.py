@@ -32,6 +32,7 @@ def test_every_flag_reaches_its_field():
         "dtype": "float16",
         "device": "cpu",
         "quantization": "awq",
+        "generation_config": "none",
         "kv_cache_dtype": "fp8",
         "tensor_parallel_size": 2,
         "max_model_len": 4096,

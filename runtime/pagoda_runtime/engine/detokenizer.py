@@ -35,9 +35,9 @@ class Decoder(Protocol):
 
 
 @lru_cache(16)
-def _union(special: frozenset[int], stop: tuple[int, ...]) -> frozenset[int]:
+def _union(special: frozenset[int], others: tuple[int, ...]) -> frozenset[int]:
     """One set for all choices of a request; a model may have thousands of special tokens."""
-    return special.union(stop)
+    return special.union(others)
 
 
 class IncrementalDetokenizer:
@@ -60,6 +60,8 @@ class IncrementalDetokenizer:
             skip_special_tokens are used.
         prompt_token_ids: the prompt that the text continues; without it the text begins as a
             text of its own, and a sentencepiece tokenizer drops its leading space.
+        eos_token_ids: the model's end tokens. Unless they are ignored, they give no text either,
+            as special tokens do; some vocabularies have them as ordinary ones.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class IncrementalDetokenizer:
         sampling_params: SamplingParams,
         *,
         prompt_token_ids: Sequence[int] = (),
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         self.stopped_by: str | None = None
         """The stop string that ended the text."""
@@ -84,8 +87,10 @@ class IncrementalDetokenizer:
         self._min_tokens = sampling_params.min_tokens
         self._shows_stop = sampling_params.include_stop_str_in_output
         special = tokenizer.all_special_ids if self._skip_special_tokens else NO_IDS
-        stop = () if self._shows_stop else sampling_params.stop_token_ids
-        self._silent_ids = _union(special, tuple(stop)) if stop else special
+        silent = [] if self._shows_stop else list(sampling_params.stop_token_ids)
+        if self._skip_special_tokens and not sampling_params.ignore_eos:
+            silent += [token_id for token_id in eos_token_ids if token_id not in special]
+        self._silent_ids = _union(special, tuple(silent)) if silent else special
         # The window: ids[:num_known] give known_text, the rest is not shown yet.
         ends = prompt_token_ids[-NUM_SEARCHED_TOKENS:]
         self._ids = [i for i in ends if i not in self._silent_ids][-NUM_CONTEXT_TOKENS:]

@@ -288,7 +288,9 @@ class LLM:
                 task.cancel()
 
     async def _collect(self, client: EngineClient, request: _Request) -> Collector:
-        collector = Collector(self._tokenizer, request.params, request.prompt_token_ids)
+        collector = Collector(
+            self._tokenizer, request.params, request.prompt_token_ids, self.facts.eos_token_ids
+        )
         stream = client.generate(
             request.request_id,
             request.prompt_token_ids,

@@ -200,7 +200,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     doubling_depth: int = NEVER
     """Position at which a token takes twice the work of the first one, because of attention."""
     default_sampling: dict[str, float | int] = msgspec.field(default_factory=dict)
-    """temperature, top_p, top_k of generation_config.json, where it names them."""
+    """What generation_config.json names of SamplingParams: temperature, top_p, top_k, min_p,
+    repetition_penalty, max_tokens."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

@@ -77,12 +77,17 @@ class Collector:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int]
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         self.num_cached_tokens = 0
         self._tokenizer = tokenizer
         self._params = params
         self._prompt_token_ids = prompt_token_ids
+        self._eos_token_ids = eos_token_ids
         self._prompt_logprobs: list[TokenLogprobs] | None = None
         self._choices: dict[int, _Choice] = {}
 
@@ -95,7 +100,10 @@ class Collector:
         if choice is None:
             choice = self._choices[delta.index] = _Choice(
                 IncrementalDetokenizer(
-                    self._tokenizer, self._params, prompt_token_ids=self._prompt_token_ids
+                    self._tokenizer,
+                    self._params,
+                    prompt_token_ids=self._prompt_token_ids,
+                    eos_token_ids=self._eos_token_ids,
                 )
             )
         return choice.take(delta)

@@ -72,7 +72,11 @@ class ModelRunner:
         configure_threads(config, self.device)
         with _timed("Finding the model"):
             folder = resolve_model(config.model, config.revision, on_progress)
-        model_config = load_model_config(folder, quantization=config.quantization)
+        model_config = load_model_config(
+            folder,
+            quantization=config.quantization,
+            generation_config=config.generation_config,
+        )
         self.model_config = settle_by_weights(model_config, folder)
         dtype_name = self.model_config.dtype if config.dtype == "auto" else config.dtype
         self.dtype = _DTYPES[dtype_name]

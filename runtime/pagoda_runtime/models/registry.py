@@ -8,8 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.models.config import ConfigFile, ModelConfig, is_number
+from pagoda_runtime.models.config import ConfigFile, ModelConfig
 from pagoda_runtime.models.gemma3 import gemma3
+from pagoda_runtime.models.generation import read_generation
 from pagoda_runtime.models.llama import llama
 from pagoda_runtime.models.mistral import mistral
 from pagoda_runtime.models.qwen2 import qwen2
@@ -30,12 +31,15 @@ ONLINE_QUANTIZATIONS = ("int8",)
 """What the matrices of an unquantized checkpoint can be rounded to when they are loaded."""
 
 
-def load_model_config(folder: Path, *, quantization: str | None = None) -> ModelConfig:
+def load_model_config(
+    folder: Path, *, quantization: str | None = None, generation_config: str = "auto"
+) -> ModelConfig:
     """Read config.json and, if there is one, generation_config.json.
 
     Args:
         quantization: what the flag --quantization says: None, "none", or one of
             ONLINE_QUANTIZATIONS.
+        generation_config: what the flag --generation-config says: auto or none.
     Raises: FatalError: ModelNotFound, ModelAccessDenied, InvalidModelConfig,
         UnsupportedArchitecture or QuantizationMismatch.
     """
@@ -55,7 +59,7 @@ def load_model_config(folder: Path, *, quantization: str | None = None) -> Model
             config = ARCHITECTURES[name](file)
             if quantization in ONLINE_QUANTIZATIONS:
                 config = replace(config, quantization=quantization)
-            return _with_generation_config(config, file, folder / "generation_config.json")
+            return read_generation(config, file, uses_defaults=generation_config == "auto")
     raise FatalError(
         "UnsupportedArchitecture",
         f"{file.path}: the architecture {architectures[0]} is not supported. "
@@ -78,24 +82,3 @@ def _require_supported(file: ConfigFile, quantization: str | None) -> None:
             "no quantization_config. Remove the flag, or set it to none or to what weights can be "
             f"rounded to when they are loaded: {', '.join(ONLINE_QUANTIZATIONS)}.",
         )
-
-
-def _with_generation_config(config: ModelConfig, file: ConfigFile, path: Path) -> ModelConfig:
-    """Add the end tokens and the sampling defaults."""
-    generation = ConfigFile.read(path) if path.exists() else ConfigFile(path, {})
-    source = generation if generation.values.get("eos_token_id") is not None else file
-    eos = source.values.get("eos_token_id")
-    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
-        raise source.invalid("eos_token_id", eos, "a token id or a list of them")
-    sampling: dict[str, float | int] = {}
-    # transformers samples only if do_sample says so; otherwise the other values are leftovers.
-    if generation.values.get("do_sample"):
-        for key in ("temperature", "top_p", "top_k"):
-            value = generation.values.get(key)
-            if value is None:
-                continue
-            if not is_number(value):
-                raise generation.invalid(key, value, "a number")
-            sampling[key] = value
-    return replace(config, eos_token_ids=tuple(ids), default_sampling=sampling)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -46,22 +47,22 @@ def to_sampling_params(
     """The parameters of a body, max_tokens left open.
 
     Args:
-        defaults: the checkpoint's temperature, top_p and top_k. Beams do without: they search.
+        defaults: the checkpoint's, by field. Beams do without: they search.
     Raises: RequestError: a value is out of range, or the body's fields contradict each other.
     """
     _verify_body(body)
-    values = {} if body.use_beam_search else dict(defaults)
+    values: dict[str, Any] = {} if body.use_beam_search else dict(defaults)
+    values["max_tokens"] = None
     values |= {name: v for name in SAME_FIELDS if (v := getattr(body, name)) is not None}
     stop = body.stop or ()
     params = SamplingParams(
-        **values,  # type: ignore[arg-type]
+        **values,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logit_bias={int(key): bias for key, bias in (body.logit_bias or {}).items()},
         allowed_token_ids=_as_tuple(body.allowed_token_ids),
         bad_words=tuple(body.bad_words or ()),
         logprobs=body.num_logprobs,
-        max_tokens=None,
     )
     if is_echo_with_logprobs(body):
         most = max(params.logprobs or 0, params.prompt_logprobs or 0)

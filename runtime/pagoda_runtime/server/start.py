@@ -35,7 +35,7 @@ from pagoda_runtime.server.protocol import (
 from pagoda_runtime.server.sampling import is_echo, to_sampling_params
 from pagoda_runtime.server.state import ServerState, Tokenizer
 
-# OpenAI's default for completions; a chat may use the rest of the context.
+# OpenAI's default for completions; a chat may use the rest of the context. The model's comes first.
 DEFAULT_COMPLETION_TOKENS = 16
 
 
@@ -54,7 +54,7 @@ async def start(state: ServerState, body: GenerationRequest, arrival: float) -> 
     )
     num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
     _verify_num_sequences(state, num_prompts, params)
-    plan = _Plan(state, body, tokenizer, params, ready.max_model_len, arrival)
+    plan = _Plan(state, body, tokenizer, params, ready, arrival)
     generations: list[Generation] = []
     try:
         with state.tokenizing(num_prompts) as enter:
@@ -96,14 +96,14 @@ class _Plan:
         body: GenerationRequest,
         tokenizer: Tokenizer,
         params: SamplingParams,
-        max_model_len: int,
+        ready: EngineReady,
         arrival: float,
     ) -> None:
         self.state = state
         self.body = body
         self.tokenizer = tokenizer
         self.params = params
-        self.max_model_len = max_model_len
+        self.ready = ready
         self.arrival = arrival
         kind = "chatcmpl" if isinstance(body, ChatCompletionRequest) else "cmpl"
         self.id = f"{kind}-{uuid.uuid4().hex}"
@@ -113,7 +113,7 @@ class _Plan:
     def start_prompt(self, number: int, prompt: Sequence[int], echo: Echo | None) -> Generation:
         """Hand one prompt to the engine."""
         body, params = self.body, self.params
-        limited = _limit(body, params, len(prompt), self.max_model_len)
+        limited = _limit(body, params, len(prompt), self.ready)
         stream = self.state.engine.generate(
             f"{self.id}-{number}",
             prompt,
@@ -123,7 +123,12 @@ class _Plan:
         )
         choices = [
             ChoiceText(
-                IncrementalDetokenizer(self.tokenizer, params, prompt_token_ids=prompt),
+                IncrementalDetokenizer(
+                    self.tokenizer,
+                    params,
+                    prompt_token_ids=prompt,
+                    eos_token_ids=self.ready.eos_token_ids,
+                ),
                 has_logprobs=params.logprobs is not None,
                 echo=echo,
             )
@@ -191,16 +196,20 @@ async def _make_echoes(
 
 
 def _limit(
-    body: GenerationRequest, params: SamplingParams, num_prompt_tokens: int, max_model_len: int
+    body: GenerationRequest, params: SamplingParams, num_prompt_tokens: int, ready: EngineReady
 ) -> SamplingParams:
     """The parameters with the bound of one prompt's answer. Raises PromptTooLong."""
-    max_tokens, name, default = body.asked_tokens, "max_tokens", None
+    max_tokens, name = body.asked_tokens, "max_tokens"
+    of_model = ready.default_sampling.get("max_tokens")
+    default = None if of_model is None else int(of_model)
     if isinstance(body, CompletionRequest):
-        default = DEFAULT_COMPLETION_TOKENS
+        default = default or DEFAULT_COMPLETION_TOKENS
         if max_tokens == 0 and body.echo:
             # Only the prompt is asked for, but its logprobs come with the first token.
             max_tokens = 1
     elif isinstance(body, ChatCompletionRequest) and body.max_completion_tokens is not None:
         name = "max_completion_tokens"
-    limit = resolve_max_tokens(max_tokens, default, num_prompt_tokens, max_model_len, param=name)
+    limit = resolve_max_tokens(
+        max_tokens, default, num_prompt_tokens, ready.max_model_len, param=name
+    )
     return msgspec.structs.replace(params, max_tokens=limit)

@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import uvicorn
 
 from pagoda_runtime.cli import parse_serve_args
@@ -329,6 +330,16 @@ class ServerProcess:
                     return found[1]
             time.sleep(0.01)
         raise AssertionError(f"the server does not listen:\n{''.join(self.lines)}")
+
+    def wait_until_ready(self, timeout_seconds: float = 120.0) -> str:
+        """The base URL, as soon as the model is loaded."""
+        url = self.wait_for_url()
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if httpx.get(f"{url}/ready").status_code == 200:
+                return url
+            time.sleep(0.01)
+        raise AssertionError(f"the server is never ready:\n{''.join(self.lines)}")
 
     def children(self) -> list[int]:
         """Process ids of its children: the engine."""

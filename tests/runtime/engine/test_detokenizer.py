@@ -87,6 +87,16 @@ def push_all(detokenizer: IncrementalDetokenizer, text: str) -> list[str]:
     return [detokenizer.push([byte]) for byte in text.encode()] + [detokenizer.finish()]
 
 
+def test_an_end_token_gives_no_text_though_the_vocabulary_has_it_as_an_ordinary_one():
+    def text(**params: object) -> str:
+        params_ = SamplingParams(**params)
+        detokenizer = IncrementalDetokenizer(ByteTokenizer(), params_, eos_token_ids=[ord("!")])
+        return detokenizer.push(b"hi!") + detokenizer.finish()
+
+    assert text() == text(include_stop_str_in_output=True) == "hi"
+    assert text(ignore_eos=True) == text(skip_special_tokens=False) == "hi!"
+
+
 def test_half_a_character_is_held_back():
     assert push_all(make(), "aé€") == ["a", "", "é", "", "", "€", ""]
 

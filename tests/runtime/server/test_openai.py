@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import httpx
+import msgspec
 import openai
 import pytest
 import pytest_asyncio
@@ -142,6 +143,18 @@ async def test_a_chat_sees_the_rendered_messages(client, engine):
     assert answer.model == "alias"
     (prompt,) = engine.prompts.values()
     assert bytes(prompt).decode() == "\nsystem: Be brief.\nuser: Hi\nassistant:"
+
+
+async def test_the_model_s_own_bound_holds_where_a_request_names_none(client, engine):
+    engine.ready = msgspec.structs.replace(READY, default_sampling={"max_tokens": 20})
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+    answers = [
+        await client.chat.completions.create(**asked),
+        await client.completions.create(model="tiny", prompt="abc"),
+        await client.chat.completions.create(**asked, max_completion_tokens=22),
+        await client.completions.create(model="tiny", prompt="a" * 120),
+    ]
+    assert [answer.usage.completion_tokens for answer in answers] == [20, 20, 22, 8]
 
 
 async def test_a_chat_without_a_bound_uses_the_rest_of_the_context(client, engine):

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,13 +43,7 @@ def server(folder: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="module")
 def url(server: ServerProcess) -> str:
-    url = server.wait_for_url()
-    for _ in range(6000):
-        if httpx.get(f"{url}/ready").status_code == 200:
-            return url
-        assert server.process.poll() is None, "".join(server.lines)
-        time.sleep(0.01)
-    raise AssertionError("the server is never ready")
+    return server.wait_until_ready()
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +60,7 @@ def test_a_gguf_file_is_served_as_it_is_given(tmp_path, monkeypatch):
     source = write_gguf(tmp_path / "tiny.gguf", "llama")
     command = ["pagoda_runtime", "serve", str(source), "--served-model-name", "tiny"]
     with contextlib.closing(ServerProcess([*command, *FLAGS], tmp_path / "log")) as server:
-        url = server.wait_for_url()
-        while httpx.get(f"{url}/ready").status_code != 200:
-            assert server.process.poll() is None, "".join(server.lines)
-            time.sleep(0.05)
+        url = server.wait_until_ready()
         answer = httpx.post(f"{url}/v1/completions", json={"prompt": "ab", "max_tokens": 4})
         assert answer.json()["usage"]["completion_tokens"] == 4
     assert sum("Converting" in line for line in server.lines) == 1

@@ -12,7 +12,14 @@ from pagoda_runtime.server.sampling import to_sampling_params
 from pagoda_runtime.server.start import start
 from pagoda_runtime.server.testing import ByteTokenizer, FakeEngine, make_config, make_state
 
-DEFAULTS = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+DEFAULTS = {
+    "temperature": 0.6,
+    "top_p": 0.9,
+    "top_k": 20,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "max_tokens": 9,
+}
 
 
 def params_of(**fields: Any):
@@ -49,8 +56,10 @@ def test_a_field_reaches_the_engine(field, value, expected):
 
 
 def test_the_checkpoint_s_defaults_fill_what_a_request_leaves_out():
-    params = params_of(top_p=0.5)
+    # A limit that the request brings itself may lie below what the checkpoint allows by default.
+    params = params_of(top_p=0.5, repetition_penalty=1.0, min_tokens=10)
     assert (params.temperature, params.top_p, params.top_k) == (0.6, 0.5, 20)
+    assert (params.min_p, params.repetition_penalty, params.max_tokens) == (0.1, 1.0, None)
 
 
 def test_beams_do_without_the_checkpoint_s_defaults():
@@ -58,6 +67,7 @@ def test_beams_do_without_the_checkpoint_s_defaults():
         use_beam_search=True, beam_width=4, length_penalty=0.5, early_stopping="never"
     )
     assert (params.temperature, params.top_p, params.top_k) == (1.0, 1.0, 0)
+    assert (params.min_p, params.repetition_penalty) == (0.0, 1.0)
     assert (params.num_beams, params.length_penalty, params.early_stopping) == (4, 0.5, "never")
 
 

@@ -1,0 +1,129 @@
+"""What a model's files say about its answers: at which tokens they end, how they are drawn."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pagoda_runtime.errors import FatalError, RequestError
+from pagoda_runtime.models.config import ConfigFile, ModelConfig, is_number
+from pagoda_runtime.models.tokenizer_files import SETTINGS_NAME, TokenizerFiles, find_token_id
+from pagoda_runtime.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+# Key of generation_config.json → field of SamplingParams.
+_ALWAYS = {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
+# transformers draws only if do_sample says so; otherwise these are leftovers.
+_IF_DRAWN = {name: name for name in ("temperature", "top_p", "top_k", "min_p")}
+# What transformers heeds beside them, with the values that ask for nothing.
+_NOT_HEEDED: Mapping[str, tuple[Any, ...]] = {
+    "no_repeat_ngram_size": (0,),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "top_h": (),
+    "num_beams": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": ({}, []),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1.0,),
+    "stop_strings": ([],),
+}
+
+
+def read_generation(
+    config: ModelConfig, file: ConfigFile, *, uses_defaults: bool = True
+) -> ModelConfig:
+    """The config with the end tokens and the sampling defaults of the model's folder.
+
+    Args:
+        file: config.json, beside which the others lie.
+        uses_defaults: whether sampling defaults are taken from generation_config.json.
+    Raises: FatalError: InvalidModelConfig or ModelAccessDenied.
+    """
+    path = file.path.with_name("generation_config.json")
+    generation = ConfigFile.read(path) if path.exists() else ConfigFile(path, {})
+    ends = _find_end_tokens(file, generation, config.vocab_size)
+    return replace(
+        config,
+        eos_token_ids=tuple(ends),
+        default_sampling=_sampling_defaults(generation) if uses_defaults else {},
+    )
+
+
+def _find_end_tokens(file: ConfigFile, generation: ConfigFile, vocab_size: int) -> dict[int, str]:
+    """Id → the file that names it. Files that disagree are all right: a chat tuned on another end
+    of turn than config.json tells has it in its tokenizer alone."""
+    source = generation if generation.values.get("eos_token_id") is not None else file
+    eos = source.values.get("eos_token_id")
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise source.invalid("eos_token_id", eos, "a token id or a list of them")
+    ends = dict.fromkeys(ids, source.path.name)
+    of_tokenizer = _tokenizer_end_token(file.path.parent)
+    if of_tokenizer is not None:
+        ends.setdefault(of_tokenizer, SETTINGS_NAME)
+    known = {token_id: name for token_id, name in ends.items() if token_id < vocab_size}
+    for token_id in ends.keys() - known.keys():
+        message = "End token %d (%s) is not in the model's vocabulary of %d tokens"
+        logger.warning(message, token_id, ends[token_id], vocab_size)
+    if known:
+        shown = ", ".join(f"{token_id} ({name})" for token_id, name in known.items())
+        logger.info("Answers end at token %s", shown)
+    else:
+        logger.warning(
+            "%s has no end token (eos_token_id in config.json or generation_config.json, eos_token "
+            "in %s), so answers end only at stop strings and at max_tokens.",
+            file.path.parent,
+            SETTINGS_NAME,
+        )
+    return known
+
+
+def _tokenizer_end_token(folder: Path) -> int | None:
+    files = TokenizerFiles.read(folder)
+    text = files.special_tokens.get("eos_token")
+    if text is None:
+        return None
+    declared = (i for i, token in files.added_tokens.items() if token["content"] == text)
+    found = find_token_id(folder, text)
+    return next(declared, None) if found is None else found
+
+
+def _sampling_defaults(generation: ConfigFile) -> dict[str, float | int]:
+    values = generation.values
+    names = _ALWAYS | (_IF_DRAWN if values.get("do_sample") else {})
+    defaults: dict[str, float | int] = {}
+    for key, name in names.items():
+        value = values.get(key)
+        if value is None:
+            continue
+        if not is_number(value):
+            raise generation.invalid(key, value, "a number")
+        defaults[name] = value
+    try:
+        SamplingParams(**{"max_tokens": None, **defaults}).verify()  # type: ignore[arg-type]
+    except RequestError as error:
+        raise FatalError(
+            "InvalidModelConfig",
+            f"{generation.path}: {error.message} Correct the file, or leave its defaults out "
+            "with --generation-config none.",
+        ) from error
+    ignored = [
+        key
+        for key, neutral in _NOT_HEEDED.items()
+        if values.get(key) is not None and values[key] not in neutral
+    ]
+    if ignored:
+        logger.warning("%s: not heeded here: %s", generation.path, ", ".join(ignored))
+    return defaults
