@@ -18,6 +18,7 @@ from pagoda_runtime.cli import add_cache_flags, add_engine_flags, add_model_flag
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.flags import integer
+from pagoda_runtime.models.check import verify_start
 
 if TYPE_CHECKING:
     from pagoda_runtime.engine.llm import LLM
@@ -69,6 +70,7 @@ def start_llm(args: argparse.Namespace) -> LLM:
         )
     (model,) = named
     flags = {f.name: getattr(args, f.name) for f in fields(EngineConfig) if f.name != "model"}
+    verify_start(EngineConfig(model=model, **flags))
     return LLM(model, **flags)
 
 

@@ -129,7 +129,7 @@ class ConfigFile:
                 f"{path} cannot be read: {error.strerror}. "
                 "Give the user that runs the engine read access to the model folder.",
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FatalError(
                 "InvalidModelConfig",
                 f"{path} is not valid JSON: {error}. Copy or download the file again.",

@@ -44,9 +44,18 @@ def local_path(uri: str) -> Path | None:
     Raises: FatalError: ModelNotFound, it is neither.
     """
     if not uri.startswith("hf://"):
-        path = Path(uri).expanduser()
-        if path.exists():
-            return path
+        try:
+            path = Path(uri).expanduser()
+            if path.exists():
+                return path
+        except PermissionError as error:
+            raise FatalError(
+                "ModelAccessDenied",
+                f"{uri} cannot be read: {error.strerror}. Give the user that runs the engine read "
+                "access to the model.",
+            ) from error
+        except (OSError, RuntimeError) as error:
+            raise FatalError("ModelNotFound", f"{uri} is not a path: {error}.") from error
         is_gguf = path.suffix == ".gguf"
         if (
             is_gguf

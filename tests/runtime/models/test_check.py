@@ -50,6 +50,7 @@ def rewrite(text: str):
         (remove("config.json"), ["ModelNotFound", "config.json does not exist"]),
         (remove("config.json", "a.gguf"), ["ModelNotFound", "GGUF files", "tiny/a.gguf"]),
         (remove("tokenizer.json"), ["ModelNotFound", "tokenizer.json does not exist"]),
+        (rewrite("[" * 10_000), ["InvalidModelConfig", "config.json is not valid JSON"]),
         (rewrite("{"), ["InvalidModelConfig", "config.json is not valid JSON"]),
         (rewrite(json.dumps({**CONFIG, "hidden_size": 0})), ["InvalidModelConfig", "hidden_size"]),
         (rewrite('{"architectures": ["T5Model"]}'), ["UnsupportedArchitecture", "T5Model"]),
@@ -82,6 +83,8 @@ def test_flags_that_do_not_go_with_the_model_end_the_command(folder, capsys, fla
     [
         ("nowhere.gguf", ["model file nowhere.gguf does not exist", "GGUF file"]),
         ("/no/such/folder", ["model folder /no/such/folder does not exist"]),
+        ("~nobody-here/model", ["ModelNotFound", "~nobody-here/model is not a path"]),
+        ("./" + "x" * 300, ["ModelNotFound", "is not a path", "too long"]),
         ("hf://a/b/c", ["'hf://a/b/c'", "hf://org/name"]),
         (__file__, ["is a file, but not in GGUF format"]),
     ],
@@ -90,6 +93,12 @@ def test_a_model_that_is_not_there_ends_the_command(capsys, name, words):
     assert main(["serve", name]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize("command", [["bench", "latency"], ["run-batch", "-i", "a", "-o", "b"]])
+def test_other_commands_refuse_a_wrong_path_as_early(capsys, command):
+    assert main([*command, "/no/such/folder"]) == 2
+    assert "/no/such/folder does not exist" in capsys.readouterr().err
 
 
 def test_the_command_neither_listens_nor_loads_the_server_for_a_wrong_path():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 
@@ -88,6 +90,16 @@ async def test_methods_and_credentials_are_those_of_the_flags(http):
     assert asked.status_code == 400
     answer = await http.get("/version", headers={"origin": ORIGIN})
     assert answer.headers["access-control-allow-credentials"] == "true"
+
+
+def test_at_level_debug_only_pagoda_tells_all():
+    script = (
+        "import logging; from pagoda_runtime.logs import configure_logging as c; c('debug')\n"
+        "for n in ('pagoda.x', 'pagoda_runtime.x', 'numba.x'): logging.getLogger(n).debug('told')"
+    )
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stderr
+    names = re.findall(r"DEBUG (\S+): told", told)
+    assert names == ["pagoda.x", "pagoda_runtime.x"]
 
 
 def access_lines(server) -> list[str]:
