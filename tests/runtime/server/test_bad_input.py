@@ -23,7 +23,6 @@ from pagoda_runtime.server.testing import (
     make_state,
     running_server,
 )
-from pagoda_runtime.server.unsupported import UNSUPPORTED
 
 MAX_BODY_BYTES = 100_000
 
@@ -219,53 +218,6 @@ async def test_a_content_part_that_is_no_text_is_refused(http):
 
 async def test_a_conversation_without_messages_is_400(http):
     assert_error(await chat(http), 400, "messages", param="messages")
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("top_logprobs", 2),
-        ("suffix", "end"),
-        ("response_format", {"type": "json_object"}),
-        ("tools", [{"type": "function"}]),
-        ("return_token_ids", True),
-        ("truncation_side", "right"),
-        ("add_generation_prompt", False),
-    ],
-)
-async def test_a_field_that_is_not_served_is_refused_by_name(http, field, value):
-    assert field in UNSUPPORTED
-    assert_error(await complete(http, **{field: value}), 400, field, param=field)
-
-
-async def test_all_fields_that_are_not_served_are_named_in_one_answer(http):
-    fields: dict[str, Any] = {
-        **dict.fromkeys(["grammar", "regex", "ebnf", "lora_path", "structural_tag"], "a"),
-        **{name: ["a"] for name in ("logits_processors", "images", "prompt_embeds")},
-        **{"truncation_side": "right", "format": "json", "json_schema": {"type": "object"}},
-    }
-    assert_error(await complete(http, **fields), 400, *fields, "leave them out", param="grammar")
-    message = {"role": "user", "content": "a", "tool_calls": [1], "images": ["b"]}
-    answer = await http.post("/v1/chat/completions", json={"messages": [message], **fields})
-    in_message = ["messages[0].tool_calls", "messages[0].images"]
-    assert_error(answer, 400, *fields, *in_message, param="grammar")
-
-
-async def test_special_tokens_are_added_to_prompts_and_not_to_chats(http):
-    answer = await complete(http, add_special_tokens=False)
-    assert_error(answer, 400, "add_special_tokens", param="add_special_tokens")
-    body = {"messages": [{"role": "user", "content": "a"}], "add_special_tokens": True}
-    answer = await http.post("/v1/chat/completions", json=body)
-    assert_error(answer, 400, "add_special_tokens", param="add_special_tokens")
-
-
-@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
-@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": []}])
-async def test_a_message_without_content_is_named(http, role, content):
-    answer = await chat(http, {"role": "user", "content": ""}, {"role": role, **content})
-    path = "messages[1].content"
-    assert_error(answer, 400, f"{path} is missing", role, param=path)
-    assert (await chat(http, {"role": "user", "content": ""})).status_code == 200
 
 
 async def test_an_unknown_model_is_404_with_the_served_ones(http):
