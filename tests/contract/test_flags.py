@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +26,10 @@ from pagoda_runtime import cli
 from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.keys import ApiKeys
+from pagoda_runtime.models.check import verify_supported
+from pagoda_runtime.models.registry import ONLINE_QUANTIZATIONS
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
 
 
 def parse(spec: dict[str, Any]) -> ServerConfig:
@@ -66,6 +71,13 @@ def test_every_field_of_the_spec_arrives_in_the_configuration() -> None:
 def test_a_revision_of_the_hub_arrives_in_the_configuration() -> None:
     config = parse({"model": {"uri": "hf://org/name", "revision": "v1.0"}})
     assert (config.engine.model, config.engine.revision) == ("hf://org/name", "v1.0")
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_asks_for_nothing_that_the_engine_refuses(example: Path) -> None:
+    config = parse(yaml.safe_load(example.read_text())["spec"]).engine
+    verify_supported(config)
+    assert config.quantization in (None, "none", *ONLINE_QUANTIZATIONS)
 
 
 def cause_of(error: FatalError, spec: dict[str, Any]) -> str:
