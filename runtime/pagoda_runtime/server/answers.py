@@ -65,11 +65,11 @@ class PromptLogprob(BaseModel):
 
 
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
 
 
 class CompletionChoice(BaseModel):
-    """prompt_logprobs, by token id, is there if it was asked for."""
+    """prompt_logprobs, by token id, are null unless they were asked for."""
 
     index: int
     text: str
@@ -130,7 +130,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """The answer of POST /v1/chat/completions in one piece; prompt_logprobs if asked for."""
+    """The answer of POST /v1/chat/completions in one piece."""
 
     id: str
     object: Literal["chat.completion"]

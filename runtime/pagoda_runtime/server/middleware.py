@@ -22,7 +22,10 @@ OTHER = "other"
 
 
 class Observe:
-    """Adds the load to every answer and counts it; closes connections while the server drains."""
+    """Adds the load to every answer and counts it; closes connections while the server drains.
+
+    A slash behind one of paths is taken away.
+    """
 
     def __init__(self, app: ASGIApp, state: ServerState, paths: Collection[str]) -> None:
         self.app = app
@@ -35,6 +38,9 @@ class Observe:
             return
         started = time.perf_counter()
         status = 500
+        # Here and not by a redirect, which behind a proxy names the wrong scheme or host.
+        if (plain := scope["path"].removesuffix("/")) in self.paths:
+            scope["path"] = plain
 
         async def send_observed(message: Message) -> None:
             nonlocal status
@@ -57,8 +63,6 @@ class Observe:
     def _handler(self, path: str) -> str:
         if path in self.paths:
             return path
-        if path == "/v1/models/":
-            return "/v1/models"
         return "/v1/models/{model}" if path.startswith("/v1/models/") else OTHER
 
 

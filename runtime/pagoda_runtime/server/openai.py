@@ -56,8 +56,7 @@ def make_router(state: ServerState) -> APIRouter:
 
     router.add_api_route("/completions", complete, methods=["POST"])
     router.add_api_route("/chat/completions", chat, methods=["POST"])
-    for path in ("/models", "/models/"):
-        router.add_api_route(path, list_models, methods=["GET"])
+    router.add_api_route("/models", list_models, methods=["GET"])
     router.add_api_route("/models/{model:path}", show_model, methods=["GET"])
     return router
 
