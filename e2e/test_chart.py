@@ -13,7 +13,12 @@ import stack
 import yaml
 from kube import Kubectl, condition, wait_until
 from llmservices import manifest
-from operator_process import OperatorProcess, without_installed_operator
+from operator_process import (
+    ENGINE_IMAGE,
+    OperatorProcess,
+    installed_engine_image,
+    without_installed_operator,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -139,7 +144,12 @@ def test_the_rights_of_a_release_are_enough_for_all_that_its_operator_does(
             namespace.apply(document)
     kubeconfig = as_account(namespace, "pagoda-operator", tmp_path / "kubeconfig")
     operator = OperatorProcess(
-        namespace, tmp_path / "log", str(kubeconfig), is_cluster_wide=is_cluster_wide
+        namespace,
+        tmp_path / "log",
+        str(kubeconfig),
+        is_cluster_wide=is_cluster_wide,
+        # Other services of this cluster keep the engines that they have.
+        engine_image=installed_engine_image(target.kubectl) or ENGINE_IMAGE,
     )
     with without_installed_operator(target.kubectl):
         operator.start()

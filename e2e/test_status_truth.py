@@ -291,3 +291,18 @@ def test_what_the_kubelet_says_outranks_last_words_and_a_network_error_is_retrie
     exited = {"exitCode": 1, "reason": "Error", "message": words}
     engines.play_kubelet(pod, engine(lastState={"terminated": exited}, restartCount=9))
     engines.wait_for("Reconciling", "True", "SourceUnreachable", "no route to the hub")
+
+
+def test_scaling_that_cannot_see_the_load_of_ready_engines_says_so(
+    team: Kubectl, node: str
+) -> None:
+    """Nobody listens where the pod is said to be."""
+    engines = Engines(team, node, room=1)
+    engines.serve(autoscaling={"maxReplicas": 3})
+    engines.wait_for("AutoscalingActive", "True", "Active")
+    (pod,) = engines.bound_pods()
+    address = {"podIP": "127.0.0.99", "podIPs": [{"ip": "127.0.0.99"}]}
+    engines.play_kubelet(pod, {**RUNNING, **address}, ready=True)
+    told = engines.wait_for("AutoscalingActive", "False", "LoadUnknown")
+    assert "Scaling is blind: no ready replica tells its load at /load" in told["message"]
+    assert "NetworkPolicy" in told["message"]

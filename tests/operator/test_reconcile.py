@@ -305,6 +305,24 @@ async def test_a_field_that_is_set_again_and_again_is_put_back_later_and_later(
     assert reason(cluster, "Stalled") == "Contested"
 
 
+async def test_a_child_that_is_deleted_again_and_again_comes_back_later_and_later(
+    cluster: MemoryCluster, poller: Poller
+) -> None:
+    clock = Clock()
+    reconciler = Reconciler(cluster, poller, engine_image="engine:1", now=lambda: NOW, clock=clock)
+    cluster.put(make_manifest())
+    await settle(reconciler)
+    before = len(cluster.writes)
+    for _ in range(60):
+        cluster.objects.pop(("Service", "chat"), None)
+        await reconciler.reconcile(KEY)
+        clock.now += 0.5
+    made = [write for write in cluster.writes[before:] if write[0] == "apply"]
+    # After 0, 1, 3, 7 and 15 of 30 seconds.
+    assert made == [("apply", "Service", "chat")] * 5
+    assert reason(cluster, "Stalled") == "Contested"
+
+
 async def test_a_fight_that_is_over_is_no_more_said(cluster: MemoryCluster, poller: Poller) -> None:
     clock = Clock()
     reconciler = Reconciler(cluster, poller, engine_image="engine:1", now=lambda: NOW, clock=clock)
