@@ -1,16 +1,17 @@
 """Others that change a child again and again: how long to wait before it is put back. No clock.
 
-The first correction of a child is immediate. Each further one waits twice as long as the one before
-it, so that a fight with another controller costs few writes and few new pods; after a long quiet
-time the next correction is a first one.
+The first correction of an edit is immediate. When the same manager changes the same fields again,
+each further one waits twice as long as the one before it, so that a fight costs few writes and few
+new pods; after a long quiet time the next correction is a first one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from pagoda_operator.causes import Cause
+from pagoda_operator.causes import Cause, shorten
 from pagoda_operator.names import ChildRef
 
 FIRST_DELAY_SECONDS = 1.0
@@ -23,14 +24,19 @@ CORRECTIONS_UNTIL_SAID = 3
 CALM_SECONDS = 30.0
 
 
+class Edit(NamedTuple):
+    """A child, and who changes what of it, as words that `of CHILD` can follow."""
+
+    child: ChildRef
+    rival: str
+
+
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """Corrections of one child in a row; `last` is in seconds of a monotonic clock."""
+    """Corrections of one edit in a row; `last` is in seconds of a monotonic clock."""
 
     corrections: int
     last: float
-    rival: str
-    """Who changes what, as words of a sentence."""
 
     @property
     def next_due(self) -> float:
@@ -44,37 +50,37 @@ class Contest:
 class Contests:
     """The contests about the children of one service; every time is an argument."""
 
-    _by_child: dict[ChildRef, Contest] = field(default_factory=dict)
+    _by_edit: dict[Edit, Contest] = field(default_factory=dict)
 
-    def waits(self, now: float) -> dict[ChildRef, float]:
-        """Seconds until each child may be put back; those that may be now are absent."""
-        self._by_child = {
-            ref: contest
-            for ref, contest in self._by_child.items()
+    def waits(self, now: float) -> dict[Edit, float]:
+        """Seconds until each edit may be undone; those that may be now are absent."""
+        self._by_edit = {
+            edit: contest
+            for edit, contest in self._by_edit.items()
             if now - contest.last < FORGET_SECONDS
         }
         return {
-            ref: contest.next_due - now
-            for ref, contest in self._by_child.items()
+            edit: contest.next_due - now
+            for edit, contest in self._by_edit.items()
             if contest.next_due > now
         }
 
-    def note(self, ref: ChildRef, rival: str, now: float) -> None:
-        """The child was put back; several writes at the same time are one correction."""
-        before = self._by_child.get(ref, Contest(0, -1.0, rival))
-        self._by_child[ref] = Contest(before.corrections + (before.last != now), now, rival)
+    def note(self, edit: Edit, now: float) -> None:
+        """The edit was undone."""
+        before = self._by_edit.get(edit)
+        self._by_edit[edit] = Contest(1 if before is None else before.corrections + 1, now)
 
-    def find_cause(self, held: Collection[ChildRef], now: float) -> Cause | None:
+    def find_cause(self, held: Collection[Edit], now: float) -> Cause | None:
         """What to tell of the fights that go on.
 
         Args:
-            held: children that are not as they should be now, and wait.
+            held: edits that wait to be undone.
         """
         told = [
-            f"{contest.rival} of {ref} again and again"
-            for ref, contest in sorted(self._by_child.items())
+            f"{edit.rival} of {edit.child} again and again"
+            for edit, contest in sorted(self._by_edit.items())
             if contest.corrections >= CORRECTIONS_UNTIL_SAID
-            and (ref in held or now - contest.last < CALM_SECONDS)
+            and (edit in held or now - contest.last < CALM_SECONDS)
         ]
         if not told:
             return None
@@ -82,12 +88,12 @@ class Contests:
             f"{'; '.join(told)}. It is put back less and less often. "
             "Stop the other manager, or ask for what it sets in this LLMService."
         )
-        return Cause("Contested", text[0].upper() + text[1:], True)
+        return Cause("Contested", shorten(text[0].upper() + text[1:]), True)
 
-    def seconds_to_next_look(self, held: Collection[ChildRef], now: float) -> float | None:
-        """When a child that waits is due, or what is told of a fight may be over."""
+    def seconds_to_next_look(self, held: Collection[Edit], now: float) -> float | None:
+        """When an edit that waits is due, or what is told of a fight may be over."""
         waits = self.waits(now)
-        pauses = [waits[ref] for ref in held if ref in waits]
+        pauses = [waits[edit] for edit in held if edit in waits]
         if self.find_cause(held, now) is not None:
             pauses.append(CALM_SECONDS)
         return min(pauses, default=None)

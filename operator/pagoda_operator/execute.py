@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 
 from pagoda_operator.cluster import Cluster
-from pagoda_operator.contest import Contests
+from pagoda_operator.contest import Contests, Edit
 from pagoda_operator.names import MANAGER, SCALING_MANAGER, ChildRef, Key, Manifest
 from pagoda_operator.ownership import describe_scaler
 from pagoda_operator.plan import Applied, Apply, Plan, digest, plan_scale
@@ -26,10 +26,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The Deployment after the writes, and the children that wait for the end of a fight."""
+    """The Deployment after the writes, and the edits of others that wait to be undone."""
 
     deployment: Manifest | None
-    held: frozenset[ChildRef] = frozenset()
+    held: frozenset[Edit] = frozenset()
 
 
 async def execute(
@@ -75,9 +75,9 @@ async def _apply(cluster: Cluster, key: Key, apply: Apply, memory: Memory, now: 
     live = await cluster.apply(apply.manifest, manager=MANAGER, force=not apply.creates)
     memory.applied[apply.ref] = Applied(digest(apply.manifest), digest(live))
     why = ""
-    if apply.rival is not None:
-        memory.contests.note(apply.ref, apply.rival, now)
-        why = f", since {apply.rival} of it"
+    if apply.undoes is not None:
+        memory.contests.note(apply.undoes, now)
+        why = f", since {apply.undoes.rival} of it"
     logger.info("%s: applied %s%s", key, apply.ref, why)
     return live
 
@@ -85,16 +85,18 @@ async def _apply(cluster: Cluster, key: Key, apply: Apply, memory: Memory, now: 
 async def _scale(
     cluster: Cluster, key: Key, deployment: Manifest, memory: Memory, target: int, now: float
 ) -> Outcome:
-    ref, before = ChildRef("Deployment", deployment["metadata"]["name"]), deployment["spec"]
+    before = deployment["spec"].get("replicas")
     scale, is_correction = plan_scale(deployment, target), memory.scaled == target
     if scale is None:
         memory.scaled = target
         return Outcome(deployment)
-    if is_correction and ref in memory.contests.waits(now):
-        return Outcome(deployment, frozenset({ref}))
     if is_correction:
-        memory.contests.note(ref, describe_scaler(deployment), now)
+        child = ChildRef("Deployment", deployment["metadata"]["name"])
+        edit = Edit(child, describe_scaler(deployment))
+        if edit in memory.contests.waits(now):
+            return Outcome(deployment, frozenset({edit}))
+        memory.contests.note(edit, now)
     deployment = await cluster.apply(scale, manager=SCALING_MANAGER, force=True)
     memory.scaled = target
-    logger.info("%s: scaled from %s to %d replicas", key, before.get("replicas"), target)
+    logger.info("%s: scaled from %s to %d replicas", key, before, target)
     return Outcome(deployment)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from pagoda_operator.contest import Edit
 from pagoda_operator.names import KIND, ChildRef, Manifest
 from pagoda_operator.ownership import (
     describe_rivals,
@@ -44,8 +45,8 @@ class Observed:
     children: Mapping[ChildRef, Manifest]
     """Objects with the label of the service, and objects that have the name of a child."""
     applied: Mapping[ChildRef, Applied]
-    waits: Mapping[ChildRef, float] = field(default_factory=dict)
-    """Seconds before a child that others changed may be put back; see `contest`."""
+    waits: Mapping[Edit, float] = field(default_factory=dict)
+    """Seconds before an edit of others may be undone; see `contest`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +62,14 @@ class Apply:
     """A server-side apply; `creates` if nothing of that name was there.
 
     taken_over: managedFields to write before; see `ownership.take_over`.
-    rival: who changed what, if this puts back what was applied before.
+    undoes: the edit, if this puts back what was applied before.
     """
 
     ref: ChildRef
     manifest: Manifest
     creates: bool
     taken_over: TakeOver | None = None
-    rival: str | None = None
+    undoes: Edit | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,14 +85,14 @@ class Plan:
     """The writes that are needed, in order.
 
     conflicts: names that others hold. waiting: children that have to be gone first.
-    held: children that others changed again and again, and that wait to be put back.
+    held: edits that others make again and again, and that wait to be undone.
     """
 
     applies: tuple[Apply, ...] = ()
     deletes: tuple[Delete, ...] = ()
     conflicts: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
-    held: tuple[ChildRef, ...] = ()
+    held: tuple[Edit, ...] = ()
     requeue_seconds: float | None = None
 
 
@@ -106,7 +107,7 @@ def make_plan(
     """
     wanted = render_children(service, engine_image=engine_image)
     applies: list[Apply] = []
-    held: list[ChildRef] = []
+    held: list[Edit] = []
     conflicts, waiting = [], []
     for ref, manifest in wanted.items():
         live = observed.children.get(ref)
@@ -118,8 +119,8 @@ def make_plan(
         elif live is not None and "deletionTimestamp" in live["metadata"]:
             waiting.append(_describe_deletion(ref, live))
         elif (apply := _plan_apply(ref, manifest, observed, target_replicas)) is not None:
-            if apply.rival is not None and ref in observed.waits:
-                held.append(ref)
+            if apply.undoes is not None and apply.undoes in observed.waits:
+                held.append(apply.undoes)
             else:
                 applies.append(apply)
     deletes = [
@@ -190,7 +191,7 @@ def _plan_apply(
         manifest=_with_replicas(manifest, live, target_replicas),
         creates=live is None,
         taken_over=taken_over,
-        rival=describe_rivals(live) if is_correction else None,
+        undoes=Edit(ref, describe_rivals(live)) if is_correction else None,
     )
 
 

@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
-from pagoda_operator.contest import CALM_SECONDS, FORGET_SECONDS, Contests
+from pagoda_operator.contest import CALM_SECONDS, FORGET_SECONDS, Contests, Edit
 from pagoda_operator.names import ChildRef, Manifest
 from pagoda_operator.ownership import describe_rivals, describe_scaler
 
-CHILD = ChildRef("Deployment", "chat-engine")
+EDIT = Edit(ChildRef("Deployment", "chat-engine"), "rival sets spec.x")
 
 
 def fought(*times: float) -> Contests:
     contests = Contests()
     for time in times:
-        contests.note(CHILD, "rival sets spec.x", time)
+        contests.note(EDIT, time)
     return contests
 
 
 def test_the_first_correction_is_immediate_and_each_further_one_waits_twice_as_long() -> None:
     assert Contests().waits(5.0) == {}
-    assert fought(0.0).waits(0.0) == {CHILD: 1.0}
-    assert fought(0.0, 1.0).waits(1.5) == {CHILD: 1.5}
-    assert fought(0.0, 1.0, 3.0).waits(3.0) == {CHILD: 4.0}
+    assert fought(0.0).waits(0.0) == {EDIT: 1.0}
+    assert fought(0.0, 1.0).waits(1.5) == {EDIT: 1.5}
+    assert fought(0.0, 1.0, 3.0).waits(3.0) == {EDIT: 4.0}
     assert fought(0.0, 1.0, 3.0).waits(7.0) == {}
 
 
 def test_the_wait_is_bounded_however_long_the_fight_lasts() -> None:
     contests = fought(*(300.0 * number for number in range(3000)))
-    assert contests.waits(300.0 * 2999) == {CHILD: 300.0}
+    assert contests.waits(300.0 * 2999) == {EDIT: 300.0}
 
 
-def test_several_writes_of_one_pass_are_one_correction() -> None:
-    assert fought(3.0, 3.0).waits(3.0) == {CHILD: 1.0}
+def test_another_edit_of_the_same_child_is_a_first_one() -> None:
+    other = EDIT._replace(rival="rival sets spec.y")
+    contests = fought(0.0, 1.0, 3.0)
+    assert other not in contests.waits(3.0)
+    contests.note(other, 3.0)
+    assert contests.waits(3.0) == {EDIT: 4.0, other: 1.0}
 
 
 def test_after_a_long_quiet_time_a_correction_is_a_first_one() -> None:
     contests = fought(0.0, 1.0, 3.0, 7.0)
     assert contests.waits(7.0 + FORGET_SECONDS) == {}
-    contests.note(CHILD, "rival sets spec.x", 7.0 + FORGET_SECONDS)
-    assert contests.waits(7.0 + FORGET_SECONDS) == {CHILD: 1.0}
+    contests.note(EDIT, 7.0 + FORGET_SECONDS)
+    assert contests.waits(7.0 + FORGET_SECONDS) == {EDIT: 1.0}
 
 
 def test_an_edit_and_another_are_no_fight_and_a_third_one_is_said() -> None:
-    assert fought(0.0, 1.0).find_cause([CHILD], 2.0) is None
-    cause = fought(0.0, 1.0, 3.0).find_cause([CHILD], 4.0)
+    assert fought(0.0, 1.0).find_cause([EDIT], 2.0) is None
+    cause = fought(0.0, 1.0, 3.0).find_cause([EDIT], 4.0)
     assert cause is not None
     assert (cause.reason, cause.is_stalled) == ("Contested", True)
     assert cause.message.startswith(
@@ -52,7 +56,7 @@ def test_an_edit_and_another_are_no_fight_and_a_third_one_is_said() -> None:
 
 def test_a_fight_is_said_while_the_child_waits_and_for_a_while_after_it() -> None:
     contests = fought(*range(12))
-    assert contests.find_cause([CHILD], 11.0 + 2 * CALM_SECONDS) is not None
+    assert contests.find_cause([EDIT], 11.0 + 2 * CALM_SECONDS) is not None
     assert contests.find_cause([], 11.0 + CALM_SECONDS - 1) is not None
     assert contests.find_cause([], 11.0 + CALM_SECONDS) is None
 
