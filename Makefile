@@ -4,7 +4,8 @@
 PYTHON ?= .venv/bin/python
 
 .PHONY: demo demo-down test check lint types unit venv model kubeconfig lock gpu-check \
-  bench-cpu bench-versions bench-long bench-waste bench-overhead bench-quantization soak
+  bench-cpu bench-versions bench-long bench-waste bench-overhead bench-quantization \
+  bench-strangers soak
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
 	@python3 e2e/phases.py demo
@@ -56,6 +57,9 @@ bench-overhead: model ## what a decode step costs outside the model: make bench-
 
 bench-quantization: model ## weights rounded to int8 beside bf16: make bench-quantization [OUT=FILE]
 	@$(PYTHON) benchmarks/quantization.py --out $(or $(OUT),out/bench-quantization.json)
+
+bench-strangers: venv ## what attacks cost a server and its other clients: make bench-strangers [OUT=FILE]
+	@$(PYTHON) benchmarks/strangers.py --out $(or $(OUT),out/bench-strangers.json)
 
 soak: venv      ## a server's memory over 10,000 requests: make soak [OUT=FILE]
 	@$(PYTHON) benchmarks/soak.py --out $(or $(OUT),out/soak.json)

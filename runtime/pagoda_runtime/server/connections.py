@@ -27,6 +27,9 @@ PROBE_ROOM = 32
 # For the engine's sockets, the model's files, and what libraries open.
 RESERVED_FILES = 128
 LEAST_CONNECTIONS = 1024
+# On average, of the chunks of a body after so many.
+LEAST_CHUNK_BYTES = 64
+FREE_CHUNKS = 4096
 LARGEST_BACKLOG = 2048
 LARGEST_FILE_LIMIT = 65536
 
@@ -66,11 +69,30 @@ class Room:
         """Those that wait for their client, the longest first."""
 
 
+class Framing(h11.Connection):
+    """h11's connection that takes no body in very many tiny chunks: each costs as much as 64 kB."""
+
+    num_chunks = num_bytes = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.num_chunks = self.num_bytes = 0
+        elif isinstance(event, h11.Data):
+            self.num_chunks += 1
+            self.num_bytes += len(event.data)
+            least_bytes = LEAST_CHUNK_BYTES * (self.num_chunks - FREE_CHUNKS)
+            if self.num_bytes < least_bytes:
+                raise h11.RemoteProtocolError("The chunks of the body are too small.")
+        return event
+
+
 class Connection(H11Protocol):
     """uvicorn's connection with deadlines, in a room; errors of HTTP in the shape of all others."""
 
     def __init__(self, *args: Any, room: Room, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = Framing(h11.SERVER)
         self.room = room
         self.awaited: str | None = None
         """What the client has to do next; None while it is the server's turn."""
