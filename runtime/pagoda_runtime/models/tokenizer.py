@@ -63,8 +63,9 @@ class Tokenizer:
         # The flag of a token is not all: what is added again as a special token becomes one.
         self.all_special_ids = frozenset(
             token_id
-            for token_id in tokenizer.get_added_tokens_decoder()
-            if self.decode([token_id]) != self.decode([token_id], skip_special_tokens=False)
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special
+            or self.decode([token_id]) != self.decode([token_id], skip_special_tokens=False)
         )
         self.longest_token = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
         """Characters of the longest token: no longer text can be one."""
@@ -247,9 +248,11 @@ def _add_tokens(tokenizer: FastTokenizer, files: TokenizerFiles, folder: Path) -
     """Add what the files beside tokenizer.json know, in the order that transformers adds it."""
     known = tokenizer.get_added_tokens_decoder()
     added = {token_id: AddedToken(**token) for token_id, token in files.added_tokens.items()}
-    if not files.has_all_added:
-        added |= known
     named = set(files.special_tokens.values())
+    if not files.has_all_added:
+        # Those of tokenizer.json come first. They are there, unless they have to become special.
+        changed = {i: t for i, t in known.items() if t.content in named and not t.special}
+        added = {i: token for i, token in added.items() if i not in known} | changed
     for token in added.values():
         token.special = token.special or token.content in named
     texts = {token.content for token in (*known.values(), *added.values())}
