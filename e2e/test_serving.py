@@ -130,6 +130,17 @@ def test_an_applied_service_answers_the_openai_client(url: str) -> None:
     assert "Paris" in text
 
 
+def test_a_pod_starts_with_the_kernels_of_its_image_and_compiles_none(
+    kubectl: Kubectl, url: str
+) -> None:
+    found = engine_pods(kubectl)[0]["metadata"]["name"]
+    count = "find /opt/pagoda $PAGODA_CACHE -name '*.kernel' | cut -d / -f 2 | sort | uniq -c"
+    kept, folder = kubectl.run("exec", found, "--", "sh", "-c", count).split()
+    assert folder == "opt"
+    # Of each processor's kernels those without instructions of its own are nine or more.
+    assert int(kept) >= 27
+
+
 def test_the_name_of_the_service_resolves_in_a_pod(
     kubectl: Kubectl, url: str, images: dict[str, str]
 ) -> None:

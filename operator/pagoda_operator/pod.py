@@ -96,7 +96,7 @@ def _render_container(service: LLMService, engine_image: str) -> Manifest:
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
-        "startupProbe": _render_probe("/startup", period=2, failures=STARTUP_SECONDS // 2),
+        "startupProbe": _render_probe("/startup", period=1, failures=STARTUP_SECONDS),
         "readinessProbe": _render_probe("/ready", period=2, failures=3),
         # Longer than readiness: a busy engine leaves the Service before it is restarted.
         "livenessProbe": _render_probe("/health", period=10, failures=6),
