@@ -324,18 +324,18 @@ def copy_without(folder: Path, target: Path, left_out: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("left_out", "instead", "reason"),
+    ("left_out", "instead", "reason", "status"),
     [
-        (None, None, "ModelNotFound"),
-        ("config.json", None, "ModelNotFound"),
-        ("config.json", b"{", "InvalidModelConfig"),
-        ("tokenizer.json", None, "ModelNotFound"),
-        ("model.safetensors", b"\x00" * 100, "CorruptWeights"),
+        (None, None, "ModelNotFound", 2),
+        ("config.json", None, "ModelNotFound", 2),
+        ("config.json", b"{", "InvalidModelConfig", 2),
+        ("tokenizer.json", None, "ModelNotFound", 2),
+        ("model.safetensors", b"\x00" * 100, "CorruptWeights", 1),
     ],
     ids=["no folder", "no config", "broken config", "no tokenizer", "broken weights"],
 )
 def test_a_folder_that_is_no_model_ends_the_server_with_one_message(
-    folder, tmp_path, left_out, instead, reason
+    folder, tmp_path, left_out, instead, reason, status
 ):
     model = tmp_path / "broken"
     if left_out is not None:
@@ -345,9 +345,10 @@ def test_a_folder_that_is_no_model_ends_the_server_with_one_message(
     log = tmp_path / "termination-log"
     server = ServerProcess(["pagoda_runtime", "serve", str(model), *FLAGS], log)
     try:
-        assert server.wait() == 1
+        assert server.wait() == status
     finally:
         server.close()
+    assert any("Listening" in line for line in server.lines) == (status == 1)
     words = json.loads(log.read_text())
     assert words["reason"] == reason
     assert str(model) in words["message"]
