@@ -123,8 +123,7 @@ class Lease:
             try:
                 self.holder = await self._try_to_take()
             except Refused as error:
-                logger.warning("a second operator would not be noticed: %s", error.message)
-                self._is_unguarded = True
+                self._go_unguarded(error)
             except ApiError as error:
                 logger.warning("the Lease %s cannot be taken yet: %s", self._name, error.message)
             if self.holder is not None and self.holder != told:
@@ -157,13 +156,19 @@ class Lease:
             except (Conflict, NotFound):
                 with contextlib.suppress(ApiError):
                     holder = await self._try_to_take()
-            except Refused:
-                continue
+            except Refused as error:
+                self._go_unguarded(error)
             except ApiError as error:
                 logger.warning("the Lease %s is not renewed: %s", self._name, error.message)
             if holder is not None:
                 self.holder = holder
                 return
+
+    def _go_unguarded(self, error: Refused) -> None:
+        """Work without the right to Leases: better than not at all."""
+        if not self._is_unguarded:
+            logger.warning("a second operator would not be noticed: %s", error.message)
+        self._is_unguarded = True
 
     async def release(self) -> None:
         """Let the next operator begin at once."""

@@ -108,24 +108,11 @@ class Reconciler:
         except SpecError as error:
             await self._reject(key, manifest, str(error))
             return None
-        try:
-            world = await self._observe(service, previous)
-        except (Refused, Unavailable) as error:
-            # One read that fails says nothing of what is in force already.
-            if (
-                isinstance(error, Refused)
-                or previous.get("observedGeneration") != service.generation
-            ):
-                with contextlib.suppress(ApiError):
-                    await self._write_failure(manifest, _cause_of_error(error), None)
-            raise
+        world = await self._look(service, manifest)
         deployment = world.own(service, ChildRef("Deployment", engine_name(key.name)))
         target = self._poller.target(service, previous, deployment)
         memory, now = self._memories.setdefault(key, Memory()), self._clock()
-        observed = Observed(
-            children=world.children, applied=memory.applied, waits=memory.contests.waits(now)
-        )
-        plan = make_plan(service, observed, target_replicas=target, engine_image=self._engine_image)
+        plan = self._plan(service, world, memory, target, now)
         failure: Refused | Unavailable | None = None
         outcome = Outcome(deployment)
         try:
@@ -148,17 +135,35 @@ class Reconciler:
             return CONFLICT_RETRY_SECONDS
         self._poller.watch(service, target, world.pods)
         await self._clean_up(key, world.pods)
-        looks = (
-            plan.requeue_seconds,
-            memory.contests.seconds_to_next_look(outcome.held, now),
-            seconds_to_next_look(world.pods, self._now()),
-        )
-        return min((seconds for seconds in looks if seconds is not None), default=None)
+        looks = [plan.requeue_seconds, seconds_to_next_look(world.pods, self._now())]
+        looks.append(memory.contests.seconds_to_next_look(outcome.held, now))
+        return min((seconds for seconds in looks if seconds), default=None)
 
     def forget(self, key: Key) -> None:
         """The LLMService is gone."""
         self._memories.pop(key, None)
         self._poller.forget(key)
+
+    def _plan(
+        self, service: LLMService, world: World, memory: Memory, target: int, now: float
+    ) -> Plan:
+        observed = Observed(
+            children=world.children, applied=memory.applied, waits=memory.contests.waits(now)
+        )
+        return make_plan(service, observed, target_replicas=target, engine_image=self._engine_image)
+
+    async def _look(self, service: LLMService, manifest: Manifest) -> World:
+        """What there is; where it cannot be read, the status says so."""
+        previous = manifest.get("status", {})
+        try:
+            return await self._observe(service, previous)
+        except (Refused, Unavailable) as error:
+            # One read that fails says nothing of what is in force already.
+            is_in_force = previous.get("observedGeneration") == service.generation
+            if isinstance(error, Refused) or not is_in_force:
+                with contextlib.suppress(ApiError):
+                    await self._write_failure(manifest, _cause_of_error(error), None)
+            raise
 
     async def _observe(self, service: LLMService, status: Manifest) -> World:
         """The children, by name and where needed by label, and the pods.

@@ -155,6 +155,16 @@ async def test_without_the_right_to_leases_the_operator_works_and_says_what_is_m
     await mine.acquire()
     assert mine.is_held
     assert "a second operator would not be noticed: leases is forbidden" in caplog.text
+    renewing = asyncio.create_task(mine.renew())
+    await turns()
+    assert mine.is_held
+    api.trouble = None
+    await turns()
+    assert api.holder() == "first_x"
+    api.trouble = Refused(403, "leases is forbidden")
+    await turns()
+    assert mine.is_held
+    renewing.cancel()
 
 
 async def test_a_cluster_wide_operator_leaves_a_namespace_that_has_its_own_operator() -> None:
