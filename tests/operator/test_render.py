@@ -185,8 +185,8 @@ def test_only_a_changed_pod_makes_a_new_revision() -> None:
 @pytest.mark.parametrize(
     ("spec", "revision"),
     [
-        ({"model": {"uri": "hf://org/model"}}, "42ad1497cf"),
-        ({"resources": CPU, "engine": {"maxNumSeqs": 16}}, "9d2d2003aa"),
+        ({"model": {"uri": "hf://org/model"}}, "69ab655334"),
+        ({"resources": CPU, "engine": {"maxNumSeqs": 16}}, "6cb099a6e8"),
     ],
 )
 def test_the_revision_of_an_unchanged_spec_survives_an_upgrade(
