@@ -73,6 +73,8 @@ MESSAGES = ('{"messages":[', '{"role":"user","content":""}', "]}")
 LISTS = ('{"prompt":"a","max_tokens":1,"metadata":{"a":[', "[]", "]}}")
 ATTACKS = (
     Attack("choices_60x128", _choices(60, 128)),
+    # As many as the slots and the queue hold.
+    Attack("choices_10x128", _choices(10, 128)),
     Attack("choices_1000x16", _choices(1000, 16)),
     Attack("text_15mb", _text(15_000_000)),
     Attack("text_5mb", _text(5_000_000)),

@@ -106,6 +106,7 @@ def test_special_tokens_are_known(folder):
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     assert tokenizer.all_special_ids == {0, 1, 2}
+    assert tokenizer.longest_token == len("<pad>")
     assert tokenizer.vocab_size == 259
     assert tokenizer.encode("a</s>")[-1] == 2
 
