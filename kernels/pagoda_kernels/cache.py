@@ -70,6 +70,7 @@ class KernelCache:
             content = read_kernel(folder, name)
             if content is not None:
                 return CompileResult._rebuild(target_context, *pickle.loads(content))
+        log_once(logging.INFO, f"Compiling kernels into {cache_folder()}, which takes 10 to 15 s.")
         return None
 
     def save_overload(self, signature: Any, result: Any) -> None:
@@ -98,9 +99,10 @@ def read_kernel(folder: Path, name: str) -> bytes | None:
         return None
     try:
         if not _is_trusted(os.fstat(descriptor)):
-            warn_once(
+            log_once(
+                logging.WARNING,
                 f"The compiled kernels in {folder} are not used: others may write there. Make it "
-                "yours alone (chown, chmod go-w), or set PAGODA_CACHE to another folder."
+                "yours alone (chown, chmod go-w), or set PAGODA_CACHE to another folder.",
             )
             return None
         with open(os.open(name, os.O_RDONLY, dir_fd=descriptor), "rb") as file:
@@ -111,7 +113,10 @@ def read_kernel(folder: Path, name: str) -> bytes | None:
         os.close(descriptor)
     digest, content = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
     if not is_trusted or hashlib.sha256(content).digest() != digest:
-        warn_once(f"Damaged files of compiled kernels in {folder} are not used, and made anew.")
+        log_once(
+            logging.WARNING,
+            f"Damaged files of compiled kernels in {folder} are not used, and made anew.",
+        )
         return None
     return content
 
@@ -132,9 +137,10 @@ def write_kernel(folder: Path, name: str, content: bytes) -> None:
             os.unlink(scratch)
             raise
     except OSError as error:
-        warn_once(
+        log_once(
+            logging.WARNING,
             f"Compiled kernels cannot be kept in {folder}: {error.strerror}. Each start compiles "
-            "them again, for some 10 s. Make room there, or set PAGODA_CACHE to another folder."
+            "them again, for some 10 s. Make room there, or set PAGODA_CACHE to another folder.",
         )
 
 
@@ -145,5 +151,5 @@ def _is_trusted(status: os.stat_result) -> bool:
 
 
 @cache
-def warn_once(message: str) -> None:
-    logger.warning(message)
+def log_once(level: int, message: str) -> None:
+    logger.log(level, message)

@@ -20,7 +20,7 @@ OTHER_USER = 65532
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("PAGODA_CACHE", str(tmp_path))
-    cache.warn_once.cache_clear()
+    cache.log_once.cache_clear()
 
 
 def make_double():

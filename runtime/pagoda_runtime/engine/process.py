@@ -44,6 +44,7 @@ from pagoda_runtime.engine.messages import (
 from pagoda_runtime.engine.sockets import input_address, output_address
 from pagoda_runtime.errors import FatalError, QueueFull, RequestError
 from pagoda_runtime.logs import configure_logging
+from pagoda_runtime.models.source import read_ahead
 
 logger = logging.getLogger("pagoda.engine")
 
@@ -261,6 +262,8 @@ def _end_with_parent(socket_folder: str) -> None:
 
 
 def _make_model_runner(config: EngineConfig, on_progress: OnProgress) -> ReadyRunner:
+    # The disk has to do while libraries are imported.
+    threading.Thread(target=read_ahead, args=[config.model], daemon=True).start()
     # Here and not above: it takes torch with it, which the tests of this module do without.
     from pagoda_runtime.execution.runner import ModelRunner
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from pagoda_runtime.models.weights import OnProgress
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# What Linux reads ahead for one call, whatever it is asked for.
+_PIECE_BYTES = 1 << 17
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
@@ -73,6 +77,20 @@ def local_path(uri: str) -> Path | None:
             "ModelNotFound", f"{uri!r} is not a model of a hub; it must look like hf://org/name."
         )
     return None
+
+
+def read_ahead(uri: str, most_bytes: int = 1 << 32) -> None:
+    """Ask the system for the first weights of a local folder, in pieces that it takes at once.
+
+    For a thread beside others: it waits where the disk has enough to do. What goes wrong here is
+    said when the weights are loaded.
+    """
+    for path in sorted(Path(uri).glob("*.safetensors")):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            size = min(most_bytes, os.fstat(file.fileno()).st_size)
+            for offset in range(0, size, _PIECE_BYTES):
+                os.posix_fadvise(file.fileno(), offset, _PIECE_BYTES, os.POSIX_FADV_WILLNEED)
+            most_bytes -= size
 
 
 def _download(name: str, revision: str | None, on_progress: OnProgress) -> Path:

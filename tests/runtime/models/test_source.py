@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
+import os
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -9,7 +13,7 @@ import pytest
 from pagoda_runtime.convert.testing import write_gguf
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.models.registry import load_model_config
-from pagoda_runtime.models.source import resolve_model
+from pagoda_runtime.models.source import read_ahead, resolve_model
 
 
 def quiet(phase, percent, bytes_per_second):
@@ -27,6 +31,45 @@ def test_a_gguf_file_is_converted_into_the_cache(tmp_path, monkeypatch):
     assert folder.is_relative_to(tmp_path / "gguf")
     assert load_model_config(folder).architecture == "LlamaForCausalLM"
     assert phases == ["convert"]
+
+
+def share_in_memory(path):
+    """The share of a file's pages that the system holds; asking brings none there."""
+    pages = path.stat().st_size // mmap.PAGESIZE
+    held = (ctypes.c_ubyte * pages)()
+    # A private mapping, because ctypes takes addresses of memory that could be written only.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as mapped:
+        first = ctypes.c_char.from_buffer(mapped)
+        address = ctypes.c_void_p(ctypes.addressof(first))
+        status = ctypes.CDLL(None, use_errno=True).mincore(
+            address, ctypes.c_size_t(len(mapped)), held
+        )
+        del first
+    assert status == 0
+    return sum(page & 1 for page in held) / pages
+
+
+def test_weights_are_read_into_memory_before_they_are_wanted(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(bytes(16 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if share_in_memory(path) > 0:
+        pytest.skip("this file system keeps its files in memory")
+    read_ahead(str(tmp_path), most_bytes=1 << 20)
+    assert share_in_memory(path) < 0.5
+    read_ahead(str(tmp_path))
+    deadline = time.monotonic() + 10
+    while share_in_memory(path) < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("uri", ["hf://org/name", "org/name", "/no/such/folder"])
+def test_nothing_is_read_ahead_of_a_model_that_is_not_here(uri):
+    read_ahead(uri)
 
 
 @pytest.mark.parametrize(
