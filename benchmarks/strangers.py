@@ -36,7 +36,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 FLAGS = ("--num-threads", "1", "--kv-cache-memory-bytes", "100000000", "--dtype", "float32")
 FLAGS += ("--long-prefill-token-threshold", "2048", "--max-num-batched-tokens", "2048")
 FEW_FILES = 256
-NUM_STRANGERS = 200
+NUM_STRANGERS = 235
 PATIENCE_SECONDS = 180.0
 HALF_A_HEADER_SECONDS = 30.0
 # The same figures without an attack, since others may use the machine, too.
@@ -47,26 +47,31 @@ ALLOWED = {"peak": (100.0, "MB"), "gap": (1.0, "s"), "wait": (2.0, "s"), "kept":
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """One body, sent several times in a row; or a function that does something else."""
+    """Bodies, made of their numbers, that are sent one after another."""
 
     name: str
-    body: Callable[[], bytes] | None = None
+    body: Callable[[int], bytes]
     path: str = "/v1/completions"
     times: int = 1
 
 
-def _repeat(start: str, item: str, end: str, num_bytes: int) -> Callable[[], bytes]:
+def _repeat(start: str, item: str, end: str, num_bytes: int) -> Callable[[int], bytes]:
     count = (num_bytes - len(start) - len(end)) // (len(item) + 1)
-    return lambda: (start + ",".join([item] * count) + end).encode()
+    return lambda _: (start + ",".join([item] * count) + end).encode()
 
 
-def _choices(num_prompts: int, n: int) -> Callable[[], bytes]:
+def _choices(num_prompts: int, n: int) -> Callable[[int], bytes]:
     fields = {"prompt": [[5]] * num_prompts, "n": n, "temperature": 1, "max_tokens": 1}
-    return lambda: json.dumps(fields).encode()
+    return lambda _: json.dumps(fields).encode()
 
 
-def _text(num_bytes: int) -> Callable[[], bytes]:
-    return lambda: json.dumps({"prompt": "some words " * (num_bytes // 11)}).encode()
+def _text(num_bytes: int) -> Callable[[int], bytes]:
+    return lambda _: json.dumps({"prompt": "some words " * (num_bytes // 11)}).encode()
+
+
+def _name(num_bytes: int) -> Callable[[int], bytes]:
+    """A request that is refused, with the long name of an unknown field."""
+    return lambda number: b'{"model":"no","prompt":"a","%d%s":1}' % (number, b"x" * num_bytes)
 
 
 MESSAGES = ('{"messages":[', '{"role":"user","content":""}', "]}")
@@ -82,12 +87,8 @@ ATTACKS = (
     Attack("messages_5mb", _repeat(*MESSAGES, 5_000_000), "/v1/chat/completions"),
     Attack("lists_31mb", _repeat(*LISTS, 31_000_000)),
     Attack("lists_5mb", _repeat(*LISTS, 5_000_000)),
-    Attack(
-        "names_8mb", lambda: b'{"model":"no","prompt":"a","%s":1}' % (b"x" * 8_000_000), times=30
-    ),
-    Attack(
-        "names_3mb", lambda: b'{"model":"no","prompt":"a","%s":1}' % (b"x" * 3_000_000), times=30
-    ),
+    Attack("names_8mb", _name(8_000_000), times=30),
+    Attack("names_3mb", _name(3_000_000), times=30),
 )
 
 
@@ -157,8 +158,7 @@ def memory(pid: int, field: str) -> float:
 
 
 def measure(attack: Attack, folder: Path) -> list[Result]:
-    assert attack.body is not None
-    body = attack.body()
+    bodies = [attack.body(number) for number in range(attack.times)]
     with serving(folder, *FLAGS) as (url, server):
         address, pid = parse_base_url(url), server.process.pid
         neighbour, others = Neighbour(address), ShortRequests(address)
@@ -171,7 +171,7 @@ def measure(attack: Attack, folder: Path) -> list[Result]:
         # The peak begins anew.
         Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="utf-8")
         started = time.monotonic()
-        statuses = [ask(address, attack.path, body) for _ in range(attack.times)]
+        statuses = [ask(address, attack.path, body) for body in bodies]
         seconds = time.monotonic() - started
         time.sleep(1.0)
         others.is_over.set()
@@ -183,7 +183,11 @@ def measure(attack: Attack, folder: Path) -> list[Result]:
         }
         time.sleep(2.0)
         figures["kept"] = memory(pid, "VmRSS") - before
-    details = {"statuses": sorted(set(statuses)), "bytes": len(body), "seconds": round(seconds, 2)}
+    details = {
+        "statuses": sorted(set(statuses)),
+        "bytes": len(bodies[0]),
+        "seconds": round(seconds, 2),
+    }
     print(f"  {attack.name}: {details}", flush=True)
     return [
         Result(
