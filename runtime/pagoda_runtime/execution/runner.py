@@ -77,6 +77,8 @@ class ModelRunner:
             quantization=config.quantization,
             generation_config=config.generation_config,
         )
+        for level, note in model_config.notes:
+            logger.log(level, note)
         self.model_config = settle_by_weights(model_config, folder)
         dtype_name = self.model_config.dtype if config.dtype == "auto" else config.dtype
         self.dtype = _DTYPES[dtype_name]

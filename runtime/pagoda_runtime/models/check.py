@@ -29,7 +29,9 @@ def verify_start(config: EngineConfig) -> None:
             f"{path} is no folder in Hugging Face layout: it has no config.json, but GGUF files. "
             f"Give --model (model.uri) one of them, such as {files[0]}.",
         )
-    model = load_model_config(path, quantization=config.quantization)
+    model = load_model_config(
+        path, quantization=config.quantization, generation_config=config.generation_config
+    )
     verify_max_model_len(model, config.max_model_len)
     read_tokenizer_file(path)
 

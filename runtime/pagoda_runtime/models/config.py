@@ -14,6 +14,9 @@ from pagoda_runtime.errors import FatalError
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 DTYPE_OF_WEIGHTS = "auto"
 
+Note = tuple[int, str]
+"""A level of `logging`, and a message."""
+
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
@@ -82,6 +85,8 @@ class ModelConfig:
     """What the layers' matrices are rounded to when they are loaded: int8, or nothing."""
     eos_token_ids: tuple[int, ...] = ()
     default_sampling: Mapping[str, float | int] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
+    """What the log of the start should tell of the model's files."""
 
     @property
     def kv_elements_per_token(self) -> int:

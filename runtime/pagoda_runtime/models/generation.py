@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pagoda_runtime.errors import FatalError, RequestError
-from pagoda_runtime.models.config import ConfigFile, ModelConfig, is_number
+from pagoda_runtime.models.config import ConfigFile, ModelConfig, Note, is_number
 from pagoda_runtime.models.tokenizer_files import SETTINGS_NAME, TokenizerFiles, find_token_id
 from pagoda_runtime.sampling_params import SamplingParams
-
-logger = logging.getLogger(__name__)
 
 # Key of generation_config.json → field of SamplingParams.
 _ALWAYS = {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
@@ -53,15 +51,16 @@ def read_generation(
     """
     path = file.path.with_name("generation_config.json")
     generation = ConfigFile.read(path) if path.exists() else ConfigFile(path, {})
-    ends = _find_end_tokens(file, generation, config.vocab_size)
-    return replace(
-        config,
-        eos_token_ids=tuple(ends),
-        default_sampling=_sampling_defaults(generation) if uses_defaults else {},
-    )
+    ends = _find_end_tokens(file, generation)
+    known = {token_id: name for token_id, name in ends.items() if token_id < config.vocab_size}
+    defaults = _sampling_defaults(generation) if uses_defaults else {}
+    notes = _notes_on_ends(file.path.parent, ends, known, config.vocab_size)
+    if uses_defaults:
+        notes += _notes_on_defaults(generation)
+    return replace(config, eos_token_ids=tuple(known), default_sampling=defaults, notes=notes)
 
 
-def _find_end_tokens(file: ConfigFile, generation: ConfigFile, vocab_size: int) -> dict[int, str]:
+def _find_end_tokens(file: ConfigFile, generation: ConfigFile) -> dict[int, str]:
     """Id → the file that names it. Files that disagree are all right: a chat tuned on another end
     of turn than config.json tells has it in its tokenizer alone."""
     source = generation if generation.values.get("eos_token_id") is not None else file
@@ -73,21 +72,40 @@ def _find_end_tokens(file: ConfigFile, generation: ConfigFile, vocab_size: int) 
     of_tokenizer = _tokenizer_end_token(file.path.parent)
     if of_tokenizer is not None:
         ends.setdefault(of_tokenizer, SETTINGS_NAME)
-    known = {token_id: name for token_id, name in ends.items() if token_id < vocab_size}
-    for token_id in ends.keys() - known.keys():
-        message = "End token %d (%s) is not in the model's vocabulary of %d tokens"
-        logger.warning(message, token_id, ends[token_id], vocab_size)
+    return ends
+
+
+def _notes_on_ends(
+    folder: Path, ends: Mapping[int, str], known: Mapping[int, str], vocab_size: int
+) -> tuple[Note, ...]:
+    notes = [
+        (
+            logging.WARNING,
+            f"End token {token_id} ({ends[token_id]}) is not in the model's vocabulary of "
+            f"{vocab_size} tokens",
+        )
+        for token_id in ends
+        if token_id not in known
+    ]
     if known:
         shown = ", ".join(f"{token_id} ({name})" for token_id, name in known.items())
-        logger.info("Answers end at token %s", shown)
-    else:
-        logger.warning(
-            "%s has no end token (eos_token_id in config.json or generation_config.json, eos_token "
-            "in %s), so answers end only at stop strings and at max_tokens.",
-            file.path.parent,
-            SETTINGS_NAME,
-        )
-    return known
+        return (*notes, (logging.INFO, f"Answers end at token {shown}"))
+    lack = (
+        f"{folder} has no end token (eos_token_id in config.json or generation_config.json, "
+        f"eos_token in {SETTINGS_NAME}), so answers end only at stop strings and at max_tokens."
+    )
+    return (*notes, (logging.WARNING, lack))
+
+
+def _notes_on_defaults(generation: ConfigFile) -> tuple[Note, ...]:
+    values = generation.values
+    ignored = [
+        key
+        for key, neutral in _NOT_HEEDED.items()
+        if values.get(key) is not None and values[key] not in neutral
+    ]
+    message = f"{generation.path}: not heeded here: {', '.join(ignored)}"
+    return ((logging.WARNING, message),) if ignored else ()
 
 
 def _tokenizer_end_token(folder: Path) -> int | None:
@@ -119,11 +137,4 @@ def _sampling_defaults(generation: ConfigFile) -> dict[str, float | int]:
             f"{generation.path}: {error.message} Correct the file, or leave its defaults out "
             "with --generation-config none.",
         ) from error
-    ignored = [
-        key
-        for key, neutral in _NOT_HEEDED.items()
-        if values.get(key) is not None and values[key] not in neutral
-    ]
-    if ignored:
-        logger.warning("%s: not heeded here: %s", generation.path, ", ".join(ignored))
     return defaults

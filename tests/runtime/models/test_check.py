@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pagoda_runtime.cli import main
+from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.models.check import verify_start
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -108,3 +112,11 @@ def test_the_command_neither_listens_nor_loads_the_server_for_a_wrong_path():
     assert "ModelNotFound" in result.stderr
     for word in ("Listening", "uvicorn", "torch"):
         assert word not in result.stderr
+
+
+def test_a_default_that_no_request_could_have_can_be_left_out(folder):
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 0}')
+    config = EngineConfig(model=str(folder))
+    with pytest.raises(FatalError, match="--generation-config none"):
+        verify_start(config)
+    verify_start(replace(config, generation_config="none"))

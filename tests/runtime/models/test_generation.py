@@ -69,22 +69,24 @@ def test_answers_end_at_the_tokens_of_all_files(tmp_path, config, generation, to
     assert found.eos_token_ids == expected
 
 
-def test_the_start_tells_which_file_names_which_end_token(tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
-        read(tmp_path, {"eos_token_id": 7}, None, {"eos_token": "</s>"})
-    assert "Answers end at token 7 (config.json), 2 (tokenizer_config.json)" in caplog.text
+def test_the_start_tells_which_file_names_which_end_token(tmp_path):
+    config = read(tmp_path, {"eos_token_id": 7}, None, {"eos_token": "</s>"})
+    note = "Answers end at token 7 (config.json), 2 (tokenizer_config.json)"
+    assert config.notes == ((logging.INFO, note),)
 
 
-def test_a_model_without_an_end_token_is_warned_of(tmp_path, caplog):
-    assert read(tmp_path, tokenizer={}).eos_token_ids == ()
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
-    assert "has no end token" in record.message
+def test_a_model_without_an_end_token_is_warned_of(tmp_path):
+    config = read(tmp_path, tokenizer={})
+    ((level, message),) = config.notes
+    assert (config.eos_token_ids, level) == ((), logging.WARNING)
+    assert "has no end token" in message
 
 
-def test_an_end_token_that_the_model_does_not_have_is_left_out(tmp_path, caplog):
-    assert read(tmp_path, {"eos_token_id": [7, 300]}).eos_token_ids == (7,)
-    assert "End token 300 (config.json) is not in the model's vocabulary of 300" in caplog.text
+def test_an_end_token_that_the_model_does_not_have_is_left_out(tmp_path):
+    config = read(tmp_path, {"eos_token_id": [7, 300]})
+    note = "End token 300 (config.json) is not in the model's vocabulary of 300 tokens"
+    assert config.eos_token_ids == (7,)
+    assert config.notes[0] == (logging.WARNING, note)
 
 
 def test_a_file_that_does_not_draw_still_penalises_and_limits(tmp_path):
@@ -119,10 +121,9 @@ def test_a_default_that_no_request_could_have_is_refused_at_the_start(tmp_path, 
     assert str(tmp_path / "generation_config.json") in caught.value.message
 
 
-def test_what_is_not_heeded_is_said(tmp_path, caplog):
-    read(
-        tmp_path,
-        {"eos_token_id": 7},
-        {"no_repeat_ngram_size": 3, "num_beams": 1, "typical_p": 0.9, "suppress_tokens": []},
-    )
-    assert "not heeded here: no_repeat_ngram_size, typical_p" in caplog.text
+def test_what_is_not_heeded_is_said(tmp_path):
+    generation = {"no_repeat_ngram_size": 3, "num_beams": 1, "typical_p": 0.9, "top_h": None}
+    level, note = read(tmp_path, {"eos_token_id": 7}, generation).notes[-1]
+    assert level == logging.WARNING
+    assert note.endswith("not heeded here: no_repeat_ngram_size, typical_p")
+    assert len(read(tmp_path, {"eos_token_id": 7}, generation, uses_defaults=False).notes) == 1
