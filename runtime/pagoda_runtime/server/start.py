@@ -37,6 +37,8 @@ from pagoda_runtime.server.state import ServerState, Tokenizer
 
 # OpenAI's default for completions; a chat may use the rest of the context. The model's comes first.
 DEFAULT_COMPLETION_TOKENS = 16
+# Beside the prompts of a request; several megabytes of messages.
+MAX_TOKEN_IDS = 1_048_576
 
 
 async def start(state: ServerState, body: GenerationRequest, arrival: float) -> Answer:
@@ -54,6 +56,7 @@ async def start(state: ServerState, body: GenerationRequest, arrival: float) -> 
     )
     num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
     _verify_num_sequences(state, num_prompts, params)
+    _verify_num_ids(num_prompts, params)
     plan = _Plan(state, body, tokenizer, params, ready, arrival)
     generations: list[Generation] = []
     try:
@@ -161,6 +164,18 @@ def _verify_num_sequences(state: ServerState, num_prompts: int, params: Sampling
             f"server takes at most {slots + places} at once: it runs {slots} (--max-num-seqs) and "
             f"lets {places} wait (--max-num-waiting). Send fewer in a request.",
             param="prompt",
+        )
+
+
+def _verify_num_ids(num_prompts: int, params: SamplingParams) -> None:
+    """Raise RequestError if what is told to the engine with each prompt is too much in sum."""
+    num_ids = len(params.allowed_token_ids or ()) + len(params.stop_token_ids)
+    num_ids += sum(map(len, params.bad_words_token_ids))
+    if num_prompts * num_ids > MAX_TOKEN_IDS:
+        raise RequestError(
+            f"allowed_token_ids, stop_token_ids and bad_words have {num_ids} tokens, which go with "
+            f"each of {num_prompts} prompts; {MAX_TOKEN_IDS} fit in sum. Send fewer in a request.",
+            param="prompt" if num_prompts > 1 else None,
         )
 
 

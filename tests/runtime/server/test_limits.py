@@ -86,6 +86,15 @@ async def test_beams_count_as_choices(http):
     assert "21 sequences" in message
 
 
+async def test_ids_that_go_with_each_prompt_are_bounded_in_sum(http, engine):
+    allowed = {"allowed_token_ids": [1] * 60_000}
+    message = message_of(await complete(http, prompt=[[5]] * 18, **allowed))
+    for words in ("60000 tokens", "18 prompts", "1048576 fit"):
+        assert words in message
+    assert not engine.prompts
+    assert (await complete(http, prompt=[[5]] * 2, **allowed)).status_code == 200
+
+
 def test_choices_share_the_ids_that_give_no_text():
     tokenizer = ByteTokenizer()
     tokenizer.all_special_ids = frozenset(range(100_000))
