@@ -19,7 +19,6 @@ from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config.config_exception import ConfigException
 
 from pagoda_operator.names import API_VERSION, GROUP, PLURAL, VERSION, Manifest
-from pagoda_operator.plan import TakeOver
 from pagoda_operator.telemetry import Telemetry
 
 REQUEST_TIMEOUT_SECONDS = 15.0
@@ -84,8 +83,8 @@ class Cluster(Protocol):
     async def apply(self, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
         """Server-side apply; returns the object as it is afterwards."""
 
-    async def set_managed_fields(self, manifest: Manifest, take_over: TakeOver) -> None:
-        """Rewrite who set which field; nothing else of the object changes."""
+    async def set_managed_fields(self, manifest: Manifest, metadata: Manifest) -> None:
+        """Rewrite who set which field, if the object has the resourceVersion."""
 
     async def apply_status(self, manifest: Manifest, *, manager: str) -> Manifest:
         """Server-side apply of the status of an object that exists."""
@@ -152,9 +151,7 @@ class ApiServer:
         return [{"apiVersion": api_version, "kind": kind, **item} for item in found["items"]]
 
     async def apply(self, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
-        metadata = manifest["metadata"]
-        path = _path(manifest["kind"], metadata["namespace"], metadata["name"])
-        return await self._apply(path, manifest, manager=manager, force=force)
+        return await self._apply(_path_of(manifest), manifest, manager=manager, force=force)
 
     async def create(self, manifest: Manifest) -> Manifest:
         """A new object; Conflict if there is one of that name."""
@@ -163,25 +160,17 @@ class ApiServer:
 
     async def replace(self, manifest: Manifest) -> Manifest:
         """The object as it should be; Conflict if it has another resourceVersion."""
-        metadata = manifest["metadata"]
-        path = _path(manifest["kind"], metadata["namespace"], metadata["name"])
-        return await self._request("PUT", path, body=manifest)
+        return await self._request("PUT", _path_of(manifest), body=manifest)
 
-    async def set_managed_fields(self, manifest: Manifest, take_over: TakeOver) -> None:
+    async def set_managed_fields(self, manifest: Manifest, metadata: Manifest) -> None:
         # A merge patch that names the resourceVersion: a lost race is a Conflict, where a failed
         # test of a JSON patch would be a refusal.
-        metadata = manifest["metadata"]
-        changes = {
-            "resourceVersion": take_over.resource_version,
-            "managedFields": take_over.managed_fields,
-        }
-        path = _path(manifest["kind"], metadata["namespace"], metadata["name"])
         content_type = "application/merge-patch+json"
-        await self._request("PATCH", path, body={"metadata": changes}, content_type=content_type)
+        body = {"metadata": metadata}
+        await self._request("PATCH", _path_of(manifest), body=body, content_type=content_type)
 
     async def apply_status(self, manifest: Manifest, *, manager: str) -> Manifest:
-        metadata = manifest["metadata"]
-        path = _path(manifest["kind"], metadata["namespace"], metadata["name"]) + "/status"
+        path = f"{_path_of(manifest)}/status"
         return await self._apply(path, manifest, manager=manager, force=True)
 
     async def delete(self, kind: str, namespace: str, name: str, *, uid: str) -> None:
@@ -254,6 +243,11 @@ def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
     group, plural = PATHS[kind]
     path = f"{group}/namespaces/{namespace}/{plural}" if namespace else f"{group}/{plural}"
     return f"{path}/{name}" if name else path
+
+
+def _path_of(manifest: Manifest) -> str:
+    metadata = manifest["metadata"]
+    return _path(manifest["kind"], metadata["namespace"], metadata["name"])
 
 
 def _error(status: int, request: str, answer: object, headers: Mapping[str, str]) -> ApiError:

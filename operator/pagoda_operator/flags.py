@@ -5,6 +5,8 @@ A contract with the runtime, whose command line parses what is rendered here (`t
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from pagoda_operator.spec import DType, KvCacheDtype, LLMService, Quantization
 
 PORT = 8000
@@ -12,28 +14,6 @@ MODELS_PATH = "/models"
 API_KEYS_PATH = "/etc/pagoda/api-keys"
 DRAIN_DELAY_SECONDS = 5
 DRAIN_SECONDS = 30
-
-DTYPE_FLAGS = {
-    DType.BFLOAT16: "bfloat16",
-    DType.FLOAT16: "float16",
-    DType.FLOAT32: "float32",
-}
-QUANTIZATION_FLAGS = {
-    Quantization.NONE: "none",
-    Quantization.AWQ: "awq",
-    Quantization.GPTQ: "gptq",
-    Quantization.FP8: "fp8",
-    Quantization.INT8: "int8",
-    Quantization.INT4: "int4",
-    Quantization.EXL2: "exl2",
-    Quantization.COMPRESSED_TENSORS: "compressed-tensors",
-}
-KV_CACHE_DTYPE_FLAGS = {
-    KvCacheDtype.FP8: "fp8",
-    KvCacheDtype.FP8_E4M3: "fp8_e4m3",
-    KvCacheDtype.FP8_E5M2: "fp8_e5m2",
-    KvCacheDtype.INT8: "int8",
-}
 
 
 def engine_args(service: LLMService) -> list[str]:
@@ -48,11 +28,11 @@ def engine_args(service: LLMService) -> list[str]:
     args += ["--device", "cuda" if spec.num_gpus else "cpu"]
     args += ["--tensor-parallel-size", str(engine.tensor_parallel_size)]
     if engine.dtype is not DType.AUTO:
-        args += ["--dtype", DTYPE_FLAGS[engine.dtype]]
+        args += ["--dtype", flag_value(engine.dtype)]
     if engine.quantization is not Quantization.AUTO:
-        args += ["--quantization", QUANTIZATION_FLAGS[engine.quantization]]
+        args += ["--quantization", flag_value(engine.quantization)]
     if engine.kv_cache_dtype is not KvCacheDtype.AUTO:
-        args += ["--kv-cache-dtype", KV_CACHE_DTYPE_FLAGS[engine.kv_cache_dtype]]
+        args += ["--kv-cache-dtype", flag_value(engine.kv_cache_dtype)]
     if engine.max_model_len is not None:
         args += ["--max-model-len", str(engine.max_model_len)]
     args += ["--max-num-seqs", str(engine.max_num_seqs)]
@@ -63,6 +43,13 @@ def engine_args(service: LLMService) -> list[str]:
     args += ["--drain-delay-seconds", str(DRAIN_DELAY_SECONDS)]
     args += ["--drain-seconds", str(DRAIN_SECONDS)]
     return [*args, *engine.extra_args]
+
+
+def flag_value(choice: StrEnum) -> str:
+    """The word that a flag has for a value of the CRD: FP8E4M3, here FP8_E4M3, is fp8_e4m3."""
+    # A dash joins words, but not the parts of a number format.
+    name = choice.name.lower()
+    return name.replace("_", "-") if isinstance(choice, Quantization) else name
 
 
 def model_claim(uri: str) -> str | None:

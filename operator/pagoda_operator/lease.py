@@ -17,9 +17,8 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol
 
-from pagoda_operator.cluster import ApiError, Conflict, NotFound, Refused
+from pagoda_operator.cluster import ApiError, ApiServer, Conflict, NotFound, Refused
 from pagoda_operator.names import Manifest
 
 logger = logging.getLogger(__name__)
@@ -32,19 +31,6 @@ BELIEVED_SECONDS = 5.0
 NAME = "pagoda-operator"
 CLUSTER_NAME = "pagoda-operator-cluster"
 CLUSTER_NAMESPACE = "default"
-
-
-class LeaseApi(Protocol):
-    """What leases need of an API server. Every method raises ApiError."""
-
-    async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
-        """The object, or None if there is none."""
-
-    async def create(self, manifest: Manifest) -> Manifest:
-        """A new object; Conflict if there is one."""
-
-    async def replace(self, manifest: Manifest) -> Manifest:
-        """The object anew; Conflict if it has another resourceVersion."""
 
 
 def own_identity() -> str:
@@ -92,7 +78,7 @@ class Lease:
 
     def __init__(
         self,
-        api: LeaseApi,
+        api: ApiServer,
         namespace: str | None,
         clock: Callable[[], float],
         identity: str | None = None,

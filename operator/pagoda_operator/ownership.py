@@ -73,8 +73,9 @@ def replicas_owner(service: Manifest) -> str | None:
     return None
 
 
-def take_over(live: Manifest) -> list[Manifest] | None:
-    """The managedFields under which the next apply removes what others added.
+def take_over(live: Manifest) -> Manifest | None:
+    """The metadata under which the next apply removes what others added: new managedFields, and
+    the resourceVersion that they are for.
 
     None if nobody else set a field that is ours to decide.
     """
@@ -97,7 +98,8 @@ def take_over(live: Manifest) -> list[Manifest] | None:
         return None
     for foreign in taken:
         _merge(ours["fieldsV1"], foreign)
-    return [*kept, ours]
+    version = live["metadata"]["resourceVersion"]
+    return {"resourceVersion": version, "managedFields": [*kept, ours]}
 
 
 def describe_rivals(live: Manifest | None) -> str:

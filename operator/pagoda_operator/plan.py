@@ -49,26 +49,18 @@ class Observed:
     """Seconds before an edit of others may be undone; see `contest`."""
 
 
-@dataclass(frozen=True, slots=True)
-class TakeOver:
-    """New managedFields for the object, if it still has the resourceVersion."""
-
-    resource_version: str
-    managed_fields: list[Manifest]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Apply:
     """A server-side apply; `creates` if nothing of that name was there.
 
-    taken_over: managedFields to write before; see `ownership.take_over`.
+    taken_over: resourceVersion and managedFields to write before; see `ownership.take_over`.
     undoes: the edit, if this puts back what was applied before.
     """
 
     ref: ChildRef
     manifest: Manifest
     creates: bool
-    taken_over: TakeOver | None = None
+    taken_over: Manifest | None = None
     undoes: Edit | None = None
 
 
@@ -183,14 +175,11 @@ def _plan_apply(
     if live is not None and applied == Applied(intent, digest(live)):
         return None
     is_correction = applied is not None and applied.intent == intent
-    taken_over = None
-    if live is not None and (managed_fields := take_over(live)) is not None:
-        taken_over = TakeOver(live["metadata"]["resourceVersion"], managed_fields)
     return Apply(
         ref=ref,
         manifest=_with_replicas(manifest, live, target_replicas),
         creates=live is None,
-        taken_over=taken_over,
+        taken_over=None if live is None else take_over(live),
         undoes=Edit(ref, describe_rivals(live)) if is_correction else None,
     )
 

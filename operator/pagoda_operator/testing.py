@@ -20,7 +20,6 @@ from pagoda_operator.names import (
     Manifest,
     common_labels,
 )
-from pagoda_operator.plan import TakeOver
 from pagoda_operator.spec import LLMService, parse
 
 KEY = Key("team", "chat")
@@ -142,11 +141,11 @@ class MemoryCluster:
         self.objects[kind, metadata["name"]] = stored
         return copy.deepcopy(stored)
 
-    async def set_managed_fields(self, manifest: Manifest, take_over: TakeOver) -> None:
-        metadata = self.find(manifest["kind"], manifest["metadata"]["name"])["metadata"]
-        if metadata["resourceVersion"] != take_over.resource_version:
+    async def set_managed_fields(self, manifest: Manifest, metadata: Manifest) -> None:
+        stored = self.find(manifest["kind"], manifest["metadata"]["name"])["metadata"]
+        if stored["resourceVersion"] != metadata["resourceVersion"]:
             raise Conflict(409, "resourceVersion mismatch")
-        metadata["managedFields"] = copy.deepcopy(take_over.managed_fields)
+        stored["managedFields"] = copy.deepcopy(metadata["managedFields"])
 
     async def apply_status(self, manifest: Manifest, *, manager: str) -> Manifest:
         key = (manifest["kind"], manifest["metadata"]["name"])

@@ -12,14 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagoda_operator.causes import find_cause
-from pagoda_operator.flags import (
-    API_KEYS_PATH,
-    DTYPE_FLAGS,
-    KV_CACHE_DTYPE_FLAGS,
-    PORT,
-    QUANTIZATION_FLAGS,
-    engine_args,
-)
+from pagoda_operator.flags import API_KEYS_PATH, PORT, engine_args, flag_value
 from pagoda_operator.spec import DType, KvCacheDtype, Quantization
 from pagoda_operator.testing import make_pod, make_service
 from pagoda_runtime import cli
@@ -133,12 +126,9 @@ def test_every_share_of_gpu_memory_is_exact(percent: int) -> None:
 
 
 def test_every_value_of_an_enum_is_one_of_its_flag() -> None:
-    assert set(DTYPE_FLAGS) == set(DType) - {DType.AUTO}
-    assert set(DTYPE_FLAGS.values()) | {"auto"} == set(cli.DTYPES)
-    assert set(QUANTIZATION_FLAGS) == set(Quantization) - {Quantization.AUTO}
-    assert set(QUANTIZATION_FLAGS.values()) == set(cli.QUANTIZATIONS)
-    assert set(KV_CACHE_DTYPE_FLAGS) == set(KvCacheDtype) - {KvCacheDtype.AUTO}
-    assert set(KV_CACHE_DTYPE_FLAGS.values()) | {"auto"} == set(cli.KV_CACHE_DTYPES)
+    assert {*map(flag_value, DType)} == set(cli.DTYPES)
+    assert {*map(flag_value, Quantization)} == {*cli.QUANTIZATIONS, "auto"}
+    assert {*map(flag_value, KvCacheDtype)} == set(cli.KV_CACHE_DTYPES)
 
 
 @given(

@@ -185,17 +185,15 @@ def entry(manager: str, fields: dict[str, Any], **more: Any) -> Manifest:
 
 def managed(*entries: Manifest) -> Manifest:
     ours = {"f:spec": {"f:ports": {"f:a": {}}}}
-    return {
-        "metadata": {
-            "managedFields": [entry("pagoda", ours, operation="Apply"), *entries],
-        }
-    }
+    fields = [entry("pagoda", ours, operation="Apply"), *entries]
+    return {"metadata": {"resourceVersion": "7", "managedFields": fields}}
 
 
 def test_what_others_set_is_taken_over_so_that_the_apply_removes_it() -> None:
-    fields = take_over(managed(entry("kubectl-edit", {"f:spec": {"f:ports": {"f:b": {}}}})))
-    assert fields is not None
-    (ours,) = fields
+    taken = take_over(managed(entry("kubectl-edit", {"f:spec": {"f:ports": {"f:b": {}}}})))
+    assert taken is not None
+    assert taken["resourceVersion"] == "7"
+    (ours,) = taken["managedFields"]
     assert ours["manager"] == "pagoda"
     assert ours["fieldsV1"] == {"f:spec": {"f:ports": {"f:a": {}, "f:b": {}}}}
 
@@ -215,6 +213,6 @@ def test_of_one_manager_only_what_is_ours_to_decide_is_taken() -> None:
     fields = {"f:spec": {"f:replicas": {}, "f:paused": {}}}
     taken = take_over(managed(entry("kubectl-edit", fields)))
     assert taken is not None
-    kept, ours = taken
+    kept, ours = taken["managedFields"]
     assert kept["fieldsV1"] == {"f:spec": {"f:replicas": {}}}
     assert ours["fieldsV1"]["f:spec"] == {"f:ports": {"f:a": {}}, "f:paused": {}}
