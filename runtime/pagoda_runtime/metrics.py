@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-from pagoda_runtime.engine.messages import EngineReady, RequestDelta, StepOutput
+from pagoda_runtime.engine.messages import EngineReady, EngineStats, RequestDelta, StepOutput
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -45,26 +45,7 @@ class LoadSource(Protocol):
     @property
     def ready(self) -> EngineReady | None: ...
 
-    def engine_counts(self) -> EngineCounts: ...
-
-
-class EngineCounts(Protocol):
-    """The part of `engine.messages.EngineStats` that is shown as metrics."""
-
-    @property
-    def running(self) -> int: ...
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def kv_usage(self) -> float: ...
-    @property
-    def kv_waste(self) -> float: ...
-    @property
-    def preemptions_total(self) -> int: ...
-    @property
-    def prefix_cache_queries(self) -> int: ...
-    @property
-    def prefix_cache_hits(self) -> int: ...
+    def engine_counts(self) -> EngineStats: ...
 
 
 class EngineCollector:
@@ -76,54 +57,28 @@ class EngineCollector:
 
     def collect(self) -> Iterator[Metric]:
         counts = self.source.engine_counts()
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
         kv_help = "Used part of the KV cache's blocks, 0 to 1."
-        waste_help = (
-            "Slots of held KV blocks without keys and values, over all their slots, 0 to 1."
-        )
-        gauges = (
-            (
-                "num_requests_running",
-                "Sequences that the engine runs; a request has one for each of its choices.",
-                counts.running,
-            ),
-            (
-                "num_requests_waiting",
-                "Accepted requests that do not run, those being tokenized included.",
-                counts.waiting,
-            ),
-            ("kv_cache_usage_perc", kv_help, counts.kv_usage),
-            ("kv_cache_waste_perc", waste_help, counts.kv_waste),
-            (
-                "gpu_cache_usage_perc",
-                f"Old name of kv_cache_usage_perc. {kv_help}",
-                counts.kv_usage,
-            ),
-        )
-        for name, help_text, value in gauges:
-            gauge = GaugeMetricFamily(f"vllm:{name}", help_text, labels=["model_name"])
-            gauge.add_metric([self.model_name], value)
-            yield gauge
-        counters = (
-            (
-                "prefix_cache_queries",
-                "Prompt tokens looked up in the prefix cache.",
-                counts.prefix_cache_queries,
-            ),
-            (
-                "prefix_cache_hits",
-                "Prompt tokens found in the prefix cache.",
-                counts.prefix_cache_hits,
-            ),
-            (
-                "num_preemptions",
-                "Times that a running request gave up its blocks.",
-                counts.preemptions_total,
-            ),
-        )
-        for name, help_text, value in counters:
-            counter = CounterMetricFamily(f"vllm:{name}", help_text, labels=["model_name"])
-            counter.add_metric([self.model_name], value)
-            yield counter
+        old_help = f"Old name of kv_cache_usage_perc. {kv_help}"
+        waste = "Slots of held KV blocks without keys and values, over all their slots, 0 to 1."
+        running = "Sequences that the engine runs; a request has one for each of its choices."
+        waiting = "Accepted requests that do not run, those being tokenized included."
+        queries = "Prompt tokens looked up in the prefix cache."
+        hits = "Prompt tokens found in the prefix cache."
+        preemptions = "Times that a running request gave up its blocks."
+        for family, name, help_text, value in (
+            (gauge, "num_requests_running", running, counts.running),
+            (gauge, "num_requests_waiting", waiting, counts.waiting),
+            (gauge, "kv_cache_usage_perc", kv_help, counts.kv_usage),
+            (gauge, "kv_cache_waste_perc", waste, counts.kv_waste),
+            (gauge, "gpu_cache_usage_perc", old_help, counts.kv_usage),
+            (counter, "prefix_cache_queries", queries, counts.prefix_cache_queries),
+            (counter, "prefix_cache_hits", hits, counts.prefix_cache_hits),
+            (counter, "num_preemptions", preemptions, counts.preemptions_total),
+        ):
+            metric = family(f"vllm:{name}", help_text, labels=["model_name"])
+            metric.add_metric([self.model_name], value)
+            yield metric
         yield self._cache_config()
 
     def _cache_config(self) -> Metric:
@@ -174,47 +129,29 @@ class Metrics:
         }
 
     def _add_latencies(self) -> None:
-        histogram = self._histogram
-        self.first_token = histogram(
-            "time_to_first_token_seconds",
-            "Seconds from a request's arrival to its first token.",
-            FIRST_TOKEN_SECONDS,
+        def seconds(
+            name: str, what: str, buckets: tuple[float, ...] = REQUEST_SECONDS
+        ) -> Histogram:
+            return self._histogram(f"{name}_seconds", f"Seconds {what}", buckets)
+
+        since_arrival = "from a request's arrival to its"
+        self.first_token = seconds(
+            "time_to_first_token", f"{since_arrival} first token.", FIRST_TOKEN_SECONDS
         )
-        self.inter_token = histogram(
-            "inter_token_latency_seconds",
-            "Seconds between two tokens of a request.",
+        self.inter_token = seconds(
+            "inter_token_latency", "between two tokens of a request.", TOKEN_SECONDS
+        )
+        self.per_output_token = seconds(
+            "request_time_per_output_token",
+            "per token after the first, mean of a request.",
             TOKEN_SECONDS,
         )
-        self.per_output_token = histogram(
-            "request_time_per_output_token_seconds",
-            "Seconds per token after the first, mean of a request.",
-            TOKEN_SECONDS,
-        )
-        self.e2e = histogram(
-            "e2e_request_latency_seconds",
-            "Seconds from a request's arrival to its last token.",
-            REQUEST_SECONDS,
-        )
-        self.queue = histogram(
-            "request_queue_time_seconds",
-            "Seconds from a request's arrival to its first step.",
-            REQUEST_SECONDS,
-        )
-        self.inference = histogram(
-            "request_inference_time_seconds",
-            "Seconds from a request's first step to its last token.",
-            REQUEST_SECONDS,
-        )
-        self.prefill = histogram(
-            "request_prefill_time_seconds",
-            "Seconds from a request's first step to its first token.",
-            REQUEST_SECONDS,
-        )
-        self.decode = histogram(
-            "request_decode_time_seconds",
-            "Seconds from a request's first token to its last.",
-            REQUEST_SECONDS,
-        )
+        self.e2e = seconds("e2e_request_latency", f"{since_arrival} last token.")
+        self.queue = seconds("request_queue_time", f"{since_arrival} first step.")
+        since_first_step = "from a request's first step to its"
+        self.inference = seconds("request_inference_time", f"{since_first_step} last token.")
+        self.prefill = seconds("request_prefill_time", f"{since_first_step} first token.")
+        self.decode = seconds("request_decode_time", "from a request's first token to its last.")
 
     def _add_sizes(self) -> None:
         histogram = self._histogram
