@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, NoReturn
+from math import inf
+from typing import Any, NoReturn, TypeVar
 
 from pagoda_runtime.config import BY_DEVICE, EngineConfig, ServerConfig
 from pagoda_runtime.errors import FatalError
@@ -19,7 +21,7 @@ DEFAULTS = {
     for field in fields(config)
     if field.default is not MISSING
 }
-
+N = TypeVar("N", int, float)
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
@@ -82,50 +84,30 @@ def _show_default(field: str, default: Any) -> str | None:
     return None if default in (None, ()) else str(default)
 
 
-def integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A type for argparse: an integer from low to high, both included."""
-    expected = f"an integer of at least {low}" if high is None else f"an integer {low}–{high}"
+def _number(
+    kind: Callable[[str], N], holds: Callable[[N], bool], expected: str
+) -> Callable[[str], N]:
+    """A type for argparse: a number that holds."""
 
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-        return value
+    def parse(text: str) -> N:
+        with contextlib.suppress(ValueError):
+            if holds(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
 
     return parse
 
 
-def seconds(text: str) -> float:
-    """A type for argparse: a finite number of seconds, 0 included."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
-    return value
+def integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A type for argparse: an integer from low to high, both included."""
+    if high is None:
+        return _number(int, lambda value: value >= low, f"an integer of at least {low}")
+    return _number(int, lambda value: low <= value <= high, f"an integer {low}–{high}")
 
 
-def positive_seconds(text: str) -> float:
-    """A type for argparse: a finite number of seconds above 0."""
-    value = seconds(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("'0' is not a number of seconds above 0")
-    return value
-
-
-def fraction(text: str) -> float:
-    """A type for argparse: above 0, at most 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
-    return value
+seconds = _number(float, lambda value: 0 <= value < inf, "a number of seconds, 0 or more")
+positive_seconds = _number(float, lambda value: 0 < value < inf, "a number of seconds above 0")
+fraction = _number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 
 def text_value(text: str) -> str:

@@ -11,7 +11,7 @@ from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.server import health, openai, openapi
 from pagoda_runtime.server.access import REQUEST_ID_HEADER, Access
 from pagoda_runtime.server.errors import add_error_handlers
-from pagoda_runtime.server.framing import AnswerHead, ReadTarget
+from pagoda_runtime.server.framing import ReadHead
 from pagoda_runtime.server.middleware import LOAD_HEADER, Authenticate, LimitBody, Observe
 from pagoda_runtime.server.openapi import DOCUMENTED
 from pagoda_runtime.server.state import Engine, ServerState
@@ -43,8 +43,8 @@ def create_app(state: ServerState) -> ASGIApp:
     app.include_router(openapi.make_router(are_keys_asked=state.keys.are_asked))
     add_error_handlers(app)
     paths = [route.split(" ")[1] for route in ROUTES]
-    inner: ASGIApp = Authenticate(LimitBody(AnswerHead(app), state), state.keys)
-    observed = Observe(ReadTarget(_allow_origins(inner, state.config)), state, paths)
+    inner = _allow_origins(Authenticate(LimitBody(app, state), state.keys), state.config)
+    observed = Observe(ReadHead(inner, paths), state, paths)
     return Access(observed, is_logged=not state.config.disable_access_log)
 
 

@@ -117,7 +117,8 @@ def _path(location: tuple[int | str, ...]) -> str:
     return path.removeprefix(".")
 
 
-async def _answer_api_error(request: Request, error: Exception) -> Response:
+async def _answer_error(request: Request, error: Exception) -> Response:
+    # An unknown one is raised again by starlette after the answer, and logged by uvicorn.
     return to_api_error(error).to_response()
 
 
@@ -136,13 +137,8 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     return ApiError(error.status_code, message, code=code, headers=headers).to_response()
 
 
-async def _answer_crash(request: Request, error: Exception) -> Response:
-    # Starlette raises it again after the answer, and uvicorn logs it.
-    return to_api_error(error).to_response()
-
-
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every exception in OpenAI's shape."""
-    app.add_exception_handler(PagodaError, _answer_api_error)
+    app.add_exception_handler(PagodaError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_exception_handler(Exception, _answer_crash)
+    app.add_exception_handler(Exception, _answer_error)

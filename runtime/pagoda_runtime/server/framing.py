@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pagoda_runtime.server.errors import ApiError
 
 
-class ReadTarget:
-    """Takes absolute-form targets, as proxies send them, and refuses ambiguous lengths of bodies.
+class ReadHead:
+    """Takes forms of a request's head that the routes do not know.
 
+    The target may be a whole URL, as proxies send it, and have a slash behind one of paths. HEAD is
+    answered as GET; the server leaves the body out. A body whose length is ambiguous is refused.
     Source: RFC 9112, sections 3.2.2 and 6.3.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, paths: Collection[str]) -> None:
         self.app = app
+        self.paths = frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            if is_length_ambiguous(scope):
-                await _refuse_length().to_response()(scope, receive, send)
-                return
-            scope["path"] = read_path(scope["path"])
-        await self.app(scope, receive, send)
+        if is_length_ambiguous(scope):
+            await _refuse_length().to_response()(scope, receive, send)
+            return
+        path = read_path(scope["path"])
+        # Here and not by a redirect, which behind a proxy names the wrong scheme or host.
+        plain = path.removesuffix("/")
+        scope["path"] = plain if plain in self.paths else path
+        is_head = scope["method"] == "HEAD"
+        await self.app({**scope, "method": "GET"} if is_head else scope, receive, send)
 
 
 def is_length_ambiguous(scope: Scope) -> bool:
@@ -48,14 +56,3 @@ def _refuse_length() -> ApiError:
         code="bad_http",
         headers={"connection": "close"},
     )
-
-
-class AnswerHead:
-    """Answers HEAD as GET; the server leaves the body out."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
-        await self.app({**scope, "method": "GET"} if is_head else scope, receive, send)

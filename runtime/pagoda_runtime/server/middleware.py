@@ -1,4 +1,7 @@
-"""Raw ASGI around the routes: key, size of bodies, load header, HTTP metrics."""
+"""Raw ASGI around the routes: key, size of bodies, load header, HTTP metrics.
+
+Every scope is of HTTP: the server is run without websockets and lifespan.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ OTHER = "other"
 class Observe:
     """Adds the load to every answer and counts it; closes connections while the server drains.
 
-    A slash behind one of paths is taken away.
+    Paths are told apart in metrics; all others are one.
     """
 
     def __init__(self, app: ASGIApp, state: ServerState, paths: Collection[str]) -> None:
@@ -33,14 +36,8 @@ class Observe:
         self.paths = frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         started = time.perf_counter()
         status = 500
-        # Here and not by a redirect, which behind a proxy names the wrong scheme or host.
-        if (plain := scope["path"].removesuffix("/")) in self.paths:
-            scope["path"] = plain
 
         async def send_observed(message: Message) -> None:
             nonlocal status
@@ -76,8 +73,7 @@ class Authenticate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (
-            scope["type"] != "http"
-            or not self.keys.are_asked
+            not self.keys.are_asked
             or not f"{scope['path']}/".startswith(f"{self.prefix}/")
             or self._is_allowed(scope)
         ):
@@ -109,9 +105,6 @@ class LimitBody:
         """Bytes of the bodies of open requests."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if int(announced) > self.state.max_body_bytes:
             error = self._too_large(f"The body has {int(announced)} bytes")
