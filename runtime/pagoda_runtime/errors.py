@@ -6,7 +6,10 @@
         ├── PromptTooLong               the prompt does not fit the context or the KV cache
         └── ModelNotServed              the named model is not served here: HTTP 404
 
-    QueueFull(retry_after_seconds)      too many requests wait: HTTP 429; nothing is kept
+    TryLater(message, retry_after_seconds)
+        ├── QueueFull                   too many requests wait: HTTP 429; nothing is kept
+        └── Unavailable                 the server loads or drains: HTTP 503
+
     EngineDead(message)                 the engine process is gone: HTTP 503, and the server ends
 
 A message names what was wrong, the limit, and the remedy in the user's words (a flag or a file).
@@ -44,10 +47,10 @@ USAGE_REASONS = frozenset(
         "QuantizationMismatch",
     }
 )
-
-
 # A user recognises a value by so much of it.
 MAX_SHOWN_CHARACTERS = 80
+# Long enough for some running requests to end, short enough for a person to wait.
+RETRY_AFTER_SECONDS = 2
 
 
 def shown(value: object) -> str:
@@ -79,6 +82,15 @@ class FatalError(PagodaError):
         self.message = message
 
 
+def unreadable(path: object, error: OSError) -> FatalError:
+    """What ends an engine that may not read its model."""
+    return FatalError(
+        "ModelAccessDenied",
+        f"{path} cannot be read: {error.strerror}. Give the user that runs the engine read access "
+        "to the model.",
+    )
+
+
 def exit_status(error: PagodaError) -> int:
     """Of the command that ends with this error: 2 if it was called wrongly, as shells have it."""
     return 2 if isinstance(error, FatalError) and error.reason in USAGE_REASONS else 1
@@ -101,13 +113,21 @@ class ModelNotServed(RequestError):
     """The request names a model that this server does not serve."""
 
 
-class QueueFull(PagodaError):
-    """The waiting queue is at its bound; the client may try again later."""
+class TryLater(PagodaError):
+    """The same request may be served later."""
 
-    def __init__(self, message: str, retry_after_seconds: int) -> None:
+    def __init__(self, message: str, retry_after_seconds: int = RETRY_AFTER_SECONDS) -> None:
         super().__init__(message)
         self.message = message
         self.retry_after_seconds = retry_after_seconds
+
+
+class QueueFull(TryLater):
+    """The waiting queue is at its bound: HTTP 429."""
+
+
+class Unavailable(TryLater):
+    """The server loads or drains: HTTP 503."""
 
 
 class EngineDead(PagodaError):

@@ -23,8 +23,8 @@ from pagoda_runtime.engine.messages import (
     ScheduledRow,
     TokenLogprobs,
 )
-from pagoda_runtime.engine.process import OnProgress
 from pagoda_runtime.errors import FatalError
+from pagoda_runtime.models.source import OnProgress
 from pagoda_runtime.sampling_params import SamplingParams
 
 _MASK = 2**64 - 1

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pagoda_runtime.convert import convert
-from pagoda_runtime.errors import FatalError
+from pagoda_runtime.errors import FatalError, unreadable
 
 logger = logging.getLogger("pagoda.convert")
 
@@ -25,9 +25,7 @@ def require_gguf(path: Path) -> None:
         with open(path, "rb") as file:
             magic = file.read(len(GGUF_MAGIC))
     except OSError as error:
-        raise FatalError(
-            "ModelAccessDenied", f"{path} cannot be read: {error.strerror}."
-        ) from error
+        raise unreadable(path, error) from error
     if magic != GGUF_MAGIC:
         raise FatalError(
             "ModelNotFound",

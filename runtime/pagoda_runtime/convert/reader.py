@@ -7,7 +7,7 @@ from typing import Any
 
 import gguf
 
-from pagoda_runtime.errors import FatalError
+from pagoda_runtime.errors import FatalError, unreadable
 
 
 class GgufFile:
@@ -44,8 +44,7 @@ def open_gguf(path: Path) -> GgufFile:
     except FileNotFoundError as error:
         raise FatalError("ModelNotFound", f"{path}: no such file.") from error
     except OSError as error:
-        message = f"{path} cannot be read: {error.strerror}."
-        raise FatalError("ModelAccessDenied", message) from error
+        raise unreadable(path, error) from error
     except Exception as error:  # the reader raises whatever its numpy views raise
         message = f"{path} is not a whole GGUF file ({error}). Download it again."
         raise FatalError("CorruptWeights", message) from error

@@ -9,9 +9,6 @@ from pagoda_runtime.errors import PromptTooLong, QueueFull, RequestError, shown
 from pagoda_runtime.sampling_limits import verify_token_id_fields
 from pagoda_runtime.sampling_params import SamplingParams
 
-# Long enough for some running requests to end, short enough for a person to wait.
-RETRY_AFTER_SECONDS = 2
-
 
 def verify_fits(
     prompt_token_ids: Sequence[int], sampling_params: SamplingParams, facts: EngineReady
@@ -153,6 +150,5 @@ def verify_queue_has_room(num_open: int, *, max_num_seqs: int, max_num_waiting: 
     if num_open >= max_num_seqs + max_num_waiting:
         raise QueueFull(
             f"{num_open} requests are in this engine; it runs {max_num_seqs} (--max-num-seqs) and "
-            f"lets {max_num_waiting} wait (--max-num-waiting). Try again later.",
-            retry_after_seconds=RETRY_AFTER_SECONDS,
+            f"lets {max_num_waiting} wait (--max-num-waiting). Try again later."
         )

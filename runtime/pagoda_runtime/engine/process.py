@@ -44,7 +44,7 @@ from pagoda_runtime.engine.messages import (
 from pagoda_runtime.engine.sockets import input_address, output_address
 from pagoda_runtime.errors import FatalError, QueueFull, RequestError
 from pagoda_runtime.logs import configure_logging
-from pagoda_runtime.models.source import read_ahead
+from pagoda_runtime.models.source import OnProgress, read_ahead
 
 logger = logging.getLogger("pagoda.engine")
 
@@ -69,7 +69,6 @@ class ReadyRunner(Runner, Protocol):
     def ready_facts(self) -> EngineReady: ...
 
 
-OnProgress = Callable[[str, float, float], None]
 MakeRunner = Callable[[EngineConfig, OnProgress], ReadyRunner]
 
 

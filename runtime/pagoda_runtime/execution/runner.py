@@ -37,8 +37,8 @@ from pagoda_runtime.execution.step_input import prepare_step
 from pagoda_runtime.models.check import verify_supported
 from pagoda_runtime.models.decoder import Decoder
 from pagoda_runtime.models.registry import load_model_config
-from pagoda_runtime.models.source import resolve_model
-from pagoda_runtime.models.weights import HEAD, OnProgress, load_weights, settle_by_weights
+from pagoda_runtime.models.source import OnProgress, resolve_model
+from pagoda_runtime.models.weights import HEAD, load_weights, settle_by_weights
 from pagoda_runtime.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)

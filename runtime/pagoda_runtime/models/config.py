@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pagoda_runtime.errors import FatalError
+from pagoda_runtime.errors import FatalError, unreadable
 
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 DTYPE_OF_WEIGHTS = "auto"
@@ -120,20 +120,15 @@ class ConfigFile:
     @classmethod
     def read(cls, path: Path) -> ConfigFile:
         """Raises FatalError: ModelNotFound, ModelAccessDenied or InvalidModelConfig."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        text = read_text(path)
+        if text is None:
             raise FatalError(
                 "ModelNotFound",
                 f"{path} does not exist. The model must be a folder in Hugging Face layout: "
                 "config.json, tokenizer.json and *.safetensors.",
-            ) from error
-        except OSError as error:
-            raise FatalError(
-                "ModelAccessDenied",
-                f"{path} cannot be read: {error.strerror}. "
-                "Give the user that runs the engine read access to the model folder.",
-            ) from error
+            )
+        try:
+            values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise FatalError(
                 "InvalidModelConfig",
@@ -142,6 +137,11 @@ class ConfigFile:
         if not isinstance(values, dict):
             raise FatalError("InvalidModelConfig", f"{path} must contain a JSON object.")
         return cls(path, values)
+
+    @classmethod
+    def read_optional(cls, path: Path) -> ConfigFile:
+        """One that need not be there. Raises FatalError as `read`."""
+        return cls.read(path) if path.exists() else cls(path, {})
 
     def invalid(self, key: str, value: object, expected: str) -> FatalError:
         return FatalError(
@@ -197,6 +197,20 @@ class ConfigFile:
         for key in keys:
             if self.values.get(key):
                 raise self.invalid(key, self.values[key], "absent: this engine does not support it")
+
+
+def read_text(path: Path) -> str | None:
+    """None if there is no such file. Raises: FatalError: ModelAccessDenied, InvalidModelConfig."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise FatalError(
+            "InvalidModelConfig", f"{path} is not UTF-8 text: {error}. Copy the file again."
+        ) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def is_number(value: object) -> bool:

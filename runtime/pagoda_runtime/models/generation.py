@@ -49,8 +49,7 @@ def read_generation(
         uses_defaults: whether sampling defaults are taken from generation_config.json.
     Raises: FatalError: InvalidModelConfig or ModelAccessDenied.
     """
-    path = file.path.with_name("generation_config.json")
-    generation = ConfigFile.read(path) if path.exists() else ConfigFile(path, {})
+    generation = ConfigFile.read_optional(file.path.with_name("generation_config.json"))
     ends = _find_end_tokens(file, generation)
     known = {token_id: name for token_id, name in ends.items() if token_id < config.vocab_size}
     defaults = _sampling_defaults(generation) if uses_defaults else {}

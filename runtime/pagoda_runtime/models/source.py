@@ -6,14 +6,14 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pagoda_runtime.errors import FatalError
+from pagoda_runtime.errors import FatalError, unreadable
 
-if TYPE_CHECKING:
-    from pagoda_runtime.models.weights import OnProgress
+OnProgress = Callable[[str, float, float], None]
+"""Called with a phase, percent done and bytes per second."""
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What Linux reads ahead for one call, whatever it is asked for.
@@ -53,11 +53,7 @@ def local_path(uri: str) -> Path | None:
             if path.exists():
                 return path
         except PermissionError as error:
-            raise FatalError(
-                "ModelAccessDenied",
-                f"{uri} cannot be read: {error.strerror}. Give the user that runs the engine read "
-                "access to the model.",
-            ) from error
+            raise unreadable(uri, error) from error
         except (OSError, RuntimeError) as error:
             raise FatalError("ModelNotFound", f"{uri} is not a path: {error}.") from error
         is_gguf = path.suffix == ".gguf"

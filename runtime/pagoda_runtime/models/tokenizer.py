@@ -17,8 +17,9 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from pagoda_runtime.errors import FatalError, RequestError
 from pagoda_runtime.models.chat_template import ChatTemplate
+from pagoda_runtime.models.config import read_text
 from pagoda_runtime.models.pieces import is_context_free
-from pagoda_runtime.models.tokenizer_files import TokenizerFiles, read_text
+from pagoda_runtime.models.tokenizer_files import TokenizerFiles
 
 logger = logging.getLogger(__name__)
 

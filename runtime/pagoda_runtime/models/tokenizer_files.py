@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pagoda_runtime.errors import FatalError
-from pagoda_runtime.models.config import ConfigFile
+from pagoda_runtime.models.config import ConfigFile, read_text
 
 Token = dict[str, Any]
 """Content and flags: the arguments of `tokenizers.AddedToken`."""
@@ -43,13 +42,13 @@ class TokenizerFiles:
     @classmethod
     def read(cls, folder: Path) -> TokenizerFiles:
         """Raises: FatalError: ModelAccessDenied, InvalidModelConfig."""
-        file = _read_optional(folder / SETTINGS_NAME)
+        file = ConfigFile.read_optional(folder / SETTINGS_NAME)
         settings = dict(file.values)
         if not settings.get("extra_special_tokens"):
             settings["extra_special_tokens"] = settings.pop("additional_special_tokens", None)
         has_all_added = "added_tokens_decoder" in settings
         if not has_all_added:
-            settings |= _read_optional(folder / "special_tokens_map.json").values
+            settings |= ConfigFile.read_optional(folder / "special_tokens_map.json").values
         named = _named_tokens(settings)
         extra, additional = map(settings.get, ("extra_special_tokens", "additional_special_tokens"))
         listed = _listed_tokens(extra)
@@ -79,7 +78,7 @@ def _declared_tokens(file: ConfigFile) -> dict[int, Token]:
 def _old_added_tokens(folder: Path, specials: Iterable[Token | None]) -> dict[int, Token]:
     """Those of added_tokens.json, which tells only texts and ids."""
     special_texts = {token["content"] for token in specials if token is not None}
-    file = _read_optional(folder / "added_tokens.json")
+    file = ConfigFile.read_optional(folder / "added_tokens.json")
     tokens = {}
     for text, token_id in file.values.items():
         if not isinstance(token_id, int):
@@ -144,25 +143,3 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if isinstance(stored, list):
         stored = next((t.get("template") for t in stored if t.get("name") == "default"), None)
     return stored if isinstance(stored, str) else None
-
-
-def _read_optional(path: Path) -> ConfigFile:
-    return ConfigFile.read(path) if path.exists() else ConfigFile(path, {})
-
-
-def read_text(path: Path) -> str | None:
-    """None if there is no such file. Raises: FatalError: ModelAccessDenied, InvalidModelConfig."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError as error:
-        raise FatalError(
-            "InvalidModelConfig", f"{path} is not UTF-8 text: {error}. Copy the file again."
-        ) from error
-    except OSError as error:
-        raise FatalError(
-            "ModelAccessDenied",
-            f"{path} cannot be read: {error.strerror}. "
-            "Give the user that runs the engine read access to the model folder.",
-        ) from error

@@ -5,25 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pagoda_runtime.errors import FatalError
+from pagoda_runtime.errors import FatalError, unreadable
 from pagoda_runtime.models.config import (
     DTYPE_OF_WEIGHTS,
     SUPPORTED_DTYPES,
     ConfigFile,
     ModelConfig,
 )
+from pagoda_runtime.models.source import OnProgress
 
 logger = logging.getLogger(__name__)
-
-OnProgress = Callable[[str, float, float], None]
-"""Called with a phase, percent done and bytes per second."""
 
 # Tensors that some checkpoints carry and that every engine computes itself.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -153,11 +151,7 @@ def read_tensors(
                 if names is None or name in names:
                     yield name, file.get_tensor(name)
     except PermissionError as error:
-        raise FatalError(
-            "ModelAccessDenied",
-            f"{path} cannot be read: {error.strerror}. "
-            "Give the user that runs the engine read access to the model folder.",
-        ) from error
+        raise unreadable(path, error) from error
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise FatalError(
             "CorruptWeights",

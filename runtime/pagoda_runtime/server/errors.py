@@ -19,9 +19,9 @@ from pagoda_runtime.errors import (
     PromptTooLong,
     QueueFull,
     RequestError,
+    Unavailable,
     shown,
 )
-from pagoda_runtime.server.state import Unavailable
 
 BAD_REQUEST_TYPE = "invalid_request_error"
 MAX_SHOWN_PROBLEMS = 3

@@ -12,7 +12,6 @@ import msgspec
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pagoda_runtime.engine.limits import RETRY_AFTER_SECONDS
 from pagoda_runtime.errors import QueueFull
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.server.body import MAX_HELD_BYTES
@@ -123,8 +122,7 @@ class LimitBody:
             if self.num_held > max(MAX_HELD_BYTES, self.state.max_body_bytes):
                 raise QueueFull(
                     f"The bodies of the open requests have {self.num_held} bytes, more than this "
-                    "server holds at once. Try again later.",
-                    retry_after_seconds=RETRY_AFTER_SECONDS,
+                    "server holds at once. Try again later."
                 )
             return message
 

@@ -17,27 +17,14 @@ from pagoda_runtime.server.protocol import (
 )
 from pagoda_runtime.server.state import Tokenizer
 
-# Fields of the same name and type in a body and in the parameters.
-SAME_FIELDS = (
-    "n",
-    "best_of",
-    "use_beam_search",
-    "beam_width",
-    "length_penalty",
-    "early_stopping",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "min_tokens",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "skip_special_tokens",
-    "prompt_logprobs",
+# What a body has in another form than the parameters; all else of one name is of one type.
+_CONVERTED = {
+    *("allowed_token_ids", "bad_words", "logit_bias", "max_tokens", "stop", "stop_token_ids")
+}
+SAME_FIELDS = tuple(
+    name
+    for name in SamplingParams.__struct_fields__
+    if name in GenerationRequest.model_fields and name not in _CONVERTED
 )
 
 

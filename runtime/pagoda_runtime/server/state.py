@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from pagoda_runtime.config import ServerConfig
-from pagoda_runtime.engine.limits import RETRY_AFTER_SECONDS
 from pagoda_runtime.engine.messages import (
     EngineFailed,
     EngineReady,
@@ -21,7 +20,7 @@ from pagoda_runtime.engine.messages import (
     RequestDelta,
     StepOutput,
 )
-from pagoda_runtime.errors import EngineDead, PagodaError, QueueFull
+from pagoda_runtime.errors import EngineDead, QueueFull, Unavailable
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.metrics import Metrics
 from pagoda_runtime.sampling_params import SamplingParams
@@ -40,15 +39,6 @@ PIECE_CHARACTERS = 32768
 MAX_WARNED_FIELDS = 1000
 # Clients choose the names, and what is kept of them is kept for good.
 MAX_WARNED_CHARACTERS = 100
-
-
-class Unavailable(PagodaError):
-    """The server loads or drains: HTTP 503, and the client may try again."""
-
-    def __init__(self, message: str, retry_after_seconds: int) -> None:
-        super().__init__(message)
-        self.message = message
-        self.retry_after_seconds = retry_after_seconds
 
 
 class TokenStream(Protocol):
@@ -212,8 +202,7 @@ class ServerState:
         if self.num_requests == self.max_num_requests:
             raise QueueFull(
                 f"{self.num_requests} requests are in this server, as many as its connections "
-                "allow. Try again later.",
-                retry_after_seconds=RETRY_AFTER_SECONDS,
+                "allow. Try again later."
             )
         self.num_requests += 1
         try:
@@ -232,8 +221,7 @@ class ServerState:
             raise QueueFull(
                 f"{num_open} requests are in this server and {num_prompts} would join them; it "
                 f"runs {engine_config.max_num_seqs} (--max-num-seqs) and lets "
-                f"{engine_config.max_num_waiting} wait (--max-num-waiting). Try again later.",
-                retry_after_seconds=RETRY_AFTER_SECONDS,
+                f"{engine_config.max_num_waiting} wait (--max-num-waiting). Try again later."
             )
         num_left = num_prompts
         self.num_tokenizing += num_prompts
