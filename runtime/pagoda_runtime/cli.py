@@ -317,20 +317,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. FatalErrors become last words."""
     try:
         args = build_parser().parse_args(argv)
-        config = to_server_config(args) if args.command == "serve" else None
-        if config is not None:
-            verify_start(config.engine)
-    except FatalError as error:
-        write_last_words(error.reason, error.message)
-        return exit_status(error)
-    if config is None:
-        from pagoda_runtime import batch, bench, convert
+        if args.command != "serve":
+            from pagoda_runtime import batch, bench, convert
 
-        runs = {"bench": bench.run, "convert": convert.run, "run-batch": batch.run}
-        return runs[args.command](args)
-    from pagoda_runtime.server.run import serve
+            runs = {"bench": bench.run, "convert": convert.run, "run-batch": batch.run}
+            return runs[args.command](args)
+        config = to_server_config(args)
+        verify_start(config.engine)
+        from pagoda_runtime.server.run import serve
 
-    try:
         return serve(config)
     except FatalError as error:
         write_last_words(error.reason, error.message)

@@ -159,14 +159,14 @@ class ConfigFile:
             raise self.invalid(key, value, "a positive integer")
         return value
 
-    def number(self, key: str, default: float) -> float:
-        """A positive finite number."""
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive finite number; without a default the key is required."""
         value = self.values.get(key)
-        if value is None:
+        if value is None and default is not None:
             return default
-        if not is_number(value) or not 0 < value < math.inf:
+        if not is_positive(value):
             raise self.invalid(key, value, "a positive number")
-        return float(value)
+        return float(value)  # type: ignore[arg-type]
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self.values.get(key)
@@ -215,6 +215,10 @@ def read_text(path: Path) -> str | None:
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_positive(value: object) -> bool:
+    return is_number(value) and 0 < value < math.inf  # type: ignore[operator]
 
 
 def common_fields(file: ConfigFile, default_head_dim: int | None = None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.models.config import ConfigFile, RopeConfig, is_number
+from pagoda_runtime.models.config import ConfigFile, RopeConfig, is_positive
 
 
 def read_rope(
@@ -59,65 +59,43 @@ def max_positions(file: ConfigFile, rope: RopeConfig) -> int:
     return max(named, int(rope.factor * rope.original_max_position_embeddings))
 
 
-class _Parameters:
-    """One rope's object in config.json, read with types; errors name file, key and value."""
+class _Parameters(ConfigFile):
+    """One rope's object in config.json; errors name file, key and value."""
 
     def __init__(
         self, file: ConfigFile, key: str, values: Mapping[str, Any], head_dim: int
     ) -> None:
+        super().__init__(file.path, values)
         self.file = file
         self.key = key
-        self.values = values
         self.head_dim = head_dim
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A positive finite number; without a default the key is required."""
-        value = self.values.get(name)
-        if value is None and default is not None:
-            return default
-        if not _is_positive(value):
-            raise self.file.invalid(f"{self.key}.{name}", value, "a positive number")
-        return float(value)  # type: ignore[arg-type]
+    def invalid(self, key: str, value: object, expected: str) -> FatalError:
+        return super().invalid(f"{self.key}.{key}", value, expected)
 
     @property
     def theta(self) -> float:
         theta = self.number("rope_theta")
         # The types below divide by its logarithm.
         if theta <= 1.0:
-            raise self.file.invalid(f"{self.key}.rope_theta", theta, "above 1")
+            raise self.invalid("rope_theta", theta, "above 1")
         return theta
 
     def original_positions(self) -> int:
         positions = self.file.integer("max_position_embeddings")
         original = self.number("original_max_position_embeddings", positions)
         if original < 2:
-            raise self.file.invalid(
-                f"{self.key}.original_max_position_embeddings", original, "at least 2"
-            )
+            raise self.invalid("original_max_position_embeddings", original, "at least 2")
         return int(original)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.values.get(name, default)
-        if not isinstance(value, bool):
-            raise self.file.invalid(f"{self.key}.{name}", value, "true or false")
-        return value
 
     def divisors(self, name: str) -> tuple[float, ...]:
         """A positive number for each pair of dimensions of a head."""
-        values, count = self.values.get(name), self.head_dim // 2
-        if (
-            not isinstance(values, list)
-            or len(values) != count
-            or not all(map(_is_positive, values))
-        ):
-            raise self.file.invalid(
-                f"{self.key}.{name}", values, f"a list of {count} positive numbers"
-            )
+        values: Any = self.values.get(name)
+        count = self.head_dim // 2
+        fits = isinstance(values, list) and len(values) == count and all(map(is_positive, values))
+        if not fits:
+            raise self.invalid(name, values, f"a list of {count} positive numbers")
         return tuple(map(float, values))
-
-
-def _is_positive(value: object) -> bool:
-    return is_number(value) and 0 < value < math.inf  # type: ignore[operator]
 
 
 def _default(parameters: _Parameters) -> RopeConfig:
@@ -140,9 +118,7 @@ def _dynamic(parameters: _Parameters) -> RopeConfig:
 def _llama3(parameters: _Parameters) -> RopeConfig:
     low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
     if low >= high:
-        raise parameters.file.invalid(
-            f"{parameters.key}.high_freq_factor", high, f"above low_freq_factor, {low}"
-        )
+        raise parameters.invalid("high_freq_factor", high, f"above low_freq_factor, {low}")
     factor, original = parameters.number("factor"), parameters.original_positions()
     return RopeConfig(parameters.theta, "llama3", factor, low, high, original)
 
@@ -154,13 +130,14 @@ def _yarn(parameters: _Parameters) -> RopeConfig:
     factor = parameters.number("factor", positions / original)
     fast, slow = parameters.number("beta_fast", 32.0), parameters.number("beta_slow", 1.0)
     if fast <= slow:
-        raise parameters.file.invalid(
-            f"{parameters.key}.beta_fast", fast, f"above beta_slow, {slow}"
-        )
+        raise parameters.invalid("beta_fast", fast, f"above beta_slow, {slow}")
     growth = _yarn_scale(factor, 1.0)
     if parameters.values.get("mscale") and parameters.values.get("mscale_all_dim"):
         growth = _yarn_scale(factor, parameters.number("mscale"))
         growth /= _yarn_scale(factor, parameters.number("mscale_all_dim"))
+    truncate = parameters.values.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise parameters.invalid("truncate", truncate, "true or false")
     return RopeConfig(
         parameters.theta,
         "yarn",
@@ -169,7 +146,7 @@ def _yarn(parameters: _Parameters) -> RopeConfig:
         attention_factor=parameters.number("attention_factor", growth),
         beta_fast=fast,
         beta_slow=slow,
-        truncate=parameters.boolean("truncate", True),
+        truncate=truncate,
     )
 
 

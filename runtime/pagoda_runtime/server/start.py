@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -57,12 +58,13 @@ async def start(state: ServerState, body: GenerationRequest, arrival: float) -> 
     num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
     _verify_num_sequences(state, num_prompts, params)
     _verify_num_ids(num_prompts, params)
-    plan = _Plan(state, body, tokenizer, params, ready, arrival)
+    kind = "chatcmpl" if isinstance(body, ChatCompletionRequest) else "cmpl"
+    plan = _Plan(state, body, tokenizer, params, ready, arrival, f"{kind}-{uuid.uuid4().hex}")
     generations: list[Generation] = []
     try:
         with state.tokenizing(num_prompts) as enter:
-            prompts = await _encode(state, tokenizer, ready, body)
-            echoes = await _make_echoes(state, tokenizer, ready, body, prompts, params)
+            prompts = await plan.encode()
+            echoes = await plan.make_echoes(prompts)
             for number, (prompt, echo) in enumerate(zip(prompts, echoes, strict=True)):
                 if number:
                     # Many prompts must not hold up the streams of others.
@@ -90,28 +92,45 @@ async def start(state: ServerState, body: GenerationRequest, arrival: float) -> 
     )
 
 
+@dataclass(frozen=True, slots=True)
 class _Plan:
     """What the prompts of one request share."""
 
-    def __init__(
-        self,
-        state: ServerState,
-        body: GenerationRequest,
-        tokenizer: Tokenizer,
-        params: SamplingParams,
-        ready: EngineReady,
-        arrival: float,
-    ) -> None:
-        self.state = state
-        self.body = body
-        self.tokenizer = tokenizer
-        self.params = params
-        self.ready = ready
-        self.arrival = arrival
-        kind = "chatcmpl" if isinstance(body, ChatCompletionRequest) else "cmpl"
-        self.id = f"{kind}-{uuid.uuid4().hex}"
-        # Of beams only those come from the engine that are returned.
-        self.num_choices = params.n if params.use_beam_search else params.num_sequences
+    state: ServerState
+    body: GenerationRequest
+    tokenizer: Tokenizer
+    params: SamplingParams
+    ready: EngineReady
+    arrival: float
+    id: str
+
+    @property
+    def num_choices(self) -> int:
+        """Of each prompt; of beams only those come from the engine that are returned."""
+        return self.params.n if self.params.use_beam_search else self.params.num_sequences
+
+    async def encode(self) -> list[list[int]]:
+        """The token ids of each prompt."""
+        state, body, limits = self.state, self.body, TextLimits.of(self.ready, self.body)
+        if isinstance(body, ChatCompletionRequest):
+            return [await encode_chat(state, self.tokenizer, body, limits)]
+        assert isinstance(body, CompletionRequest)
+        return await encode_prompts(state, self.tokenizer, body.prompt, limits)
+
+    async def make_echoes(self, prompts: Sequence[Sequence[int]]) -> list[Echo | None]:
+        """What the choices of each prompt begin with."""
+        state, body, params = self.state, self.body, self.params
+        if not is_echo(body):
+            return [None] * len(prompts)
+        assert isinstance(body, CompletionRequest)
+        for token_ids in prompts:
+            # What the engine refuses need not be decoded before.
+            verify_fits(token_ids, params, self.ready)
+        limits = TextLimits.of(self.ready, body)
+        return [
+            await make_echo(state, self.tokenizer, given, token_ids, params=params, limits=limits)
+            for given, token_ids in zip(body.prompt, prompts, strict=True)
+        ]
 
     def start_prompt(self, number: int, prompt: Sequence[int], echo: Echo | None) -> Generation:
         """Hand one prompt to the engine."""
@@ -177,37 +196,6 @@ def _verify_num_ids(num_prompts: int, params: SamplingParams) -> None:
             f"each of {num_prompts} prompts; {MAX_TOKEN_IDS} fit in sum. Send fewer in a request.",
             param="prompt" if num_prompts > 1 else None,
         )
-
-
-async def _encode(
-    state: ServerState, tokenizer: Tokenizer, ready: EngineReady, body: GenerationRequest
-) -> list[list[int]]:
-    limits = TextLimits.of(ready, body)
-    if isinstance(body, ChatCompletionRequest):
-        return [await encode_chat(state, tokenizer, body, limits)]
-    assert isinstance(body, CompletionRequest)
-    return await encode_prompts(state, tokenizer, body.prompt, limits)
-
-
-async def _make_echoes(
-    state: ServerState,
-    tokenizer: Tokenizer,
-    ready: EngineReady,
-    body: GenerationRequest,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
-) -> list[Echo | None]:
-    if not is_echo(body):
-        return [None] * len(prompts)
-    assert isinstance(body, CompletionRequest)
-    for token_ids in prompts:
-        # What the engine refuses need not be decoded before.
-        verify_fits(token_ids, params, ready)
-    limits = TextLimits.of(ready, body)
-    return [
-        await make_echo(state, tokenizer, given, token_ids, params=params, limits=limits)
-        for given, token_ids in zip(body.prompt, prompts, strict=True)
-    ]
 
 
 def _limit(
