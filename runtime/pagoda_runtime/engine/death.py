@@ -9,37 +9,17 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+from pagoda_runtime.engine.cgroup import cgroup_folders, read_counters
 from pagoda_runtime.engine.messages import EngineFailed
 
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUPS = Path("/proc/self/cgroup")
 
-
-def count_oom_kills(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
+def count_oom_kills(root: Path = Path("/")) -> int:
     """How often the kernel killed a process of this cgroup for its memory; 0 where unknown."""
-    for path in _counters(cgroups, own):
-        try:
-            lines = path.read_text().splitlines()
-        except OSError:
-            continue
-        return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    for folder in cgroup_folders(root, "memory"):
+        for name in ("memory.events", "memory.oom_control"):
+            if counters := read_counters(folder / name):
+                return counters.get("oom_kill", 0)
     return 0
-
-
-def _counters(cgroups: Path, own: Path) -> list[Path]:
-    """The files that may count, of cgroup v2 and v1; the mount may begin at the own cgroup."""
-    try:
-        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
-    except OSError:
-        lines = []
-    paths = {controllers: path.strip("/") for _, controllers, path in lines}
-    v2, v1 = paths.get("", ""), paths.get("memory", "")
-    return [
-        cgroups / v2 / "memory.events",
-        cgroups / "memory.events",
-        cgroups / "memory" / v1 / "memory.oom_control",
-        cgroups / "memory" / "memory.oom_control",
-    ]
 
 
 def describe_exit(status: int, is_out_of_memory: bool) -> EngineFailed:

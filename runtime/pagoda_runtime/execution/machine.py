@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
+from pagoda_runtime.engine.cgroup import cgroup_folders, read_counters
+
 _UNLIMITED = 1 << 60
 
 
 def allowed_cores(root: Path = Path("/")) -> int:
     """Cores this process may use at once: its CPU set and the cgroup's quota, at least 1."""
     cores = len(os.sched_getaffinity(0))
-    for folder in _cgroup_folders(root, "cpu"):
+    for folder in cgroup_folders(root, "cpu"):
         quota = _read_cpu_quota(folder)
         if quota is not None:
             cores = min(cores, max(1, int(quota)))
@@ -27,13 +29,16 @@ def free_memory_bytes(root: Path = Path("/")) -> int:
     for line in (root / "proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    for folder in _cgroup_folders(root, "memory"):
+    for folder in cgroup_folders(root, "memory"):
         limit = _read_int(folder, "memory.max", "memory.limit_in_bytes")
         usage = _read_int(folder, "memory.current", "memory.usage_in_bytes")
         if limit is None or usage is None or limit >= _UNLIMITED:
             continue
         # Pages of files are reclaimed when memory is needed; the model's own mapped file is such.
-        reclaimable = _read_stat(folder, "inactive_file", "total_inactive_file")
+        counters = read_counters(folder / "memory.stat")
+        # v1 counts the cgroup alone in inactive_file and its children too in total_inactive_file.
+        names = ("inactive_file", "total_inactive_file")
+        reclaimable = max(counters.get(name, 0) for name in names)
         free = min(free, max(0, limit - usage + reclaimable))
     return free
 
@@ -66,28 +71,6 @@ def memory_bandwidth_gbps(num_bytes: int = 1 << 28) -> float:
     return num_bytes / best / 1e9
 
 
-def _cgroup_folders(root: Path, controller: str) -> list[Path]:
-    """The cgroup of this process and its parents, for v1 and v2."""
-    folders: list[Path] = []
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return folders
-    mount = root / "sys/fs/cgroup"
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        base = mount / controller if controllers else mount
-        # In a container the path may be the host's; the mount itself is then the container's own.
-        folder = base / path.lstrip("/")
-        while folder != base and base in folder.parents:
-            folders.append(folder)
-            folder = folder.parent
-        folders.append(base)
-    return [folder for folder in folders if folder.is_dir()]
-
-
 def _read_cpu_quota(folder: Path) -> float | None:
     try:
         quota, period = (folder / "cpu.max").read_text().split()
@@ -108,14 +91,3 @@ def _read_int(folder: Path, *names: str) -> int | None:
         except (OSError, ValueError):
             continue
     return None
-
-
-def _read_stat(folder: Path, *names: str) -> int:
-    try:
-        fields = dict(
-            line.split(maxsplit=1) for line in (folder / "memory.stat").read_text().splitlines()
-        )
-    except (OSError, ValueError):
-        return 0
-    # v1 counts the cgroup alone in inactive_file and its children too in total_inactive_file.
-    return max((int(fields[name]) for name in names if name in fields), default=0)

@@ -89,15 +89,17 @@ def test_an_exit_without_a_word_is_explained_by_its_status(status, is_out_of_mem
     ],
 )
 def test_oom_kills_are_counted_under_either_version_of_cgroups(tmp_path, own, counter):
-    (tmp_path / "own").write_text(own)
-    file = tmp_path / "cgroup" / counter
-    file.parent.mkdir(parents=True)
-    file.write_text("oom 3\noom_kill 2\noom_group_kill 1\n")
-    assert count_oom_kills(tmp_path / "cgroup", tmp_path / "own") == 2
+    for name, text in (
+        ("proc/self/cgroup", own),
+        (f"sys/fs/cgroup/{counter}", "oom 3\noom_kill 2\noom_group_kill 1\n"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    assert count_oom_kills(tmp_path) == 2
 
 
 def test_a_machine_without_cgroups_counts_no_kills(tmp_path):
-    assert count_oom_kills(tmp_path, tmp_path / "own") == 0
+    assert count_oom_kills(tmp_path) == 0
 
 
 def test_a_limit_of_the_address_space_is_named():
