@@ -13,12 +13,7 @@ from dataclasses import dataclass, field
 
 from pagoda_operator.contest import Edit
 from pagoda_operator.names import KIND, ChildRef, Manifest
-from pagoda_operator.ownership import (
-    describe_rivals,
-    is_made_by_us,
-    is_scaled_by_us,
-    take_over,
-)
+from pagoda_operator.ownership import describe_rivals, is_made_by_us, is_scaled_by_us, take_over
 from pagoda_operator.render import render_children
 from pagoda_operator.spec import LLMService
 

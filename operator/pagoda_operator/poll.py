@@ -19,13 +19,7 @@ import aiohttp
 from pagoda_operator.causes import is_ready
 from pagoda_operator.flags import PORT
 from pagoda_operator.names import Key, Manifest
-from pagoda_operator.scaling import (
-    PodLoad,
-    ScalingPolicy,
-    ScalingState,
-    decide,
-    initial_target,
-)
+from pagoda_operator.scaling import PodLoad, ScalingPolicy, ScalingState, decide, initial_target
 from pagoda_operator.spec import LLMService
 from pagoda_operator.telemetry import Telemetry
 

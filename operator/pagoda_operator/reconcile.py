@@ -17,13 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pagoda_operator.autoscaling import autoscaling_condition
-from pagoda_operator.causes import (
-    CRASHES_UNTIL_STALLED,
-    Cause,
-    failed_pods,
-    find_cause,
-    shorten,
-)
+from pagoda_operator.causes import CRASHES_UNTIL_STALLED, Cause, failed_pods, find_cause, shorten
 from pagoda_operator.cluster import (
     ApiError,
     Cluster,
@@ -44,12 +38,7 @@ from pagoda_operator.names import (
 )
 from pagoda_operator.observe import World, list_warnings, seconds_to_next_look
 from pagoda_operator.ownership import replicas_owner
-from pagoda_operator.plan import (
-    Observed,
-    Plan,
-    is_controlled_by,
-    make_plan,
-)
+from pagoda_operator.plan import Observed, Plan, is_controlled_by, make_plan
 from pagoda_operator.poll import Poller
 from pagoda_operator.render import render_children, revision_of
 from pagoda_operator.spec import LLMService, SpecError, parse

@@ -12,14 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pagoda_operator.cluster import Conflict, NotFound
-from pagoda_operator.names import (
-    API_VERSION,
-    KIND,
-    LABEL_REVISION,
-    Key,
-    Manifest,
-    common_labels,
-)
+from pagoda_operator.names import API_VERSION, KIND, LABEL_REVISION, Key, Manifest, common_labels
 from pagoda_operator.spec import LLMService, parse
 
 KEY = Key("team", "chat")
@@ -168,5 +161,5 @@ class MemoryCluster:
             return
         entry = {"manager": manager, "operation": "Apply"}
         stored["metadata"]["managedFields"] = [
-            {**entry, "fieldsV1": {"f:spec": {"f:replicas": {}}}},
+            {**entry, "fieldsV1": {"f:spec": {"f:replicas": {}}}}
         ]

@@ -89,9 +89,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="requests that may wait; one more is answered with 429",
     )
     flags.add(
-        "--max-num-batched-tokens",
-        type=integer(1),
-        help="tokens of one step, over all requests",
+        "--max-num-batched-tokens", type=integer(1), help="tokens of one step, over all requests"
     )
     flags.add(
         "--long-prefill-token-threshold",
@@ -199,9 +197,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         help="seconds after SIGTERM in which new requests are still served",
     )
     flags.add(
-        "--drain-seconds",
-        type=seconds,
-        help="seconds that running requests then have to finish",
+        "--drain-seconds", type=seconds, help="seconds that running requests then have to finish"
     )
     flags.add("--log-level", choices=LOG_LEVELS, help="least level that server and engine log")
     flags.add(
@@ -223,9 +219,7 @@ def add_browser_flags(parser: argparse.ArgumentParser) -> None:
         help="origins of pages that may call this server, such as https://example.org, or *",
     )
     flags.add(
-        "--allow-credentials",
-        action="store_true",
-        help="such pages may send cookies; not with *",
+        "--allow-credentials", action="store_true", help="such pages may send cookies; not with *"
     )
     for name in ("--allowed-methods", "--allowed-headers"):
         flags.add(

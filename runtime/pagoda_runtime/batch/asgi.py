@@ -22,10 +22,7 @@ async def post(app: ASGIApp, path: str, body: bytes) -> tuple[int, bytes]:
         "raw_path": path.encode(),
         "root_path": "",
         "query_string": b"",
-        "headers": [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-        ],
+        "headers": [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))],
     }
     is_sent = False
     status = 0

@@ -114,9 +114,7 @@ def _checks(urls: Collection[str]) -> tuple[tuple[str, Callable[[object], bool],
 
 
 def pending(
-    lines: Iterator[Line | BadLine],
-    done_ids: Container[str],
-    done_numbers: Container[int],
+    lines: Iterator[Line | BadLine], done_ids: Container[str], done_numbers: Container[int]
 ) -> Iterator[Line | BadLine]:
     """The lines that have no result yet."""
     for line in lines:

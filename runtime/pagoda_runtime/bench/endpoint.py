@@ -149,10 +149,7 @@ async def measure(
     """Send one streaming request and record it; failures are part of the record."""
     record = RequestRecord(started=time.perf_counter())
     try:
-        async with (
-            asyncio.timeout(timeout_seconds),
-            client.request("POST", path, body) as answer,
-        ):
+        async with asyncio.timeout(timeout_seconds), client.request("POST", path, body) as answer:
             if answer.status != 200:
                 detail = show_error(await answer.read_all())
                 raise _StreamFailed(f"HTTP {answer.status}", detail)

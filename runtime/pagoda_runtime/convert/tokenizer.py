@@ -104,11 +104,7 @@ def build_tokenizer_files(file: GgufFile, *, chat_template: str | None) -> dict[
 def _sentencepiece_bpe(file: GgufFile, tokens: list[str], types: list[int]) -> dict[str, Any]:
     scores = file.get("tokenizer.ggml.scores", required=True)
     add_prefix = file.get("tokenizer.ggml.add_space_prefix", True)
-    replace_space: dict[str, Any] = {
-        "type": "Replace",
-        "pattern": {"String": " "},
-        "content": "▁",
-    }
+    replace_space: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     normalizer = (
         {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace_space]}
         if add_prefix

@@ -18,10 +18,7 @@ import zmq
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.death import count_oom_kills, describe_exit
 from pagoda_runtime.engine.environment import engine_environment
-from pagoda_runtime.engine.limits import (
-    verify_fits,
-    verify_queue_has_room,
-)
+from pagoda_runtime.engine.limits import verify_fits, verify_queue_has_room
 from pagoda_runtime.engine.messages import (
     AbortRequests,
     EngineFailed,
@@ -238,11 +235,7 @@ class EngineClient:
         # Its standard output is this process's standard error: a library's chatter must not end up
         # in what a user's program prints.
         self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=2,
-            bufsize=0,
-            env=engine_environment(os.environ),
+            command, stdin=subprocess.PIPE, stdout=2, bufsize=0, env=engine_environment(os.environ)
         )
         assert self._process.stdin is not None
         # A process that is dead already is noticed below, as any other death.

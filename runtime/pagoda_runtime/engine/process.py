@@ -142,10 +142,7 @@ def _add(core: EngineCore, request: EngineRequest) -> list[RequestDelta]:
         logger.error("Request %s was refused by the engine: %s", request.request_id, error)
         return [
             RequestDelta(
-                request_id=request.request_id,
-                new_token_ids=[],
-                finish_reason="abort",
-                is_last=True,
+                request_id=request.request_id, new_token_ids=[], finish_reason="abort", is_last=True
             )
         ]
     return []

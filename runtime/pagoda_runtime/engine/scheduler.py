@@ -154,9 +154,7 @@ class Scheduler:
             block_size=pool.block_size,
         )
         verify_queue_has_room(
-            len(self.requests),
-            max_num_seqs=self.max_num_seqs,
-            max_num_waiting=self.max_num_waiting,
+            len(self.requests), max_num_seqs=self.max_num_seqs, max_num_waiting=self.max_num_waiting
         )
         self.requests[request.request_id] = request
         self._enqueue(request.start(self._make_beams(request)))

@@ -45,11 +45,7 @@ logger = logging.getLogger(__name__)
 
 # Beyond the caches, and measured in less than 0.1 s.
 _PROBED_BYTES = 1 << 28
-_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _NOTHING = RowOutput()
 # Rows of a prompt whose logits are computed at once for prompt_logprobs.
 _PROMPT_LOGPROBS_ROWS = 64
@@ -73,9 +69,7 @@ class ModelRunner:
         with _timed("Finding the model"):
             folder = resolve_model(config.model, config.revision, on_progress)
         model_config = load_model_config(
-            folder,
-            quantization=config.quantization,
-            generation_config=config.generation_config,
+            folder, quantization=config.quantization, generation_config=config.generation_config
         )
         for level, note in model_config.notes:
             logger.log(level, note)
@@ -162,8 +156,7 @@ class ModelRunner:
             if row.prompt_targets:
                 first = prepared.first_tokens[index]
                 outputs[index] = msgspec.structs.replace(
-                    outputs[index],
-                    prompt_logprobs=self._prompt_logprobs(hidden[first:], row),
+                    outputs[index], prompt_logprobs=self._prompt_logprobs(hidden[first:], row)
                 )
         return outputs
 

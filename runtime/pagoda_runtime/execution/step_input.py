@@ -39,8 +39,7 @@ def prepare_step(
 ) -> PreparedStep:
     """Lay out the rows' tokens one after the other, decode rows first, shortest first."""
     order = sorted(
-        range(len(rows)),
-        key=lambda index: (len(rows[index].token_ids) > 1, rows[index].start),
+        range(len(rows)), key=lambda index: (len(rows[index].token_ids) > 1, rows[index].start)
     )
     ordered = [rows[index] for index in order]
     query_lens = [len(row.token_ids) for row in ordered]

@@ -132,11 +132,7 @@ def _to_json(
 ) -> str:
     # Jinja's own filter escapes HTML, which a prompt must not.
     return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 

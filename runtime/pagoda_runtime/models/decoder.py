@@ -71,11 +71,7 @@ class DecoderLayer:
                 norm.after_loading()
 
     def __call__(
-        self,
-        hidden: torch.Tensor,
-        angles: RotaryAngles,
-        kv_cache: torch.Tensor,
-        step: StepInput,
+        self, hidden: torch.Tensor, angles: RotaryAngles, kv_cache: torch.Tensor, step: StepInput
     ) -> None:
         """Add this layer's two parts to hidden, [num_tokens, hidden_size] fp32, in place."""
         attended = self.self_attn(

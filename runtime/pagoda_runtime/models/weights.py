@@ -13,12 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pagoda_runtime.errors import FatalError, unreadable
-from pagoda_runtime.models.config import (
-    DTYPE_OF_WEIGHTS,
-    SUPPORTED_DTYPES,
-    ConfigFile,
-    ModelConfig,
-)
+from pagoda_runtime.models.config import DTYPE_OF_WEIGHTS, SUPPORTED_DTYPES, ConfigFile, ModelConfig
 from pagoda_runtime.models.source import OnProgress
 
 logger = logging.getLogger(__name__)

@@ -26,10 +26,7 @@ import uvicorn
 
 from pagoda_runtime.cli import parse_serve_args
 from pagoda_runtime.config import EngineConfig, ServerConfig
-from pagoda_runtime.engine.limits import (
-    verify_fits,
-    verify_queue_has_room,
-)
+from pagoda_runtime.engine.limits import verify_fits, verify_queue_has_room
 from pagoda_runtime.engine.messages import (
     EngineFailed,
     EngineReady,
