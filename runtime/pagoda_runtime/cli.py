@@ -31,9 +31,10 @@ from pagoda_runtime.flags import (
 from pagoda_runtime.keys import environment_keys
 from pagoda_runtime.last_words import write_last_words
 from pagoda_runtime.models.check import verify_start
+from pagoda_runtime.models.config import SUPPORTED_DTYPES
 from pagoda_runtime.sampling_params import MAX_SEED
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPES = ("auto", *SUPPORTED_DTYPES)
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("none", "awq", "gptq", "fp8", "int8", "int4", "exl2", "compressed-tensors")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")

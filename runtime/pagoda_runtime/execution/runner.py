@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 # Beyond the caches, and measured in less than 0.1 s.
 _PROBED_BYTES = 1 << 28
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _NOTHING = RowOutput()
 # Rows of a prompt whose logits are computed at once for prompt_logprobs.
 _PROMPT_LOGPROBS_ROWS = 64
@@ -75,7 +74,7 @@ class ModelRunner:
             logger.log(level, note)
         self.model_config = settle_by_weights(model_config, folder)
         dtype_name = self.model_config.dtype if config.dtype == "auto" else config.dtype
-        self.dtype = _DTYPES[dtype_name]
+        self.dtype: torch.dtype = getattr(torch, dtype_name)
         _require_quantizable(self.model_config.quantization, self.dtype, self.device)
         with _timed("Loading the weights"), torch.inference_mode():
             self.model = self._load_model(folder, config, on_progress)

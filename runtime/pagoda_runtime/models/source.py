@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from pagoda_runtime.errors import FatalError, unreadable
@@ -160,11 +161,13 @@ def _progress_bar(on_progress: OnProgress) -> type[Any]:
     """A bar for the hub's client that tells the listener instead of the screen."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
+    nowhere = SimpleNamespace(write=lambda text: None, flush=lambda: None)
+
     class ProgressBar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.counts_bytes = kwargs.get("unit") == "B"
             kwargs.pop("name", None)
-            super().__init__(*args, **{**kwargs, "disable": False, "file": _Nowhere()})
+            super().__init__(*args, **{**kwargs, "disable": False, "file": nowhere})
 
         def update(self, n: float | None = 1) -> bool | None:
             result = super().update(n)
@@ -174,11 +177,3 @@ def _progress_bar(on_progress: OnProgress) -> type[Any]:
             return result
 
     return ProgressBar
-
-
-class _Nowhere:
-    def write(self, text: str) -> None:
-        """Drop it."""
-
-    def flush(self) -> None:
-        """Nothing is kept."""
