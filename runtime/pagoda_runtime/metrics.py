@@ -7,7 +7,7 @@ series exists at 0 from the start. What the engine counts itself is read when so
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
@@ -226,14 +226,12 @@ class RequestClock:
         *,
         num_prompt_tokens: int,
         max_tokens: int,
-        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = metrics
         self.arrival = arrival
         self.num_prompt_tokens = num_prompt_tokens
         self.max_tokens = max_tokens
         self.num_tokens = 0
-        self.now = now
         self._queue_seconds = 0.0
         self._first = self._last = arrival
         self._last_of_choice: dict[int, float] = {}
@@ -246,7 +244,7 @@ class RequestClock:
             self.metrics.prompt_tokens.inc(self.num_prompt_tokens)
         if not num_new:
             return
-        now, metrics = self.now(), self.metrics
+        now, metrics = time.monotonic(), self.metrics
         if not self._last_of_choice:
             self._first = now
             metrics.first_token.observe(now - self.arrival)

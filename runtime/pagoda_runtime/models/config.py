@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,47 +150,33 @@ class ConfigFile:
             "Correct the file, or download the model again.",
         )
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer; without a default the key is required."""
+    def read_value(
+        self, key: str, default: Any, holds: Callable[[Any], bool], expected: str
+    ) -> Any:
+        """A value that holds, or the default; with a default of None the key is required."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.invalid(key, value, "a positive integer")
+        if not holds(value):
+            raise self.invalid(key, value, expected)
         return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A positive integer; without a default the key is required."""
+        return self.read_value(key, default, _is_positive_integer, "a positive integer")
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number; without a default the key is required."""
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        if not is_positive(value):
-            raise self.invalid(key, value, "a positive number")
-        return float(value)  # type: ignore[arg-type]
+        return float(self.read_value(key, default, is_positive, "a positive number"))
 
     def boolean(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.invalid(key, value, "true or false")
-        return value
+        return self.read_value(key, default, lambda v: isinstance(v, bool), "true or false")
 
     def choice(self, key: str, default: str, choices: tuple[str, ...]) -> str:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if value not in choices:
-            raise self.invalid(key, value, f"one of {', '.join(choices)}")
-        return str(value)
+        return self.read_value(key, default, choices.__contains__, f"one of {', '.join(choices)}")
 
     def mapping(self, key: str) -> Mapping[str, Any]:
-        value = self.values.get(key)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise self.invalid(key, value, "an object")
-        return value
+        return self.read_value(key, {}, lambda v: isinstance(v, dict), "an object")
 
     def require_absent(self, *keys: str) -> None:
         """Refuse settings that change the result and that this engine does not compute."""
@@ -219,6 +205,10 @@ def is_number(value: object) -> bool:
 
 def is_positive(value: object) -> bool:
     return is_number(value) and 0 < value < math.inf  # type: ignore[operator]
+
+
+def _is_positive_integer(value: object) -> bool:
+    return is_positive(value) and isinstance(value, int)
 
 
 def common_fields(file: ConfigFile, default_head_dim: int | None = None) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from pagoda_runtime.engine.messages import TokenLogprobs
+from pagoda_runtime.server.state import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # JSON has no infinity; it stands for a probability of 0.
@@ -23,16 +24,6 @@ class ShownToken(msgspec.Struct, frozen=True):
     logprobs: TokenLogprobs | None
 
 
-class Pieces(Protocol):
-    """What is asked of a tokenizer (`models.tokenizer.Tokenizer`)."""
-
-    def piece(self, token_id: int, /) -> str | None: ...
-
-    def token_text(self, token_id: int) -> str: ...
-
-    def token_bytes(self, token_id: int) -> bytes: ...
-
-
 class LogprobsWriter:
     """Writes the logprobs of one answer.
 
@@ -42,7 +33,7 @@ class LogprobsWriter:
         as_token_ids: tokens are `token_id:42` and not their text.
     """
 
-    def __init__(self, tokenizer: Pieces, *, num_top: int, as_token_ids: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, num_top: int, as_token_ids: bool = False) -> None:
         self._tokenizer = tokenizer
         self._num_top = num_top
         self._as_token_ids = as_token_ids
