@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import logging
 
-import msgspec
 from fastapi import FastAPI
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from pagoda_runtime.server.access import Access
-from pagoda_runtime.server.errors import add_error_handlers
+from pagoda_runtime.server.errors import add_error_handlers, json_response
 from pagoda_runtime.server.middleware import Authenticate
 from pagoda_runtime.server.state import ServerState
 
@@ -28,8 +27,7 @@ def create_admin_app(state: ServerState) -> ASGIApp:
         state.loaded()
         num_blocks = await state.engine.reset_prefix_cache()
         logger.info("The prefix cache was emptied: %d blocks.", num_blocks)
-        content = msgspec.json.encode({"num_blocks": num_blocks})
-        return Response(content, media_type="application/json")
+        return json_response({"num_blocks": num_blocks})
 
     app.add_api_route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"])
     add_error_handlers(app)

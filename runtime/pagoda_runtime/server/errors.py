@@ -59,7 +59,13 @@ class ApiError(PagodaError):
         return msgspec.json.encode(self.body)
 
     def to_response(self) -> Response:
-        return Response(self.encode(), self.status, self.headers, media_type="application/json")
+        return json_response(self.body, self.status, self.headers)
+
+
+def json_response(
+    value: object, status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
 
 
 def to_api_error(error: Exception) -> ApiError:

@@ -6,11 +6,11 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter
 from starlette.responses import Response
 
 from pagoda_runtime.metrics import CONTENT_TYPE
+from pagoda_runtime.server.errors import json_response
 from pagoda_runtime.server.state import LOADING_RETRY_SECONDS, ServerState
 
 
@@ -81,9 +81,4 @@ def find_obstacle(state: ServerState) -> str | None:
 
 def _json(value: dict[str, Any], *, ok: bool = True) -> Response:
     headers = {} if ok else {"retry-after": str(LOADING_RETRY_SECONDS)}
-    return Response(
-        msgspec.json.encode(value),
-        200 if ok else 503,
-        headers=headers,
-        media_type="application/json",
-    )
+    return json_response(value, 200 if ok else 503, headers)

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
 
-import msgspec
 from fastapi import APIRouter
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
@@ -17,7 +16,7 @@ from starlette.responses import Response
 from pagoda_runtime.errors import ModelNotServed, shown
 from pagoda_runtime.server.answer import collect, stream
 from pagoda_runtime.server.body import verify_shape
-from pagoda_runtime.server.errors import describe_validation
+from pagoda_runtime.server.errors import describe_validation, json_response
 from pagoda_runtime.server.generation import close_all
 from pagoda_runtime.server.protocol import (
     ChatCompletionRequest,
@@ -48,11 +47,11 @@ def make_router(state: ServerState) -> APIRouter:
 
     async def list_models() -> Response:
         models = [_describe_model(state, name) for name in state.model_names]
-        return _json({"object": "list", "data": models})
+        return json_response({"object": "list", "data": models})
 
     async def show_model(model: str) -> Response:
         _verify_model(state, model)
-        return _json(_describe_model(state, model))
+        return json_response(_describe_model(state, model))
 
     router.add_api_route("/completions", complete, methods=["POST"])
     router.add_api_route("/chat/completions", chat, methods=["POST"])
@@ -85,7 +84,7 @@ async def _answer(state: ServerState, request: Request, body_class: type[Body]) 
                     await close_all(answer.generations)
 
                 return EventStream(stream(answer), close)
-            return _json(await run_while_connected(request.receive, collect(answer)))
+            return json_response(await run_while_connected(request.receive, collect(answer)))
         except ClientDisconnected:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
 
@@ -123,7 +122,3 @@ def _describe_model(state: ServerState, name: str) -> dict[str, Any]:
         "parent": None,
         "max_model_len": ready.max_model_len,
     }
-
-
-def _json(value: dict[str, Any]) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

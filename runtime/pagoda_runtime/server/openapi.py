@@ -8,7 +8,6 @@ from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -16,6 +15,7 @@ from starlette.responses import Response
 
 from pagoda_runtime.server import answers, protocol
 from pagoda_runtime.server.docs_page import render_page
+from pagoda_runtime.server.errors import json_response
 
 Json = dict[str, Any]
 
@@ -86,8 +86,7 @@ def make_router(*, are_keys_asked: bool) -> APIRouter:
 
     # Not coroutines: the first call takes some 50 ms, which a thread spends beside the streams.
     def show_document() -> Response:
-        content = msgspec.json.encode(build_document(are_keys_asked=are_keys_asked))
-        return Response(content, media_type="application/json")
+        return json_response(build_document(are_keys_asked=are_keys_asked))
 
     def show_docs() -> Response:
         page = render_page(build_document(are_keys_asked=are_keys_asked))
