@@ -247,6 +247,21 @@ class Rival:
             patch(self._kubectl, self._child, self._change, "--field-manager=rival")
 
 
+def test_restarts_by_kubectl_are_no_fight(team: Kubectl, operator: OperatorProcess) -> None:
+    start_service(team, "restarts")
+    reasons = set()
+    for _ in range(4):
+        # kubectl refuses a second restart within a second.
+        time.sleep(1.1)
+        team.run("rollout", "restart", "deploy/restarts-engine")
+        reasons.add(condition(team.get("llms", "restarts") or {}, "Stalled").get("reason"))
+    time.sleep(1)
+    reasons.add(condition(team.get("llms", "restarts") or {}, "Stalled").get("reason"))
+    template = deployment(team, "restarts")["spec"]["template"]
+    assert "kubectl.kubernetes.io/restartedAt" in template["metadata"]["annotations"]
+    assert "Contested" not in reasons, operator.log
+
+
 FIGHT_SECONDS = 6
 TOLERATION = {"spec": {"template": {"spec": {"tolerations": [{"operator": "Exists"}]}}}}
 FIGHTS: dict[str, tuple[dict[str, Any], str]] = {

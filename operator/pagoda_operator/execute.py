@@ -73,9 +73,11 @@ async def _apply(cluster: Cluster, key: Key, apply: Apply, memory: Memory, now: 
         await cluster.set_managed_fields(apply.manifest, apply.taken_over)
     # A name that was free a moment ago is taken without force: never from a stranger.
     live = await cluster.apply(apply.manifest, manager=MANAGER, force=not apply.creates)
-    memory.applied[apply.ref] = Applied(digest(apply.manifest), digest(live))
+    result = digest(live)
+    memory.applied[apply.ref] = Applied(digest(apply.manifest), result)
     why = ""
-    if apply.undoes is not None:
+    # What stays as it was found, as the annotation of `kubectl rollout restart`, is no fight.
+    if apply.undoes is not None and result != apply.found:
         memory.contests.note(apply.undoes, now)
         why = f", since {apply.undoes.rival} of it"
     logger.info("%s: applied %s%s", key, apply.ref, why)

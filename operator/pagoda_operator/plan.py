@@ -50,6 +50,7 @@ class Apply:
 
     taken_over: resourceVersion and managedFields to write before; see `ownership.take_over`.
     undoes: the edit, if this puts back what was applied before.
+    found: digest of what is there.
     """
 
     ref: ChildRef
@@ -57,6 +58,7 @@ class Apply:
     creates: bool
     taken_over: Manifest | None = None
     undoes: Edit | None = None
+    found: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +169,8 @@ def _plan_apply(
 ) -> Apply | None:
     """The apply that makes the child what it should be; None if it is."""
     live, applied, intent = observed.children.get(ref), observed.applied.get(ref), digest(manifest)
-    if live is not None and applied == Applied(intent, digest(live)):
+    found = "" if live is None else digest(live)
+    if applied == Applied(intent, found):
         return None
     is_correction = applied is not None and applied.intent == intent
     return Apply(
@@ -176,6 +179,7 @@ def _plan_apply(
         creates=live is None,
         taken_over=None if live is None else take_over(live),
         undoes=Edit(ref, describe_rivals(live)) if is_correction else None,
+        found=found,
     )
 
 
