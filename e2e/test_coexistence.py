@@ -86,7 +86,7 @@ def test_secrets_that_a_platform_adds_to_a_service_account_stay_and_cost_no_writ
 
 
 def test_children_that_were_left_behind_are_adopted_as_they_run(team: Kubectl) -> None:
-    start_service(team, "orphan")
+    start_service(team, "orphan", networkPolicy={"enabled": True})
     uids = {
         kind: team.json("get", kind, name)["metadata"]["uid"]
         for kind, name in CHILDREN_OF_ORPHAN.items()
@@ -98,6 +98,12 @@ def test_children_that_were_left_behind_are_adopted_as_they_run(team: Kubectl) -
         metadata = team.json("get", kind, name)["metadata"]
         assert metadata["uid"] == uids[kind]
         assert [owner["uid"] for owner in metadata["ownerReferences"]] == [owner]
+    # Which would close the pods of a service that asks for none.
+    wait_until(
+        "no policy is left",
+        lambda: team.get("networkpolicy", "orphan-engine") is None,
+        timeout_seconds=5,
+    )
 
 
 CHILDREN_OF_ORPHAN = {"deploy": "orphan-engine", "service": "orphan", "sa": "orphan-engine"}

@@ -22,6 +22,8 @@ class Memory:
     contests: Contests = field(default_factory=Contests)
     scaled: int | None = None
     """The replicas that the Deployment last had as it should."""
+    is_swept: bool = False
+    """Whether children that are not wanted any more were looked for and deleted."""
 
 
 @dataclass(frozen=True, slots=True)

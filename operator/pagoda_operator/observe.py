@@ -29,6 +29,8 @@ class World:
     pods: list[Manifest]
     events: list[Manifest]
     """Warnings about pods that do not start."""
+    is_listed: bool
+    """Whether children of any name were looked for."""
 
     def own(self, service: LLMService, ref: ChildRef) -> Manifest | None:
         """A child; None if it is missing or another's."""

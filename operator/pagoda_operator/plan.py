@@ -116,7 +116,7 @@ def make_plan(
         Delete(ref=ref, uid=live["metadata"]["uid"])
         for ref, live in sorted(observed.children.items())
         if ref not in wanted
-        and is_controlled_by(live, service.uid)
+        and is_ours(live, service)
         and "deletionTimestamp" not in live["metadata"]
     ]
     if conflicts:

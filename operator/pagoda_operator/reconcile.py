@@ -108,6 +108,8 @@ class Reconciler:
             outcome = await execute(self._cluster, key, plan, deployment, memory, target, now)
         except (Refused, Unavailable) as error:
             failure = error
+        is_complete = world.is_listed or all(apply.creates for apply in plan.applies)
+        memory.is_swept |= is_complete and failure is None and not plan.conflicts
         if failure is None and plan.applies and not is_seen(previous):
             return FIRST_STATUS_SECONDS
         contest = memory.contests.find_cause(outcome.held, now)
@@ -158,13 +160,14 @@ class Reconciler:
         """The children, by name and where needed by label, and the pods.
 
         An object of ours whose name the renderer does not give (any more) was applied before, or by
-        an earlier operator: to look for the latter once is enough, and never for a new service.
+        an earlier operator, or for a service of this name that left it behind: to look for the
+        latter once is enough, and never for a new service whose children are new as well.
         """
         namespace, selector = service.key.namespace, f"{LABEL_SERVICE}={service.key.name}"
         wanted = list(render_children(service, engine_image=self._engine_image))
-        is_known = service.key in self._memories
-        is_new = not is_known and not is_seen(status)
-        kinds = () if is_new or is_known else CHILD_KINDS
+        memory = self._memories.get(service.key, Memory())
+        is_new = service.key not in self._memories and not is_seen(status)
+        kinds = () if is_new or memory.is_swept else CHILD_KINDS
         *lists, pods = await asyncio.gather(
             *(self._cluster.list(kind, namespace, selector) for kind in kinds),
             _nothing() if is_new else self._cluster.list("Pod", namespace, selector),
@@ -174,15 +177,13 @@ class Reconciler:
             for kind, items in zip(kinds, lists, strict=True)
             for item in items
         }
-        applied = self._memories[service.key].applied if is_known else {}
-        unseen = [ref for ref in {**dict.fromkeys(wanted), **applied} if ref not in children]
+        unseen = [ref for ref in {**dict.fromkeys(wanted), **memory.applied} if ref not in children]
         found = await asyncio.gather(
             *(self._cluster.get(ref.kind, namespace, ref.name) for ref in unseen)
         )
         children |= {ref: item for ref, item in zip(unseen, found, strict=True) if item is not None}
-        return World(
-            children, pods, await list_warnings(self._cluster, namespace, pods, self._now())
-        )
+        events = await list_warnings(self._cluster, namespace, pods, self._now())
+        return World(children, pods, events, is_listed=bool(kinds))
 
     async def _clean_up(self, key: Key, pods: list[Manifest]) -> None:
         """Delete pods that their node ended, except the last few: nobody else does."""

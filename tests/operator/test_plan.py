@@ -172,6 +172,18 @@ def test_a_child_of_ours_that_is_not_wanted_is_deleted_by_its_uid() -> None:
     assert plan(make_service(), both).deletes == ()
 
 
+def test_what_was_left_behind_and_is_not_wanted_any_more_goes_too() -> None:
+    """A NetworkPolicy that an orphaned service had would close the pods of the next one."""
+    ref = ChildRef("NetworkPolicy", "chat-engine")
+    service = make_service({"networkPolicy": {"enabled": True}})
+    live = carry_out(plan(service, nothing()), nothing()).children[ref]
+    live["metadata"]["ownerReferences"] = []
+    observed = Observed(children={ref: live}, applied={})
+    assert plan(make_service(), observed).deletes == ()
+    live["metadata"]["managedFields"] = [entry("pagoda", {"f:spec": {}}, operation="Apply")]
+    assert [delete.ref for delete in plan(make_service(), observed).deletes] == [ref]
+
+
 def test_rendering_is_what_is_applied() -> None:
     service = make_service()
     wanted = render_children(service, engine_image="engine:1")
