@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import aiohttp
@@ -22,6 +23,7 @@ from pagoda_operator.names import API_VERSION, GROUP, PLURAL, VERSION, Manifest
 from pagoda_operator.telemetry import Telemetry
 
 REQUEST_TIMEOUT_SECONDS = 15.0
+_OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 PATHS = {
     "LLMService": (f"/apis/{GROUP}/{VERSION}", PLURAL),
@@ -237,6 +239,14 @@ class ApiServer:
                 method, url, headers, body, _request_timeout=timeout
             )
             return response.status, response.headers, await response.read()
+
+
+def own_namespace() -> str | None:
+    """The namespace of the pod that this process runs in; None outside of one."""
+    try:
+        return _OWN_NAMESPACE.read_text().strip() or None
+    except OSError:
+        return None
 
 
 def _path(kind: str, namespace: str | None, name: str | None = None) -> str:

@@ -15,7 +15,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pagoda_operator.cluster import ApiError, ApiServer, ClusterConfigError, Unavailable
+from pagoda_operator.cluster import (
+    ApiError,
+    ApiServer,
+    ClusterConfigError,
+    Unavailable,
+    own_namespace,
+)
 from pagoda_operator.health import serve_health
 from pagoda_operator.lease import Lease
 from pagoda_operator.names import Key
@@ -61,7 +67,12 @@ class Operator:
         self._telemetry = telemetry
         self._queue = WorkQueue(clock)
         self._poller = Poller(clock=clock, on_change=self._queue.add, telemetry=telemetry)
-        self._reconciler = Reconciler(api, self._poller, engine_image=options.engine_image)
+        self._reconciler = Reconciler(
+            api,
+            self._poller,
+            engine_image=options.engine_image,
+            operator_namespace=own_namespace(),
+        )
         self._clock = clock
         self._lease = Lease(api, options.namespace, clock)
         self._is_listed = False

@@ -86,15 +86,23 @@ class Plan:
 
 
 def make_plan(
-    service: LLMService, observed: Observed, *, target_replicas: int, engine_image: str
+    service: LLMService,
+    observed: Observed,
+    *,
+    target_replicas: int,
+    engine_image: str,
+    operator_namespace: str | None = None,
 ) -> Plan:
     """The plan for one LLMService.
 
     Args:
         target_replicas: with how many replicas a new Deployment begins; see `plan_scale`.
         engine_image: the image of engines whose spec names none.
+        operator_namespace: see `render_children`.
     """
-    wanted = render_children(service, engine_image=engine_image)
+    wanted = render_children(
+        service, engine_image=engine_image, operator_namespace=operator_namespace
+    )
     applies: list[Apply] = []
     held: list[Edit] = []
     conflicts, waiting = [], []

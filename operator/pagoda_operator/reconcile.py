@@ -70,12 +70,14 @@ class Reconciler:
         poller: Poller,
         *,
         engine_image: str,
+        operator_namespace: str | None = None,
         now: Callable[[], datetime] = utc_now,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster = cluster
         self._poller = poller
         self._engine_image = engine_image
+        self._operator_namespace = operator_namespace
         self._now = now
         self._clock = clock
         self._memories: dict[Key, Memory] = {}
@@ -141,7 +143,13 @@ class Reconciler:
         observed = Observed(
             children=world.children, applied=memory.applied, waits=memory.contests.waits(now)
         )
-        return make_plan(service, observed, target_replicas=target, engine_image=self._engine_image)
+        return make_plan(
+            service,
+            observed,
+            target_replicas=target,
+            engine_image=self._engine_image,
+            operator_namespace=self._operator_namespace,
+        )
 
     async def _look(self, service: LLMService, manifest: Manifest) -> World:
         """What there is; where it cannot be read, the status says so."""

@@ -25,21 +25,26 @@ from pagoda_operator.spec import LLMService, RolloutStrategy
 
 # A pod may load for STARTUP_SECONDS; only then has the rollout failed.
 PROGRESS_DEADLINE_SECONDS = STARTUP_SECONDS + 300
-# Of the operator's own pods, whatever the release and its namespace (`charts/pagoda`).
+# Of the operator's own pods, whatever the release (`charts/pagoda`).
 OPERATOR_LABELS = {"app.kubernetes.io/name": "pagoda-operator"}
+# The API server gives it to every namespace.
+NAMESPACE_LABEL = "kubernetes.io/metadata.name"
 
 
-def render_children(service: LLMService, *, engine_image: str) -> dict[ChildRef, Manifest]:
+def render_children(
+    service: LLMService, *, engine_image: str, operator_namespace: str | None = None
+) -> dict[ChildRef, Manifest]:
     """Every child that the service should have, in the order in which they are applied.
 
     The Deployment has no `spec.replicas`: the plan adds it where the renderer has to send it.
 
     Args:
         engine_image: the image of engines whose spec names none.
+        operator_namespace: where the operator's pod is; None if that is not known.
     """
     children = [render_service_account(service), render_service(service)]
     if service.spec.network_policy.enabled:
-        children.append(render_network_policy(service))
+        children.append(render_network_policy(service, operator_namespace))
     children.append(render_deployment(service, engine_image=engine_image))
     return {ChildRef(child["kind"], child["metadata"]["name"]): child for child in children}
 
@@ -68,10 +73,12 @@ def render_service(service: LLMService) -> Manifest:
     }
 
 
-def render_network_policy(service: LLMService) -> Manifest:
+def render_network_policy(service: LLMService, operator_namespace: str | None = None) -> Manifest:
     """Who may connect to the engines: the peers of the spec, and the operator for `/load`."""
     peers = service.spec.network_policy.from_ or ({"podSelector": {}},)
-    operator = {"namespaceSelector": {}, "podSelector": {"matchLabels": OPERATOR_LABELS}}
+    # By its labels alone, a pod of any namespace could pass for the operator.
+    home = {"matchLabels": {NAMESPACE_LABEL: operator_namespace}} if operator_namespace else {}
+    operator = {"namespaceSelector": home, "podSelector": {"matchLabels": OPERATOR_LABELS}}
     ports = [{"port": PORT, "protocol": "TCP"}]
     return {
         "apiVersion": "networking.k8s.io/v1",

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from pagoda_operator.names import ChildRef, Manifest, common_labels, selector_labels
-from pagoda_operator.render import render_children, render_deployment, revision_of
+from pagoda_operator.render import (
+    render_children,
+    render_deployment,
+    render_network_policy,
+    revision_of,
+)
 from pagoda_operator.testing import KEY, make_service
 
 # Every field of spec.podTemplate, and where of the pod it ends up as it is.
@@ -138,3 +143,11 @@ def test_a_network_policy_lets_in_the_peers_and_the_operator_and_nobody_else() -
     assert peers() == [{"podSelector": {}}, operator]
     gateway = {"namespaceSelector": {"matchLabels": {"gateway": "true"}}}
     assert peers(**{"from": [gateway]}) == [gateway, operator]
+
+
+def test_no_pod_of_another_namespace_passes_for_the_operator() -> None:
+    policy = render_network_policy(make_service(), "pagoda-system")
+    (*_, operator) = policy["spec"]["ingress"][0]["from"]
+    assert operator["namespaceSelector"] == {
+        "matchLabels": {"kubernetes.io/metadata.name": "pagoda-system"}
+    }
