@@ -20,6 +20,12 @@ IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrIma
 START_WARNINGS = ("FailedMount", "FailedAttachVolume", "FailedMapVolume", "FailedCreatePodSandBox")
 CRASHES_UNTIL_STALLED = 3
 MAX_MESSAGE = 1024
+# What differs between two equal failures (times, ids, ports of the client) would be a write of the
+# status at each.
+_VARYING = re.compile(
+    r"\d{4}-\d\d-\d\d[T ][\d:.,]+\S*|0x[0-9a-f]+|\(?pid \d+\)?|[0-9a-f]{32,}"
+    r"|(?<![\w-])[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b|(?<=:)\d+(?=->)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,11 @@ def failed_pods(pods: Sequence[Manifest]) -> list[Manifest]:
         and "deletionTimestamp" not in pod["metadata"]
     ]
     return sorted(failed, key=lambda pod: (_created(pod), pod["metadata"]["name"]), reverse=True)
+
+
+def steady(text: str) -> str:
+    """The text without what differs between two equal failures."""
+    return _VARYING.sub("…", text)
 
 
 def shorten(text: str) -> str:
@@ -200,9 +211,9 @@ def _cause_of_warnings(pod: Manifest, events: Sequence[Manifest]) -> Cause | Non
         return not is_timeout, str(event.get("lastTimestamp") or event.get("eventTime"))
 
     event = max(warnings, key=weight)
-    # The id of a sandbox is another one at each attempt.
-    message = re.sub(r"[0-9a-f]{32,}", "…", str(event.get("message", "")))
-    return _cause_of_missing(message) or Cause(str(event["reason"]), shorten(message), False)
+    message = str(event.get("message", ""))
+    steadied = shorten(steady(message))
+    return _cause_of_missing(message) or Cause(str(event["reason"]), steadied, False)
 
 
 def _cause_of_missing(message: str) -> Cause | None:
@@ -238,9 +249,8 @@ def _cause_of_exit(spec: LLMServiceSpec, terminated: Manifest, restarts: int) ->
         reason, text = words[0], say_as_user(spec, *words)
         return Cause(reason, shorten(text), reason not in TRANSIENT_REASONS)
     code = terminated.get("exitCode")
-    # What differs between two equal crashes would be a write at each: so no count of restarts.
-    tail = re.sub(r"\d{4}-\d\d-\d\d[T ][\d:.,]+\S*|0x[0-9a-f]+|\(?pid \d+\)?", "…", message.strip())
-    tail = tail[-200:]
+    # No count of restarts either.
+    tail = steady(message.strip())[-200:]
     if restarts >= CRASHES_UNTIL_STALLED:
         text = f"The engine ends again and again, with exit status {code}. Its last words: {tail}"
         return Cause("CrashLooping", text, True)

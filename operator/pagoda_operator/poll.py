@@ -33,8 +33,9 @@ ANSWER_SECONDS = 2.0
 MAX_ANSWER_BYTES = 16384
 # Of one service: its silent pods keep no other service waiting, nor all files of the process.
 MAX_ASKED_AT_ONCE = 100
-# A pod that is slow once is no news.
-BLIND_AFTER_ROUNDS = 3
+# Rounds in a row that contradict what is told of the service: a pod that is slow now and then, or
+# silent for one reason and for another, is no news each time.
+NEWS_AFTER_ROUNDS = 3
 
 
 class Silence(StrEnum):
@@ -59,7 +60,7 @@ class _Watched:
     slots: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(MAX_ASKED_AT_ONCE), repr=False
     )
-    silent_rounds: int = 0
+    news_rounds: int = 0
     blindness: str | None = None
 
 
@@ -169,16 +170,16 @@ class Poller:
     ) -> None:
         silences = [answer for answer in answers if isinstance(answer, Silence)]
         self._count_failures(silences)
-        watched.silent_rounds = watched.silent_rounds + 1 if silences else 0
-        before = watched.blindness
-        watched.blindness = before if silences else None
-        if watched.silent_rounds >= BLIND_AFTER_ROUNDS:
+        words = None
+        if silences:
             # The most frequent reason, and no numbers: the words are part of the status.
             reason = max(sorted(set(silences)), key=silences.count)
             who = "no" if len(silences) == len(answers) else "not every"
-            watched.blindness = f"{who} ready replica tells its load at /load ({reason})"
-        if watched.blindness == before:
+            words = f"{who} ready replica tells its load at /load ({reason})"
+        watched.news_rounds = watched.news_rounds + 1 if words != watched.blindness else 0
+        if watched.news_rounds < NEWS_AFTER_ROUNDS:
             return
+        watched.news_rounds, watched.blindness = 0, words
         if watched.blindness is None:
             logger.info("%s: scaling sees the load of all ready replicas again", key)
         else:

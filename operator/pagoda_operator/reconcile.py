@@ -17,7 +17,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pagoda_operator.autoscaling import autoscaling_condition
-from pagoda_operator.causes import CRASHES_UNTIL_STALLED, Cause, failed_pods, find_cause, shorten
+from pagoda_operator.causes import (
+    CRASHES_UNTIL_STALLED,
+    Cause,
+    failed_pods,
+    find_cause,
+    shorten,
+    steady,
+)
 from pagoda_operator.cluster import (
     ApiError,
     Cluster,
@@ -274,8 +281,9 @@ def _find_hindrance(plan: Plan, failure: ApiError | None) -> Cause | None:
 
 
 def _cause_of_error(error: ApiError) -> Cause:
+    message = steady(error.message)
     if isinstance(error, Refused):
-        reason = "QuotaExceeded" if "exceeded quota" in error.message else "Refused"
-        return Cause(reason, shorten(error.message), True)
-    text = f"The API server fails, and is asked again: {error.message}"
+        reason = "QuotaExceeded" if "exceeded quota" in message else "Refused"
+        return Cause(reason, shorten(message), True)
+    text = f"The API server fails, and is asked again: {message}"
     return Cause("ApiServerError", shorten(text), False)

@@ -134,7 +134,7 @@ async def test_a_pod_that_nobody_listens_on_makes_scaling_blind_until_it_answers
     assert await blindness_after(poller, changes) == (
         "no ready replica tells its load at /load (no connection)"
     )
-    assert failures(poller, "unreachable") >= poll.BLIND_AFTER_ROUNDS
+    assert failures(poller, "unreachable") >= poll.NEWS_AFTER_ROUNDS
     assert len([line for line in caplog.messages if "scaling is blind" in line]) == 1
 
     async def idle(_: web.Request) -> web.Response:
@@ -171,6 +171,28 @@ async def test_no_redirect_of_a_pod_is_followed(unused_tcp_port: int, quick: Non
         said = await blindness_after(poller, changes)
     assert said == "no ready replica tells its load at /load (an HTTP status other than 200)"
     assert set(asked) == {"/load"}
+    await poller.close()
+
+
+async def test_a_pod_that_is_silent_for_one_reason_and_another_is_news_once(
+    unused_tcp_port: int, quick: None
+) -> None:
+    asked = 0
+
+    async def three_of_four_fail(_: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        if asked % 4 == 0:
+            return web.json_response({"running": 1, "waiting": 0})
+        return web.Response(status=503) if asked % 2 else web.Response(body=b"[]")
+
+    changes: asyncio.Queue[Key] = asyncio.Queue()
+    poller = make_poller(unused_tcp_port, changes)
+    async with serving(unused_tcp_port, three_of_four_fail):
+        poller.watch(make_service(SCALED), 1, [make_pod("rev", ready=True, ip="127.0.0.1")])
+        while asked < 40:
+            await asyncio.sleep(0.01)
+    assert changes.qsize() == 1
     await poller.close()
 
 

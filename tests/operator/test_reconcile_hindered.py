@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
@@ -100,6 +101,44 @@ async def test_an_error_of_the_api_server_is_told_and_left_to_the_queue(
     with pytest.raises(Unavailable):
         await reconciler.reconcile(KEY)
     assert len(cluster.writes) == before
+
+
+@pytest.mark.parametrize("kind", [Unavailable, Refused])
+async def test_what_differs_between_two_equal_errors_is_no_news(
+    serving: tuple[FailingCluster, Reconciler], kind: type[ApiError]
+) -> None:
+    """Each write of the status is an event, which brings the service at once."""
+    cluster, reconciler = serving
+    edit(cluster, {"engine": {"maxNumSeqs": 8}}, 2)
+    writes = []
+    for port, identifier in ((40102, "a1"), (51234, "b2")):
+        cluster.on_apply = kind(
+            500,
+            f"read tcp 10.0.0.1:{port}->10.0.0.9:443: reset at 2026-11-21T10:00:{port % 60}Z "
+            f"(request 6f1c2d3e-0000-4000-8000-0000000000{identifier})",
+        )
+        with contextlib.suppress(Unavailable):
+            await reconciler.reconcile(KEY)
+        writes.append(len(cluster.writes))
+    assert "read tcp 10.0.0.1:…->10.0.0.9:443: reset" in condition(cluster, "Ready")["message"]
+    assert writes[0] == writes[1]
+
+
+async def test_what_is_not_wanted_goes_also_where_the_first_pass_of_an_operator_fails(
+    serving: tuple[FailingCluster, Reconciler], poller: Poller
+) -> None:
+    cluster, before = serving
+    edit(cluster, {"networkPolicy": {"enabled": True}}, 2)
+    await before.reconcile(KEY)
+    assert ("NetworkPolicy", "chat-engine") in cluster.objects
+    edit(cluster, {}, 3)
+    restarted = Reconciler(cluster, poller, engine_image="engine:1", now=lambda: NOW)
+    cluster.on_apply = Unavailable(500, "failed calling webhook policy.team.dev")
+    with pytest.raises(Unavailable):
+        await restarted.reconcile(KEY)
+    cluster.on_apply = None
+    await restarted.reconcile(KEY)
+    assert ("NetworkPolicy", "chat-engine") not in cluster.objects
 
 
 async def test_a_status_that_cannot_be_written_either_does_not_hide_the_first_error(
