@@ -94,6 +94,7 @@ class Lease:
         self._renewed = -float("inf")
         self._believed: dict[str, tuple[str, float]] = {}
         self._is_unguarded = False
+        self._is_blind = False
         self.holder: str | None = None
         """Who holds the Lease in place of this operator, while it stands by."""
 
@@ -160,7 +161,13 @@ class Lease:
         """Let the next operator begin at once."""
         if self._lease is not None and self.is_held and not self._is_unguarded:
             with contextlib.suppress(ApiError):
-                await self._write(None, "renewTime")
+                try:
+                    await self._write(None, "renewTime")
+                except Conflict:
+                    # By a renewal that was cut off before its answer, most likely.
+                    self._lease = await self._api.get("Lease", self._namespace, self._name)
+                    if self._lease and self._lease["spec"].get("holderIdentity") == self._identity:
+                        await self._write(None, "renewTime")
             self._renewed = -float("inf")
 
     async def other_holder(self, namespace: str) -> str | None:
@@ -170,7 +177,15 @@ class Lease:
         holder, until = self._believed.get(namespace, ("", 0.0))
         if self._clock() < until:
             return holder
-        found = self._sightings.holder(await self._api.get("Lease", namespace, NAME), self._clock())
+        try:
+            lease = await self._api.get("Lease", namespace, NAME)
+        except Refused as error:
+            # Rights of somebody's own making, to the Lease of this operator alone.
+            if not self._is_blind:
+                logger.warning("operators of namespaces are not noticed: %s", error.message)
+            self._is_blind = True
+            return None
+        found = self._sightings.holder(lease, self._clock())
         if found is None:
             self._believed.pop(namespace, None)
             return None

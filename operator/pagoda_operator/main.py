@@ -188,9 +188,10 @@ class Operator:
         while True:
             try:
                 services = await self._api.list("LLMService", self._options.namespace)
-            except ApiError as error:
+            except Exception as error:
+                # Whatever comes in place of a list: without this task no missed event is healed.
                 failures += 1
-                logger.warning("cannot list LLMServices: %s", error.message)
+                logger.warning("cannot list LLMServices: %r", error)
                 await asyncio.sleep(backoff_seconds(failures, 1.0))
                 continue
             failures = 0

@@ -98,6 +98,16 @@ async def test_a_second_operator_stands_by_until_the_first_lets_go(
     assert (second.is_held, api.holder()) == (True, "second_x")
 
 
+async def test_a_lease_is_let_go_also_where_a_renewal_was_cut_off_before_its_answer() -> None:
+    api = Api()
+    mine = Lease(api, "team", Clock(), "first_x")
+    await mine.acquire()
+    (written,) = api.leases.values()
+    await api.replace(written)
+    await mine.release()
+    assert api.holder() is None
+
+
 async def test_a_holder_that_renews_lives_and_a_silent_one_is_dead_after_its_duration() -> None:
     api, clock = Api(), Clock()
     first, second = Lease(api, "team", clock, "first_x"), Lease(api, "team", clock, "second_x")
@@ -180,6 +190,18 @@ async def test_a_cluster_wide_operator_leaves_a_namespace_that_has_its_own_opera
     clock.now += module.BELIEVED_SECONDS
     await narrow.release()
     assert await wide.other_holder("team") is None
+
+
+async def test_rights_to_the_own_lease_alone_keep_a_cluster_wide_operator_from_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    api = Api()
+    wide = Lease(api, None, Clock(), "wide_x")
+    await wide.acquire()
+    api.trouble = Refused(403, "may not get leases in team")
+    assert await wide.other_holder("team") is None
+    assert await wide.other_holder("another") is None
+    assert caplog.text.count("operators of namespaces are not noticed: may not get leases") == 1
 
 
 async def test_a_lease_that_was_left_behind_is_believed_for_one_duration() -> None:

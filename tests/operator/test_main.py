@@ -1,10 +1,15 @@
-"""The operator's flags."""
+"""The operator's flags, and the task that lists all services."""
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
 
-from pagoda_operator.main import parse_options
+from pagoda_operator import main
+from pagoda_operator.main import Operator, Options, parse_options
+from pagoda_operator.telemetry import Telemetry
 
 
 @pytest.mark.parametrize("flags", [[], ["--namespace="], ["--namespace", ""]])
@@ -14,3 +19,31 @@ def test_no_namespace_and_an_empty_one_are_all_of_them(flags: list[str]) -> None
 
 def test_a_namespace_is_the_one_that_is_served() -> None:
     assert parse_options(["--engine-image=engine:1", "--namespace=team"]).namespace == "team"
+
+
+class Listing:
+    """An API server whose first list is none, as the page of a proxy may be."""
+
+    def __init__(self) -> None:
+        self.lists: list[Any] = [TypeError("no items"), []]
+
+    async def list(self, kind: str, namespace: str | None) -> list[Any]:
+        found = self.lists.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return list(found)
+
+
+async def test_an_answer_that_is_no_list_does_not_end_the_resync(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(main, "backoff_seconds", lambda failures, jitter: 0.0)
+    options = Options(namespace=None, engine_image="e:1", log_level="info", health_port=0)
+    api: Any = Listing()
+    operator = Operator(options, api, Telemetry())
+    resync = asyncio.create_task(operator._resync_forever())
+    while api.lists:
+        await asyncio.sleep(0.001)
+    assert operator._find_hindrance() != "the LLMServices are not listed yet"
+    assert not resync.done()
+    resync.cancel()
