@@ -22,6 +22,10 @@ BAD_PARTS: dict[str, tuple[dict[str, Any], str]] = {
         {"labels": {"pagoda.dev/revision": "x"}},
         "podTemplate.labels has a label that the operator sets itself",
     ),
+    "an unconfined container": (
+        {"annotations": {"container.apparmor.security.beta.kubernetes.io/engine": "unconfined"}},
+        "podTemplate.annotations may not loosen the security of the pods",
+    ),
     "a label with a space": ({"labels": {"team": "a b"}}, "a label is NAME or DOMAIN/NAME"),
     "a variable of the operator": (
         {"env": [{"name": "HF_HOME", "value": "/x"}]},
