@@ -44,6 +44,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 CORS_DETAILS = ("allow_credentials", "allowed_methods", "allowed_headers")
 # Of flags that take several values, and may come several times.
 SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "type": text_value, "default": None}
+_TEMPLATE_HELP = "Jinja file in place of the model's template"
+CHAT_TEMPLATE: dict[str, Any] = {"metavar": "FILE", "type": text_value, "help": _TEMPLATE_HELP}
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -180,12 +182,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         help="file with more keys, one a line, or folder of such files, as a mounted Secret is; "
         "changes hold within seconds",
     )
-    flags.add(
-        "--chat-template",
-        metavar="FILE",
-        type=text_value,
-        help="Jinja file in place of the model's template",
-    )
+    flags.add("--chat-template", **CHAT_TEMPLATE)
     flags.add(
         "--max-body-bytes",
         type=integer(1024),

@@ -24,7 +24,7 @@ T = TypeVar("T")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `pagoda run-batch` to its parser."""
     from pagoda_runtime import cli
-    from pagoda_runtime.flags import Flags, text_value
+    from pagoda_runtime.flags import Flags
 
     parser.add_argument(
         "-i",
@@ -50,12 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         shown="MODEL as given",
         help="names that bodies may use as model",
     )
-    flags.add(
-        "--chat-template",
-        metavar="FILE",
-        type=text_value,
-        help="Jinja file in place of the model's template",
-    )
+    flags.add("--chat-template", **cli.CHAT_TEMPLATE)
     flags.add("--log-level", choices=cli.LOG_LEVELS, help="least level that is logged")
     cli.add_model_flags(parser)
     cli.add_engine_flags(parser)

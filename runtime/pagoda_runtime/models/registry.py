@@ -43,12 +43,6 @@ def load_model_config(
     Raises: FatalError: ModelNotFound, ModelAccessDenied, InvalidModelConfig,
         UnsupportedArchitecture or QuantizationMismatch.
     """
-    if not folder.is_dir():
-        raise FatalError(
-            "ModelNotFound",
-            f"The model folder {folder} does not exist. "
-            "Give --model (model.uri) a folder in Hugging Face layout, or hf://org/name.",
-        )
     file = ConfigFile.read(folder / "config.json")
     _require_supported(file, quantization)
     architectures = file.values.get("architectures")
@@ -68,12 +62,12 @@ def load_model_config(
 
 
 def _require_supported(file: ConfigFile, quantization: str | None) -> None:
-    stored = file.mapping("quantization_config").get("quant_method")
-    if file.mapping("quantization_config"):
+    if stored := file.mapping("quantization_config"):
         raise FatalError(
             "QuantizationMismatch",
-            f"{file.path}: the checkpoint is quantized (quant_method {stored!r}); this version "
-            "serves unquantized checkpoints only. Use the bf16 checkpoint of the model.",
+            f"{file.path}: the checkpoint is quantized (quant_method "
+            f"{stored.get('quant_method')!r}); this version serves unquantized checkpoints only. "
+            "Use the bf16 checkpoint of the model.",
         )
     if quantization not in (None, "none", *ONLINE_QUANTIZATIONS):
         raise FatalError(
