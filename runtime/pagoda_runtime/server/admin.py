@@ -13,10 +13,13 @@ from starlette.types import ASGIApp
 
 from pagoda_runtime.server.access import Access
 from pagoda_runtime.server.errors import add_error_handlers, json_response
+from pagoda_runtime.server.framing import ReadHead
 from pagoda_runtime.server.middleware import Authenticate
 from pagoda_runtime.server.state import ServerState
 
 logger = logging.getLogger("pagoda.server")
+
+RESET = "/reset_prefix_cache"
 
 
 def create_admin_app(state: ServerState) -> ASGIApp:
@@ -29,7 +32,7 @@ def create_admin_app(state: ServerState) -> ASGIApp:
         logger.info("The prefix cache was emptied: %d blocks.", num_blocks)
         return json_response({"num_blocks": num_blocks})
 
-    app.add_api_route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"])
+    app.add_api_route(RESET, reset_prefix_cache, methods=["POST"])
     add_error_handlers(app)
-    inner = Authenticate(app, state.keys, prefix="")
+    inner = ReadHead(Authenticate(app, state.keys, prefix=""), [RESET])
     return Access(inner, is_logged=not state.config.disable_access_log)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import resource
 from http import HTTPStatus
+from math import inf
 from typing import Any
 
 import h11
@@ -21,6 +22,9 @@ from pagoda_runtime.server.errors import ApiError
 # they close first and not in a race.
 HEADERS, BODY, ANSWER, IDLE = "the headers", "the body", "the answer", "a request"
 SECONDS = {HEADERS: 20.0, BODY: 60.0, ANSWER: 120.0, IDLE: 75.0}
+# A client that sends or takes so many bytes in that time has as much again: a slow line, or a
+# reader who works on each token.
+LEAST_BYTES = {BODY: 1 << 20, ANSWER: 4096}
 
 # Connections beside those of requests for tokens: probes, scrapers, short answers.
 PROBE_ROOM = 32
@@ -90,6 +94,8 @@ class Framing(h11.Connection):
 class Connection(H11Protocol):
     """uvicorn's connection with deadlines, in a room; errors of HTTP in the shape of all others."""
 
+    conn: Framing
+
     def __init__(self, *args: Any, room: Room, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.conn = Framing(h11.SERVER)
@@ -97,6 +103,7 @@ class Connection(H11Protocol):
         self.awaited: str | None = None
         """What the client has to do next; None while it is the server's turn."""
         self._deadline: asyncio.TimerHandle | None = None
+        self._moved_before = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -160,11 +167,23 @@ class Connection(H11Protocol):
             self._deadline = None
         if awaited is not None:
             self.room.waiting.setdefault(self)
+            self._moved_before = self._count_moved()
             self._deadline = self.loop.call_later(SECONDS[awaited], self._expire)
+
+    def _count_moved(self) -> int:
+        """Bytes that the client sent or took, from whatever point they are counted."""
+        if self.awaited == ANSWER:
+            return -self.transport.get_write_buffer_size()
+        # Behind its answer nobody needs the rest of a body.
+        return 0 if self.conn.our_state is h11.DONE else self.conn.num_bytes
 
     def _expire(self) -> None:
         awaited = self.awaited
-        if awaited == BODY or (awaited == HEADERS and self.conn.trailing_data[0]):
+        least_bytes = LEAST_BYTES.get(awaited or "", inf)
+        if self._count_moved() - self._moved_before >= least_bytes:
+            self._await(None)
+            self._await(awaited)
+        elif awaited == BODY or (awaited == HEADERS and self.conn.trailing_data[0]):
             late = f"{awaited} did not come within {SECONDS[awaited]:g} s; send the request again."
             self._refuse(ApiError(408, late[0].upper() + late[1:], code="request_timeout"))
         else:
@@ -183,7 +202,8 @@ class Connection(H11Protocol):
         ]
         phrase = HTTPStatus(error.status).phrase.encode()
         head = h11.Response(status_code=error.status, headers=headers, reason=phrase)
-        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+        is_head = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
+        for event in (head, h11.Data(data=b"" if is_head else body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
         self.transport.close()
         if self.cycle is not None:

@@ -42,6 +42,13 @@ async def test_a_wrong_method_and_an_unknown_path_are_named(engine):
     assert "/v1/completions" in answer.json()["error"]["message"]
 
 
+async def test_forms_of_requests_are_those_of_the_other_port(engine):
+    async with connect(engine) as http:
+        lengths = {"content-length": "0", "transfer-encoding": "chunked"}
+        assert (await http.post("/reset_prefix_cache", headers=lengths)).status_code == 400
+        assert (await http.post("/reset_prefix_cache/")).status_code == 200
+
+
 async def test_a_loading_and_a_dead_engine_are_503(engine):
     async with connect(engine) as http:
         ready, engine.ready = engine.ready, None

@@ -123,6 +123,21 @@ async def test_a_body_that_does_not_come_ends_the_connection_and_its_request(
     assert state.num_requests == 0
 
 
+async def test_a_body_that_comes_slowly_but_steadily_is_read(port, clients, with_key, monkeypatch):
+    monkeypatch.setitem(connections.SECONDS, BODY, 0.2)
+    monkeypatch.setitem(connections.LEAST_BYTES, BODY, 1000)
+    padding = b" " * 2000
+    length = b"content-length: %d" % (len(BODY_BYTES) + 6 * len(padding))
+    head = with_key.removesuffix(BODY_BYTES)
+    client = await connect(port, clients)
+    client.send(head.replace(b"content-length: %d" % len(BODY_BYTES), length))
+    for _ in range(6):
+        client.send(padding)
+        await asyncio.sleep(0.1)
+    client.send(BODY_BYTES)
+    assert (await client.read_answer())[0] == 200
+
+
 async def test_a_body_that_goes_on_after_its_answer_ends_the_connection(port, clients, monkeypatch):
     monkeypatch.setitem(connections.SECONDS, BODY, 0.2)
     client = await connect(port, clients)
@@ -153,8 +168,25 @@ async def test_a_client_that_does_not_read_its_answer_is_cut_off(engine, monkeyp
         address = ("127.0.0.1", int(url.rpartition(":")[2]))
         with socket.create_connection(address, timeout=20) as client:
             client.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n")
-            await asyncio.sleep(0.6)
+            # While the buffers fill up it seems to be read.
+            await asyncio.sleep(1.2)
             assert await asyncio.to_thread(count_bytes, client) < size
+
+
+async def test_a_client_that_reads_on_slowly_is_not_cut_off(engine, monkeypatch):
+    monkeypatch.setitem(connections.SECONDS, ANSWER, 0.2)
+    size = 20_000_000
+    state = make_state(engine, make_config("--served-model-name", "m" * size))
+    async with running_server(state) as url:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with socket.create_connection(address, timeout=20) as client:
+            client.sendall(b"GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+            num_read = 0
+            for _ in range(12):
+                await asyncio.sleep(0.05)
+                num_read += len(await asyncio.to_thread(client.recv, 1 << 19))
+            assert num_read < size / 2
+            assert num_read + await asyncio.to_thread(count_bytes, client) > size
 
 
 def count_bytes(client: socket.socket) -> int:
@@ -238,7 +270,9 @@ async def test_a_chunked_body_in_http_1_0_is_refused(port, clients):
     [
         (b"http://a/version", 200),
         (b"HTTPS://a:99/version?x=http://b/", 200),
+        (b"http://a/version/", 200),
         (b"http://a/v1/models", 401),
+        (b"http://a/v1/models/", 401),
         (b"http://a", 404),
         (b"*", 404),
     ],
@@ -265,6 +299,14 @@ async def test_head_is_no_way_to_a_route_that_has_no_get(port, clients):
     client = await connect(port, clients)
     client.send(HEAD.replace(b"POST", b"HEAD") + b"authorization: Bearer key\r\n\r\n")
     assert b" 405 " in await client.read_head()
+
+
+async def test_head_with_a_body_that_cannot_be_read_is_refused_without_one(port, clients, caplog):
+    client = await connect(port, clients)
+    client.send(b"HEAD /version HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n")
+    assert b" 400 " in await client.read_head()
+    assert await client.read_to_end() == b""
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 @pytest.mark.parametrize("data", [b"nonsense\r\n\r\n", b"\x16\x03\x01 TLS", b"GET /\r\n\r\n"])
