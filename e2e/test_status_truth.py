@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
+import struct
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pytest
 import stack
+from audit import AuditLog
 from fake_node import RUNNING, Engines, engine
 from kube import Kubectl, KubectlError, wait_until
 from operator_process import OperatorProcess, kubeconfig_of_chart, without_installed_operator
@@ -64,12 +69,12 @@ def test_a_service_that_no_operator_has_seen_is_in_progress(namespace: Kubectl, 
 
 
 @contextlib.contextmanager
-def failing_webhook(engines: Engines, resource: str, name: str) -> Iterator[None]:
+def failing_webhook(engines: Engines, resource: str, name: str, port: int = 9) -> Iterator[None]:
     """Let the API server answer 500 to every write of one object."""
     group, _, plural = resource.rpartition("/")
     webhook = {
         "name": "broken.e2e.pagoda.dev",
-        "clientConfig": {"url": "https://127.0.0.1:9/"},
+        "clientConfig": {"url": f"https://127.0.0.1:{port}/"},
         "rules": [
             {
                 "apiGroups": [group],
@@ -119,6 +124,47 @@ def test_what_the_api_server_fails_to_write_is_in_the_status(team: Kubectl, node
         engines.wait_for("Reconciling", "True", "ApiServerError", "broken.e2e.pagoda.dev")
         engines.wait_for("Available", "True")
     engines.wait_for("Reconciling", "True", "DrainingOldPods")
+
+
+@contextlib.contextmanager
+def resetting_port() -> Iterator[int]:
+    """A port that resets every connection, so that each error names another port of the client."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def reset() -> None:
+            # Until the server is closed.
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connection.recv(1)
+                    linger = struct.pack("ii", 1, 0)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    connection.close()
+
+        thread = threading.Thread(target=reset)
+        thread.start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_an_error_that_is_worded_anew_each_time_is_written_once(
+    team: Kubectl, node: str, audit_log: AuditLog
+) -> None:
+    engines = Engines(team, node, room=1)
+    engines.serve()
+    child = f"{engines.name}-engine"
+    with resetting_port() as port, failing_webhook(engines, "apps/deployments", child, port):
+        engines.apply(engine={"maxNumSeqs": 7})
+        engines.wait_for("Reconciling", "True", "ApiServerError", "broken.e2e.pagoda.dev")
+        time.sleep(3)
+    written = [
+        request
+        for request in audit_log.requests(team.namespace)
+        if (request.name, request.subresource) == (engines.name, "status") and request.is_write
+    ]
+    # That the engine starts, that it serves, and the error; one of them may be said in two steps.
+    assert len(written) <= 5
 
 
 @contextlib.contextmanager
