@@ -3,7 +3,7 @@
 Each side is a process of its own checkout's `.venv`, loaded once; the side that begins changes from
 round to round. `make bench-versions OLD=FOLDER` runs it.
 
-    python benchmarks/versions.py --old FOLDER --out FILE [--rounds 10]
+    python benchmarks/versions.py --old FOLDER --out FILE [--rounds 10] [--metrics decode_1 …]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,6 +34,7 @@ BARS = {
     "http_16_p50_ttft": TIME,
     "http_16_p99_itl": TIME,
 }
+METRICS = ("decode_1", "decode_16", "prefill_1000", "prefix_hit_ttft", "http_16")
 HTTP_FIGURES = {
     "http_16": "output_throughput",
     "http_16_p50_ttft": "p50_ttft_ms",
@@ -79,10 +80,10 @@ def side(python: Path, folder: Path, scratch: Path) -> Iterator[Ask]:
             process.stdin.close()
 
 
-def compare(sides: dict[str, Ask], rounds: int) -> list[Result]:
+def compare(sides: dict[str, Ask], rounds: int, metrics: Sequence[str]) -> list[Result]:
     """Medians of each side, and of the rounds' own ratios; round 0 warms up."""
     results = []
-    for metric in ("decode_1", "decode_16", "prefill_1000", "prefix_hit_ttft", "http_16"):
+    for metric in metrics:
         figures: dict[str, dict[str, list[float]]] = {}
         for number in range(rounds + 1):
             order = list(sides) if number % 2 else list(reversed(sides))
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--old", type=Path, required=True, help="a checkout with its .venv")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--rounds", type=int, default=10, help="of each side; the median counts")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="only these")
     arguments = parser.parse_args()
     folder = require_model(gemma_folder())
     old_python = arguments.old / ".venv" / "bin" / "python"
@@ -129,7 +131,7 @@ def main() -> None:
         side(old_python, folder, Path(scratch)) as old,
         side(Path(sys.executable), folder, Path(scratch)) as new,
     ):
-        results = compare({"old": old, "new": new}, arguments.rounds)
+        results = compare({"old": old, "new": new}, arguments.rounds, arguments.metrics)
     old_commit = subprocess.run(
         ["git", "rev-parse", "--short=12", "HEAD"],
         cwd=arguments.old,
