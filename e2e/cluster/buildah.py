@@ -17,6 +17,16 @@ PRIVATE_FOLDERS = ("/var/lib/containers", "/run/containers", "/var/tmp")
 CERTIFICATES = "/etc/ssl/certs"
 
 
+def verify_place(cache: Path) -> None:
+    """Raises: ClusterError: the cache lies where buildah would not see it."""
+    for place in PRIVATE_FOLDERS:
+        if cache.is_relative_to(place):
+            raise ClusterError(
+                f"The cache folder {cache} lies in {place}, which is another folder while images "
+                "are built. Set PAGODA_CACHE to a folder elsewhere."
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Buildah:
     """Builds and pushes with a store in `cache`/buildah that is kept between runs."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from . import components, configuration, manifests, mount_points, network, node, pki, store
 from .binaries import ensure_binaries
-from .buildah import Buildah
+from .buildah import Buildah, verify_place
 from .console import phase, say
 from .packages import ensure_packages, require_root
 from .processes import log_end, running, start, stop
@@ -39,6 +39,7 @@ WAIT_SECONDS = 90.0
 def up(settings: Settings) -> None:
     """Bring the cluster up, from whatever state the last run left it in."""
     require_root()
+    verify_place(settings.cache)
     with _one_at_a_time(settings):
         if is_up(settings):
             say(f"  the cluster is up already: {settings.kubeconfig}")
