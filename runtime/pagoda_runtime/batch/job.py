@@ -102,13 +102,17 @@ async def answer_all(
             results.write(result)
             progress.count(is_error=result.error is not None)
 
+    failures: list[BaseException] = []
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(num_at_once):
                 group.create_task(work())
     except* PagodaError as errors:
-        # When the engine dies, all workers hear the same.
-        raise errors.exceptions[0] from None
+        failures += errors.exceptions
+    if failures:
+        # When the engine dies, all workers hear the same. Not raised above: until Python 3.11.4
+        # what is raised there becomes a group again.
+        raise failures[0]
 
 
 async def _answer(app: ASGIApp, line: Line) -> tuple[int, bytes]:
