@@ -1,4 +1,5 @@
-"""What a spec adds to real pods: users of the platform's own, Secrets that change, volumes."""
+"""What a spec adds to real pods (users of the platform's own, Secrets that change, volumes), and
+what the status says when a real kubelet ends them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 import stack
-from kube import Kubectl, is_ready, wait_until
+from kube import Kubectl, condition, is_ready, wait_until
 from llmservices import manifest
 
 NAMESPACE = "e2e-pods"
@@ -30,7 +31,7 @@ def guarded_service() -> dict[str, Any]:
             "memoryRequest": "2Gi",
             "ephemeralStorage": "4Gi",
         },
-        "cache": {"sizeLimit": "2Gi"},
+        "cache": {"sizeLimit": "256Mi"},
         "auth": {"apiKeysSecretRef": {"name": "keys"}},
         "podTemplate": {
             "labels": {"team": "a"},
@@ -76,9 +77,9 @@ def kubectl(target: stack.Target, images: dict[str, str]) -> Iterator[Kubectl]:
     target.kubectl.run("delete", "pv", f"models-{NAMESPACE}", "--ignore-not-found")
 
 
-def reason(kubectl: Kubectl) -> str:
+def reason(kubectl: Kubectl, name: str = NAME) -> str:
     path = '{.status.conditions[?(@.type=="Ready")].reason}'
-    return kubectl.run("get", "llmservice", NAME, "-o", f"jsonpath={path}")
+    return kubectl.run("get", "llmservice", name, "-o", f"jsonpath={path}")
 
 
 def pod(kubectl: Kubectl) -> dict[str, Any]:
@@ -120,3 +121,47 @@ def test_a_changed_secret_of_keys_is_in_force_without_a_restart(kubectl: Kubectl
     after = pod(kubectl)
     assert after["metadata"]["uid"] == before["metadata"]["uid"]
     assert after["status"]["containerStatuses"][0]["restartCount"] == 0
+
+
+def test_a_pod_that_fills_its_cache_is_evicted_explained_and_replaced(kubectl: Kubectl) -> None:
+    before = pod(kubectl)
+    fill = "head -c 300M /dev/zero > /cache/full"
+    kubectl.run("exec", before["metadata"]["name"], "--", "sh", "-c", fill)
+    wait_until(
+        "the eviction in the status",
+        lambda: reason(kubectl) == "Evicted",
+        timeout_seconds=180,
+        interval_seconds=0.1,
+        on_timeout=lambda: kubectl.run("get", "llms,pods,events", "-o", "wide"),
+    )
+    said = condition(kubectl.json("get", "llmservice", NAME), "Ready")["message"]
+    assert "The node ended the pod (Evicted)" in said
+    wait_until(
+        f"{NAME} Ready again",
+        lambda: is_ready(kubectl.get("llmservice", NAME)),
+        timeout_seconds=120,
+    )
+
+
+def test_an_engine_killed_for_its_memory_is_told_as_out_of_memory(kubectl: Kubectl) -> None:
+    """The child is what the kernel kills; the process that writes the last words lives on."""
+    spec = {
+        "model": {"uri": "pvc://models/gemma-3-270m"},
+        "engine": {"maxModelLen": 512, "maxNumSeqs": 4, "extraArgs": ["--num-threads=1"]},
+        "resources": {"gpu": {"count": 0}, "cpu": "250m", "memory": "640Mi"},
+    }
+    kubectl.apply(manifest(spec, name="small"))
+    wait_until(
+        "the cause in the status",
+        lambda: reason(kubectl, "small") == "OutOfMemory",
+        timeout_seconds=120,
+        on_timeout=lambda: kubectl.run("get", "llms,pods,events", "-o", "wide"),
+    )
+    service = kubectl.json("get", "llmservice", "small")
+    assert condition(service, "Stalled")["status"] == "True"
+    assert "spec.resources.memory" in condition(service, "Ready")["message"]
+    (found,) = kubectl.items("pods", "-l", "pagoda.dev/service=small")
+    status = found["status"]["containerStatuses"][0]
+    ended = status["state"].get("terminated") or status["lastState"]["terminated"]
+    assert ended["reason"] == "OOMKilled"
+    kubectl.run("delete", "llmservice", "small")

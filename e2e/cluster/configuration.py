@@ -92,6 +92,8 @@ def kubelet(settings: Settings) -> dict[str, Any]:
         # What the demo and the tests wait for is ready seconds earlier with fast reports.
         "nodeStatusUpdateFrequency": "4s",
         "syncFrequency": "10s",
+        # How soon an emptyDir over its limit is noticed.
+        "volumeStatsAggPeriod": "10s",
         "registryPullQPS": 0,
         "serializeImagePulls": False,
         "shutdownGracePeriod": "0s",
