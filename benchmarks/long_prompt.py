@@ -21,8 +21,8 @@ from sides import KV_CACHE_BYTES, make_prompts
 
 from pagoda_runtime import SamplingParams
 from pagoda_runtime.bench.summary import percentile
+from pagoda_runtime.client.engine_client import EngineClient
 from pagoda_runtime.config import EngineConfig
-from pagoda_runtime.engine.client import EngineClient
 
 NUM_DECODING = 8
 SHORT_PROMPT_TOKENS = 16

@@ -24,10 +24,10 @@ from sides import make_prompts
 from pagoda_runtime import SamplingParams
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine import core as engine_core
-from pagoda_runtime.engine.messages import EngineRequest
 from pagoda_runtime.engine.process import make_core
 from pagoda_runtime.execution import runner as model_runner
 from pagoda_runtime.execution.runner import ModelRunner
+from pagoda_runtime.ipc.messages import EngineRequest
 
 NUM_REQUESTS = 16
 PROMPT_TOKENS = 64

@@ -21,7 +21,7 @@ from trace_lengths import Lengths, draw
 from pagoda_runtime import SamplingParams
 from pagoda_runtime.bench.workloads.trace_file import read_trace
 from pagoda_runtime.engine.core import EngineCore
-from pagoda_runtime.engine.messages import BlockCopy, EngineRequest, RowOutput, ScheduledRow
+from pagoda_runtime.ipc.messages import BlockCopy, EngineRequest, RowOutput, ScheduledRow
 
 BLOCK_SIZE = 32
 # The engine's defaults on a CPU; and blocks for what so many requests of this trace need.

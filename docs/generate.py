@@ -15,8 +15,8 @@ from prometheus_client.core import Metric
 
 from pagoda_runtime.cli import build_serve_parser
 from pagoda_runtime.config import EngineConfig, ServerConfig
-from pagoda_runtime.engine.messages import EngineReady, EngineStats
 from pagoda_runtime.flags import FlagParser
+from pagoda_runtime.ipc.messages import EngineReady, EngineStats
 from pagoda_runtime.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]

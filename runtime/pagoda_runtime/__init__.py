@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pagoda_runtime.engine.llm import LLM
+    from pagoda_runtime.client.llm import LLM
     from pagoda_runtime.sampling_params import SamplingParams
 
 __all__ = ["LLM", "SamplingParams"]
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
     # Looked up on use, so that `import pagoda_runtime` costs nothing in the processes that need
     # neither the offline class nor its sockets and tokenizer.
     if name == "LLM":
-        from pagoda_runtime.engine.llm import LLM
+        from pagoda_runtime.client.llm import LLM
 
         return LLM
     if name == "SamplingParams":

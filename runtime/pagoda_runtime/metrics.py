@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-from pagoda_runtime.engine.messages import EngineReady, EngineStats, RequestDelta, StepOutput
+from pagoda_runtime.ipc.messages import EngineReady, EngineStats, RequestDelta, StepOutput
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 

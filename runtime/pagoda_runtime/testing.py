@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pagoda_runtime.config import EngineConfig
-from pagoda_runtime.engine.messages import (
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.ipc.messages import (
     BlockCopy,
     EngineReady,
     RowOutput,
     ScheduledRow,
     TokenLogprobs,
 )
-from pagoda_runtime.errors import FatalError
 from pagoda_runtime.models.source import OnProgress
 from pagoda_runtime.sampling_params import SamplingParams
 

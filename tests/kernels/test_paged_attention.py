@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from pagoda_kernels.cpu.attention.chunk_plan import can_pack_keys
 from pagoda_kernels.paged_attention import AttentionMetadata, HeadShape, paged_attention
-from pagoda_kernels.paged_attention.chunk_plan import can_pack_keys
 from pagoda_kernels.paged_attention.reference import paged_attention_reference
 from pagoda_kernels.write_kv_cache import write_kv_cache
 

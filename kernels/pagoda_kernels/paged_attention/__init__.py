@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pagoda_kernels.paged_attention.cpu import paged_attention_cpu
-from pagoda_kernels.paged_attention.layout import HeadShape
+from pagoda_kernels.cpu.attention.attend import paged_attention_cpu
+from pagoda_kernels.cpu.attention.layout import HeadShape
 from pagoda_kernels.paged_attention.metadata import AttentionMetadata, GatherBuffer
 from pagoda_kernels.paged_attention.reference import paged_attention_reference
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from pagoda_kernels.paged_attention.layout import HeadShape, Layout
-from pagoda_kernels.paged_attention.plan import GatherPlan, make_plan, plan_singles
+from pagoda_kernels.cpu.attention.layout import HeadShape, Layout
+from pagoda_kernels.cpu.attention.plan import GatherPlan, make_plan, plan_singles
 
 
 class GatherBuffer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pagoda_kernels.rms_norm.cpu import add_rms_norm_cpu, rms_norm_cpu
+from pagoda_kernels.cpu.rms_norm import add_rms_norm_cpu, rms_norm_cpu
 from pagoda_kernels.rms_norm.reference import (
     add_rms_norm_reference,
     rms_norm_reference,

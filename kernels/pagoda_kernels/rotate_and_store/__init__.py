@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pagoda_kernels.rotate_and_store.cpu import rotate_and_store_cpu
+from pagoda_kernels.cpu.rotate_and_store import rotate_and_store_cpu
 from pagoda_kernels.rotate_and_store.reference import apply_rotary, rotate_and_store_reference
 
 __all__ = ["apply_rotary", "rotate_and_store"]

@@ -16,8 +16,8 @@ from starlette.types import ASGIApp
 from pagoda_runtime.batch.asgi import post
 from pagoda_runtime.batch.lines import BadLine, Line, pending, read_lines
 from pagoda_runtime.batch.results import ResultFile, make_bad_result, make_result, read_error
+from pagoda_runtime.client.engine_client import ENGINE_COMMAND, EngineClient
 from pagoda_runtime.config import ServerConfig
-from pagoda_runtime.engine.client import ENGINE_COMMAND, EngineClient
 from pagoda_runtime.errors import EngineDead, FatalError, PagodaError
 from pagoda_runtime.server.app import ROUTES, create_app, create_state
 from pagoda_runtime.server.run import load_from_folder, read_chat_template

@@ -21,7 +21,7 @@ from pagoda_runtime.flags import integer
 from pagoda_runtime.models.check import verify_start
 
 if TYPE_CHECKING:
-    from pagoda_runtime.engine.llm import LLM
+    from pagoda_runtime.client.llm import LLM
 
 LATENCY_PERCENTILES = (10, 25, 50, 75, 90, 99)
 

@@ -11,7 +11,10 @@ import msgspec
 
 from pagoda_runtime.engine.block_pool import BlockPool
 from pagoda_runtime.engine.deltas import DeltaMaker
-from pagoda_runtime.engine.messages import (
+from pagoda_runtime.engine.progress import Progress, advance
+from pagoda_runtime.engine.request import Request
+from pagoda_runtime.engine.scheduler import Plan, Scheduler
+from pagoda_runtime.ipc.messages import (
     NEVER,
     BlockCopy,
     EngineRequest,
@@ -20,9 +23,6 @@ from pagoda_runtime.engine.messages import (
     ScheduledRow,
     StepOutput,
 )
-from pagoda_runtime.engine.progress import Progress, advance
-from pagoda_runtime.engine.request import Request
-from pagoda_runtime.engine.scheduler import Plan, Scheduler
 
 
 class Runner(Protocol):

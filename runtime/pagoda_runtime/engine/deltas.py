@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Container, Sequence
 
-from pagoda_runtime.engine.messages import RequestDelta
 from pagoda_runtime.engine.progress import Progress
 from pagoda_runtime.engine.request import Request
+from pagoda_runtime.ipc.messages import RequestDelta
 
 
 class DeltaMaker:

@@ -1,4 +1,4 @@
-"""The engine process: `python -m pagoda_runtime.engine.process`, started by `engine.client`.
+"""The engine process: `python -m pagoda_runtime.engine.process`, started by `client.engine_client`.
 
 Standard input brings one line of JSON (`Launch`) and then stays open as long as the parent lives.
 Requests come in over one socket, progress and steps go out over another, all msgpack. A failure
@@ -26,12 +26,14 @@ import zmq
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore, Runner
-from pagoda_runtime.engine.messages import (
+from pagoda_runtime.errors import FatalError, QueueFull, RequestError
+from pagoda_runtime.ipc.messages import (
     AbortRequests,
     EngineFailed,
     EngineReady,
     EngineRequest,
     FinishChoices,
+    Launch,
     LoadProgress,
     PrefixCacheReset,
     RequestDelta,
@@ -41,8 +43,7 @@ from pagoda_runtime.engine.messages import (
     ToApi,
     ToEngine,
 )
-from pagoda_runtime.engine.sockets import input_address, output_address
-from pagoda_runtime.errors import FatalError, QueueFull, RequestError
+from pagoda_runtime.ipc.sockets import input_address, output_address
 from pagoda_runtime.logs import configure_logging
 from pagoda_runtime.models.source import OnProgress, read_ahead
 
@@ -52,14 +53,6 @@ IDLE_CHECK_MILLISECONDS = 1000
 LINGER_MILLISECONDS = 1000
 # How torch, the loader of libraries and the C library say that memory cannot be had.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "annot allocate memory", "failed to map segment")
-
-
-class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """What the parent tells the engine process at its start."""
-
-    config: EngineConfig
-    socket_folder: str
-    log_level: str = "info"
 
 
 class ReadyRunner(Runner, Protocol):

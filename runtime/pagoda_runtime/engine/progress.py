@@ -6,9 +6,9 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
 from pagoda_runtime.engine.beam import Continuation
-from pagoda_runtime.engine.messages import RowOutput, ScheduledRow, TokenLogprobs
 from pagoda_runtime.engine.request import Request, Sequence, Status
 from pagoda_runtime.engine.scheduler import Plan, Scheduler
+from pagoda_runtime.ipc.messages import RowOutput, ScheduledRow, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 from pagoda_runtime.engine.beam import BeamSearch
-from pagoda_runtime.engine.messages import TokenLogprobs
+from pagoda_runtime.ipc.messages import TokenLogprobs
 from pagoda_runtime.sampling_params import SamplingParams
 
 # One step of priority is worth this many places in the order of arrival. So a stream of urgent

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pagoda_runtime.engine.messages import ScheduledRow
 from pagoda_runtime.engine.request import Sequence, seed_of_choice
+from pagoda_runtime.ipc.messages import ScheduledRow
 
 
 def make_row(sequence: Sequence, num_tokens: int, *, block_size: int) -> ScheduledRow:

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from pagoda_runtime.engine.beam import BeamSearch
 from pagoda_runtime.engine.block_pool import BlockPool
 from pagoda_runtime.engine.block_tables import BlockTables
-from pagoda_runtime.engine.limits import (
+from pagoda_runtime.engine.request import Request, Sequence, Status
+from pagoda_runtime.engine.rows import make_row
+from pagoda_runtime.ipc.limits import (
     most_tokens,
     verify_beams_fit,
     verify_num_sequences,
     verify_prompt_fits,
     verify_queue_has_room,
 )
-from pagoda_runtime.engine.messages import NEVER, BlockCopy, ScheduledRow
-from pagoda_runtime.engine.request import Request, Sequence, Status
-from pagoda_runtime.engine.rows import make_row
+from pagoda_runtime.ipc.messages import NEVER, BlockCopy, ScheduledRow
 
 # Share of the blocks that admission leaves free for the growth of running requests. Without it
 # every admission soon costs a preemption.

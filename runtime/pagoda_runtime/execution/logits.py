@@ -8,7 +8,7 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
-from pagoda_runtime.engine.messages import ScheduledRow
+from pagoda_runtime.ipc.messages import ScheduledRow
 
 # Divided by the lowest temperature it is still in the range of fp32.
 _LARGE = 1e30

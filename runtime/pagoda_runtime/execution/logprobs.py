@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from pagoda_runtime.engine.messages import RowOutput, TokenLogprobs
+from pagoda_runtime.ipc.messages import RowOutput, TokenLogprobs
 
 _CHUNK = 64
 

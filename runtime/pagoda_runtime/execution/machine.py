@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pagoda_runtime.engine.cgroup import cgroup_folders, read_counters
+from pagoda_runtime.cgroup import cgroup_folders, read_counters
 
 _UNLIMITED = 1 << 60
 

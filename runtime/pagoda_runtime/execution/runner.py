@@ -12,16 +12,9 @@ import msgspec
 import torch
 
 from pagoda_kernels.copy_blocks import copy_blocks
+from pagoda_kernels.cpu.panels import INT8_AS_BF16, has_panels
 from pagoda_kernels.paged_attention import GatherBuffer, HeadShape
-from pagoda_kernels.panels import INT8_AS_BF16, has_panels
 from pagoda_runtime.config import EngineConfig
-from pagoda_runtime.engine.messages import (
-    BlockCopy,
-    EngineReady,
-    RowOutput,
-    ScheduledRow,
-    TokenLogprobs,
-)
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution import machine
 from pagoda_runtime.execution.kv_cache import (
@@ -34,6 +27,13 @@ from pagoda_runtime.execution.kv_cache import (
 from pagoda_runtime.execution.logprobs import compute_logprobs
 from pagoda_runtime.execution.sampler import sample, wants_likeliest
 from pagoda_runtime.execution.step_input import prepare_step
+from pagoda_runtime.ipc.messages import (
+    BlockCopy,
+    EngineReady,
+    RowOutput,
+    ScheduledRow,
+    TokenLogprobs,
+)
 from pagoda_runtime.models.check import verify_supported
 from pagoda_runtime.models.decoder import Decoder
 from pagoda_runtime.models.registry import load_model_config

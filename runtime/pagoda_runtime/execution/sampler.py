@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pagoda_runtime.engine.messages import RowOutput, ScheduledRow
 from pagoda_runtime.execution.logits import is_processed, process_logits
 from pagoda_runtime.execution.logprobs import (
     describe_tokens,
@@ -22,6 +21,7 @@ from pagoda_runtime.execution.logprobs import (
     likeliest,
     token_logprobs,
 )
+from pagoda_runtime.ipc.messages import RowOutput, ScheduledRow
 from pagoda_runtime.sampling_params import SamplingParams
 
 _CHUNK = 512

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pagoda_kernels.paged_attention import AttentionMetadata, GatherBuffer, HeadShape
-from pagoda_runtime.engine.messages import ScheduledRow
+from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.models.decoder import StepInput
 
 

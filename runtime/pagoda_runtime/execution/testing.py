@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from pagoda_runtime.engine.messages import ScheduledRow
 from pagoda_runtime.execution.runner import ModelRunner
+from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.sampling_params import SamplingParams
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch.nn.functional import linear, pad
 
-from pagoda_kernels.packed_linear import PackedMatrix, can_pack
+from pagoda_kernels.cpu.packed_linear import PackedMatrix, can_pack
 
 
 class LinearMethod(Protocol):

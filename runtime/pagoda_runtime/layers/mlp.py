@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from pagoda_kernels.packed_linear import PackedGate as PackedGateMatrices
-from pagoda_kernels.packed_linear import can_pack
+from pagoda_kernels.cpu.packed_linear import PackedGate as PackedGateMatrices
+from pagoda_kernels.cpu.packed_linear import can_pack
 from pagoda_runtime.layers.activation import ACTIVATIONS, gated_activation
 from pagoda_runtime.layers.linear import FixedRowsLinear, Linear, PrepackedLinear, has_amx
 from pagoda_runtime.models.config import ModelConfig

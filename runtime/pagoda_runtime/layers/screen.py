@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from pagoda_kernels.panels import BYTES_PER_STEP, INT8, has_panels
-from pagoda_kernels.screened_argmax import Int8Table, choose_tokens, quantize_rows, quantize_table
+from pagoda_kernels.cpu.panels import BYTES_PER_STEP, INT8, has_panels
+from pagoda_kernels.cpu.screened_argmax import (
+    Int8Table,
+    choose_tokens,
+    quantize_rows,
+    quantize_table,
+)
 from pagoda_runtime.layers.linear import LinearMethod
 
 # How many standard deviations of its error a logit may be off. The error is a sum over hidden_size

@@ -8,7 +8,7 @@ from pagoda_runtime.errors import FatalError
 from pagoda_runtime.models.config import SUPPORTED_DTYPES, ModelConfig
 from pagoda_runtime.models.registry import load_model_config
 from pagoda_runtime.models.source import local_path
-from pagoda_runtime.models.tokenizer import read_tokenizer_file
+from pagoda_runtime.tokenizer.tokenizer import read_tokenizer_file
 
 
 def verify_start(config: EngineConfig) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pagoda_runtime.models.config import ConfigFile, ModelConfig, RopeConfig
+from pagoda_runtime.config_file import ConfigFile
+from pagoda_runtime.models.config import ModelConfig, RopeConfig
 from pagoda_runtime.models.config import common_fields as read_common_fields
 from pagoda_runtime.models.llama import ACTIVATIONS
 from pagoda_runtime.models.qwen2 import windows_of_layer_types

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pagoda_runtime.config_file import ConfigFile, is_number
 from pagoda_runtime.errors import FatalError, RequestError
-from pagoda_runtime.models.config import ConfigFile, ModelConfig, Note, is_number
-from pagoda_runtime.models.tokenizer_files import SETTINGS_NAME, TokenizerFiles, find_token_id
+from pagoda_runtime.models.config import ModelConfig, Note
 from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.tokenizer.files import SETTINGS_NAME, TokenizerFiles, find_token_id
 
 # Key of generation_config.json → field of SamplingParams.
 _ALWAYS = {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pagoda_runtime.models.config import ConfigFile, ModelConfig, common_fields
+from pagoda_runtime.config_file import ConfigFile
+from pagoda_runtime.models.config import ModelConfig, common_fields
 from pagoda_runtime.models.rope import max_positions, read_rope
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")

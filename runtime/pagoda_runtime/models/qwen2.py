@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pagoda_runtime.models.config import ConfigFile, ModelConfig
+from pagoda_runtime.config_file import ConfigFile
+from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.llama import llama
 
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.models.config import ConfigFile, ModelConfig
+from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.gemma3 import gemma3
 from pagoda_runtime.models.generation import read_generation
 from pagoda_runtime.models.llama import llama

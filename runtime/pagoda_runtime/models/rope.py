@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from pagoda_runtime.config_file import ConfigFile, is_positive
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.models.config import ConfigFile, RopeConfig, is_positive
+from pagoda_runtime.models.config import RopeConfig
 
 
 def read_rope(

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.errors import FatalError, unreadable
-from pagoda_runtime.models.config import DTYPE_OF_WEIGHTS, SUPPORTED_DTYPES, ConfigFile, ModelConfig
+from pagoda_runtime.models.config import DTYPE_OF_WEIGHTS, SUPPORTED_DTYPES, ModelConfig
 from pagoda_runtime.models.source import OnProgress
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pagoda_runtime.engine.detokenizer import IncrementalDetokenizer
-from pagoda_runtime.engine.messages import RequestDelta, TokenLogprobs
+from pagoda_runtime.ipc.messages import RequestDelta, TokenLogprobs
 from pagoda_runtime.server.logprobs import ShownToken
+from pagoda_runtime.tokenizer.detokenizer import IncrementalDetokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from contextlib import aclosing
 
 import msgspec
 
-from pagoda_runtime.engine.messages import RequestDelta, TokenLogprobs
 from pagoda_runtime.errors import PagodaError
+from pagoda_runtime.ipc.messages import RequestDelta, TokenLogprobs
 from pagoda_runtime.metrics import RequestClock
 from pagoda_runtime.server.choice import ChoiceText
 from pagoda_runtime.server.logprobs import ShownToken

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from pagoda_runtime.engine.messages import TokenLogprobs
+from pagoda_runtime.ipc.messages import TokenLogprobs
 from pagoda_runtime.server.state import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from pagoda_runtime.engine.detokenizer import IncrementalDetokenizer
-from pagoda_runtime.engine.limits import most_tokens
-from pagoda_runtime.engine.messages import EngineReady
 from pagoda_runtime.errors import PromptTooLong
+from pagoda_runtime.ipc.limits import most_tokens
+from pagoda_runtime.ipc.messages import EngineReady
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.choice import Echo
 from pagoda_runtime.server.protocol import (
@@ -20,6 +19,7 @@ from pagoda_runtime.server.protocol import (
     Prompt,
 )
 from pagoda_runtime.server.state import PIECE_CHARACTERS, ServerState, Tokenizer
+from pagoda_runtime.tokenizer.detokenizer import IncrementalDetokenizer
 
 # About as many characters as a token has, to tell how long its decoding takes.
 CHARACTERS_PER_TOKEN = 4

@@ -14,8 +14,8 @@ import uvicorn
 import uvloop
 from starlette.types import ASGIApp
 
+from pagoda_runtime.client.engine_client import ENGINE_COMMAND, EngineClient
 from pagoda_runtime.config import EngineConfig, ServerConfig
-from pagoda_runtime.engine.client import ENGINE_COMMAND, EngineClient
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.logs import configure_logging
@@ -161,7 +161,7 @@ def read_chat_template(path: str | None) -> str | None:
         return None
     from jinja2 import TemplateSyntaxError
 
-    from pagoda_runtime.models.chat_template import ChatTemplate
+    from pagoda_runtime.tokenizer.chat_template import ChatTemplate
 
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -179,7 +179,7 @@ def load_from_folder(config: EngineConfig) -> LoadTokenizer:
 
     def load() -> Tokenizer:
         from pagoda_runtime.models.source import resolve_model
-        from pagoda_runtime.models.tokenizer import load_tokenizer
+        from pagoda_runtime.tokenizer.tokenizer import load_tokenizer
 
         folder = resolve_model(config.model, config.revision, lambda phase, percent, rate: None)
         return load_tokenizer(folder)

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from pagoda_runtime.errors import RequestError
-from pagoda_runtime.models.tokenizer import tokenize_bad_words
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.protocol import (
     ChatCompletionRequest,
@@ -16,6 +15,7 @@ from pagoda_runtime.server.protocol import (
     GenerationRequest,
 )
 from pagoda_runtime.server.state import Tokenizer
+from pagoda_runtime.tokenizer.tokenizer import tokenize_bad_words
 
 # What a body has in another form than the parameters; all else of one name is of one type.
 _CONVERTED = {

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pagoda_runtime.engine.detokenizer import IncrementalDetokenizer
-from pagoda_runtime.engine.limits import verify_fits
-from pagoda_runtime.engine.messages import EngineReady
-from pagoda_runtime.engine.outputs import engine_params
+from pagoda_runtime.client.outputs import engine_params
 from pagoda_runtime.errors import RequestError
+from pagoda_runtime.ipc.limits import verify_fits
+from pagoda_runtime.ipc.messages import EngineReady
 from pagoda_runtime.metrics import RequestClock
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.answer import Answer
@@ -35,6 +34,7 @@ from pagoda_runtime.server.protocol import (
 )
 from pagoda_runtime.server.sampling import is_echo, to_sampling_params
 from pagoda_runtime.server.state import ServerState, Tokenizer
+from pagoda_runtime.tokenizer.detokenizer import IncrementalDetokenizer
 
 # OpenAI's default for completions; a chat may use the rest of the context. The model's comes first.
 DEFAULT_COMPLETION_TOKENS = 16

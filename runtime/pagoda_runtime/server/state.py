@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from pagoda_runtime.config import ServerConfig
-from pagoda_runtime.engine.messages import (
+from pagoda_runtime.errors import EngineDead, QueueFull, Unavailable
+from pagoda_runtime.ipc.messages import (
     EngineFailed,
     EngineReady,
     EngineStats,
@@ -20,7 +21,6 @@ from pagoda_runtime.engine.messages import (
     RequestDelta,
     StepOutput,
 )
-from pagoda_runtime.errors import EngineDead, QueueFull, Unavailable
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.metrics import Metrics
 from pagoda_runtime.sampling_params import SamplingParams
@@ -52,7 +52,7 @@ class TokenStream(Protocol):
 
 
 class Engine(Protocol):
-    """The part of `engine.client.EngineClient` that the server uses."""
+    """The part of `client.engine_client.EngineClient` that the server uses."""
 
     ready: EngineReady | None
     progress: LoadProgress
@@ -84,7 +84,7 @@ class Engine(Protocol):
 
 
 class Tokenizer(Protocol):
-    """The part of `models.tokenizer.Tokenizer` that the server uses."""
+    """The part of `tokenizer.tokenizer.Tokenizer` that the server uses."""
 
     @property
     def all_special_ids(self) -> frozenset[int]: ...

@@ -26,8 +26,9 @@ import uvicorn
 
 from pagoda_runtime.cli import parse_serve_args
 from pagoda_runtime.config import EngineConfig, ServerConfig
-from pagoda_runtime.engine.limits import verify_fits, verify_queue_has_room
-from pagoda_runtime.engine.messages import (
+from pagoda_runtime.errors import EngineDead, FatalError, exit_status
+from pagoda_runtime.ipc.limits import verify_fits, verify_queue_has_room
+from pagoda_runtime.ipc.messages import (
     EngineFailed,
     EngineReady,
     EngineStats,
@@ -36,7 +37,6 @@ from pagoda_runtime.engine.messages import (
     StepOutput,
     TokenLogprobs,
 )
-from pagoda_runtime.errors import EngineDead, FatalError, exit_status
 from pagoda_runtime.last_words import TERMINATION_LOG_VARIABLE, write_last_words
 from pagoda_runtime.logs import configure_logging
 from pagoda_runtime.sampling_params import SamplingParams

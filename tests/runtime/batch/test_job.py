@@ -12,8 +12,8 @@ from pagoda_runtime.batch.job import URLS, Progress, answer_all, run_batch
 from pagoda_runtime.batch.lines import pending, read_lines
 from pagoda_runtime.batch.results import ResultFile
 from pagoda_runtime.config import ServerConfig
-from pagoda_runtime.engine.messages import EngineFailed
 from pagoda_runtime.errors import EngineDead, FatalError
+from pagoda_runtime.ipc.messages import EngineFailed
 from pagoda_runtime.server.app import create_app
 from pagoda_runtime.server.testing import FakeEngine, make_config, make_state
 

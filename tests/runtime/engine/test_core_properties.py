@@ -12,9 +12,9 @@ from hypothesis import given, settings
 
 from pagoda_runtime.engine.beam import BeamSearch
 from pagoda_runtime.engine.core import EngineCore
-from pagoda_runtime.engine.messages import EngineRequest, RowOutput
 from pagoda_runtime.engine.request import seed_of_choice
 from pagoda_runtime.errors import RequestError
+from pagoda_runtime.ipc.messages import EngineRequest, RowOutput
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.testing import FakeRunner, fake_candidates, fake_next_token, fake_state
 

@@ -12,9 +12,9 @@ import pytest
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore
-from pagoda_runtime.engine.messages import EngineRequest
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.execution.testing import SmallRunner
+from pagoda_runtime.ipc.messages import EngineRequest
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pagoda_runtime.engine.core import EngineCore
-from pagoda_runtime.engine.messages import BlockCopy, EngineRequest
+from pagoda_runtime.ipc.messages import BlockCopy, EngineRequest
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.testing import FakeRunner
 

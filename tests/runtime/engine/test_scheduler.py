@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 
 from pagoda_runtime.engine.block_pool import BlockPool
-from pagoda_runtime.engine.messages import RowOutput
 from pagoda_runtime.engine.progress import advance
 from pagoda_runtime.engine.request import ARRIVALS_PER_PRIORITY, Request, Sequence, Status
 from pagoda_runtime.engine.scheduler import Plan, Scheduler
 from pagoda_runtime.errors import PromptTooLong, QueueFull, RequestError
+from pagoda_runtime.ipc.messages import RowOutput
 from pagoda_runtime.sampling_params import SamplingParams
 
 EOS = 0

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagoda_runtime.engine.messages import ScheduledRow
 from pagoda_runtime.execution.logits import is_processed, process_logits
+from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.sampling_params import SamplingParams
 
 INF = math.inf

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from pagoda_kernels.panels import BF16, INT8_AS_BF16, has_panels
+from pagoda_kernels.cpu.panels import BF16, INT8_AS_BF16, has_panels
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.execution.testing import generate, transformers_tokens

@@ -5,9 +5,9 @@ import logging
 import pytest
 
 from pagoda_runtime.config import EngineConfig
-from pagoda_runtime.engine.messages import ScheduledRow
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.runner import ModelRunner
+from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagoda_runtime.engine.messages import ScheduledRow
 from pagoda_runtime.execution.sampler import sample, uniform
+from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.sampling_params import SamplingParams
 
 LOGITS = torch.tensor([[2.0, 0.5, 1.0, -1.0, 0.0]])

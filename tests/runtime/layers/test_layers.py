@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from pagoda_kernels.packed_linear import can_pack
-from pagoda_kernels.panels import BF16, has_panels
+from pagoda_kernels.cpu.packed_linear import can_pack
+from pagoda_kernels.cpu.panels import BF16, has_panels
 from pagoda_runtime.layers import linear
 from pagoda_runtime.layers.activation import ACTIVATIONS
 from pagoda_runtime.layers.embedding import Embedding

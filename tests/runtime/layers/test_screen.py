@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pagoda_kernels.panels import INT8, has_panels
+from pagoda_kernels.cpu.panels import INT8, has_panels
 from pagoda_runtime.layers.linear import PlainLinear
 from pagoda_runtime.layers.screen import Screen, can_screen
 

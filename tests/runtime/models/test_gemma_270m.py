@@ -11,7 +11,7 @@ import torch
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.execution.testing import generate
-from pagoda_runtime.models.tokenizer import load_tokenizer
+from pagoda_runtime.tokenizer.tokenizer import load_tokenizer
 
 NUM_TOKENS = 24
 PROMPTS = [

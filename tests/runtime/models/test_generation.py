@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.models.config import ConfigFile, ModelConfig
+from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.generation import read_generation
 from pagoda_runtime.models.llama import llama
 from pagoda_runtime.models.testing import write_tiny_tokenizer

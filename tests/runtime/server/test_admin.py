@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from pagoda_runtime.engine.messages import EngineFailed
+from pagoda_runtime.ipc.messages import EngineFailed
 from pagoda_runtime.server.admin import create_admin_app
 from pagoda_runtime.server.testing import FakeEngine, make_config, make_state
 

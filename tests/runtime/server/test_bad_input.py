@@ -13,7 +13,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from pagoda_runtime.engine.messages import EngineFailed
+from pagoda_runtime.ipc.messages import EngineFailed
 from pagoda_runtime.server.state import ServerState
 from pagoda_runtime.server.testing import (
     READY,

@@ -6,8 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from pagoda_runtime.engine.detokenizer import IncrementalDetokenizer
-from pagoda_runtime.engine.messages import RequestDelta
+from pagoda_runtime.ipc.messages import RequestDelta
 from pagoda_runtime.metrics import RequestClock
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.choice import ChoiceText
@@ -19,6 +18,7 @@ from pagoda_runtime.server.testing import (
     make_config,
     make_state,
 )
+from pagoda_runtime.tokenizer.detokenizer import IncrementalDetokenizer
 
 TEXT = b"hello world"
 

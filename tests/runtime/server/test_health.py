@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
-from pagoda_runtime.engine.messages import EngineFailed, EngineStats
+from pagoda_runtime.ipc.messages import EngineFailed, EngineStats
 from pagoda_runtime.server.health import find_problem
 from pagoda_runtime.server.state import ServerState
 from pagoda_runtime.server.testing import READY, FakeEngine, make_config, make_state, running_server

@@ -13,7 +13,6 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from pagoda_runtime.engine.detokenizer import IncrementalDetokenizer
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.state import MAX_WARNED_FIELDS, ServerState
 from pagoda_runtime.server.testing import (
@@ -24,6 +23,7 @@ from pagoda_runtime.server.testing import (
     make_state,
     running_server,
 )
+from pagoda_runtime.tokenizer.detokenizer import IncrementalDetokenizer
 
 
 class CountingTokenizer(ByteTokenizer):

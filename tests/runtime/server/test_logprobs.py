@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagoda_runtime.engine.messages import TokenLogprobs
+from pagoda_runtime.ipc.messages import TokenLogprobs
 from pagoda_runtime.server.logprobs import LEAST_LOGPROB, LogprobsWriter, ShownToken
 from pagoda_runtime.server.testing import ByteTokenizer
 

@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 
 from pagoda_runtime.models.testing import make_tiny_checkpoint
-from pagoda_runtime.models.tokenizer import load_tokenizer
 from pagoda_runtime.server.testing import ServerProcess
+from pagoda_runtime.tokenizer.tokenizer import load_tokenizer
 
 FLAGS = ["--host", "127.0.0.1", "--port", "0", "--kv-cache-memory-bytes", "4000000"]
 FLAGS += ["--num-threads", "1", "--drain-delay-seconds", "0", "--dtype", "float32"]

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from pagoda_runtime.models.testing import write_tiny_tokenizer
-from pagoda_runtime.models.tokenizer import load_tokenizer
 from pagoda_runtime.server.testing import READY, FakeEngine, make_config, make_state, running_server
+from pagoda_runtime.tokenizer.tokenizer import load_tokenizer
 
 PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
 

@@ -1,0 +1,153 @@
+"""How the threads of a CPU share the prefill chunks of a step: see `chunks`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pagoda_kernels.cpu.attention.layout import Layout
+from pagoda_kernels.cpu.panels import BF16, GROUP_SIZE, has_panels
+
+KEY_BLOCK = 256
+"""Keys that are packed at a time, and whose scores are kept."""
+
+
+class Part(NamedTuple):
+    """What a thread takes at a time, for one key head: some queries, and some keys they see."""
+
+    first_token: int
+    """Of the step."""
+    num_tokens: int
+    first_slot: int
+    """An index into the slots of all chunks."""
+    num_keys: int
+    position: int
+    """Of the first token; that of the first key is 0."""
+    partial: int = -1
+    """Where its sums go until they are merged; -1: the queries see no other keys."""
+
+
+class Merge(NamedTuple):
+    """Some queries whose keys several parts have."""
+
+    first_token: int
+    num_tokens: int
+    first_partial: int
+    num_partials: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """All prefill chunks of a step, in bf16, cut into parts that threads take."""
+
+    slots: torch.Tensor
+    """[num_keys] int64: cache slots that a chunk's queries see, oldest first; of all chunks."""
+    parts: torch.Tensor
+    """[num_parts, fields of Part] int64."""
+    merges: torch.Tensor
+    """[num_merges, fields of Merge] int64."""
+    num_partials: int
+    partial_size: int
+    """Of one key head; in numbers."""
+    most_rows: int
+    """Query tokens of a block times the query heads that share a key head, at most."""
+    window: int
+
+
+def can_pack_keys(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether prefill chunks are attended to by the processor's dot products of bf16.
+
+    With AMX torch's products are faster.
+    """
+    if dtype is not torch.bfloat16 or head_dim % GROUP_SIZE or not has_panels(BF16):
+        return False
+    return not torch.cpu._is_amx_tile_supported()
+
+
+# Rows of queries that share packed keys: more would not stay in the cache beside their sums.
+_ROWS_PER_BLOCK = 128
+# Parts for each thread, so that all end at about the same time.
+_PARTS_PER_THREAD = 4
+
+
+def plan_chunks(layout: Layout, window: int) -> Chunks:
+    """For a step that has chunks; window: 0 for none."""
+    first_seq, last_seq = layout.num_decodes, len(layout.seq_lens)
+    visible = np.array(layout.seq_lens[first_seq:last_seq], dtype=np.int64)
+    if window:
+        query_lens = np.array(layout.query_lens[first_seq:last_seq], dtype=np.int64)
+        visible = np.minimum(visible, query_lens + window - 1)
+    group = layout.heads.num_heads // layout.heads.num_kv_heads
+    blocks = list(_query_blocks(layout, window, visible, max(1, _ROWS_PER_BLOCK // group)))
+    num_key_blocks = sum(-(-block.num_keys // KEY_BLOCK) for block in blocks)
+    num_parts = _PARTS_PER_THREAD * layout.num_threads
+    most_keys = KEY_BLOCK * -(-num_key_blocks * layout.heads.num_kv_heads // num_parts)
+    parts, merges = _cut_keys(blocks, most_keys)
+    most_rows = max(block.num_tokens for block in blocks) * group
+    return Chunks(
+        slots=layout.newest_slots(first_seq, last_seq, visible),
+        parts=torch.tensor(parts),
+        merges=torch.tensor(merges, dtype=torch.int64).view(-1, len(Merge._fields)),
+        num_partials=sum(merge.num_partials for merge in merges),
+        partial_size=most_rows * (layout.heads.head_dim + 2),
+        most_rows=most_rows,
+        window=window,
+    )
+
+
+def _query_blocks(
+    layout: Layout, window: int, visible: np.ndarray, most_tokens: int
+) -> Iterator[Part]:
+    """The queries of each chunk in equal blocks, each with all keys that it sees.
+
+    Args: visible: [num_chunks], how many of a sequence's newest keys its chunk sees.
+    """
+    first_slot = 0
+    for seq, num_visible in enumerate(visible.tolist(), layout.num_decodes):
+        num_queries, token = layout.query_lens[seq], int(layout.starts[seq])
+        num_blocks = -(-num_queries // most_tokens)
+        cuts = [num_queries * i // num_blocks for i in range(num_blocks + 1)]
+        # Positions here are relative to the oldest key that the chunk sees.
+        start = num_visible - num_queries
+        for first, last in pairwise(cuts):
+            key = max(0, start + first - window + 1) if window else 0
+            yield Part(
+                first_token=token + first,
+                num_tokens=last - first,
+                first_slot=first_slot + key,
+                num_keys=start + last - key,
+                position=start + first - key,
+            )
+        first_slot += num_visible
+
+
+def _cut_keys(blocks: Sequence[Part], most_keys: int) -> tuple[list[Part], list[Merge]]:
+    """Parts with at most so many keys, and what has to be merged of them."""
+    parts: list[Part] = []
+    merges: list[Merge] = []
+    num_partials = 0
+    for block in blocks:
+        if block.num_keys <= most_keys:
+            parts.append(block)
+            continue
+        firsts = range(0, block.num_keys, most_keys)
+        for i, first in enumerate(firsts):
+            parts.append(
+                block._replace(
+                    first_slot=block.first_slot + first,
+                    num_keys=min(most_keys, block.num_keys - first),
+                    position=block.position - first,
+                    partial=num_partials + i,
+                )
+            )
+        merge = Merge(block.first_token, block.num_tokens, num_partials, len(firsts))
+        merges.append(merge)
+        num_partials += merge.num_partials
+    # Threads begin with the most work.
+    parts.sort(key=lambda part: part.num_tokens * part.num_keys, reverse=True)
+    return parts, merges

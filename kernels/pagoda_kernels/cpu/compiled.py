@@ -1,0 +1,210 @@
+"""The pieces of kernels that numba compiles for the CPU they run on.
+
+torch takes 2 to 10 us for each operation of a decode step, whatever its size, and a layer has about
+50 of them. A loop in Python, compiled, does the work of ten in one call of 1 us.
+
+Such kernels run on one thread, for work of some 100 us at most: waking a second one costs more.
+Larger ones are in `pagoda_kernels.cpu.threads`. They take addresses, because wrapping a tensor as
+an array takes longer than many of them run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+# Before anything is compiled.
+import pagoda_kernels.cpu.targets  # noqa: F401
+from pagoda_kernels.cpu.cache import KernelCache
+
+Array: TypeAlias = Any
+"""An array of numbers inside a kernel, or a part of one."""
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+# Sums may be split among the lanes of a vector. NaN and infinity keep their meaning.
+_FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
+# A division by zero gives infinity. That it raises an error would keep it out of vectors.
+OPTIONS: dict[str, Any] = {"fastmath": _FAST_MATH, "error_model": "numpy"}
+
+
+_TYPES = {"int": types.int64, "float": types.float64, "bool": types.boolean}
+
+
+class Compiled(NamedTuple):
+    """A kernel that others can have compiled before it is called."""
+
+    name: str
+    needs: frozenset[str]
+    """Features of the processor, as LLVM names them."""
+    prepare: Callable[[], Any]
+    """Compile it, or find it in a file."""
+
+
+KERNELS: list[Compiled] = []
+"""All that were imported so far."""
+
+
+def compiled(function: Kernel) -> Kernel:
+    """A part of kernels: compiled as often as they are."""
+    return cast(Kernel, njit(nogil=True, **OPTIONS)(function))
+
+
+def kernel(function: Kernel) -> Kernel:
+    """A function of int, float and bool, compiled at its first call and kept in a file."""
+    dispatcher = compiled(cast(Any, function))
+    dispatcher._cache = KernelCache(function)
+    # By the names of the types: annotations are strings here.
+    signature = tuple(
+        _TYPES[name] for key, name in function.__annotations__.items() if key != "return"
+    )
+    KERNELS.append(Compiled(_name(function), frozenset(), lambda: dispatcher.compile(signature)))
+    return cast(Kernel, dispatcher)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _make_pointer(_context: Any, address: Any, dtype: Any) -> Any:
+    pointer = types.CPointer(dtype.dtype)
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+    return pointer(address, dtype), generate
+
+
+def _make_prefetch(_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        byte_pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte_pointer, int32, int32, int32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte_pointer], kind)
+        pointer = builder.inttoptr(arguments[0], byte_pointer)
+        # To be read, into all levels of the cache, as data.
+        builder.call(function, [pointer, int32(0), int32(3), int32(1)])
+        return context.get_dummy_value()
+
+    return types.void(address), generate
+
+
+_pointer = cast(Any, intrinsic(_make_pointer))
+"""An address as a pointer to numbers of a dtype."""
+_prefetch = cast(Any, intrinsic(_make_prefetch))
+"""Ask for the 64 bytes at an address, to be read soon."""
+
+
+@compiled
+def floats(address: int, shape: Any) -> Array:
+    """The fp32 numbers at an address."""
+    return carray(_pointer(address, np.float32), shape)
+
+
+@compiled
+def bf16_bits(address: int, shape: Any) -> Array:
+    """The bf16 numbers at an address; numba does not know them, so these are their bits."""
+    return carray(_pointer(address, np.uint16), shape)
+
+
+@compiled
+def uint8s(address: int, shape: Any) -> Array:
+    return carray(_pointer(address, np.uint8), shape)
+
+
+@compiled
+def int32s(address: int, shape: Any) -> Array:
+    return carray(_pointer(address, np.int32), shape)
+
+
+@compiled
+def int64s(address: int, shape: Any) -> Array:
+    return carray(_pointer(address, np.int64), shape)
+
+
+@compiled
+def address_of(numbers: Array) -> Any:
+    """Signed, like the addresses of a task: a variable that may be either would become a float."""
+    return np.int64(numbers.ctypes.data)
+
+
+@compiled
+def prefetch(address: int, num_bytes: int) -> None:
+    for offset in range(0, num_bytes, 64):
+        _prefetch(address + offset)
+
+
+@compiled
+def widened(bits: Any) -> Any:
+    """A bf16 number, from its bits, in fp32."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@compiled
+def narrowed(number: Any) -> Any:
+    """The bits of the bf16 number nearest to an fp32 one, the even one of two; NaN stays NaN."""
+    bits = np.float32(number).view(np.uint32)
+    rounding = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    rounded = np.uint32(0x7FC00000) if is_nan else bits + rounding
+    return np.uint16(rounded >> np.uint32(16))
+
+
+LOG2_E = np.float32(1.4426950408889634)
+# Taylor's series of exp(x * ln 2), highest power first, for x in [-1/2, 1/2].
+_EXP2 = tuple(
+    np.float32(c)
+    for c in (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1)
+)
+
+
+@compiled
+def exp2(power: Any) -> Any:
+    """2 ** power of an fp32 number up to 126, in operations that vectors have; 0 below -127.
+
+    Within 3 units of the last place.
+    """
+    power = max(power, np.float32(-127))
+    whole = np.rint(power)
+    part = power - whole
+    series = _EXP2[0]
+    series = series * part + _EXP2[1]
+    series = series * part + _EXP2[2]
+    series = series * part + _EXP2[3]
+    series = series * part + _EXP2[4]
+    series = series * part + _EXP2[5]
+    series = series * part + np.float32(1)
+    return series * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@compiled
+def widen(source: Array, target: Array) -> None:
+    """Vectors of bf16 bits and of fp32."""
+    for i in range(target.size):
+        target[i] = widened(source[i])
+
+
+@compiled
+def narrow(source: Array, target: Array) -> None:
+    """Vectors of fp32 and of bf16 bits."""
+    for i in range(source.size):
+        target[i] = narrowed(source[i])
+
+
+@compiled
+def copy(source: Array, target: Array) -> None:
+    """As a loop: what a slice is assigned is checked, and compiling that takes two seconds."""
+    for i in range(source.size):
+        target[i] = source[i]
+
+
+@compiled
+def sum_of_squares(x: Array) -> Any:
+    total = np.float32(0)
+    for i in range(x.size):
+        total += x[i] * x[i]
+    return total

@@ -1,0 +1,148 @@
+"""Products with a matrix packed in panels, alone or as a gated layer: see `panels`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from pagoda_kernels.cpu.packed_linear import kernel
+from pagoda_kernels.cpu.packing import pack
+from pagoda_kernels.cpu.panels import (
+    BF16,
+    BYTES_PER_STEP,
+    GROUP_SIZE,
+    INT8_AS_BF16,
+    PANEL_SIZE,
+    has_panels,
+)
+
+__all__ = ["GATES", "PackedGate", "PackedMatrix", "can_pack"]
+
+GATES = {"silu": kernel.SILU, "gelu": kernel.GELU, "gelu_pytorch_tanh": kernel.GELU_TANH}
+"""The activations that a gate can have."""
+
+_INT8_MAX = 127
+
+
+def can_pack(matrix: torch.Tensor, *, is_int8: bool = False) -> bool:
+    """Whether this processor multiplies by such a matrix in panels."""
+    if matrix.device.type != "cpu" or matrix.dtype is not torch.bfloat16:
+        return False
+    whole_steps = matrix.shape[1] * matrix.element_size() % BYTES_PER_STEP == 0
+    return whole_steps and has_panels(INT8_AS_BF16 if is_int8 else BF16)
+
+
+class _Panels(NamedTuple):
+    """A matrix as the kernel takes it."""
+
+    panels: torch.Tensor
+    bias: torch.Tensor
+    """[num_groups * GROUP_SIZE] fp32, what sums begin with."""
+    scales: torch.Tensor | None
+    """[num_groups * GROUP_SIZE] fp32, what sums are multiplied by, if the numbers are int8."""
+
+    @classmethod
+    def make(cls, matrix: torch.Tensor, bias: torch.Tensor, is_int8: bool) -> _Panels:
+        """Args: matrix: [whole groups, in_features] bf16; bias: [whole groups] fp32."""
+        if not is_int8:
+            return cls(pack(matrix, BF16), bias, None)
+        numbers = matrix.float()
+        scales = numbers.abs().amax(1).div_(_INT8_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
+        integers = numbers.div_(scales[:, None]).round_().to(torch.int8)
+        return cls(pack(integers, INT8_AS_BF16), bias / scales, scales)
+
+
+class PackedMatrix:
+    """x @ matrix.T + bias, computed in fp32 and rounded once.
+
+    Args:
+        matrix: [out_features, in_features] bf16 for which `can_pack`; copied.
+        bias: [out_features], or none.
+        is_int8: round the matrix to whole numbers between -127 and 127, times a scale for each of
+            its rows. They are widened to bf16, exactly, on the way to the product.
+    """
+
+    def __init__(
+        self, matrix: torch.Tensor, bias: torch.Tensor | None = None, *, is_int8: bool = False
+    ) -> None:
+        self.out_features, self.is_int8 = len(matrix), is_int8
+        size = self.out_features + -self.out_features % GROUP_SIZE
+        self._panels = _Panels.make(_padded(matrix, size), _padded_bias(bias, size), is_int8)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_rows, out_features] bf16 of x, [num_rows, in_features] bf16."""
+        return _multiply(x, self._panels, kernel.NO_GATE, self.out_features)
+
+
+class PackedGate:
+    """activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias), in fp32 and rounded once.
+
+    Args:
+        gate, up: [out_features, in_features] bf16 for which `can_pack`; copied.
+        gate_bias, up_bias: [out_features], or none.
+        activation: a name of GATES.
+        is_int8: as for `PackedMatrix`.
+    """
+
+    def __init__(
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        activation: str,
+        gate_bias: torch.Tensor | None = None,
+        up_bias: torch.Tensor | None = None,
+        *,
+        is_int8: bool = False,
+    ) -> None:
+        self.out_features, in_features = gate.shape
+        size = self.out_features + -self.out_features % PANEL_SIZE
+        # A group is a panel of the gate and one of up.
+        rows = [_padded(part, size).view(-1, PANEL_SIZE, in_features) for part in (gate, up)]
+        biases = [_padded_bias(part, size).view(-1, PANEL_SIZE) for part in (gate_bias, up_bias)]
+        matrix, bias = torch.cat(rows, 1).view(-1, in_features), torch.cat(biases, 1).view(-1)
+        self._panels = _Panels.make(matrix, bias, is_int8)
+        self._gate, self.is_int8 = GATES[activation], is_int8
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_rows, out_features] bf16 of x, [num_rows, in_features] bf16."""
+        return _multiply(x, self._panels, self._gate, self.out_features)
+
+
+def _multiply(x: torch.Tensor, matrix: _Panels, gate: int, out_features: int) -> torch.Tensor:
+    num_rows, in_features = x.shape
+    num_groups, num_steps, _, numbers = matrix.panels.shape
+    if x.dtype is not torch.bfloat16 or in_features != num_steps * numbers:
+        raise ValueError(
+            f"x is {list(x.shape)} in {x.dtype}; the matrix has {num_steps * numbers} columns in "
+            "bf16."
+        )
+    x = x.contiguous()
+    out = torch.empty(num_rows, out_features, dtype=torch.bfloat16)
+    kernel.multiply(
+        matrix.panels.data_ptr(),
+        num_groups,
+        x.data_ptr(),
+        num_rows,
+        in_features,
+        matrix.bias.data_ptr(),
+        kernel.NO_SCALES if matrix.scales is None else matrix.scales.data_ptr(),
+        gate,
+        out.data_ptr(),
+        out_features,
+    )
+    return out
+
+
+def _padded(matrix: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """With rows of zeros at the end."""
+    missing = num_rows - len(matrix)
+    return torch.nn.functional.pad(matrix, (0, 0, 0, missing)) if missing else matrix
+
+
+def _padded_bias(bias: torch.Tensor | None, size: int) -> torch.Tensor:
+    """[size] fp32: zeros where there is no bias."""
+    padded = torch.zeros(size)
+    if bias is not None:
+        padded[: len(bias)] = bias
+    return padded

@@ -1,0 +1,139 @@
+"""The loops of `pagoda_kernels.cpu.packed_linear`: see `pagoda_kernels.cpu.threads`."""
+
+from __future__ import annotations
+
+from math import erf
+from typing import Any
+
+import numpy as np
+
+from pagoda_kernels.cpu.compiled import (
+    LOG2_E,
+    Array,
+    address_of,
+    bf16_bits,
+    compiled,
+    exp2,
+    floats,
+    narrowed,
+)
+from pagoda_kernels.cpu.panels import (
+    BF16,
+    BYTES_PER_STEP,
+    GROUP_SIZE,
+    INT8_AS_BF16,
+    MOST_ROWS,
+    PANEL_SIZE,
+    VECTOR_BYTES,
+    empty_panels,
+    make_dot,
+    narrow_panel,
+    widen_step,
+)
+from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim
+
+NO_GATE, SILU, GELU, GELU_TANH = range(4)
+NO_SCALES = 0
+
+_dot, _dot_int8 = make_dot(BF16), make_dot(INT8_AS_BF16)
+
+_SQRT_HALF = np.float32(0.7071067811865476)
+# gelu's approximation by tanh (Hendrycks and Gimpel, 2016), as a sigmoid: tanh(y) = 2s(2y) - 1.
+_GELU_LINEAR, _GELU_CUBIC = np.float32(1.5957691216057308), np.float32(0.044715)
+_ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
+
+
+def _multiply(task: Task) -> None:
+    """Arguments: panels, num_groups, x, num_rows, in_features, bias, scales, gate, out,
+    out_features. With scales, the panels are int8.
+    """
+    packed, num_groups, x, num_rows, in_features = task[1], task[2], task[3], task[4], task[5]
+    bias, scales, gate, out, out_features = task[6], task[7], task[8], task[9], task[10]
+    num_columns = GROUP_SIZE if gate == NO_GATE else PANEL_SIZE
+    num_passes = (num_rows + MOST_ROWS - 1) // MOST_ROWS
+    is_int8 = scales != NO_SCALES
+    row_bytes = 2 * in_features
+    group_bytes = GROUP_SIZE * in_features if is_int8 else GROUP_SIZE * row_bytes
+    ahead_stride = group_bytes * BYTES_PER_STEP // (row_bytes * num_passes)
+    sums = np.zeros((MOST_ROWS, GROUP_SIZE), np.float32)
+    # In one pass, numbers are widened on the way; for several, before them.
+    is_widened = is_int8 and num_passes > 1
+    wide = empty_panels(GROUP_SIZE * in_features if is_widened else 0)
+    group = claim(task)
+    while group < num_groups:
+        following = claim(task)
+        panels = packed + group * group_bytes
+        first = group * num_columns
+        count = min(num_columns, out_features - first)
+        if is_widened:
+            for i in range(0, group_bytes, VECTOR_BYTES):
+                widen_step(panels + i, address_of(wide) + 2 * i)
+            panels = address_of(wide)
+        # Each pass asks for its part of the group that this thread has next.
+        ahead = packed + min(following, num_groups - 1) * group_bytes
+        initial = bias + group * GROUP_SIZE * 4
+        row = 0
+        while row < num_rows:
+            x_at, left = x + row * row_bytes, num_rows - row
+            if is_int8 and not is_widened:
+                rows = _dot_int8(
+                    panels, x_at, row_bytes, left, initial, 0, address_of(sums), ahead, ahead_stride
+                )
+            else:
+                rows = _dot(
+                    panels, x_at, row_bytes, left, initial, 0, address_of(sums), ahead, ahead_stride
+                )
+            ahead += group_bytes // num_passes
+            if is_int8:
+                _scale(sums, floats(scales + group * GROUP_SIZE * 4, (GROUP_SIZE,)))
+            if gate != NO_GATE:
+                _apply_gate(sums, gate)
+            for i in range(rows):
+                _narrow(sums[i], out + 2 * ((row + i) * out_features + first), count)
+            row += rows
+        group = following
+
+
+multiply = ThreadedKernel(_multiply, needs=BF16.features | INT8_AS_BF16.features)
+
+
+@compiled
+def _scale(sums: Array, scales: Array) -> None:
+    for row in range(MOST_ROWS):
+        for i in range(GROUP_SIZE):
+            sums[row, i] *= scales[i]
+
+
+@compiled
+def _narrow(sums: Array, out: int, count: int) -> None:
+    at = address_of(sums)
+    if count % PANEL_SIZE == 0:
+        for i in range(0, count, PANEL_SIZE):
+            narrow_panel(at + 4 * i, out + 2 * i)
+    else:
+        columns = bf16_bits(out, (count,))
+        for i in range(count):
+            columns[i] = narrowed(sums[i])
+
+
+@compiled
+def _apply_gate(sums: Array, gate: int) -> None:
+    """activation(first panel) * second, in the place of the first."""
+    linear, cubic = (_ONE, _ZERO) if gate == SILU else (_GELU_LINEAR, _GELU_CUBIC)
+    for row in range(MOST_ROWS):
+        if gate == GELU:
+            for i in range(PANEL_SIZE):
+                number = sums[row, i]
+                share = _HALF * (_ONE + np.float32(erf(number * _SQRT_HALF)))
+                sums[row, i] = number * share * sums[row, PANEL_SIZE + i]
+        else:
+            for i in range(PANEL_SIZE):
+                number = sums[row, i]
+                share = _sigmoid(linear * (number + cubic * number * number * number))
+                sums[row, i] = number * share * sums[row, PANEL_SIZE + i]
+
+
+@compiled
+def _sigmoid(x: Any) -> Any:
+    """1 / (1 + exp(-x)) within a few units of the last place, in operations that vectors have."""
+    return _ONE / (_ONE + exp2(min(-x * LOG2_E, np.float32(126))))

@@ -1,0 +1,344 @@
+"""Products of rows with a matrix packed in panels, by the processor's own dot products.
+
+A panel holds PANEL_SIZE rows of the matrix, which are columns of the result. One vector of it holds
+4 bytes of each: 2 numbers in bf16, or 4 in int8. The processor multiplies such a vector by 4 bytes
+of x, repeated, and adds the products to PANEL_SIZE sums in one instruction. Two panels lie next to
+each other, vector by vector, as a group: a thread reads memory from its beginning to its end, and
+asks for what it will need before it does, so that reading and multiplying go on at the same time.
+
+Every sum is made in the order of the numbers, whatever the number of rows: a row's result does not
+depend on its neighbours.
+
+Instructions: VDPBF16PS (AVX512-BF16), VPDPBUSD (AVX512-VNNI) and VPERMI2B (AVX512-VBMI), Intel's
+Software Developer's Manual, volume 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from pagoda_kernels.cpu.compiled import Array, address_of, compiled
+from pagoda_kernels.cpu.targets import features
+
+PANEL_SIZE = 16
+GROUP_SIZE = 2 * PANEL_SIZE
+BYTES_PER_STEP = 4
+"""Of each row of the matrix, and of x."""
+VECTOR_BYTES = PANEL_SIZE * BYTES_PER_STEP
+STEP_BYTES = 2 * VECTOR_BYTES
+"""Of a group of panels."""
+MOST_ROWS = 8
+"""Rows of x at a time: 16 sums of 32 registers; with 12 or 16 they are no faster."""
+
+_INT32, _INT64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_BYTE_POINTER = ir.IntType(8).as_pointer()
+_INT32S = ir.VectorType(_INT32, PANEL_SIZE)
+_FLOATS = ir.VectorType(_FLOAT, PANEL_SIZE)
+_BYTES = ir.VectorType(ir.IntType(8), VECTOR_BYTES)
+
+
+class Numbers(NamedTuple):
+    """What a matrix in panels holds."""
+
+    multiplied_bytes: int
+    """Of a number, as the instruction that multiplies takes it."""
+    features: frozenset[str]
+    """Of the processor, as LLVM names them."""
+
+
+BF16 = Numbers(2, frozenset({"avx512bf16"}))
+INT8 = Numbers(1, frozenset({"avx512vnni"}))
+"""Multiplied by rows of uint8."""
+INT8_AS_BF16 = Numbers(2, frozenset({"avx512bf16", "avx512vbmi"}))
+"""Widened on the way to the product with rows of bf16."""
+
+
+def has_panels(numbers: Numbers) -> bool:
+    """Whether this processor has the instructions."""
+    return numbers.features <= features()
+
+
+@compiled
+def empty_panels(num_numbers: int) -> Array:
+    """Inside a kernel: memory for bf16 numbers in panels, from the beginning of a vector on."""
+    memory = np.empty(num_numbers + VECTOR_BYTES // 2, np.uint16)
+    skipped = -address_of(memory) % VECTOR_BYTES // 2
+    return memory[skipped : skipped + num_numbers]
+
+
+def make_dot(numbers: Numbers) -> Any:
+    """A function for kernels: the product of the next rows of x with one group of panels.
+
+    It multiplies as many rows as one pass can, at most MOST_ROWS, and returns their number. Its
+    arguments: the address of the group, the address of x, the bytes of a row of x, the number of
+    rows, the address of [GROUP_SIZE] numbers to begin with and the bytes to those of the next row,
+    an address for [rows, GROUP_SIZE] sums: fp32 for rows of bf16, int32 for uint8; and what to ask
+    memory for meanwhile, an address and the bytes from one step to the next.
+    """
+
+    def emit(
+        _context: Any,
+        group: Any,
+        x: Any,
+        row_bytes: Any,
+        num_rows: Any,
+        initial: Any,
+        initial_stride: Any,
+        sums: Any,
+        ahead: Any,
+        ahead_stride: Any,
+    ) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return _emit_pass(builder, numbers, *arguments)
+
+        return types.int64(*[types.int64] * 9), generate
+
+    return intrinsic(emit)
+
+
+def _emit_pass(
+    b: Any, numbers: Numbers, group: Any, x: Any, row_bytes: Any, num_rows: Any, *others: Any
+) -> Any:
+    steps = b.ashr(row_bytes, _INT64(BYTES_PER_STEP.bit_length() - 1))
+    end = b.append_basic_block("end")
+    ends = []
+    for rows in (8, 4, 2, 1):
+        smaller = b.append_basic_block("smaller")
+        if rows > 1:
+            enough = b.append_basic_block("enough")
+            b.cbranch(b.icmp_signed(">=", num_rows, _INT64(rows)), enough, smaller)
+            b.position_at_end(enough)
+        _emit_dot(b, numbers, rows, group, x, row_bytes, steps, *others)
+        ends.append((_INT64(rows), b.block))
+        b.branch(end)
+        b.position_at_end(smaller)
+    b.unreachable()
+    b.position_at_end(end)
+    multiplied = b.phi(_INT64)
+    for rows, block in ends:
+        multiplied.add_incoming(rows, block)
+    return multiplied
+
+
+def _emit_dot(
+    b: Any,
+    numbers: Numbers,
+    num_rows: int,
+    group: Any,
+    x: Any,
+    stride: Any,
+    steps: Any,
+    initial: Any,
+    initial_stride: Any,
+    out: Any,
+    ahead: Any,
+    ahead_stride: Any,
+) -> None:
+    multiply = _multiplication(b.module, numbers)
+    sums_type = multiply.function_type.return_type
+    begin = []
+    for row in range(num_rows):
+        at = b.add(initial, b.mul(initial_stride, _INT64(row)))
+        begin += [_load(b, at, i * VECTOR_BYTES, sums_type) for i in range(2)]
+    before = b.block
+    loop, done = b.append_basic_block("step"), b.append_basic_block("done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    step = b.phi(_INT64)
+    step.add_incoming(_INT64(0), before)
+    sums = [b.phi(sums_type) for _ in range(2 * num_rows)]
+    vectors = _load_vectors(b, numbers, group, step)
+    wanted = b.add(ahead, b.mul(step, ahead_stride))
+    _prefetch(b, wanted)
+    _prefetch(b, b.add(wanted, b.ashr(ahead_stride, _INT64(1))))
+    results = []
+    for row in range(num_rows):
+        at = b.add(b.add(x, b.mul(stride, _INT64(row))), b.mul(step, _INT64(BYTES_PER_STEP)))
+        repeated = _repeat(b, b.load(_pointer(b, at, _INT32)))
+        for i, vector in enumerate(vectors):
+            results.append(b.call(multiply, [sums[2 * row + i], repeated, vector]))
+    for total, result, number in zip(sums, results, begin, strict=True):
+        total.add_incoming(number, before)
+        total.add_incoming(result, loop)
+    next_step = b.add(step, _INT64(1))
+    step.add_incoming(next_step, loop)
+    b.cbranch(b.icmp_signed("<", next_step, steps), loop, done)
+    b.position_at_end(done)
+    for i, result in enumerate(results):
+        b.store(result, _pointer(b, b.add(out, _INT64(i * VECTOR_BYTES)), result.type), align=4)
+
+
+def _load_vectors(b: Any, numbers: Numbers, group: Any, step: Any) -> list[Any]:
+    """A step's numbers of both panels."""
+    if numbers is INT8_AS_BF16:
+        at = b.add(group, b.mul(step, _INT64(VECTOR_BYTES)))
+        return _widen_vector(b, _load(b, at, 0, _BYTES))
+    at = b.add(group, b.mul(step, _INT64(2 * VECTOR_BYTES)))
+    return [_load(b, at, i * VECTOR_BYTES, _INT32S) for i in range(2)]
+
+
+def _widen_vector(b: Any, coded: Any) -> list[Any]:
+    """Two vectors of bf16 from one of bytes: a sign and a magnitude, whose bf16 a table has."""
+    lookup_type = ir.FunctionType(_BYTES, [_BYTES] * 3)
+    name = "llvm.x86.avx512.vpermi2var.qi.512"
+    lookup = b.module.declare_intrinsic(name, [], lookup_type)
+    bits = torch.arange(128).bfloat16().view(torch.int16)
+    low, high = (
+        b.call(lookup, [ir.Constant(_BYTES, half[:64]), coded, ir.Constant(_BYTES, half[64:])])
+        for half in ((bits & 255).tolist(), (bits >> 8).tolist())
+    )
+    sign = b.and_(coded, ir.Constant(_BYTES, [128] * 64))
+    high = b.or_(high, sign)
+    vectors = []
+    for half in range(2):
+        # Within each 16 bytes, as the processor's unpack instructions have it.
+        first = [lane * 16 + half * 8 + i for lane in range(4) for i in range(8)]
+        order = [index for i in first for index in (i, 64 + i)]
+        mask = ir.Constant(ir.VectorType(_INT32, 64), order)
+        vectors.append(b.bitcast(b.shuffle_vector(low, high, mask), _INT32S))
+    return vectors
+
+
+def _multiplication(module: Any, numbers: Numbers) -> Any:
+    """sums + x * vector, over the numbers of a step. All as 32 bits, whatever is in them."""
+    if numbers.multiplied_bytes == 2:
+        name, sums = "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS
+    else:
+        name, sums = "llvm.x86.avx512.vpdpbusd.512", _INT32S
+    function = ir.FunctionType(sums, [sums, _INT32S, _INT32S])
+    return module.declare_intrinsic(name, [], function)
+
+
+def _prefetch(b: Any, at: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [_BYTE_POINTER, _INT32, _INT32, _INT32])
+    function = b.module.declare_intrinsic("llvm.prefetch", [_BYTE_POINTER], kind)
+    # To be read, into the second level of the cache, as data.
+    b.call(function, [b.inttoptr(at, _BYTE_POINTER), _INT32(0), _INT32(2), _INT32(1)])
+
+
+def _repeat(b: Any, number: Any) -> Any:
+    undefined = ir.Constant(_INT32S, ir.Undefined)
+    first = b.insert_element(undefined, number, _INT32(0))
+    return b.shuffle_vector(first, undefined, ir.Constant(_INT32S, [0] * PANEL_SIZE))
+
+
+def _make_narrow(_context: Any, numbers: Any, out: Any) -> Any:
+    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
+        bits = ir.VectorType(ir.IntType(16), PANEL_SIZE)
+        name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+        convert = b.module.declare_intrinsic(name, [], ir.FunctionType(bits, [_FLOATS]))
+        narrowed = b.call(convert, [_load(b, arguments[0], 0, _FLOATS)])
+        b.store(narrowed, _pointer(b, arguments[1], bits), align=2)
+        return context.get_dummy_value()
+
+    return types.void(numbers, out), generate
+
+
+narrow_panel: Any = intrinsic(_make_narrow)
+"""Inside a kernel: PANEL_SIZE fp32 numbers at an address, rounded to bf16 at another."""
+
+
+def _make_widen(_context: Any, source: Any, target: Any) -> Any:
+    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
+        for i, vector in enumerate(_widen_vector(b, _load(b, arguments[0], 0, _BYTES))):
+            at = b.add(arguments[1], _INT64(i * VECTOR_BYTES))
+            b.store(vector, _pointer(b, at, _INT32S), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, target), generate
+
+
+widen_step: Any = intrinsic(_make_widen)
+"""Inside a kernel: a step of INT8_AS_BF16 at an address, as one of BF16 at another."""
+
+
+def _make_transpose(_context: Any, addresses: Any, offset: Any, to: Any, stride: Any) -> Any:
+    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
+        addresses, offset, to, stride = arguments
+        vectors = []
+        for i in range(PANEL_SIZE):
+            at = b.load(_pointer(b, b.add(addresses, _INT64(8 * i)), _INT64))
+            vectors.append(_load(b, b.add(at, offset), 0, _INT32S))
+        # Squares of 1, 2, 4 and 8 are exchanged across the diagonal.
+        for size in (1, 2, 4, 8):
+            masks = [
+                ir.Constant(_INT32S, order)
+                for order in (
+                    [j if not j & size else PANEL_SIZE + j - size for j in range(PANEL_SIZE)],
+                    [j + size if not j & size else PANEL_SIZE + j for j in range(PANEL_SIZE)],
+                )
+            ]
+            for i in range(PANEL_SIZE):
+                if not i & size:
+                    pair = vectors[i], vectors[i + size]
+                    vectors[i], vectors[i + size] = (b.shuffle_vector(*pair, m) for m in masks)
+        for i, vector in enumerate(vectors):
+            at = b.add(to, b.mul(stride, _INT64(i)))
+            b.store(vector, _pointer(b, at, _INT32S), align=4)
+        return context.get_dummy_value()
+
+    return types.void(addresses, offset, to, stride), generate
+
+
+transpose_panel: Any = intrinsic(_make_transpose)
+"""Inside a kernel: PANEL_SIZE rows of 64 bytes as PANEL_SIZE vectors of 4 bytes of each row.
+
+Its arguments: the address of the rows' addresses, what to add to them, where the vectors go, and
+the bytes from one to the next.
+"""
+
+
+def _make_interleave(_context: Any, even: Any, odd: Any, to: Any) -> Any:
+    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.VectorType(ir.IntType(16), GROUP_SIZE)
+        rows = [b.load(_pointer(b, at, kind), align=2) for at in arguments[:2]]
+        for panel in range(2):
+            first = range(panel * PANEL_SIZE, (panel + 1) * PANEL_SIZE)
+            order = [index for i in first for index in (i, GROUP_SIZE + i)]
+            mask = ir.Constant(ir.VectorType(_INT32, GROUP_SIZE), order)
+            vector = b.shuffle_vector(*rows, mask)
+            at = b.add(arguments[2], _INT64(panel * VECTOR_BYTES))
+            b.store(vector, _pointer(b, at, kind), align=2)
+        return context.get_dummy_value()
+
+    return types.void(even, odd, to), generate
+
+
+interleave_group: Any = intrinsic(_make_interleave)
+"""Inside a kernel: GROUP_SIZE bf16 numbers of two rows as a step of a group of panels.
+
+Its arguments: the addresses of the even row, of the odd one, and of the step.
+"""
+
+
+def _make_keep_largest(_context: Any, sums: Any, scales: Any, largest: Any) -> Any:
+    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
+        whole = _load(b, arguments[0], 0, _INT32S)
+        number = b.fmul(b.sitofp(whole, _FLOATS), _load(b, arguments[1], 0, _FLOATS))
+        so_far = _load(b, arguments[2], 0, _FLOATS)
+        kept = b.select(b.fcmp_ordered(">", number, so_far), number, so_far)
+        b.store(kept, _pointer(b, arguments[2], _FLOATS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(sums, scales, largest), generate
+
+
+keep_largest_panel: Any = intrinsic(_make_keep_largest)
+"""Inside a kernel: largest = max(largest, sums * scales), of PANEL_SIZE int32 and fp32 numbers.
+
+Its arguments: the addresses of sums, of scales and of largest.
+"""
+
+
+def _load(b: Any, at: Any, offset_bytes: int, kind: Any) -> Any:
+    return b.load(_pointer(b, b.add(at, _INT64(offset_bytes)), kind), align=4)
+
+
+def _pointer(b: Any, at: Any, kind: Any) -> Any:
+    return b.inttoptr(at, kind.as_pointer())

@@ -1,0 +1,352 @@
+"""Offline inference: the engine as a Python class, as vLLM's users know it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import msgspec
+
+from pagoda_runtime.client.engine_client import ENGINE_COMMAND, EngineClient
+from pagoda_runtime.client.outputs import Collector, RequestOutput, engine_params
+from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.errors import RequestError
+from pagoda_runtime.models.source import resolve_model
+from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.tokenizer.tokenizer import Tokenizer, load_tokenizer, tokenize_bad_words
+
+Prompt = str | dict[str, Any]
+EncodedPrompt = tuple[str | None, list[int]]
+"""Text, if the prompt was given as text, and token ids."""
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages with role and content."""
+T = TypeVar("T")
+
+# Nobody watches the tokens come: all but the first wait for so many, or for the end.
+_STREAM_INTERVAL = 64
+
+
+class LLM:
+    """A model in an engine process of its own.
+
+    Args:
+        model: a folder in Hugging Face layout, a GGUF file, or org/name.
+        flags: fields of EngineConfig: the flags of `pagoda serve` with underscores.
+    Raises:
+        TypeError: a keyword is no such field.
+        FatalError: the engine cannot start; reason and message are the engine's.
+    """
+
+    def __init__(
+        self, model: str, *, engine_command: Sequence[str] = ENGINE_COMMAND, **flags: Any
+    ) -> None:
+        known = {field.name for field in dataclasses.fields(EngineConfig)}
+        if unknown := sorted(flags.keys() - known):
+            raise TypeError(
+                f"LLM() has no keyword {', '.join(map(repr, unknown))}; it takes model and "
+                f"{', '.join(sorted(known - {'model'}))}"
+            )
+        self.config = EngineConfig(model=model, **flags)
+        self._request_numbers = itertools.count()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="pagoda-llm", daemon=True
+        )
+        self._thread.start()
+        self._client: EngineClient | None = None
+        try:
+            self._client = self._run(EngineClient.start(self.config, command=engine_command))
+            self.facts = self._run(self._client.wait_ready())
+            self._tokenizer = self._load_tokenizer()
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: int | Sequence[int] = 0,
+        cache_salt: str = "",
+    ) -> list[RequestOutput]:
+        """Continue every prompt and return the results in the order of the prompts.
+
+        Args:
+            prompts: a string, {"prompt": ...}, {"prompt_token_ids": [...]}, or a list of these.
+            sampling_params: one for all prompts, or one for each; by default the model's own
+                defaults (generation_config.json).
+            use_tqdm: show progress on standard error.
+            priority: one for all prompts, or one for each; lower is served earlier.
+            cache_salt: prefixes are shared only among requests with the same salt.
+        Raises:
+            RequestError: a prompt or its parameters are wrong; nothing was generated.
+            EngineDead: the engine process ended.
+        """
+        texts = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
+        encoded = [self._encode(prompt) for prompt in texts]
+        return self._generate_all(encoded, sampling_params, use_tqdm, priority, cache_salt)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int | Sequence[int] = 0,
+        cache_salt: str = "",
+    ) -> list[RequestOutput]:
+        """Answer every conversation: `generate` for what the chat template makes of it.
+
+        Args:
+            messages: a list of {"role": ..., "content": ...}, or a list of such lists.
+            chat_template: Jinja text that replaces the model's own template.
+            add_generation_prompt: whether the prompt ends where the assistant begins to speak.
+            chat_template_kwargs: further variables of the template.
+        Raises: RequestError, EngineDead: as generate; also when there is no template.
+        """
+        if chat_template is None and self._tokenizer.chat_template is None:
+            raise RequestError(
+                "This model has no chat template. Pass chat_template=..., or use generate().",
+                param="messages",
+            )
+        encoded = []
+        for conversation in _list_conversations(messages):
+            text = self._tokenizer.apply_chat_template(
+                conversation,
+                template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                **(chat_template_kwargs or {}),
+            )
+            # The template writes the special tokens itself.
+            encoded.append((text, self._tokenizer.encode(text, add_special_tokens=False)))
+        return self._generate_all(encoded, sampling_params, use_tqdm, priority, cache_salt)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        beam_width: int,
+        max_tokens: int | None = 16,
+        *,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+        ignore_eos: bool = False,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """The beam_width likeliest continuations of every prompt, best first.
+
+        Args:
+            max_tokens: of each continuation; None: as many as the context holds.
+            length_penalty: they are ranked by cumulative_logprob / length ** length_penalty.
+            early_stopping: True ends at beam_width finished ones, False when no running one is
+                likely to beat them, "never" when none can.
+        Raises: RequestError, EngineDead: as generate.
+        """
+        params = SamplingParams(
+            use_beam_search=True,
+            n=beam_width,
+            beam_width=beam_width,
+            max_tokens=max_tokens,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            ignore_eos=ignore_eos,
+        )
+        return self.generate(prompts, params, use_tqdm=use_tqdm)
+
+    def shutdown(self) -> None:
+        """End the engine process and the thread. A second call does nothing."""
+        if self._loop.is_closed():
+            return
+        if self._client is not None:
+            self._run(self._client.shutdown())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run it on the loop's thread. KeyboardInterrupt here cancels it there."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+    def _running_client(self) -> EngineClient:
+        if self._client is None or self._loop.is_closed():
+            raise RuntimeError("This LLM was shut down.")
+        return self._client
+
+    def _load_tokenizer(self) -> Tokenizer:
+        # The engine has downloaded the model by now; this only finds it.
+        folder: Path = resolve_model(self.config.model, self.config.revision, lambda *_: None)
+        return load_tokenizer(folder)
+
+    def _encode(self, prompt: Prompt) -> EncodedPrompt:
+        if isinstance(prompt, str):
+            return prompt, self._tokenizer.encode(prompt)
+        if set(prompt) == {"prompt"}:
+            return prompt["prompt"], self._tokenizer.encode(prompt["prompt"])
+        if set(prompt) == {"prompt_token_ids"}:
+            return None, list(prompt["prompt_token_ids"])
+        raise RequestError(
+            f"A prompt has the keys {sorted(prompt)}; it must be a string, "
+            '{"prompt": ...} or {"prompt_token_ids": [...]}.',
+            param="prompt",
+        )
+
+    def _complete_params(self, params: SamplingParams) -> SamplingParams:
+        """With what only a tokenizer can fill in."""
+        if not params.bad_words:
+            return params
+        token_ids = tokenize_bad_words(self._tokenizer, params.bad_words)
+        return msgspec.structs.replace(params, bad_words_token_ids=token_ids)
+
+    def _generate_all(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+        priority: int | Sequence[int],
+        cache_salt: str,
+    ) -> list[RequestOutput]:
+        client = self._running_client()
+        if sampling_params is None:
+            sampling_params = SamplingParams(**self.facts.default_sampling)  # type: ignore[arg-type]
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [self._complete_params(sampling_params)] * len(prompts)
+        else:
+            sampling_params = [self._complete_params(params) for params in sampling_params]
+        priorities = [priority] * len(prompts) if isinstance(priority, int) else list(priority)
+        for name, values in (("sampling parameters", sampling_params), ("priorities", priorities)):
+            if len(values) != len(prompts):
+                raise RequestError(
+                    f"{len(prompts)} prompts came with {len(values)} {name}; give one for all or "
+                    "one for each."
+                )
+        for (_, token_ids), params in zip(prompts, sampling_params, strict=True):
+            client.verify(token_ids, params)
+        requests = [
+            _Request(f"llm-{next(self._request_numbers)}", *prompt, params, priority, cache_salt)
+            for prompt, params, priority in zip(prompts, sampling_params, priorities, strict=True)
+        ]
+        with _progress_bar(len(requests), is_shown=use_tqdm) as on_finished:
+            return self._run(self._finish_all(client, requests, on_finished))
+
+    async def _finish_all(
+        self,
+        client: EngineClient,
+        requests: Sequence[_Request],
+        on_finished: Callable[[RequestOutput, int], None],
+    ) -> list[RequestOutput]:
+        # The rest waits here: the engine's own queue would refuse it.
+        places = asyncio.Semaphore(self.config.max_num_seqs + self.config.max_num_waiting)
+
+        async def finish(request: _Request) -> RequestOutput:
+            async with places:
+                collector = await self._collect(client, request)
+            output = RequestOutput(
+                request_id=request.request_id,
+                prompt=request.prompt,
+                prompt_token_ids=request.prompt_token_ids,
+                outputs=collector.outputs(),
+                num_cached_tokens=collector.num_cached_tokens,
+                prompt_logprobs=collector.prompt_logprobs(),
+            )
+            on_finished(output, collector.num_tokens)
+            return output
+
+        tasks = [asyncio.create_task(finish(request)) for request in requests]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _collect(self, client: EngineClient, request: _Request) -> Collector:
+        collector = Collector(
+            self._tokenizer, request.params, request.prompt_token_ids, self.facts.eos_token_ids
+        )
+        stream = client.generate(
+            request.request_id,
+            request.prompt_token_ids,
+            engine_params(request.params),
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            # A stop string is looked for at once, because what follows it is computed in vain.
+            stream_interval=1 if request.params.stop else _STREAM_INTERVAL,
+        )
+        try:
+            async for delta in stream:
+                if collector.take(delta):
+                    stream.finish(delta.index)
+        finally:
+            await stream.aclose()
+        return collector
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int
+    cache_salt: str
+
+
+def _list_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
+    """One conversation is a list of messages, several are a list of such lists."""
+    if messages and isinstance(messages[0], Mapping):
+        return [messages]  # type: ignore[list-item]
+    return list(messages)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _progress_bar(
+    num_prompts: int, *, is_shown: bool
+) -> Iterator[Callable[[RequestOutput, int], None]]:
+    """What to call for each finished prompt, with the number of its generated tokens."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    started = time.monotonic()
+    num_input_tokens = num_output_tokens = 0
+    with tqdm(total=num_prompts, desc="Prompts", disable=not is_shown) as bar:
+
+        def advance(output: RequestOutput, num_tokens: int) -> None:
+            nonlocal num_input_tokens, num_output_tokens
+            num_input_tokens += len(output.prompt_token_ids)
+            num_output_tokens += num_tokens
+            elapsed = max(time.monotonic() - started, 1e-6)
+            bar.set_postfix_str(
+                f"input: {num_input_tokens / elapsed:.1f} tokens/s, "
+                f"output: {num_output_tokens / elapsed:.1f} tokens/s",
+                refresh=False,
+            )
+            bar.update()
+
+        yield advance

@@ -1,0 +1,151 @@
+"""One request's stream of deltas inside the API process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+
+from pagoda_runtime.errors import EngineDead
+from pagoda_runtime.ipc.messages import RequestDelta, TokenLogprobs
+
+
+class Mailbox:
+    """Holds what the engine sent for a request until its stream takes it.
+
+    Deltas of a choice that pile up become one, so a slow reader costs memory for its tokens alone.
+    """
+
+    def __init__(self, request_id: str, num_sequences: int = 1) -> None:
+        self.request_id = request_id
+        self.num_sequences = num_sequences
+        """Sequences that run for the request at once."""
+        self.is_complete = False
+        """Whether the engine sent the last delta of the request."""
+        self._deltas: dict[int, RequestDelta] = {}
+        """By choice, in the order in which they began to wait."""
+        self._error: str | None = None
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, delta: RequestDelta) -> None:
+        self.is_complete = self.is_complete or delta.is_last
+        held = self._deltas.get(delta.index)
+        self._deltas[delta.index] = delta if held is None else _join(held, delta)
+        self._wake_reader()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more can be taken."""
+        return self.is_complete and not self._deltas
+
+    def fail(self, message: str) -> None:
+        self._error = message
+        self._wake_reader()
+
+    async def take(self) -> RequestDelta:
+        """Wait for tokens. Raises EngineDead once all that came before the death is taken."""
+        while not self._deltas:
+            if self._error is not None:
+                raise EngineDead(self._error)
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        return self._deltas.pop(next(iter(self._deltas)))
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+def _join(first: RequestDelta, second: RequestDelta) -> RequestDelta:
+    """One delta of the same choice. The lists are the mailbox's own since they were decoded."""
+    first.new_token_ids.extend(second.new_token_ids)
+    return msgspec.structs.replace(
+        second,
+        new_token_ids=first.new_token_ids,
+        logprobs=_extend(first.logprobs, second.logprobs),
+        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
+        num_cached_tokens=first.num_cached_tokens or second.num_cached_tokens,
+        queue_seconds=first.queue_seconds,
+    )
+
+
+def _extend(
+    first: list[TokenLogprobs] | None, second: list[TokenLogprobs] | None
+) -> list[TokenLogprobs] | None:
+    if first is None or second is None:
+        return first or second
+    first.extend(second)
+    return first
+
+
+class RequestStream(AsyncIterator[RequestDelta]):
+    """The deltas of one request; the last one of each choice has a finish_reason.
+
+    One task reads it until it ends: deltas that piled up come by choice, so others may follow one
+    that is_last. It is like an asynchronous generator (`aclose`, works with `contextlib.aclosing`),
+    but the request is in the engine before the first delta is asked for.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        loop: asyncio.AbstractEventLoop,
+        num_choices: int,
+        *,
+        abort: Callable[[str], None],
+        finish: Callable[[str, int], None],
+    ) -> None:
+        self.request_id = mailbox.request_id
+        self._mailbox = mailbox
+        self._loop = loop
+        self._abort = abort
+        self._finish = finish
+        self._open = set(range(num_choices))
+        self._is_over = False
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> RequestDelta:
+        while not self._is_over:
+            try:
+                delta = await self._mailbox.take()
+            except BaseException:
+                await self.aclose()
+                raise
+            # What the engine sent before it learned that a choice is finished is passed over.
+            is_wanted = delta.index in self._open
+            if delta.finish_reason is not None:
+                self._open.discard(delta.index)
+            if not self._open or self._mailbox.is_over:
+                self._end()
+            if is_wanted:
+                return delta
+        raise StopAsyncIteration
+
+    def finish(self, index: int) -> None:
+        """Want no more of a choice; the request is over with the last one."""
+        if self._is_over or index not in self._open:
+            return
+        self._open.discard(index)
+        if self._open:
+            self._finish(self.request_id, index)
+        else:
+            self._end()
+
+    async def aclose(self) -> None:
+        """Abort the request if it still runs."""
+        if not self._is_over:
+            self._end()
+
+    def _end(self) -> None:
+        self._is_over = True
+        # The engine does not know of choices that ended here alone.
+        if not self._mailbox.is_complete:
+            self._abort(self.request_id)
+
+    def __del__(self) -> None:
+        # The collector may run on any thread, and after the loop has ended.
+        if not self._is_over and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._abort, self.request_id)

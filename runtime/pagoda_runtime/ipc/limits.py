@@ -1,0 +1,154 @@
+"""What a request must satisfy to be taken. Client and engine core ask the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pagoda_runtime.errors import PromptTooLong, QueueFull, RequestError, shown
+from pagoda_runtime.ipc.messages import EngineReady
+from pagoda_runtime.sampling_limits import verify_token_id_fields
+from pagoda_runtime.sampling_params import SamplingParams
+
+
+def verify_fits(
+    prompt_token_ids: Sequence[int], sampling_params: SamplingParams, facts: EngineReady
+) -> None:
+    """Raise RequestError or PromptTooLong for what this engine can never serve."""
+    verify_token_ids(prompt_token_ids, vocab_size=facts.vocab_size)
+    verify_token_id_fields(sampling_params, vocab_size=facts.vocab_size)
+    num_prompt_tokens, max_model_len = len(prompt_token_ids), facts.max_model_len
+    verify_prompt_fits(
+        num_prompt_tokens,
+        max_model_len=max_model_len,
+        num_blocks=facts.num_blocks,
+        block_size=facts.block_size,
+    )
+    verify_max_tokens_fit(
+        num_prompt_tokens, sampling_params.max_tokens, max_model_len=max_model_len
+    )
+    verify_num_sequences(
+        sampling_params,
+        max_num_seqs=facts.max_num_seqs,
+        max_num_batched_tokens=facts.max_num_batched_tokens,
+    )
+    verify_beams_fit(
+        num_prompt_tokens,
+        sampling_params,
+        max_model_len=max_model_len,
+        num_blocks=facts.num_blocks,
+        block_size=facts.block_size,
+    )
+
+
+def most_tokens(max_model_len: int, num_blocks: int, block_size: int) -> int:
+    """Tokens of the longest sequence. Its last token is never computed and needs no place."""
+    return min(max_model_len, num_blocks * block_size + 1)
+
+
+def verify_num_sequences(
+    sampling_params: SamplingParams, *, max_num_seqs: int, max_num_batched_tokens: int
+) -> None:
+    """Raise RequestError if the sequences of the request can never run at once."""
+    num_sequences = sampling_params.num_sequences
+    limit, flag = max_num_seqs, "--max-num-seqs"
+    # Beams take their steps together.
+    if sampling_params.use_beam_search and max_num_batched_tokens < max_num_seqs:
+        limit, flag = max_num_batched_tokens, "--max-num-batched-tokens"
+    if num_sequences > limit:
+        names = ("beam_width", "best_of", "n")
+        name = next(name for name in names if getattr(sampling_params, name) == num_sequences)
+        raise RequestError(
+            f"{name} is {num_sequences}; this engine runs {limit} sequences at once "
+            f"({flag}), and those of a request run together.",
+            param=name,
+        )
+
+
+def verify_beams_fit(
+    num_prompt_tokens: int,
+    sampling_params: SamplingParams,
+    *,
+    max_model_len: int,
+    num_blocks: int,
+    block_size: int,
+) -> None:
+    """Raise RequestError if the beams, which run together, may need more blocks than there are.
+
+    They share the full blocks of the prompt; in the worst case each has all others for itself.
+    """
+    if not sampling_params.use_beam_search:
+        return
+    width = sampling_params.num_beams
+    num_left = most_tokens(max_model_len, num_blocks, block_size) - num_prompt_tokens
+    num_tokens = min(sampling_params.max_tokens or num_left, num_left)
+    num_shared = num_prompt_tokens // block_size
+    # The last token is not computed. One more block holds what the beams part from.
+    num_own = -(-(num_prompt_tokens + num_tokens - 1) // block_size) - num_shared
+    needed = num_shared + width * num_own + 1
+    if needed > num_blocks:
+        raise RequestError(
+            f"{width} beams of {num_tokens} tokens after a prompt of {num_prompt_tokens} may need "
+            f"{needed} KV cache blocks; this engine has {num_blocks}. Lower max_tokens or "
+            "beam_width, or raise --kv-cache-memory-bytes (CPU) or --gpu-memory-utilization (GPU).",
+            param="max_tokens",
+        )
+
+
+def verify_prompt_fits(
+    num_prompt_tokens: int, *, max_model_len: int, num_blocks: int, block_size: int
+) -> None:
+    """Raise PromptTooLong if the prompt and one new token can never fit this engine."""
+    if num_prompt_tokens + 1 > max_model_len:
+        raise PromptTooLong(
+            f"The prompt has {num_prompt_tokens} tokens; with max_model_len {max_model_len} at "
+            f"most {max_model_len - 1} fit, because the answer needs one. Shorten the prompt, or "
+            "raise --max-model-len if the model allows it.",
+            param="prompt",
+        )
+    capacity = num_blocks * block_size
+    if num_prompt_tokens + 1 > capacity:
+        raise PromptTooLong(
+            f"The prompt has {num_prompt_tokens} tokens; the KV cache holds {capacity} "
+            f"({num_blocks} blocks of {block_size}), of which the answer needs one. Shorten the "
+            "prompt, or raise --kv-cache-memory-bytes (CPU) or --gpu-memory-utilization (GPU).",
+            param="prompt",
+        )
+
+
+def verify_max_tokens_fit(
+    num_prompt_tokens: int, max_tokens: int | None, *, max_model_len: int
+) -> None:
+    """Raise PromptTooLong if prompt and max_tokens together exceed the context."""
+    if max_tokens is not None and num_prompt_tokens + max_tokens > max_model_len:
+        raise PromptTooLong(
+            f"The prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together "
+            f"{num_prompt_tokens + max_tokens}; max_model_len is {max_model_len}. Lower max_tokens "
+            f"to at most {max_model_len - num_prompt_tokens}, or shorten the prompt.",
+            param="max_tokens",
+        )
+
+
+def verify_token_ids(prompt_token_ids: Sequence[int], *, vocab_size: int) -> None:
+    """Raise RequestError if the prompt is empty or names a token that the model does not have."""
+    if not prompt_token_ids:
+        raise RequestError("The prompt has no tokens; it must have at least 1.", param="prompt")
+    for token_id in (min(prompt_token_ids), max(prompt_token_ids)):
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"The prompt holds token id {shown(token_id)}; the model's ids run from 0 to "
+                f"{vocab_size - 1}.",
+                param="prompt",
+            )
+
+
+def verify_queue_has_room(num_open: int, *, max_num_seqs: int, max_num_waiting: int) -> None:
+    """Raise QueueFull if every slot and every place in the waiting queue is taken.
+
+    Slots count as room even before the engine has filled them, so that a burst on an idle engine
+    is not refused.
+    """
+    if num_open >= max_num_seqs + max_num_waiting:
+        raise QueueFull(
+            f"{num_open} requests are in this engine; it runs {max_num_seqs} (--max-num-seqs) and "
+            f"lets {max_num_waiting} wait (--max-num-waiting). Try again later."
+        )

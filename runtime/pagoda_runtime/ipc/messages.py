@@ -1,0 +1,224 @@
+"""The values that cross boundaries: scheduler → runner, and engine process ↔ API process.
+
+Plain data only, so that a step can be broadcast to other ranks and a message sent over a socket.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.sampling_params import SamplingParams
+
+# A depth that no sequence reaches.
+NEVER = 1 << 60
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """API → engine at its start, in JSON on standard input."""
+
+    config: EngineConfig
+    socket_folder: str
+    log_level: str = "info"
+
+
+class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens of one sequence that one step computes, and what it wants of their logits."""
+
+    request_id: str
+    index: int = 0
+    """Which choice of the request this sequence is."""
+    token_ids: list[int]
+    """Inputs of this step, at positions start, start + 1, … A negative id -k - 1 stands for the
+    token that row k of the step before samples, which may still be running."""
+    start: int
+    """Tokens of this sequence whose keys and values are in the cache already."""
+    block_table: list[int]
+    """Blocks that hold positions 0 … start + len(token_ids) - 1, in order; block 0 in place of
+    blocks before every layer's window, which were given back."""
+    sampling_params: SamplingParams | None
+    """None when the row stops short of the sequence's last token, and so samples nothing."""
+    seeds: tuple[int, ...] = (0,)
+    """One token is drawn for each; a draw depends on (seed, position) and the logits alone."""
+    num_candidates: int = 0
+    """Above 0 for a beam: instead of a draw, that many likeliest tokens are wanted."""
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    """Tokens that the sequence has generated before this step's."""
+    history: list[int] | None = None
+    """Prompt and output so far, for a row whose sampling_params ask what was said before."""
+    prompt_targets: list[int] | None = None
+    """For prompt_logprobs: the token that follows each of token_ids, as far as the prompt goes."""
+    num_prompt_logprobs: int = 0
+    """Likeliest tokens wanted at each of prompt_targets."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of the probabilities at one position, after no processing of logits."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the likeliest token."""
+    top: list[tuple[int, float]]
+    """The likeliest tokens and their logprobs, best first."""
+
+
+class RowOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step computed for one row."""
+
+    token_ids: list[int] = []
+    """One for each seed; for a beam its candidates, likeliest first."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each of token_ids, if sampling_params.logprobs asks for them."""
+    token_logprobs: list[float] | None = None
+    """The logprob of each of token_ids, for beams and for sampling_params.needs_logprobs."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """One for each of prompt_targets."""
+
+
+class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
+    """The content of a block, in all layers, goes to another before the step writes anything."""
+
+    source: int
+    target: int
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
+    """API → engine: generate for this prompt."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    arrival_seconds: float
+    """time.time() at acceptance in the API process."""
+    priority: int = 0
+    """Lower is served earlier."""
+    cache_salt: str = ""
+    """Prefixes are shared only among requests with the same salt."""
+    stream_interval: int = 1
+    """Tokens of a choice that are told at once, the first one excepted."""
+
+
+class AbortRequests(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    """API → engine: forget these requests; their blocks are free within one step."""
+
+    request_ids: list[str]
+
+
+class FinishChoices(msgspec.Struct, frozen=True, kw_only=True, tag="finish"):
+    """API → engine: these choices of a request have said enough (a stop string); others go on."""
+
+    request_id: str
+    indices: list[int]
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, kw_only=True, tag="reset_prefix_cache"):
+    """API → engine: let no request find what is cached now. Answered by PrefixCacheReset."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
+    """API → engine: end the process."""
+
+
+class RequestDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """New tokens of one choice of a request after a step."""
+
+    request_id: str
+    index: int = 0
+    """Which choice; 0 unless n or best_of is above 1, or beams were asked for."""
+    new_token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each new token, if they were asked for."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """For the prompt's second and later tokens, with the first delta of choice 0."""
+    finish_reason: str | None = None
+    """stop (end token or stop id), length, abort, or None while it runs."""
+    stop_reason: int | str | None = None
+    """The stop token id that ended it; None for the model's own end token."""
+    cumulative_logprob: float | None = None
+    """Of all the choice's tokens so far, if best_of or beams need it."""
+    is_last: bool = False
+    """Whether this is the last delta of the whole request."""
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache at first admission."""
+    queue_seconds: float | None = None
+    """Seconds from arrival to the first scheduling; sent with the first delta of choice 0."""
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine's state after a step; counters count from the start of the process."""
+
+    running: int = 0
+    waiting: int = 0
+    slots: int = 0
+    """max_num_seqs"""
+    kv_usage: float = 0.0
+    """Used blocks over all blocks, 0 to 1; cached but unreferenced blocks count as free."""
+    preemptions_total: int = 0
+    finished_total: int = 0
+    prefix_cache_queries: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_cache_hits: int = 0
+    """Prompt tokens found there."""
+    kv_waste: float = 0.0
+    """Slots of held blocks without keys and values, over all slots of held blocks."""
+    num_scheduled_tokens: int = 0
+    """Tokens of the last step."""
+
+
+class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
+    """Engine → API after each step (and once when it becomes idle)."""
+
+    deltas: list[RequestDelta]
+    stats: EngineStats
+
+
+class PrefixCacheReset(msgspec.Struct, frozen=True, kw_only=True, tag="prefix_cache_reset"):
+    """Engine → API: the prefix cache was emptied."""
+
+    num_blocks: int
+    """Blocks that held something to be found."""
+
+
+class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):
+    """Engine → API while it starts; /startup shows it."""
+
+    phase: str
+    """download, load, warmup"""
+    percent: float
+    bytes_per_second: float = 0.0
+
+
+class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """Engine → API once: the facts of the engine that serve requests from now on."""
+
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    dtype: str
+    device: str
+    max_num_seqs: int = 0
+    """Sequences that run at once; the choices of one request count each."""
+    max_num_batched_tokens: int = 2**31
+    """Tokens of a step; the engine process fills it in."""
+    sliding_window: int = 0
+    """Positions that a token sees at most, itself included; 0 if some layer sees all."""
+    doubling_depth: int = NEVER
+    """Position at which a token takes twice the work of the first one, because of attention."""
+    default_sampling: dict[str, float | int] = msgspec.field(default_factory=dict)
+    """What generation_config.json names of SamplingParams: temperature, top_p, top_k, min_p,
+    repetition_penalty, max_tokens."""
+
+
+class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """Engine → API as its last words."""
+
+    reason: str
+    message: str
+
+
+ToEngine = EngineRequest | AbortRequests | FinishChoices | ResetPrefixCache | Shutdown
+ToApi = StepOutput | PrefixCacheReset | LoadProgress | EngineReady | EngineFailed

@@ -1,0 +1,267 @@
+"""Text to token ids and back, and chat messages to text.
+
+Built on the `tokenizers` library alone: importing transformers would cost the API process seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+from tokenizers import AddedToken, Encoding
+from tokenizers import Tokenizer as FastTokenizer
+
+from pagoda_runtime.config_file import read_text
+from pagoda_runtime.errors import FatalError, RequestError
+from pagoda_runtime.tokenizer.chat_template import ChatTemplate
+from pagoda_runtime.tokenizer.files import TokenizerFiles
+from pagoda_runtime.tokenizer.pieces import is_context_free
+
+logger = logging.getLogger(__name__)
+
+# Of about 100 bytes each.
+NUM_KEPT_PIECES = 65536
+TOKENIZER_FILE = "tokenizer.json"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character of each byte in a byte-level vocabulary: itself if it is printable, else one of
+    those from 256 on. Source: Radford et al., GPT-2, 2019."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {
+        **{chr(byte): byte for byte in printable},
+        **{chr(256 + number): byte for number, byte in enumerate(others)},
+    }
+
+
+BYTE_OF = _byte_characters()
+
+
+class Tokenizer:
+    """A model's tokenizer, with what its folder's other files add to tokenizer.json."""
+
+    def __init__(
+        self,
+        tokenizer: FastTokenizer,
+        *,
+        special_tokens: Mapping[str, str],
+        chat_template: str | None = None,
+    ) -> None:
+        """special_tokens: bos_token, eos_token, … → their text."""
+        self._tokenizer = tokenizer
+        self._special_tokens = dict(special_tokens)
+        self._compiled: dict[str, ChatTemplate] = {}
+        self.chat_template = chat_template
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.bos_token_id = self._id_of("bos_token")
+        self.eos_token_id = self._id_of("eos_token")
+        # The flag of a token is not all: what is added again as a special token becomes one.
+        self.all_special_ids = frozenset(
+            token_id
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special
+            or self.decode([token_id]) != self.decode([token_id], skip_special_tokens=False)
+        )
+        self.longest_token = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
+        """Characters of the longest token: no longer text can be one."""
+        self._is_context_free = is_context_free(tokenizer.decoder)
+        self.piece: Callable[[int], str | None] = lru_cache(NUM_KEPT_PIECES)(self._find_piece)
+        """The text of a token behind a whole character, if it depends on nothing else."""
+        if chat_template is not None:
+            self._compile(chat_template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; special tokens written in the text become their ids."""
+        return list(self._encode(text, add_special_tokens).ids)
+
+    def text_offsets(self, text: str) -> list[int]:
+        """For each token of `encode(text)` the character of the text at which it begins.
+
+        Tokens that share a character begin where it begins; one that stands for nothing in the
+        text, as an added special token, begins where the text goes on.
+        """
+        encoding = self._encode(text, add_special_tokens=True)
+        offsets = []
+        end_before = 0
+        for (begin, end), is_added in zip(
+            encoding.offsets, encoding.special_tokens_mask, strict=True
+        ):
+            # Some tokenizers leave a token's space out of its span.
+            offsets.append(end_before if is_added else min(begin, end_before))
+            end_before = max(end, end_before)
+        return offsets
+
+    def _encode(self, text: str, add_special_tokens: bool) -> Encoding:
+        # encode would hold Python's lock for the whole text; encode_batch lets it go.
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return encoding
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """The text of a token within a text; for part of a character a replacement character."""
+        # At the start of a text a sentencepiece tokenizer drops a token's leading space.
+        once, twice = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
+        return twice[len(once) :]
+
+    def _find_piece(self, token_id: int) -> str | None:
+        text = self.token_text(token_id) if self._is_context_free else REPLACEMENT
+        return None if REPLACEMENT in text else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 of a token's text; of part of a character its true bytes, if they are known."""
+        text = self.token_text(token_id)
+        if REPLACEMENT in text:
+            name = self._tokenizer.id_to_token(token_id) or ""
+            if len(name) == 6 and name.startswith("<0x"):
+                return bytes([int(name[3:5], 16)])
+            if name and all(character in BYTE_OF for character in name):
+                return bytes(BYTE_OF[character] for character in name)
+        return text.encode()
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: str | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Render messages to a prompt; it holds the special tokens already.
+
+        Args:
+            template: replaces the model's own.
+            kwargs: further variables of the template.
+        Raises: RequestError: there is no template, or the template refuses the messages.
+        """
+        source = template if template is not None else self.chat_template
+        if source is None:
+            raise RequestError(
+                "This model has no chat template. Start the server with --chat-template FILE, "
+                "or use /v1/completions.",
+                param="messages",
+            )
+        variables = {
+            **self._special_tokens,
+            **kwargs,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self._compile(source).render(messages, variables)
+
+    def _compile(self, source: str) -> ChatTemplate:
+        if source not in self._compiled:
+            self._compiled[source] = ChatTemplate(source)
+        return self._compiled[source]
+
+    def _id_of(self, name: str) -> int | None:
+        text = self._special_tokens.get(name)
+        token_id: int | None = None if text is None else self._tokenizer.token_to_id(text)
+        return token_id
+
+
+class Encoder(Protocol):
+    """What `tokenize_bad_words` asks of a tokenizer."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+
+
+def tokenize_bad_words(tokenizer: Encoder, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that write one of the words, each once.
+
+    A word has one sequence at the start of a text or within a word, and mostly another after a
+    space. Other ways to write it, as letter by letter, are not among them.
+
+    Raises: RequestError: a word is empty or white space alone.
+    """
+    sequences: dict[tuple[int, ...], None] = {}
+    for word in words:
+        if not word.strip():
+            raise RequestError(
+                f"bad_words has {word!r}; each must have a character that is not white space.",
+                param="bad_words",
+            )
+        plain, spaced = (
+            tuple(tokenizer.encode(text, add_special_tokens=False))
+            for text in (word.lstrip(), " " + word.lstrip())
+        )
+        sequences[plain] = None
+        # Where the space is a token of its own, the plain sequence is found behind it anyway.
+        if spaced[-len(plain) :] != plain:
+            sequences[spaced] = None
+    # What the tokenizer has no tokens for cannot be written.
+    return tuple(sequence for sequence in sequences if sequence)
+
+
+def read_tokenizer_file(folder: Path) -> str:
+    """The text of tokenizer.json. Raises FatalError: ModelNotFound, ModelAccessDenied."""
+    path = folder / TOKENIZER_FILE
+    text = read_text(path)
+    if text is None:
+        raise FatalError(
+            "ModelNotFound",
+            f"{path} does not exist. Save the model's tokenizer in the fast format "
+            f"({TOKENIZER_FILE}) beside its config.json.",
+        )
+    return text
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder.
+
+    Raises: FatalError: ModelNotFound, ModelAccessDenied or InvalidModelConfig.
+    """
+    try:
+        tokenizer = FastTokenizer.from_str(read_tokenizer_file(folder))
+    except FatalError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise FatalError(
+            "InvalidModelConfig",
+            f"{folder / TOKENIZER_FILE} is not a tokenizer: {error}. Copy or download the file "
+            "again.",
+        ) from error
+    # A stored truncation would silently cut prompts, a stored padding lengthen them.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    files = TokenizerFiles.read(folder)
+    tokenizer.encode_special_tokens = files.splits_special_tokens
+    _add_tokens(tokenizer, files, folder)
+    try:
+        return Tokenizer(
+            tokenizer, special_tokens=files.special_tokens, chat_template=files.chat_template
+        )
+    except jinja2.TemplateError as error:
+        raise FatalError(
+            "InvalidModelConfig",
+            f"The chat template in {folder} is not valid Jinja: {error}. Correct it.",
+        ) from error
+
+
+def _add_tokens(tokenizer: FastTokenizer, files: TokenizerFiles, folder: Path) -> None:
+    """Add what the files beside tokenizer.json know, in the order that transformers adds it."""
+    known = tokenizer.get_added_tokens_decoder()
+    added = {token_id: AddedToken(**token) for token_id, token in files.added_tokens.items()}
+    named = set(files.special_tokens.values())
+    if not files.has_all_added:
+        # Those of tokenizer.json come first. They are there, unless they have to become special.
+        changed = {i: t for i, t in known.items() if t.content in named and not t.special}
+        added = {i: token for i, token in added.items() if i not in known} | changed
+    for token in added.values():
+        token.special = token.special or token.content in named
+    texts = {token.content for token in (*known.values(), *added.values())}
+    special = {token["content"]: AddedToken(**token) for token in files.special_list}
+    new = [token for text, token in special.items() if text not in texts]
+    tokenizer.add_tokens([*(added[token_id] for token_id in sorted(added)), *new])
+    for token_id, declared in files.added_tokens.items():
+        given = tokenizer.token_to_id(declared["content"])
+        if given != token_id:
+            message = "%s: the token %r is said to have the id %d, and has %d by its place"
+            logger.warning(message, folder, declared["content"], token_id, given)

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import gelu, silu
+
+from pagoda_kernels.cpu.packed_linear import GATES, PackedGate, PackedMatrix, can_pack
+from pagoda_kernels.cpu.panels import BF16, INT8_AS_BF16, has_panels
+
+pytestmark = pytest.mark.skipif(
+    not has_panels(BF16), reason="this processor does not multiply bf16 itself"
+)
+
+
+def make(*size, scale=1.0):
+    return (torch.randn(*size) * scale).bfloat16()
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    torch.manual_seed(0)
+
+
+def assert_rounded_once(result, exact, slack=2.0**-8):
+    """Within a rounding to bf16 of the exact numbers, and a little for fp32 sums."""
+    assert result.dtype is torch.bfloat16
+    torch.testing.assert_close(result.double(), exact, rtol=slack, atol=1e-4)
+
+
+@pytest.mark.parametrize("out_features", [1, 16, 31, 32, 100])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 15, 40])
+def test_a_product_is_exact_but_for_one_rounding(rows, out_features):
+    matrix, bias, x = make(out_features, 66), make(out_features), make(rows, 66)
+    exact = x.double() @ matrix.double().T + bias.double()
+    assert_rounded_once(PackedMatrix(matrix, bias)(x), exact)
+
+
+def test_a_row_has_the_same_bits_whatever_its_neighbours():
+    product, x = PackedMatrix(make(160, 640)), make(45, 640)
+    together = product(x)
+    for first, last in ((0, 1), (3, 10), (8, 45), (20, 22)):
+        assert torch.equal(product(x[first:last]), together[first:last])
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads():
+    product, x = PackedMatrix(make(2048, 640)), make(16, 640)
+    expected = product(x)
+    num_threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            assert torch.equal(product(x), expected)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@pytest.mark.parametrize("size", [16, 40, 64])
+@pytest.mark.parametrize("activation", GATES)
+def test_a_gate_activates_and_multiplies_before_it_rounds(activation, size):
+    gate, up, x = make(size, 64, scale=0.3), make(size, 64), make(9, 64)
+    gate_bias = make(size)
+    x[0] *= 40
+    function = {
+        "silu": silu,
+        "gelu": gelu,
+        "gelu_pytorch_tanh": lambda number: gelu(number, approximate="tanh"),
+    }[activation]
+    exact = function(x.double() @ gate.double().T + gate_bias.double()) * (
+        x.double() @ up.double().T
+    )
+    result = PackedGate(gate, up, activation, gate_bias)(x)
+    assert_rounded_once(result, exact, slack=2.0**-7)
+
+
+@pytest.mark.parametrize("activation", GATES)
+def test_a_gate_keeps_what_is_not_a_number_in_its_row(activation):
+    gate = PackedGate(make(64, 64), make(64, 64), activation)
+    x = make(3, 64)
+    expected = gate(x)
+    x[1, 7] = torch.nan
+    result = gate(x)
+    assert torch.all(result[1].isnan())
+    assert torch.equal(result[[0, 2]], expected[[0, 2]])
+
+
+def rounded_to_int8(matrix):
+    """Whole numbers between -127 and 127, times a scale for each row."""
+    scales = (matrix.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+    return (matrix.float() / scales).round().double() * scales.double()
+
+
+needs_int8 = pytest.mark.skipif(
+    not has_panels(INT8_AS_BF16), reason="this processor cannot widen int8"
+)
+
+
+@needs_int8
+@pytest.mark.parametrize("out_features", [16, 31, 96])
+@pytest.mark.parametrize("rows", [1, 3, 17, 24, 50])
+def test_an_int8_product_is_exact_but_for_the_matrix_and_one_rounding(rows, out_features):
+    matrix, bias, x = make(out_features, 66), make(out_features), make(rows, 66)
+    matrix[3] = 0.0
+    matrix[5] *= 1000
+    exact = x.double() @ rounded_to_int8(matrix).T + bias.double()
+    product = PackedMatrix(matrix, bias, is_int8=True)
+    assert_rounded_once(product(x), exact, slack=2.0**-7)
+    assert torch.equal(product(x[:1]), product(x)[:1])
+
+
+@needs_int8
+@pytest.mark.parametrize("activation", GATES)
+def test_an_int8_gate_has_scales_for_both_of_its_matrices(activation):
+    gate, up, x = make(40, 64, scale=0.01), make(40, 64, scale=10.0), make(9, 64)
+    biases = make(40), make(40)
+    wide = PackedGate(
+        rounded_to_int8(gate).bfloat16(), rounded_to_int8(up).bfloat16(), activation, *biases
+    )
+    result = PackedGate(gate, up, activation, *biases, is_int8=True)(x)
+    torch.testing.assert_close(result, wide(x), rtol=0.02, atol=0.2)
+
+
+def test_rows_need_not_lie_next_to_each_other():
+    product, x = PackedMatrix(make(64, 64)), make(6, 128)
+    assert torch.equal(product(x[:, :64]), product(x[:, :64].contiguous()))
+
+
+def test_no_rows_give_no_rows():
+    assert PackedMatrix(make(64, 64))(make(0, 64)).shape == (0, 64)
+
+
+def test_a_matrix_or_rows_that_do_not_fit_are_refused():
+    assert not can_pack(torch.zeros(32, 8))
+    assert not can_pack(make(32, 7))
+    with pytest.raises(ValueError, match="in_features is 7"):
+        PackedMatrix(make(32, 7))
+    for x in (make(2, 10), torch.zeros(2, 8)):
+        with pytest.raises(ValueError, match="the matrix has 8 columns"):
+            PackedMatrix(make(32, 8))(x)

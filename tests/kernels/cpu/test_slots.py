@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pagoda_kernels.cpu.attention.slots import list_slots
+
+TABLE = np.array([[5, 2, 9, 0], [1, 7, 0, 0]], dtype=np.int32)
+EXPECTED = [11, 36, 37, 38, 4, 5, 6, 7, 28, 29]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        TABLE,
+        np.asfortranarray(TABLE),
+        TABLE.astype(np.int64),
+        np.repeat(TABLE, 2, axis=1)[:, ::2],
+        np.concatenate((TABLE, TABLE), axis=1)[:, :4],
+    ],
+    ids=["plain", "by columns", "int64", "every second column", "part of a wider one"],
+)
+def test_slots_are_listed_whatever_the_tables_form(table):
+    slots = list_slots(table, 4, np.array([7, 0]), np.array([11, 6]))
+    assert slots.tolist() == EXPECTED
+
+
+@pytest.mark.parametrize("table", [TABLE[:1], TABLE[:, :2]], ids=["a row", "a column"])
+def test_a_position_without_a_block_is_refused(table):
+    with pytest.raises(IndexError, match="without a block"):
+        list_slots(table, 4, np.array([7, 0]), np.array([11, 6]))
