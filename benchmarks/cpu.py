@@ -33,7 +33,7 @@ from sides import (
 from turns import take_turns
 
 from pagoda_runtime import LLM
-from pagoda_runtime.execution import machine
+from pagoda_runtime.platforms import machine
 
 OUTPUT_TOKENS = 64
 PROMPT_TOKENS = 16

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pagoda_runtime.execution import machine
+from pagoda_runtime.platforms import machine
 
 
 @dataclass(frozen=True, slots=True)

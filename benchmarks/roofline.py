@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from pagoda_runtime.execution import machine
 from pagoda_runtime.layers.linear import make_linear_method
+from pagoda_runtime.platforms import machine
 
 NUM_PRODUCTS = 10
 

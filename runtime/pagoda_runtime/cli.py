@@ -14,7 +14,7 @@ from importlib.metadata import version
 from itertools import chain
 from typing import Any
 
-from pagoda_runtime.config import EngineConfig, ServerConfig
+from pagoda_runtime.config import SUPPORTED_DTYPES, EngineConfig, ServerConfig
 from pagoda_runtime.errors import FatalError, exit_status
 from pagoda_runtime.flags import (
     DEFAULTS,
@@ -31,11 +31,11 @@ from pagoda_runtime.flags import (
 from pagoda_runtime.keys import environment_keys
 from pagoda_runtime.last_words import write_last_words
 from pagoda_runtime.models.check import verify_start
-from pagoda_runtime.models.config import SUPPORTED_DTYPES
+from pagoda_runtime.platforms import PLATFORMS
 from pagoda_runtime.sampling_params import MAX_SEED
 
 DTYPES = ("auto", *SUPPORTED_DTYPES)
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", *sorted(PLATFORMS))
 QUANTIZATIONS = ("none", "awq", "gptq", "fp8", "int8", "int4", "exl2", "compressed-tensors")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
 GENERATION_CONFIGS = ("auto", "none")

@@ -7,37 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True, slots=True)
-class ByDevice:
-    """A default that depends on the device."""
-
-    cpu: int
-    cuda: int
-
-    def on(self, device: str) -> int:
-        """That of a device as torch names it, such as cuda:0."""
-        return self.cpu if device == "cpu" else self.cuda
-
-    def __str__(self) -> str:
-        return f"{self.cpu} on a CPU, {self.cuda} on a GPU"
-
-
-# A prompt chunk delays everybody's next token by the time it takes: about a quarter of a second for
-# 512 tokens of a small model on two CPU cores. So a step in which somebody decodes takes fewer.
-BY_DEVICE = {
-    "block_size": ByDevice(cpu=32, cuda=16),
-    "max_num_batched_tokens": ByDevice(cpu=512, cuda=2048),
-    "long_prefill_token_threshold": ByDevice(cpu=28, cuda=2048),
-}
-"""Defaults of the fields of EngineConfig that are None."""
+SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything the engine process needs.
 
-    None means: as BY_DEVICE says, else derived from the model and the machine.
+    None means: the platform's default, else derived from the model and the machine.
     """
 
     model: str
@@ -75,11 +52,6 @@ class EngineConfig:
     deterministic: bool = False
     """Whether a request's tokens are the same, bit by bit, whatever else the engine does."""
     stall_seconds: float = 120.0
-
-    def by_device(self, field: str, device: str) -> int:
-        """The value of a field of BY_DEVICE on a device as torch names it."""
-        value: int | None = getattr(self, field)
-        return BY_DEVICE[field].on(device) if value is None else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,9 @@ from dataclasses import MISSING, fields
 from math import inf
 from typing import Any, NoReturn, TypeVar
 
-from pagoda_runtime.config import BY_DEVICE, EngineConfig, ServerConfig
+from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.errors import FatalError
+from pagoda_runtime.platforms import describe_default
 
 DEFAULTS = {
     field.name: field.default
@@ -75,13 +76,13 @@ class Flags:
 
 
 def _show_default(field: str, default: Any) -> str | None:
-    if field in BY_DEVICE:
-        return str(BY_DEVICE[field])
+    if default is None:
+        return describe_default(field)
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, float):
         return f"{default:g}"
-    return None if default in (None, ()) else str(default)
+    return None if default == () else str(default)
 
 
 def _number(

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from pagoda_runtime.cli import main, parse_serve_args
-from pagoda_runtime.config import BY_DEVICE, EngineConfig, ServerConfig
+from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.errors import FatalError
+from pagoda_runtime.platforms import PLATFORMS
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,8 +152,9 @@ def test_help_tells_the_defaults_that_are_used(argv, capsys):
     with pytest.raises(SystemExit):
         main([*argv, "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for default in BY_DEVICE.values():
-        assert f"({default.cpu} on a CPU, {default.cuda} on a GPU)" in text
+    cpu, gpu = PLATFORMS["cpu"].defaults, PLATFORMS["cuda"].defaults
+    for field in {**cpu, **gpu}:
+        assert f"({cpu[field]} on a CPU, {gpu[field]} on a GPU)" in text
     assert "tokens of a block (32 on a CPU, 16 on a GPU)" in text
     prefix_caching = "off" if "latency" in argv else "on"
     assert f"for requests that begin alike ({prefix_caching})" in text

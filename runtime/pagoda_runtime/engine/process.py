@@ -46,6 +46,7 @@ from pagoda_runtime.ipc.messages import (
 from pagoda_runtime.ipc.sockets import input_address, output_address
 from pagoda_runtime.logs import configure_logging
 from pagoda_runtime.models.source import OnProgress, read_ahead
+from pagoda_runtime.platforms import PLATFORMS
 
 logger = logging.getLogger("pagoda.engine")
 
@@ -143,11 +144,14 @@ def _add(core: EngineCore, request: EngineRequest) -> list[RequestDelta]:
 
 def make_core(config: EngineConfig, runner: ReadyRunner) -> EngineCore:
     facts = runner.ready_facts
+    config = PLATFORMS[facts.device].complete(config)
+    assert config.max_num_batched_tokens is not None
+    assert config.long_prefill_token_threshold is not None
     return EngineCore(
         runner,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.by_device("max_num_batched_tokens", facts.device),
-        long_prefill_token_threshold=config.by_device("long_prefill_token_threshold", facts.device),
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
         max_num_waiting=config.max_num_waiting,
         max_model_len=facts.max_model_len,
         eos_token_ids=facts.eos_token_ids,

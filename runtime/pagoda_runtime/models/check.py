@@ -5,9 +5,10 @@ from __future__ import annotations
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.convert.cache import require_gguf
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.models.config import SUPPORTED_DTYPES, ModelConfig
+from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.registry import load_model_config
 from pagoda_runtime.models.source import local_path
+from pagoda_runtime.platforms import PLATFORMS
 from pagoda_runtime.tokenizer.tokenizer import read_tokenizer_file
 
 
@@ -37,25 +38,16 @@ def verify_start(config: EngineConfig) -> None:
 
 
 def verify_supported(config: EngineConfig) -> None:
-    """Raises FatalError InvalidFlags for flags that today's engine cannot serve on any device."""
-    if config.tensor_parallel_size != 1:
-        raise FatalError(
-            "InvalidFlags",
-            f"--tensor-parallel-size (engine.tensorParallelSize) is {config.tensor_parallel_size}; "
-            "this version runs on one device only. Set it to 1.",
-        )
-    if config.kv_cache_dtype != "auto":
-        raise FatalError(
-            "InvalidFlags",
-            f"--kv-cache-dtype (engine.kvCacheDtype) is {config.kv_cache_dtype}; this version "
-            "keeps the KV cache in the model's dtype only. Set it to auto.",
-        )
-    if config.dtype not in ("auto", *SUPPORTED_DTYPES):
-        raise FatalError(
-            "InvalidFlags",
-            f"--dtype (engine.dtype) is {config.dtype}; it must be auto, "
-            f"{', '.join(SUPPORTED_DTYPES)}.",
-        )
+    """Raises FatalError InvalidFlags for flags that no device which may be meant can serve."""
+    meant = [p for name, p in PLATFORMS.items() if config.device in ("auto", name)]
+    refused: list[FatalError] = []
+    for platform in meant:
+        try:
+            platform.verify(config)
+        except FatalError as error:
+            refused.append(error)
+    if refused and len(refused) == len(meant):
+        raise refused[-1]
 
 
 def verify_max_model_len(config: ModelConfig, max_model_len: int | None) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pagoda_runtime.config import SUPPORTED_DTYPES
 from pagoda_runtime.config_file import ConfigFile
 
-SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 DTYPE_OF_WEIGHTS = "auto"
 
 Note = tuple[int, str]

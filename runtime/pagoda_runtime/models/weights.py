@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pagoda_runtime.config import SUPPORTED_DTYPES
 from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.errors import FatalError, unreadable
-from pagoda_runtime.models.config import DTYPE_OF_WEIGHTS, SUPPORTED_DTYPES, ModelConfig
+from pagoda_runtime.models.config import DTYPE_OF_WEIGHTS, ModelConfig
 from pagoda_runtime.models.source import OnProgress
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.execution.kv_cache import MemoryBudget, allocate_kv_caches, size_kv_cache
+from pagoda_runtime.execution.memory import allocate_kv_caches, size_kv_cache
 from pagoda_runtime.models.config import ModelConfig, RopeConfig
+from pagoda_runtime.platforms import PLATFORMS, MemoryBudget
 
 # 2 (key, value) * 2 layers * 1 head * 8 dimensions * 2 bytes = 64 bytes for a token.
 CONFIG = ModelConfig(
@@ -85,6 +86,6 @@ def test_a_length_beyond_the_models_positions_is_an_invalid_flag():
 
 
 def test_each_layer_has_a_cache_with_the_padding_block_on_top():
-    caches = allocate_kv_caches(CONFIG, size(20), dtype=torch.bfloat16, device=torch.device("cpu"))
+    caches = allocate_kv_caches(CONFIG, size(20), dtype=torch.bfloat16, platform=PLATFORMS["cpu"])
     assert [cache.shape for cache in caches] == [(20, 16, 2, 1, 8)] * 2
     assert sum(cache.nbytes for cache in caches) == size(20).total_bytes

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pagoda_runtime.execution.machine import (
+from pagoda_runtime.platforms.machine import (
     allowed_cores,
     free_memory_bytes,
     instruction_set,

@@ -1,12 +1,13 @@
-"""What the machine offers: cores and memory as the cgroup allows, instruction set, bandwidth."""
+"""What the machine offers: cores and memory as the cgroup allows, instruction set, bandwidth.
+
+Only what asks torch imports it.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from pathlib import Path
-
-import torch
 
 from pagoda_runtime.cgroup import cgroup_folders, read_counters
 
@@ -45,6 +46,8 @@ def free_memory_bytes(root: Path = Path("/")) -> int:
 
 def instruction_set() -> str:
     """The best matrix instructions of this CPU that torch knows of."""
+    import torch
+
     names = []
     if torch.cpu._is_amx_tile_supported():
         names.append("AMX")
@@ -62,6 +65,8 @@ def predicted_tokens_per_second(weight_bytes: int, bandwidth_gbps: float) -> flo
 
 def memory_bandwidth_gbps(num_bytes: int = 1 << 28) -> float:
     """GB/s of reading memory, the best of three sums over num_bytes (beyond the caches)."""
+    import torch
+
     data = torch.ones(num_bytes // 8, dtype=torch.int64)
     best = float("inf")
     for _ in range(3):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
+from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.models.check import verify_max_model_len
 from pagoda_runtime.models.config import ModelConfig
+from pagoda_runtime.platforms import MemoryBudget, Platform
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
-# Share of the free memory of a CPU machine that the KV cache takes unless it is told otherwise.
-CPU_DEFAULT_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +29,50 @@ class KvCacheSize:
     total_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryBudget:
-    """Bytes that the KV cache may take, and the knob that the user turns to change that."""
+def fit_kv_cache(
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, platform: Platform
+) -> KvCacheSize:
+    """The cache of an engine whose weights are loaded. Raises: FatalError: as `size_kv_cache`."""
+    assert config.block_size is not None
+    if config.kv_cache_memory_bytes is None:
+        step_bytes = _largest_step_bytes(config, model_config, dtype)
+        budget = platform.memory_budget(config, step_bytes)
+    else:
+        budget = MemoryBudget(config.kv_cache_memory_bytes, "--kv-cache-memory-bytes")
+    size = size_kv_cache(
+        model_config,
+        budget,
+        block_size=config.block_size,
+        element_bytes=dtype.itemsize,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+    )
+    logger.info(
+        "KV cache: %d blocks of %d tokens, %s",
+        size.num_blocks,
+        size.block_size,
+        format_bytes(size.total_bytes),
+    )
+    limit = model_config.max_position_embeddings
+    if config.max_model_len is None and size.max_model_len < limit:
+        logger.warning(
+            "max_model_len is %d: the KV cache holds no more of the model's %d. "
+            "Raise --kv-cache-memory-bytes for longer contexts.",
+            size.max_model_len,
+            limit,
+        )
+    return size
 
-    available_bytes: int
-    knob: str
+
+def _largest_step_bytes(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype) -> int:
+    """What the largest step needs beside weights and cache."""
+    num_tokens = config.max_num_batched_tokens
+    assert num_tokens is not None
+    # Logits dominate: one row for each sequence, in the model's dtype, and once more in fp32.
+    number_bytes = dtype.itemsize + 4
+    vocabulary = min(config.max_num_seqs, num_tokens) * model_config.vocab_size * number_bytes
+    widest = 2 * model_config.intermediate_size + 4 * model_config.hidden_size
+    return vocabulary + num_tokens * widest * number_bytes
 
 
 def size_kv_cache(
@@ -88,7 +129,7 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def allocate_kv_caches(
-    config: ModelConfig, size: KvCacheSize, *, dtype: torch.dtype, device: torch.device
+    config: ModelConfig, size: KvCacheSize, *, dtype: torch.dtype, platform: Platform
 ) -> list[torch.Tensor]:
     """One tensor for each layer: [num_blocks + 1, block_size, 2, num_kv_heads, head_dim].
 
@@ -96,12 +137,12 @@ def allocate_kv_caches(
     Raises: FatalError: OutOfMemory or GpuOutOfMemory.
     """
     shape = (size.num_blocks + 1, size.block_size, 2, config.num_kv_heads, config.head_dim)
+    device = platform.device()
     try:
         return [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
     except (RuntimeError, torch.OutOfMemoryError) as error:
-        reason = "GpuOutOfMemory" if device.type == "cuda" else "OutOfMemory"
         raise FatalError(
-            reason,
+            platform.out_of_memory,
             f"{format_bytes(size.total_bytes)} of KV cache could not be allocated on {device}. "
             "Lower --kv-cache-memory-bytes or --max-num-seqs.",
         ) from error

@@ -1,0 +1,40 @@
+"""An NVIDIA GPU."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.platforms.base import MemoryBudget, Platform
+
+
+class CudaPlatform(Platform):
+    name, noun = "cuda", "a GPU"
+    defaults: ClassVar = {
+        "block_size": 16,
+        "max_num_batched_tokens": 2048,
+        "long_prefill_token_threshold": 2048,
+    }
+    is_deterministic = False
+    samples_in_batch = True
+    out_of_memory = "GpuOutOfMemory"
+
+    def is_available(self) -> bool:
+        import torch
+
+        return torch.cuda.is_available()
+
+    def describe(self) -> str:
+        import torch
+
+        return torch.cuda.get_device_name()
+
+    def memory_budget(self, config: EngineConfig, step_bytes: int) -> MemoryBudget:
+        """What gpu_memory_utilization leaves beside the weights and the largest step."""
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        available = int(free - (1.0 - config.gpu_memory_utilization) * total)
+        return MemoryBudget(
+            available - step_bytes, "--gpu-memory-utilization (engine.gpuMemoryPercent)"
+        )
