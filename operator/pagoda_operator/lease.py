@@ -107,12 +107,7 @@ class Lease:
         """Wait until the Lease is this operator's."""
         while not self.is_held:
             told = self.holder
-            try:
-                self.holder = await self._try_to_take()
-            except Refused as error:
-                self._go_unguarded(error)
-            except ApiError as error:
-                logger.warning("the Lease %s cannot be taken yet: %s", self._name, error.message)
+            await self._take_or_renew()
             if self.holder is not None and self.holder != told:
                 logger.warning("standing by: %s", self.describe_holder())
             if not self.is_held:
@@ -133,29 +128,9 @@ class Lease:
         """Keep the Lease; returns when another operator has it."""
         while True:
             await asyncio.sleep(RENEW_SECONDS if self.is_held else RETRY_SECONDS)
-            holder: str | None = None
-            try:
-                if not self._is_unguarded:
-                    await self._write(self._identity, "renewTime")
-                else:
-                    holder = await self._try_to_take()
-                    self._is_unguarded = False
-            except (Conflict, NotFound):
-                with contextlib.suppress(ApiError):
-                    holder = await self._try_to_take()
-            except Refused as error:
-                self._go_unguarded(error)
-            except ApiError as error:
-                logger.warning("the Lease %s is not renewed: %s", self._name, error.message)
-            if holder is not None:
-                self.holder = holder
+            await self._take_or_renew()
+            if self.holder is not None:
                 return
-
-    def _go_unguarded(self, error: Refused) -> None:
-        """Work without the right to Leases: better than not at all."""
-        if not self._is_unguarded:
-            logger.warning("a second operator would not be noticed: %s", error.message)
-        self._is_unguarded = True
 
     async def release(self) -> None:
         """Let the next operator begin at once."""
@@ -166,7 +141,7 @@ class Lease:
                 except Conflict:
                     # By a renewal that was cut off before its answer, most likely.
                     self._lease = await self._api.get("Lease", self._namespace, self._name)
-                    if self._lease and self._lease["spec"].get("holderIdentity") == self._identity:
+                    if self._is_ours(self._lease):
                         await self._write(None, "renewTime")
             self._renewed = -float("inf")
 
@@ -194,17 +169,33 @@ class Lease:
         self._believed[namespace] = (found, self._clock() + BELIEVED_SECONDS)
         return found
 
-    async def _try_to_take(self) -> str | None:
-        """Take the Lease if nobody holds it; who else does."""
-        found = await self._api.get("Lease", self._namespace, self._name)
-        holder = self._sightings.holder(found, self._clock())
-        if holder is not None and holder != self._identity:
-            return holder
-        self._lease = found
-        # Another one that was faster is seen at the next try.
-        with contextlib.suppress(Conflict):
-            await self._write(self._identity, "acquireTime", "renewTime")
-        return None
+    async def _take_or_renew(self) -> None:
+        """Renew the Lease, or take it if nobody holds it; `holder` is who else does."""
+        try:
+            with contextlib.suppress(Conflict, NotFound):
+                if self._is_ours(self._lease):
+                    await self._write(self._identity, "renewTime")
+                    self._is_unguarded = False
+                    return
+            found = await self._api.get("Lease", self._namespace, self._name)
+            holder = self._sightings.holder(found, self._clock())
+            self.holder = None if holder == self._identity else holder
+            if self.holder is None:
+                self._lease = found
+                # Another one that was faster is seen at the next try.
+                with contextlib.suppress(Conflict):
+                    await self._write(self._identity, "acquireTime", "renewTime")
+            self._is_unguarded = False
+        except Refused as error:
+            # Without the right to Leases, to work is better than not to.
+            if not self._is_unguarded:
+                logger.warning("a second operator would not be noticed: %s", error.message)
+            self._is_unguarded = True
+        except ApiError as error:
+            logger.warning("the Lease %s cannot be had now: %s", self._name, error.message)
+
+    def _is_ours(self, lease: Manifest | None) -> bool:
+        return bool(lease and lease.get("spec", {}).get("holderIdentity") == self._identity)
 
     async def _write(self, holder: str | None, *times: str) -> None:
         asked = self._clock()
