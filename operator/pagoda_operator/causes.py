@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 from pagoda_operator.flags import model_claim
 from pagoda_operator.last_words import TRANSIENT_REASONS, parse_last_words, say_as_user
-from pagoda_operator.names import LABEL_REVISION, Manifest
+from pagoda_operator.names import LABEL_REVISION, Manifest, find_condition, is_leaving
 from pagoda_operator.spec import LLMServiceSpec, RolloutStrategy
 
 IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 # Warnings that keep a container from being created; the pod's own status says nothing of them.
 START_WARNINGS = ("FailedMount", "FailedAttachVolume", "FailedMapVolume", "FailedCreatePodSandBox")
 CRASHES_UNTIL_STALLED = 3
-MAX_MESSAGE = 1024
 # What differs between two equal failures (times, ids, ports of the client) would be a write of the
 # status at each.
 _VARYING = re.compile(
@@ -52,7 +51,7 @@ def find_cause(
     living = [
         pod
         for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"]))
-        if "deletionTimestamp" not in pod["metadata"]
+        if not is_leaving(pod)
         and pod.get("status", {}).get("phase") in ("Pending", "Running", "Unknown")
     ]
     current = [pod for pod in living if _revision(pod) == revision]
@@ -75,18 +74,18 @@ def find_cause(
 
 def is_ready(pod: Manifest) -> bool:
     """Whether the pod answers requests, as the kubelet sees it."""
-    return _condition(pod, "Ready").get("status") == "True"
+    return find_condition(pod.get("status", {}), "Ready").get("status") == "True"
 
 
 def is_unstarted(pod: Manifest) -> bool:
     """Whether the pod has a node on which its container was never created."""
-    statuses = pod.get("status", {}).get("containerStatuses", [])
+    status = pod.get("status", {})
     return (
-        pod.get("status", {}).get("phase") == "Pending"
-        and _condition(pod, "PodScheduled").get("status") == "True"
+        status.get("phase") == "Pending"
+        and find_condition(status, "PodScheduled").get("status") == "True"
         and all(
             entry.get("state", {}).get("waiting", {}).get("reason") in (None, "ContainerCreating")
-            for entry in statuses
+            for entry in status.get("containerStatuses", [])
         )
     )
 
@@ -96,8 +95,7 @@ def failed_pods(pods: Sequence[Manifest]) -> list[Manifest]:
     failed = [
         pod
         for pod in pods
-        if pod.get("status", {}).get("phase") == "Failed"
-        and "deletionTimestamp" not in pod["metadata"]
+        if not is_leaving(pod) and pod.get("status", {}).get("phase") == "Failed"
     ]
     return sorted(failed, key=lambda pod: (_created(pod), pod["metadata"]["name"]), reverse=True)
 
@@ -107,10 +105,9 @@ def steady(text: str) -> str:
     return _VARYING.sub("…", text)
 
 
-def shorten(text: str) -> str:
-    """One line that a condition has room for."""
-    text = " ".join(text.split())
-    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
+def cause_of_refusal(reason: str, message: str) -> Cause:
+    """The cause when the API server refuses an object; a quota has a reason of its own."""
+    return Cause("QuotaExceeded" if "exceeded quota" in message else reason, message, True)
 
 
 def _revision(pod: Manifest) -> str:
@@ -119,11 +116,6 @@ def _revision(pod: Manifest) -> str:
 
 def _created(pod: Manifest) -> str:
     return str(pod["metadata"].get("creationTimestamp", ""))
-
-
-def _condition(manifest: Manifest, kind: str) -> Manifest:
-    conditions: list[Manifest] = manifest.get("status", {}).get("conditions", [])
-    return next((entry for entry in conditions if entry.get("type") == kind), {})
 
 
 def _cause_of_failed(failed: Sequence[Manifest], current: Sequence[Manifest]) -> Cause | None:
@@ -138,32 +130,33 @@ def _cause_of_failed(failed: Sequence[Manifest], current: Sequence[Manifest]) ->
     if "memory" in text:
         text += " Set spec.resources.memory to what the engine needs."
     is_stalled = len(failed) >= CRASHES_UNTIL_STALLED
-    return Cause("Evicted" if why == "Evicted" else "PodFailed", shorten(text), is_stalled)
+    return Cause("Evicted" if why == "Evicted" else "PodFailed", text, is_stalled)
 
 
 def _cause_of_ending(pods: Sequence[Manifest]) -> Cause | None:
-    ending = sorted(p["metadata"]["name"] for p in pods if "deletionTimestamp" in p["metadata"])
+    ending = sorted(pod["metadata"]["name"] for pod in pods if is_leaving(pod))
     if not ending:
         return None
     text = f"New engines start when {', '.join(ending)} has ended."
-    return Cause("DrainingOldPods", shorten(text), False)
+    return Cause("DrainingOldPods", text, False)
 
 
 def _cause_of_pod(
     spec: LLMServiceSpec, pod: Manifest, older: Sequence[Manifest], events: Sequence[Manifest]
 ) -> Cause | None:
-    scheduled = _condition(pod, "PodScheduled")
+    pod_status = pod.get("status", {})
+    scheduled = find_condition(pod_status, "PodScheduled")
     if scheduled.get("status") == "False":
         return _cause_of_unscheduled(spec, str(scheduled.get("message", "")), older)
     if is_unstarted(pod):
         return _cause_of_warnings(pod, events)
-    for status in pod.get("status", {}).get("containerStatuses", []):
+    for status in pod_status.get("containerStatuses", []):
         state, last = status.get("state", {}), status.get("lastState", {})
         if (waiting := state.get("waiting", {})).get("reason") in IMAGE_REASONS:
             return _cause_of_image(str(status.get("image", "")), str(waiting.get("message", "")))
         if waiting.get("reason") in ("CreateContainerConfigError", "CreateContainerError"):
             message = str(waiting.get("message", ""))
-            return _cause_of_missing(message) or Cause(waiting["reason"], shorten(message), True)
+            return _cause_of_missing(message) or Cause(waiting["reason"], message, True)
         terminated = state.get("terminated") or last.get("terminated")
         if terminated:
             return _cause_of_exit(spec, terminated, int(status.get("restartCount", 0)))
@@ -185,11 +178,11 @@ def _cause_of_unscheduled(spec: LLMServiceSpec, message: str, older: Sequence[Ma
             "one is ready. Set spec.rollout.strategy to InPlace or Recreate, which stop the old "
             f"one first, or make room. The scheduler says: {message}"
         )
-        return Cause("NoRoomToSurge", shorten(text), False)
+        return Cause("NoRoomToSurge", text, False)
     if f"Insufficient {resource}" in message:
         text = f"No node has {spec.num_gpus} free {resource}. The scheduler says: {message}"
-        return Cause("InsufficientGPU", shorten(text), False)
-    return Cause("Unschedulable", shorten(f"The scheduler says: {message}"), False)
+        return Cause("InsufficientGPU", text, False)
+    return Cause("Unschedulable", f"The scheduler says: {message}", False)
 
 
 def _cause_of_warnings(pod: Manifest, events: Sequence[Manifest]) -> Cause | None:
@@ -212,8 +205,7 @@ def _cause_of_warnings(pod: Manifest, events: Sequence[Manifest]) -> Cause | Non
 
     event = max(warnings, key=weight)
     message = str(event.get("message", ""))
-    steadied = shorten(steady(message))
-    return _cause_of_missing(message) or Cause(str(event["reason"]), steadied, False)
+    return _cause_of_missing(message) or Cause(str(event["reason"]), steady(message), False)
 
 
 def _cause_of_missing(message: str) -> Cause | None:
@@ -235,7 +227,7 @@ def _cause_of_image(image: str, detail: str) -> Cause:
     detail = re.sub(r'^Back-off pulling image "[^"]*":?\s*', "", detail)
     detail = re.sub(r"^(ErrImagePull|ImagePullBackOff):\s*", "", detail)
     text = f"The image {image} cannot be pulled; correct spec.engine.image or the registry. "
-    return Cause("ImagePullFailed", shorten(text + detail), True)
+    return Cause("ImagePullFailed", text + detail, True)
 
 
 def _cause_of_exit(spec: LLMServiceSpec, terminated: Manifest, restarts: int) -> Cause:
@@ -247,7 +239,7 @@ def _cause_of_exit(spec: LLMServiceSpec, terminated: Manifest, restarts: int) ->
         return Cause("OutOfMemory", text, True)
     if (words := parse_last_words(message)) is not None:
         reason, text = words[0], say_as_user(spec, *words)
-        return Cause(reason, shorten(text), reason not in TRANSIENT_REASONS)
+        return Cause(reason, text, reason not in TRANSIENT_REASONS)
     code = terminated.get("exitCode")
     # No count of restarts either.
     tail = steady(message.strip())[-200:]
@@ -261,13 +253,11 @@ def _cause_of_deployment(deployment: Manifest, of_pods: Sequence[Cause]) -> Caus
     status = deployment.get("status", {})
     if status.get("observedGeneration", 0) < deployment["metadata"].get("generation", 0):
         return None
-    failure = _condition(deployment, "ReplicaFailure")
+    failure = find_condition(status, "ReplicaFailure")
     if failure.get("status") == "True":
-        message = shorten(str(failure.get("message", "")))
-        reason = "QuotaExceeded" if "exceeded quota" in message else "PodsForbidden"
-        return Cause(reason, message, True)
-    if _condition(deployment, "Progressing").get("reason") == "ProgressDeadlineExceeded":
+        return cause_of_refusal("PodsForbidden", str(failure.get("message", "")))
+    if find_condition(status, "Progressing").get("reason") == "ProgressDeadlineExceeded":
         text = "The pods of this revision did not become ready in time."
         text = " ".join([text, *(cause.message for cause in of_pods[:1])])
-        return Cause("ProgressDeadlineExceeded", shorten(text), True)
+        return Cause("ProgressDeadlineExceeded", text, True)
     return None

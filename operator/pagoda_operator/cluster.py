@@ -19,23 +19,11 @@ from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config.config_exception import ConfigException
 
-from pagoda_operator.names import API_VERSION, GROUP, PLURAL, VERSION, Manifest
+from pagoda_operator.names import API_VERSION, PLURAL, RESOURCES, Manifest, api_version
 from pagoda_operator.telemetry import Telemetry
 
 REQUEST_TIMEOUT_SECONDS = 15.0
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-
-PATHS = {
-    "LLMService": (f"/apis/{GROUP}/{VERSION}", PLURAL),
-    "Deployment": ("/apis/apps/v1", "deployments"),
-    "Service": ("/api/v1", "services"),
-    "ServiceAccount": ("/api/v1", "serviceaccounts"),
-    "NetworkPolicy": ("/apis/networking.k8s.io/v1", "networkpolicies"),
-    "Pod": ("/api/v1", "pods"),
-    "Event": ("/api/v1", "events"),
-    "Lease": ("/apis/coordination.k8s.io/v1", "leases"),
-}
-"""kind → (path of its API group, plural)"""
 
 
 class ApiError(Exception):
@@ -130,7 +118,7 @@ class ApiServer:
     async def serves_llmservices(self) -> bool:
         """Whether the CRD is installed and served."""
         try:
-            found = await self._request("GET", f"/apis/{GROUP}/{VERSION}")
+            found = await self._request("GET", f"/apis/{API_VERSION}")
         except NotFound:
             return False
         return any(resource["name"] == PLURAL for resource in found.get("resources", []))
@@ -147,10 +135,8 @@ class ApiServer:
         query = {"labelSelector": selector} if selector else {}
         query |= {"fieldSelector": fields} if fields else {}
         found = await self._request("GET", _path(kind, namespace), query=query)
-        group = PATHS[kind][0]
-        api_version = group.removeprefix("/apis/").removeprefix("/api/")
         # Items of a list come without apiVersion and kind.
-        return [{"apiVersion": api_version, "kind": kind, **item} for item in found["items"]]
+        return [{"apiVersion": api_version(kind), "kind": kind, **item} for item in found["items"]]
 
     async def apply(self, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
         return await self._apply(_path_of(manifest), manifest, manager=manager, force=force)
@@ -204,41 +190,28 @@ class ApiServer:
         content_type: str = "application/json",
     ) -> Manifest:
         try:
-            status, headers, text = await self._send(method, path, query, body, content_type)
-            answer = json.loads(text)
+            # Bounds the whole request, a refresh of the credentials and the body included.
+            async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
+                request = await self._client.param_serialize(
+                    method,
+                    path,
+                    query_params=list((query or {}).items()),
+                    header_params={"Accept": "application/json", "Content-Type": content_type},
+                    body=body,
+                    auth_settings=["BearerToken"],
+                )
+                timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_SECONDS)
+                response = await self._client.call_api(*request[:4], _request_timeout=timeout)
+                answer = json.loads(await response.read())
         except (TimeoutError, OSError, aiohttp.ClientError, ValueError) as error:
             # ValueError: half an answer, or the page of a proxy in between.
             self._telemetry.requests.labels(code="0", method=method).inc()
             what = str(error) or type(error).__name__
             raise Unavailable(0, f"{method} {path}: no answer: {what}") from error
-        self._telemetry.requests.labels(code=str(status), method=method).inc()
-        if status >= 300:
-            raise _error(status, f"{method} {path}", answer, headers)
+        self._telemetry.requests.labels(code=str(response.status), method=method).inc()
+        if response.status >= 300:
+            raise _error(response.status, f"{method} {path}", answer, response.headers)
         return dict(answer)
-
-    async def _send(
-        self,
-        method: str,
-        path: str,
-        query: Mapping[str, str] | None,
-        body: Manifest | None,
-        content_type: str,
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        # Bounds the whole request, a refresh of the credentials and the body included.
-        async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
-            method, url, headers, body, _ = await self._client.param_serialize(
-                method,
-                path,
-                query_params=list((query or {}).items()),
-                header_params={"Accept": "application/json", "Content-Type": content_type},
-                body=body,
-                auth_settings=["BearerToken"],
-            )
-            timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_SECONDS)
-            response = await self._client.call_api(
-                method, url, headers, body, _request_timeout=timeout
-            )
-            return response.status, response.headers, await response.read()
 
 
 def own_namespace() -> str | None:
@@ -250,9 +223,10 @@ def own_namespace() -> str | None:
 
 
 def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
-    group, plural = PATHS[kind]
-    path = f"{group}/namespaces/{namespace}/{plural}" if namespace else f"{group}/{plural}"
-    return f"{path}/{name}" if name else path
+    group, version, plural = RESOURCES[kind]
+    parts = [f"/apis/{group}/{version}" if group else f"/api/{version}"]
+    parts += ["namespaces", namespace, plural] if namespace else [plural]
+    return "/".join([*parts, name] if name else parts)
 
 
 def _path_of(manifest: Manifest) -> str:
@@ -274,14 +248,3 @@ def _error(status: int, request: str, answer: object, headers: Mapping[str, str]
     except ValueError:
         retry_after = 0.0
     return Unavailable(status, message, retry_after)
-
-
-def status_manifest(service: Manifest, status: Manifest) -> Manifest:
-    """What `apply_status` sends: the uid keeps it off an object that was made anew."""
-    metadata = service["metadata"]
-    return {
-        "apiVersion": API_VERSION,
-        "kind": "LLMService",
-        "metadata": {key: metadata[key] for key in ("name", "namespace", "uid")},
-        "status": status,
-    }

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pagoda_operator.causes import Cause, shorten
+from pagoda_operator.causes import Cause
 from pagoda_operator.names import ChildRef
 
 FIRST_DELAY_SECONDS = 1.0
@@ -88,7 +88,7 @@ class Contests:
             f"{'; '.join(told)}. It is put back less and less often. "
             "Stop the other manager, or ask for what it sets in this LLMService."
         )
-        return Cause("Contested", shorten(text[0].upper() + text[1:]), True)
+        return Cause("Contested", text[0].upper() + text[1:], True)
 
     def seconds_to_next_look(self, held: Collection[Edit], now: float) -> float | None:
         """When an edit that waits is due, or what is told of a fight may be over."""

@@ -1,6 +1,6 @@
-"""The names that the operator gives: group, labels, field managers, children.
+"""The names that the operator gives (group, labels, field managers, children), and manifests.
 
-Changing one of them orphans what an older operator made.
+Changing one of the names orphans what an older operator made.
 """
 
 from __future__ import annotations
@@ -51,8 +51,43 @@ class ChildRef:
         return f"{self.kind} {self.name}"
 
 
+RESOURCES = {
+    "LLMService": (GROUP, VERSION, PLURAL),
+    "Deployment": ("apps", "v1", "deployments"),
+    "Service": ("", "v1", "services"),
+    "ServiceAccount": ("", "v1", "serviceaccounts"),
+    "NetworkPolicy": ("networking.k8s.io", "v1", "networkpolicies"),
+    "Pod": ("", "v1", "pods"),
+    "Event": ("", "v1", "events"),
+    "Lease": ("coordination.k8s.io", "v1", "leases"),
+}
+"""kind → (group, version, plural) of every kind that the operator reads or writes"""
 CHILD_KINDS = ("ServiceAccount", "Service", "NetworkPolicy", "Deployment")
 """In the order in which they are applied: a pod needs its ServiceAccount."""
+
+
+def api_version(kind: str) -> str:
+    """What manifests of the kind have as apiVersion."""
+    group, version, _ = RESOURCES[kind]
+    return f"{group}/{version}" if group else version
+
+
+def same_object(live: Manifest, **content: Any) -> Manifest:
+    """What to apply to this object alone: the uid keeps it off one that was made anew."""
+    metadata = {key: live["metadata"][key] for key in ("name", "namespace", "uid")}
+    kind = live["kind"]
+    return {"apiVersion": api_version(kind), "kind": kind, "metadata": metadata, **content}
+
+
+def is_leaving(manifest: Manifest) -> bool:
+    """Whether the object is being deleted."""
+    return "deletionTimestamp" in manifest["metadata"]
+
+
+def find_condition(status: Manifest, kind: str) -> Manifest:
+    """The condition of that type in a status; an empty one if there is none."""
+    conditions: list[Manifest] = status.get("conditions", [])
+    return next((entry for entry in conditions if entry.get("type") == kind), {})
 
 
 def engine_name(service_name: str) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from pagoda_operator.causes import is_unstarted
 from pagoda_operator.cluster import Cluster, Refused
-from pagoda_operator.names import ChildRef, Manifest
+from pagoda_operator.names import LABEL_SERVICE, ChildRef, Key, Manifest
 from pagoda_operator.plan import is_ours
 from pagoda_operator.spec import LLMService
 
@@ -38,7 +38,36 @@ class World:
         return live if live is not None and is_ours(live, service) else None
 
 
-async def list_warnings(
+async def observe(
+    cluster: Cluster, key: Key, named: Collection[ChildRef], kinds: Collection[str], now: datetime
+) -> World:
+    """Read the children and pods of a service.
+
+    An object of ours whose name the renderer does not give (any more) was applied before, or by
+    an earlier operator, or for a service of this name that left it behind: to look for the
+    latter once is enough, and never for a new service whose children are new as well.
+
+    Args:
+        named: children that are looked for by name.
+        kinds: kinds, Pod among them, of which everything with the label of the service is listed.
+    """
+    namespace, selector = key.namespace, f"{LABEL_SERVICE}={key.name}"
+    lists = await asyncio.gather(*(cluster.list(kind, namespace, selector) for kind in kinds))
+    listed = dict(zip(kinds, lists, strict=True))
+    pods = listed.pop("Pod", [])
+    children = {
+        ChildRef(kind, item["metadata"]["name"]): item
+        for kind, items in listed.items()
+        for item in items
+    }
+    unseen = [ref for ref in named if ref not in children]
+    found = await asyncio.gather(*(cluster.get(ref.kind, namespace, ref.name) for ref in unseen))
+    children |= {ref: item for ref, item in zip(unseen, found, strict=True) if item is not None}
+    events = await _list_warnings(cluster, namespace, pods, now)
+    return World(children, pods, events, is_listed=bool(listed))
+
+
+async def _list_warnings(
     cluster: Cluster, namespace: str, pods: Sequence[Manifest], now: datetime
 ) -> list[Manifest]:
     """Warning events about pods that do not start; none where they may not be read."""

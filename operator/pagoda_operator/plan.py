@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pagoda_operator.contest import Edit
-from pagoda_operator.names import KIND, ChildRef, Manifest
+from pagoda_operator.names import KIND, ChildRef, Manifest, is_leaving, same_object
 from pagoda_operator.ownership import describe_rivals, is_made_by_us, is_scaled_by_us, take_over
-from pagoda_operator.render import render_children
 from pagoda_operator.spec import LLMService
 
 WAIT_FOR_DELETION_SECONDS = 1.0
@@ -87,33 +86,25 @@ class Plan:
 
 def make_plan(
     service: LLMService,
+    wanted: Mapping[ChildRef, Manifest],
     observed: Observed,
     *,
     target_replicas: int,
-    engine_image: str,
-    operator_namespace: str | None = None,
 ) -> Plan:
     """The plan for one LLMService.
 
     Args:
+        wanted: its children, as `render_children` has them.
         target_replicas: with how many replicas a new Deployment begins; see `plan_scale`.
-        engine_image: the image of engines whose spec names none.
-        operator_namespace: see `render_children`.
     """
-    wanted = render_children(
-        service, engine_image=engine_image, operator_namespace=operator_namespace
-    )
     applies: list[Apply] = []
     held: list[Edit] = []
     conflicts, waiting = [], []
     for ref, manifest in wanted.items():
         live = observed.children.get(ref)
-        if live is not None and not is_ours(live, service):
-            if _has_dead_owner(live, service):
-                waiting.append(_describe_deletion(ref, live))
-            else:
-                conflicts.append(_describe_conflict(ref, live))
-        elif live is not None and "deletionTimestamp" in live["metadata"]:
+        if live is not None and _is_strangers(live, service):
+            conflicts.append(_describe_conflict(ref, live))
+        elif live is not None and (is_leaving(live) or not is_ours(live, service)):
             waiting.append(_describe_deletion(ref, live))
         elif (apply := _plan_apply(ref, manifest, observed, target_replicas)) is not None:
             if apply.undoes is not None and apply.undoes in observed.waits:
@@ -123,9 +114,7 @@ def make_plan(
     deletes = [
         Delete(ref=ref, uid=live["metadata"]["uid"])
         for ref, live in sorted(observed.children.items())
-        if ref not in wanted
-        and is_ours(live, service)
-        and "deletionTimestamp" not in live["metadata"]
+        if ref not in wanted and is_ours(live, service) and not is_leaving(live)
     ]
     if conflicts:
         return Plan(conflicts=tuple(conflicts))
@@ -139,19 +128,10 @@ def make_plan(
 
 
 def plan_scale(deployment: Manifest, target_replicas: int) -> Manifest | None:
-    """The manifest by which the scaling manager sets the replicas; None if they are right.
-
-    It names the uid, so that it never makes a Deployment of what was deleted meanwhile.
-    """
+    """The manifest by which the scaling manager sets the replicas; None if they are right."""
     if deployment["spec"].get("replicas", 1) == target_replicas:
         return None
-    metadata = deployment["metadata"]
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {key: metadata[key] for key in ("name", "namespace", "uid")},
-        "spec": {"replicas": target_replicas},
-    }
+    return same_object(deployment, spec={"replicas": target_replicas})
 
 
 def digest(manifest: Manifest) -> str:
@@ -219,13 +199,15 @@ def is_ours(manifest: Manifest, service: LLMService) -> bool:
     return is_controlled_by(manifest, service.uid)
 
 
-def _has_dead_owner(manifest: Manifest, service: LLMService) -> bool:
-    """Whether a deleted LLMService of the same name owns it: the garbage collector is on its way.
+def _is_strangers(manifest: Manifest, service: LLMService) -> bool:
+    """Whether it is neither ours nor that of a deleted LLMService of the same name.
 
-    A name belongs to one uid at a time, so that another uid than ours is a dead one.
+    A name belongs to one uid at a time: the garbage collector is on its way to what another uid of
+    our name owns.
     """
     owner = _controller(manifest)
-    return bool(owner.get("kind") == KIND and owner.get("name") == service.key.name)
+    is_namesakes = owner.get("kind") == KIND and owner.get("name") == service.key.name
+    return not is_namesakes and not is_ours(manifest, service)
 
 
 def _describe_conflict(ref: ChildRef, live: Manifest) -> str:
@@ -235,7 +217,7 @@ def _describe_conflict(ref: ChildRef, live: Manifest) -> str:
 
 
 def _describe_deletion(ref: ChildRef, live: Manifest) -> str:
-    if "deletionTimestamp" not in live["metadata"]:
+    if not is_leaving(live):
         return f"{ref} belongs to a deleted LLMService of this name, and is deleted with it"
     finalizers = ", ".join(live["metadata"].get("finalizers", [])) or "none"
     return f"{ref} is being deleted (its finalizers: {finalizers}); it is made anew when it is gone"

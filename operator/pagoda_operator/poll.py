@@ -18,7 +18,7 @@ import aiohttp
 
 from pagoda_operator.causes import is_ready
 from pagoda_operator.flags import PORT
-from pagoda_operator.names import Key, Manifest
+from pagoda_operator.names import Key, Manifest, is_leaving
 from pagoda_operator.scaling import PodLoad, ScalingPolicy, ScalingState, decide, initial_target
 from pagoda_operator.spec import LLMService
 from pagoda_operator.telemetry import Telemetry
@@ -56,7 +56,7 @@ class _Watched:
     policy: ScalingPolicy
     state: ScalingState
     addresses: tuple[str, ...]
-    task: asyncio.Task[None] | None = None
+    task: asyncio.Task[None] = field(init=False)
     slots: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(MAX_ASKED_AT_ONCE), repr=False
     )
@@ -84,9 +84,7 @@ class Poller:
         self._port = port
         self._watched: dict[Key, _Watched] = {}
         self._session: aiohttp.ClientSession | None = None
-        telemetry.polled_services.set_function(
-            lambda: sum(_is_running(watched) for watched in self._watched.values())
-        )
+        telemetry.polled_services.set_function(lambda: len(self._watched))
 
     def target(self, service: LLMService, status: Manifest, deployment: Manifest | None) -> int:
         """How many replicas the service should have now."""
@@ -113,7 +111,7 @@ class Poller:
             return
         addresses = ready_addresses(pods)
         watched = self._watched.get(service.key)
-        if watched is not None and watched.uid == service.uid and _is_running(watched):
+        if watched is not None and watched.uid == service.uid:
             watched.policy, watched.addresses = policy, addresses
             return
         self.forget(service.key)
@@ -125,12 +123,12 @@ class Poller:
     def forget(self, key: Key) -> None:
         """Stop asking the pods of a service."""
         watched = self._watched.pop(key, None)
-        if watched is not None and watched.task is not None:
+        if watched is not None:
             watched.task.cancel()
 
     async def close(self) -> None:
         """Stop everything."""
-        tasks = [watched.task for watched in self._watched.values() if watched.task is not None]
+        tasks = [watched.task for watched in self._watched.values()]
         for key in list(self._watched):
             self.forget(key)
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -229,10 +227,6 @@ class Poller:
         return self._session
 
 
-def _is_running(watched: _Watched) -> bool:
-    return watched.task is not None and not watched.task.done()
-
-
 def parse_load(body: bytes) -> PodLoad | None:
     """The answer of `/load`; None if it is none."""
     try:
@@ -249,8 +243,6 @@ def ready_addresses(pods: list[Manifest]) -> tuple[str, ...]:
     addresses = (
         str(pod["status"]["podIP"])
         for pod in pods
-        if "deletionTimestamp" not in pod["metadata"]
-        and is_ready(pod)
-        and pod["status"].get("podIP")
+        if not is_leaving(pod) and is_ready(pod) and pod["status"].get("podIP")
     )
     return tuple(sorted(f"[{ip}]" if ":" in ip else ip for ip in addresses))

@@ -8,48 +8,48 @@ one goes on from what it finds. All it remembers is what saves work (`plan.Appli
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
-from typing import Any
 
 from pagoda_operator.autoscaling import autoscaling_condition
 from pagoda_operator.causes import (
     CRASHES_UNTIL_STALLED,
     Cause,
+    cause_of_refusal,
     failed_pods,
     find_cause,
-    shorten,
     steady,
 )
-from pagoda_operator.cluster import (
-    ApiError,
-    Cluster,
-    NotFound,
-    Refused,
-    Unavailable,
-    status_manifest,
-)
+from pagoda_operator.cluster import ApiError, Cluster, NotFound, Refused, Unavailable
 from pagoda_operator.execute import Memory, Outcome, execute
 from pagoda_operator.names import (
     CHILD_KINDS,
-    LABEL_SERVICE,
+    KIND,
     MANAGER,
     ChildRef,
     Key,
     Manifest,
     engine_name,
+    is_leaving,
+    same_object,
 )
-from pagoda_operator.observe import World, list_warnings, seconds_to_next_look
+from pagoda_operator.observe import World, observe, seconds_to_next_look
 from pagoda_operator.ownership import replicas_owner
 from pagoda_operator.plan import Observed, Plan, is_controlled_by, make_plan
 from pagoda_operator.poll import Poller
 from pagoda_operator.render import render_children, revision_of
 from pagoda_operator.spec import LLMService, SpecError, parse
-from pagoda_operator.status import Counts, failed_status, is_seen, make_status
+from pagoda_operator.status import (
+    Conditions,
+    Counts,
+    failed_status,
+    is_seen,
+    make_status,
+    stamp,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +58,6 @@ REFUSED_RETRY_SECONDS = 30.0
 FIRST_STATUS_SECONDS = 0.3
 # What holds the name has no label of ours: nobody tells when it goes.
 CONFLICT_RETRY_SECONDS = 10.0
-
-
-def utc_now() -> datetime:
-    return datetime.now(UTC)
-
-
-async def _nothing() -> list[Manifest]:
-    return []
 
 
 class Reconciler:
@@ -78,7 +70,7 @@ class Reconciler:
         *,
         engine_image: str,
         operator_namespace: str | None = None,
-        now: Callable[[], datetime] = utc_now,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster = cluster
@@ -95,22 +87,28 @@ class Reconciler:
         Raises:
             ApiError: the API server refused or did not answer; come again later.
         """
-        manifest = await self._cluster.get("LLMService", key.namespace, key.name)
-        if manifest is None or "deletionTimestamp" in manifest["metadata"]:
+        manifest = await self._cluster.get(KIND, key.namespace, key.name)
+        if manifest is None or is_leaving(manifest):
             # The garbage collector deletes the children: they name their owner.
             self.forget(key)
             return None
-        previous: Manifest = manifest.get("status", {})
         try:
             service = parse(manifest)
         except SpecError as error:
             await self._reject(key, manifest, str(error))
             return None
-        world = await self._look(service, manifest)
+        previous: Manifest = manifest.get("status", {})
+        wanted = render_children(
+            service, engine_image=self._engine_image, operator_namespace=self._operator_namespace
+        )
+        world = await self._look(service, manifest, wanted)
         deployment = world.own(service, ChildRef("Deployment", engine_name(key.name)))
         target = self._poller.target(service, previous, deployment)
         memory, now = self._memories.setdefault(key, Memory()), self._clock()
-        plan = self._plan(service, world, memory, target, now)
+        observed = Observed(
+            children=world.children, applied=memory.applied, waits=memory.contests.waits(now)
+        )
+        plan = make_plan(service, wanted, observed, target_replicas=target)
         failure: Refused | Unavailable | None = None
         outcome = Outcome(deployment)
         try:
@@ -121,8 +119,7 @@ class Reconciler:
         memory.is_swept |= is_complete and failure is None and not plan.conflicts
         if failure is None and plan.applies and not is_seen(previous):
             return FIRST_STATUS_SECONDS
-        contest = memory.contests.find_cause(outcome.held, now)
-        hindrance = _find_hindrance(plan, failure) or contest
+        hindrance = _find_hindrance(plan, failure) or memory.contests.find_cause(outcome.held, now)
         # The queue tells of the first trouble, and tries the status again as well.
         with contextlib.suppress(*([ApiError] if isinstance(failure, Unavailable) else [])):
             await self._report(manifest, service, world, outcome.deployment, target, hindrance)
@@ -135,8 +132,11 @@ class Reconciler:
             return CONFLICT_RETRY_SECONDS
         self._poller.watch(service, target, world.pods)
         await self._clean_up(key, world.pods)
-        looks = [plan.requeue_seconds, seconds_to_next_look(world.pods, self._now())]
-        looks.append(memory.contests.seconds_to_next_look(outcome.held, now))
+        looks = [
+            plan.requeue_seconds,
+            seconds_to_next_look(world.pods, self._now()),
+            memory.contests.seconds_to_next_look(outcome.held, now),
+        ]
         return min((seconds for seconds in looks if seconds), default=None)
 
     def forget(self, key: Key) -> None:
@@ -144,61 +144,25 @@ class Reconciler:
         self._memories.pop(key, None)
         self._poller.forget(key)
 
-    def _plan(
-        self, service: LLMService, world: World, memory: Memory, target: int, now: float
-    ) -> Plan:
-        observed = Observed(
-            children=world.children, applied=memory.applied, waits=memory.contests.waits(now)
-        )
-        return make_plan(
-            service,
-            observed,
-            target_replicas=target,
-            engine_image=self._engine_image,
-            operator_namespace=self._operator_namespace,
-        )
-
-    async def _look(self, service: LLMService, manifest: Manifest) -> World:
+    async def _look(
+        self, service: LLMService, manifest: Manifest, wanted: Collection[ChildRef]
+    ) -> World:
         """What there is; where it cannot be read, the status says so."""
-        previous = manifest.get("status", {})
+        key, previous = service.key, manifest.get("status", {})
+        is_new = key not in self._memories and not is_seen(previous)
+        memory = self._memories.get(key, Memory())
+        named = {**dict.fromkeys(wanted), **memory.applied}
+        kinds = ("Pod",) if memory.is_swept else (*CHILD_KINDS, "Pod")
         try:
-            return await self._observe(service, previous)
+            return await observe(self._cluster, key, named, () if is_new else kinds, self._now())
         except (Refused, Unavailable) as error:
             # One read that fails says nothing of what is in force already.
             is_in_force = previous.get("observedGeneration") == service.generation
             if isinstance(error, Refused) or not is_in_force:
                 with contextlib.suppress(ApiError):
-                    await self._write_failure(manifest, _cause_of_error(error), None)
+                    told = failed_status(_cause_of_error(error), None, previous)
+                    await self._write_status(manifest, *told)
             raise
-
-    async def _observe(self, service: LLMService, status: Manifest) -> World:
-        """The children, by name and where needed by label, and the pods.
-
-        An object of ours whose name the renderer does not give (any more) was applied before, or by
-        an earlier operator, or for a service of this name that left it behind: to look for the
-        latter once is enough, and never for a new service whose children are new as well.
-        """
-        namespace, selector = service.key.namespace, f"{LABEL_SERVICE}={service.key.name}"
-        wanted = list(render_children(service, engine_image=self._engine_image))
-        memory = self._memories.get(service.key, Memory())
-        is_new = service.key not in self._memories and not is_seen(status)
-        kinds = () if is_new or memory.is_swept else CHILD_KINDS
-        *lists, pods = await asyncio.gather(
-            *(self._cluster.list(kind, namespace, selector) for kind in kinds),
-            _nothing() if is_new else self._cluster.list("Pod", namespace, selector),
-        )
-        children = {
-            ChildRef(kind, item["metadata"]["name"]): item
-            for kind, items in zip(kinds, lists, strict=True)
-            for item in items
-        }
-        unseen = [ref for ref in {**dict.fromkeys(wanted), **memory.applied} if ref not in children]
-        found = await asyncio.gather(
-            *(self._cluster.get(ref.kind, namespace, ref.name) for ref in unseen)
-        )
-        children |= {ref: item for ref, item in zip(unseen, found, strict=True) if item is not None}
-        events = await list_warnings(self._cluster, namespace, pods, self._now())
-        return World(children, pods, events, is_listed=bool(kinds))
 
     async def _clean_up(self, key: Key, pods: list[Manifest]) -> None:
         """Delete pods that their node ended, except the last few: nobody else does."""
@@ -215,8 +179,9 @@ class Reconciler:
         live = await self._cluster.get("Deployment", key.namespace, engine_name(key.name))
         if live is not None and not is_controlled_by(live, manifest["metadata"]["uid"]):
             live = None
-        cause = Cause("InvalidSpec", shorten(message), True)
-        await self._write_failure(manifest, cause, Counts.of(live))
+        cause = Cause("InvalidSpec", message, True)
+        told = failed_status(cause, Counts.of(live), manifest.get("status", {}))
+        await self._write_status(manifest, *told)
 
     async def _report(
         self,
@@ -232,39 +197,30 @@ class Reconciler:
             revision = revision_of(deployment)
             cause = find_cause(service.spec, deployment, world.pods, revision, world.events)
         front = world.own(service, ChildRef("Service", service.key.name))
-        status = make_status(
+        status, conditions = make_status(
             service,
             deployment=deployment,
             cause=cause,
             desired_replicas=target,
-            previous=manifest.get("status", {}),
-            now=self._now(),
             is_applied=hindrance is None,
             is_reachable=hindrance is None or front is not None,
-            further=autoscaling_condition(
-                service.spec,
-                replicas_owner=replicas_owner(manifest),
-                blindness=self._poller.blindness(service.key),
-            ),
         )
-        await self._write_status(manifest, status)
-
-    async def _write_failure(self, manifest: Manifest, cause: Cause, counts: Counts | None) -> None:
-        status = failed_status(
-            manifest["metadata"]["generation"],
-            cause,
-            counts,
-            previous=manifest.get("status", {}),
-            now=self._now(),
+        conditions |= autoscaling_condition(
+            service.spec,
+            replicas_owner=replicas_owner(manifest),
+            blindness=self._poller.blindness(service.key),
         )
-        await self._write_status(manifest, status)
+        await self._write_status(manifest, status, conditions)
 
-    async def _write_status(self, manifest: Manifest, status: Manifest) -> None:
-        previous: dict[str, Any] = manifest.get("status", {})
+    async def _write_status(
+        self, manifest: Manifest, fields: Manifest, conditions: Conditions
+    ) -> None:
+        previous, generation = manifest.get("status", {}), manifest["metadata"]["generation"]
+        status = stamp(fields, conditions, previous, generation, self._now())
         if status == previous:
             return
         try:
-            await self._cluster.apply_status(status_manifest(manifest, status), manager=MANAGER)
+            await self._cluster.apply_status(same_object(manifest, status=status), manager=MANAGER)
         except NotFound:
             logger.info("%s is gone", manifest["metadata"]["name"])
 
@@ -272,18 +228,16 @@ class Reconciler:
 def _find_hindrance(plan: Plan, failure: ApiError | None) -> Cause | None:
     """Why the children are not what the spec asks for, if they are not."""
     if plan.conflicts:
-        return Cause("NameConflict", shorten("; ".join(plan.conflicts)), True)
+        return Cause("NameConflict", "; ".join(plan.conflicts), True)
     if failure is not None:
         return _cause_of_error(failure)
     if plan.waiting:
-        return Cause("WaitingForDeletion", shorten("; ".join(plan.waiting)), False)
+        return Cause("WaitingForDeletion", "; ".join(plan.waiting), False)
     return None
 
 
 def _cause_of_error(error: ApiError) -> Cause:
     message = steady(error.message)
     if isinstance(error, Refused):
-        reason = "QuotaExceeded" if "exceeded quota" in message else "Refused"
-        return Cause(reason, shorten(message), True)
-    text = f"The API server fails, and is asked again: {message}"
-    return Cause("ApiServerError", shorten(text), False)
+        return cause_of_refusal("Refused", message)
+    return Cause("ApiServerError", f"The API server fails, and is asked again: {message}", False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 from pagoda_operator.flags import PORT
 from pagoda_operator.names import (
@@ -16,6 +17,7 @@ from pagoda_operator.names import (
     LABEL_REVISION,
     ChildRef,
     Manifest,
+    api_version,
     common_labels,
     engine_name,
     selector_labels,
@@ -51,26 +53,17 @@ def render_children(
 
 def render_service_account(service: LLMService) -> Manifest:
     """An account without rights, so that engines do not run as the namespace's default."""
-    return {
-        "apiVersion": "v1",
-        "kind": "ServiceAccount",
-        "metadata": _metadata(service, engine_name(service.key.name)),
-        "automountServiceAccountToken": False,
-    }
+    return _child(service, "ServiceAccount", automountServiceAccountToken=False)
 
 
 def render_service(service: LLMService) -> Manifest:
     """The front door: what OpenAI clients in the cluster connect to."""
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": _metadata(service, service.key.name),
-        "spec": {
-            "type": "ClusterIP",
-            "selector": selector_labels(service.key.name),
-            "ports": [{"name": "http", "port": 80, "protocol": "TCP", "targetPort": PORT}],
-        },
+    spec = {
+        "type": "ClusterIP",
+        "selector": selector_labels(service.key.name),
+        "ports": [{"name": "http", "port": 80, "protocol": "TCP", "targetPort": PORT}],
     }
+    return _child(service, "Service", spec=spec)
 
 
 def render_network_policy(service: LLMService, operator_namespace: str | None = None) -> Manifest:
@@ -80,34 +73,26 @@ def render_network_policy(service: LLMService, operator_namespace: str | None = 
     home = {"matchLabels": {NAMESPACE_LABEL: operator_namespace}} if operator_namespace else {}
     operator = {"namespaceSelector": home, "podSelector": {"matchLabels": OPERATOR_LABELS}}
     ports = [{"port": PORT, "protocol": "TCP"}]
-    return {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": _metadata(service, engine_name(service.key.name)),
-        "spec": {
-            "podSelector": {"matchLabels": selector_labels(service.key.name)},
-            "policyTypes": ["Ingress"],
-            "ingress": [{"from": [*peers, operator], "ports": ports}],
-        },
+    spec = {
+        "podSelector": {"matchLabels": selector_labels(service.key.name)},
+        "policyTypes": ["Ingress"],
+        "ingress": [{"from": [*peers, operator], "ports": ports}],
     }
+    return _child(service, "NetworkPolicy", spec=spec)
 
 
 def render_deployment(service: LLMService, *, engine_image: str) -> Manifest:
     """The engines."""
     template = render_pod_template(service, engine_image)
     template["metadata"]["labels"][LABEL_REVISION] = _digest(template)
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": _metadata(service, engine_name(service.key.name)),
-        "spec": {
-            "selector": {"matchLabels": selector_labels(service.key.name)},
-            "strategy": _render_strategy(service),
-            "progressDeadlineSeconds": PROGRESS_DEADLINE_SECONDS,
-            "revisionHistoryLimit": 3,
-            "template": template,
-        },
+    spec = {
+        "selector": {"matchLabels": selector_labels(service.key.name)},
+        "strategy": _render_strategy(service),
+        "progressDeadlineSeconds": PROGRESS_DEADLINE_SECONDS,
+        "revisionHistoryLimit": 3,
+        "template": template,
     }
+    return _child(service, "Deployment", spec=spec)
 
 
 def revision_of(deployment: Manifest) -> str:
@@ -116,23 +101,25 @@ def revision_of(deployment: Manifest) -> str:
     return str(labels.get(LABEL_REVISION, ""))
 
 
-def _metadata(service: LLMService, name: str) -> Manifest:
-    return {
-        "name": name,
-        "namespace": service.key.namespace,
-        "labels": common_labels(service.key.name),
-        "ownerReferences": [
-            {
-                "apiVersion": API_VERSION,
-                "kind": KIND,
-                "name": service.key.name,
-                "uid": service.uid,
-                "controller": True,
-                # true would need the right to write finalizers of LLMServices.
-                "blockOwnerDeletion": False,
-            }
-        ],
+def _child(service: LLMService, kind: str, **content: Any) -> Manifest:
+    """A child under its name; the Service alone has that of the LLMService."""
+    key = service.key
+    owner = {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "name": key.name,
+        "uid": service.uid,
+        "controller": True,
+        # true would need the right to write finalizers of LLMServices.
+        "blockOwnerDeletion": False,
     }
+    metadata = {
+        "name": key.name if kind == "Service" else engine_name(key.name),
+        "namespace": key.namespace,
+        "labels": common_labels(key.name),
+        "ownerReferences": [owner],
+    }
+    return {"apiVersion": api_version(kind), "kind": kind, "metadata": metadata, **content}
 
 
 def _render_strategy(service: LLMService) -> Manifest:

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from pagoda_operator.causes import Cause
-from pagoda_operator.names import Manifest, selector_labels
+from pagoda_operator.names import Manifest, find_condition, selector_labels
 from pagoda_operator.render import revision_of
 from pagoda_operator.spec import LLMService
 
@@ -29,6 +28,7 @@ Condition = tuple[bool | None, str, str]
 Conditions = dict[str, Condition]
 """type → condition"""
 
+MAX_MESSAGE = 1024
 STARTING = Cause("Progressing", "The engines are being started.", False)
 
 
@@ -79,77 +79,77 @@ def make_status(
     deployment: Manifest | None,
     cause: Cause | None,
     desired_replicas: int,
-    previous: Manifest,
-    now: datetime,
-    further: Conditions | None = None,
     is_applied: bool = True,
     is_reachable: bool = True,
-) -> Manifest:
-    """The status to write if it differs from the previous one.
+) -> tuple[Manifest, Conditions]:
+    """The fields of the status and the four conditions, for `stamp`.
 
     Args:
         deployment: the live one of this service, never a stranger's.
         cause: what is wrong with the pods, or keeps the children from being what they should be.
-        previous: the status that the object has.
-        now: in UTC; the time of the conditions that change with this status.
-        further: conditions beside the four.
         is_applied: every child is as the spec asks; if not, `cause` says why.
         is_reachable: the Service in front of the engines is there and is ours.
     """
     counts = Counts.of(deployment)
     labels = selector_labels(service.key.name)
-    status: Manifest = {
-        "observedGeneration": service.generation,
+    fields: Manifest = {
         "url": f"http://{service.key.name}.{service.key.namespace}.svc/v1",
         "modelName": service.model_name,
         "selector": ",".join(f"{key}={value}" for key, value in sorted(labels.items())),
         **counts.fields(desired_replicas),
     }
     if deployment is not None:
-        status["revision"] = revision_of(deployment)
+        fields["revision"] = revision_of(deployment)
     available = _available(counts, desired_replicas, service.spec.suspend, is_reachable)
     if cause is not None and not is_applied:
-        conditions = _hindered(available, cause)
-    else:
-        conditions = _conditions(service, counts, cause, desired_replicas, available)
-    conditions |= further or {}
-    status["conditions"] = merge_conditions(conditions, previous, service.generation, now)
-    return status
+        return fields, _hindered(available, cause)
+    return fields, _conditions(service, counts, cause, desired_replicas, available)
 
 
 def failed_status(
-    generation: int, cause: Cause, counts: Counts | None, *, previous: Manifest, now: datetime
-) -> Manifest:
-    """The status of a spec that could not be read, or whose children could not.
+    cause: Cause, counts: Counts | None, previous: Manifest
+) -> tuple[Manifest, Conditions]:
+    """The same of a spec that could not be read, or whose children could not.
 
     Args:
         counts: None where the pods are not known; what was known of them stays.
     """
-    kept = {key: value for key, value in previous.items() if key != "conditions"}
+    fields = {key: value for key, value in previous.items() if key != "conditions"}
     if counts is None:
-        available: Condition = (None, cause.reason, "The pods could not be read.")
-    else:
-        kept |= counts.fields(desired := previous.get("desiredReplicas", counts.total))
-        available = _available(counts, desired, False, True)
-    merged = merge_conditions(_hindered(available, cause), previous, generation, now)
-    return {**kept, "observedGeneration": generation, "conditions": merged}
+        return fields, _hindered((None, cause.reason, "The pods could not be read."), cause)
+    desired = previous.get("desiredReplicas", counts.total)
+    available = _available(counts, desired, False, True)
+    return fields | counts.fields(desired), _hindered(available, cause)
 
 
-def merge_conditions(
+def stamp(
+    fields: Manifest, conditions: Conditions, previous: Manifest, generation: int, now: datetime
+) -> Manifest:
+    """The status to write if it differs from the previous one.
+
+    Args:
+        generation: of the spec that the status is about.
+        now: in UTC; the time of the conditions that change with this status.
+    """
+    merged = _merge_conditions(conditions, previous, generation, now)
+    return {**fields, "observedGeneration": generation, "conditions": merged}
+
+
+def _merge_conditions(
     conditions: Conditions, previous: Manifest, generation: int, now: datetime
 ) -> list[Manifest]:
     """Conditions as the API has them; the transition time moves only with the status."""
     merged = []
     for kind, (is_true, reason, message) in conditions.items():
         text = {True: "True", False: "False", None: "Unknown"}[is_true]
-        before = _previous_condition(previous, kind)
+        before = find_condition(previous, kind)
         since = before.get("lastTransitionTime") if before.get("status") == text else None
         merged.append(
             {
                 "type": kind,
                 "status": text,
                 "reason": reason,
-                "message": message,
+                "message": _one_line(message),
                 "observedGeneration": generation,
                 "lastTransitionTime": since or now.strftime("%Y-%m-%dT%H:%M:%SZ"),
             }
@@ -157,9 +157,10 @@ def merge_conditions(
     return merged
 
 
-def _previous_condition(previous: Manifest, kind: str) -> dict[str, Any]:
-    entries: list[Manifest] = previous.get("conditions", [])
-    return next((entry for entry in entries if entry.get("type") == kind), {})
+def _one_line(text: str) -> str:
+    """As much as a condition has room for."""
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
 
 
 def _conditions(

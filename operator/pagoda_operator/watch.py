@@ -16,23 +16,16 @@ from typing import Any
 import kopf
 
 from pagoda_operator.names import (
-    GROUP,
+    CHILD_KINDS,
     KIND,
     LABEL_MANAGED_BY,
     LABEL_SERVICE,
     MANAGED_BY,
-    PLURAL,
-    VERSION,
+    RESOURCES,
     Key,
 )
 
-CHILDREN = (
-    ("apps", "v1", "deployments"),
-    ("", "v1", "services"),
-    ("", "v1", "serviceaccounts"),
-    ("networking.k8s.io", "v1", "networkpolicies"),
-    ("", "v1", "pods"),
-)
+CHILDREN = tuple(RESOURCES[kind] for kind in (*CHILD_KINDS, "Pod"))
 OUTAGE_PAUSE_MAX_SECONDS = 10.0
 # One change of a Deployment is a burst of events of its pods; one pass answers them all.
 BURST_SECONDS = 0.4
@@ -76,7 +69,7 @@ def build_registry(enqueue: Callable[[Key, float], None]) -> kopf.OperatorRegist
     kopf.on.login(registry=registry)(kopf.login_with_service_account)
     kopf.on.login(registry=registry)(kopf.login_with_kubeconfig)
 
-    @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+    @kopf.on.event(*RESOURCES[KIND], registry=registry)
     async def service_changed(
         *, namespace: str | None, name: str, body: kopf.Body, **_: Any
     ) -> None:
@@ -91,8 +84,8 @@ def build_registry(enqueue: Callable[[Key, float], None]) -> kopf.OperatorRegist
             for name in owners(body):
                 enqueue(Key(namespace, name), BURST_SECONDS)
 
-    for group, version, plural in CHILDREN:
-        kopf.on.event(group, version, plural, registry=registry)(child_changed)
+    for resource in CHILDREN:
+        kopf.on.event(*resource, registry=registry)(child_changed)
     return registry
 
 
@@ -123,11 +116,9 @@ def build_settings() -> kopf.OperatorSettings:
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10
-    for group, version, plural in CHILDREN:
+    for resource in CHILDREN:
         # A tuple: the dotted form of the key matches nothing, without a word.
-        settings.watching.label_selectors[group, version, plural] = (
-            f"{LABEL_MANAGED_BY}={MANAGED_BY}"
-        )
+        settings.watching.label_selectors[resource] = f"{LABEL_MANAGED_BY}={MANAGED_BY}"
     # Less than the grace period of the operator's pod.
     settings.process.ultimate_exiting_timeout = 25
     return settings

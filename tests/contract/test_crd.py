@@ -16,7 +16,7 @@ from pagoda_operator.causes import Cause
 from pagoda_operator.names import GROUP, KIND, PLURAL, VERSION
 from pagoda_operator.scaling import ScalingPolicy
 from pagoda_operator.spec import LLMServiceSpec, camel_case, parse
-from pagoda_operator.status import failed_status, make_status
+from pagoda_operator.status import failed_status, make_status, stamp
 from pagoda_operator.testing import make_manifest, make_service
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,13 +132,13 @@ def test_every_status_that_the_operator_writes_fits_the_schema() -> None:
 
     now, service = datetime(2026, 11, 21, tzinfo=UTC), make_service()
     deployment = render_deployment(service, engine_image="engine:1")
-    status = make_status(
-        service, deployment=deployment, cause=None, desired_replicas=1, previous={}, now=now
-    )
+    made = make_status(service, deployment=deployment, cause=None, desired_replicas=1)
+    status = stamp(*made, {}, 1, now)
     known = schema()["status"]["properties"]
     assert set(status) == set(known)
     cause = Cause("InvalidSpec", "x", True)
-    for found in (status, failed_status(1, cause, None, previous=status, now=now)):
+    failed = stamp(*failed_status(cause, None, status), status, 1, now)
+    for found in (status, failed):
         for condition in found["conditions"]:
             allowed = known["conditions"]["items"]["properties"]
             assert set(condition) == set(allowed)

@@ -20,7 +20,8 @@ SERVICE = ChildRef("Service", "chat")
 
 
 def plan(service: LLMService, observed: Observed, target: int = 1) -> Plan:
-    return make_plan(service, observed, target_replicas=target, engine_image="engine:1")
+    wanted = render_children(service, engine_image="engine:1")
+    return make_plan(service, wanted, observed, target_replicas=target)
 
 
 def nothing() -> Observed:

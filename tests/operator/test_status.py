@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pagoda_operator.causes import Cause
 from pagoda_operator.names import Manifest
 from pagoda_operator.render import render_deployment
-from pagoda_operator.status import Counts, failed_status, is_seen, make_status
+from pagoda_operator.status import MAX_MESSAGE, Counts, failed_status, is_seen, make_status, stamp
 from pagoda_operator.testing import make_service, set_deployment_status
 
 NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
@@ -35,15 +35,10 @@ def status(
     service = make_service(spec, generation=4)
     deployment = render_deployment(service, engine_image="engine:1")
     set_deployment_status(deployment, ready=ready, updated=updated, total=total)
-    return make_status(
-        service,
-        deployment=deployment,
-        cause=cause,
-        desired_replicas=desired,
-        previous=previous or {},
-        now=now,
-        **more,
+    made = make_status(
+        service, deployment=deployment, cause=cause, desired_replicas=desired, **more
     )
+    return stamp(*made, previous or {}, service.generation, now)
 
 
 def messages(found: Manifest) -> dict[str, str]:
@@ -97,9 +92,8 @@ def test_counts_of_an_earlier_spec_of_the_deployment_are_not_believed() -> None:
     deployment = render_deployment(service, engine_image="engine:1")
     set_deployment_status(deployment, ready=1, updated=1, total=1)
     deployment["metadata"]["generation"] = 2
-    found = make_status(
-        service, deployment=deployment, cause=None, desired_replicas=1, previous={}, now=NOW
-    )
+    made = make_status(service, deployment=deployment, cause=None, desired_replicas=1)
+    found = stamp(*made, {}, 1, NOW)
     assert conditions(found)["Ready"] == "False Progressing"
 
 
@@ -173,7 +167,7 @@ def test_the_transition_time_moves_only_with_the_status_of_its_condition() -> No
 def test_a_spec_that_is_not_understood_keeps_the_url_and_counts_the_pods_anew() -> None:
     before = status(ready=1)
     invalid = Cause("InvalidSpec", "spec.x: unknown", True)
-    found = failed_status(5, invalid, Counts.of(None), previous=before, now=NOW)
+    found = stamp(*failed_status(invalid, Counts.of(None), before), before, 5, NOW)
     assert conditions(found)["Stalled"] == "True InvalidSpec"
     assert conditions(found)["Available"] == "False NoReadyReplica"
     assert (found["observedGeneration"], found["summary"]) == (5, "0/1")
@@ -182,9 +176,17 @@ def test_a_spec_that_is_not_understood_keeps_the_url_and_counts_the_pods_anew() 
 
 def test_pods_that_cannot_be_read_are_not_said_to_answer() -> None:
     cause = Cause("ApiServerError", "GET pods: 500", False)
-    found = failed_status(5, cause, None, previous=status(ready=1), now=NOW)
+    before = status(ready=1)
+    found = stamp(*failed_status(cause, None, before), before, 5, NOW)
     assert conditions(found)["Available"] == "Unknown ApiServerError"
     assert conditions(found)["Reconciling"] == "True ApiServerError"
+
+
+def test_a_message_is_one_line_of_bounded_length() -> None:
+    cause = Cause("Refused", "a policy\n says no " + "x" * MAX_MESSAGE, True)
+    message = messages(status(cause=cause, is_applied=False))["Stalled"]
+    assert message.startswith("a policy says no x")
+    assert (len(message), message[-1]) == (MAX_MESSAGE, "…")
 
 
 def test_the_default_of_the_crd_is_no_status_of_an_operator() -> None:
