@@ -7,11 +7,12 @@ fields that they do not know, and importing them costs more than the operator.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 from kubernetes.aio import config
@@ -59,32 +60,8 @@ class ClusterConfigError(Exception):
     """There is no way to the API server: neither a pod's account nor a usable kubeconfig."""
 
 
-class Cluster(Protocol):
-    """What the reconciler needs of an API server. Every method raises ApiError."""
-
-    async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
-        """The object, or None if there is none."""
-
-    async def list(
-        self, kind: str, namespace: str | None, selector: str = "", fields: str = ""
-    ) -> list[Manifest]:
-        """The objects of a namespace (None: of all) that have the labels and the fields."""
-
-    async def apply(self, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
-        """Server-side apply; returns the object as it is afterwards."""
-
-    async def set_managed_fields(self, manifest: Manifest, metadata: Manifest) -> None:
-        """Rewrite who set which field, if the object has the resourceVersion."""
-
-    async def apply_status(self, manifest: Manifest, *, manager: str) -> Manifest:
-        """Server-side apply of the status of an object that exists."""
-
-    async def delete(self, kind: str, namespace: str, name: str, *, uid: str) -> None:
-        """Delete the object if it has the uid; it is no error if there is none."""
-
-
 class ApiServer:
-    """The Cluster that is a real API server."""
+    """Requests to the API server; every method but `connect` and `close` raises ApiError."""
 
     def __init__(self, client: Any, telemetry: Telemetry) -> None:
         self._client = client
@@ -124,6 +101,7 @@ class ApiServer:
         return any(resource["name"] == PLURAL for resource in found.get("resources", []))
 
     async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
+        """The object, or None if there is none."""
         try:
             return await self._request("GET", _path(kind, namespace, name))
         except NotFound:
@@ -132,6 +110,7 @@ class ApiServer:
     async def list(
         self, kind: str, namespace: str | None, selector: str = "", fields: str = ""
     ) -> list[Manifest]:
+        """The objects of a namespace (None: of all) that have the labels and the fields."""
         query = {"labelSelector": selector} if selector else {}
         query |= {"fieldSelector": fields} if fields else {}
         found = await self._request("GET", _path(kind, namespace), query=query)
@@ -139,6 +118,7 @@ class ApiServer:
         return [{"apiVersion": api_version(kind), "kind": kind, **item} for item in found["items"]]
 
     async def apply(self, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
+        """Server-side apply; returns the object as it is afterwards."""
         return await self._apply(_path_of(manifest), manifest, manager=manager, force=force)
 
     async def create(self, manifest: Manifest) -> Manifest:
@@ -151,6 +131,7 @@ class ApiServer:
         return await self._request("PUT", _path_of(manifest), body=manifest)
 
     async def set_managed_fields(self, manifest: Manifest, metadata: Manifest) -> None:
+        """Rewrite who set which field, if the object has the resourceVersion."""
         # A merge patch that names the resourceVersion: a lost race is a Conflict, where a failed
         # test of a JSON patch would be a refusal.
         content_type = "application/merge-patch+json"
@@ -158,20 +139,20 @@ class ApiServer:
         await self._request("PATCH", _path_of(manifest), body=body, content_type=content_type)
 
     async def apply_status(self, manifest: Manifest, *, manager: str) -> Manifest:
+        """Server-side apply of the status of an object that exists."""
         path = f"{_path_of(manifest)}/status"
         return await self._apply(path, manifest, manager=manager, force=True)
 
     async def delete(self, kind: str, namespace: str, name: str, *, uid: str) -> None:
+        """Delete the object if it has the uid; it is no error if there is none."""
         body = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
             "preconditions": {"uid": uid},
             "propagationPolicy": "Background",
         }
-        try:
+        with contextlib.suppress(NotFound):
             await self._request("DELETE", _path(kind, namespace, name), body=body)
-        except NotFound:
-            return
 
     async def _apply(self, path: str, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
         query = {"fieldManager": manager, "force": "true" if force else "false"}

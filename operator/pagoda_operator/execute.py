@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from pagoda_operator.cluster import Cluster
+from pagoda_operator.cluster import ApiServer
 from pagoda_operator.contest import Contests, Edit
 from pagoda_operator.names import MANAGER, SCALING_MANAGER, ChildRef, Key, Manifest
 from pagoda_operator.ownership import describe_scaler
@@ -35,7 +35,7 @@ class Outcome:
 
 
 async def execute(
-    cluster: Cluster,
+    cluster: ApiServer,
     key: Key,
     plan: Plan,
     deployment: Manifest | None,
@@ -70,7 +70,9 @@ async def execute(
     return Outcome(scaled.deployment, held | scaled.held)
 
 
-async def _apply(cluster: Cluster, key: Key, apply: Apply, memory: Memory, now: float) -> Manifest:
+async def _apply(
+    cluster: ApiServer, key: Key, apply: Apply, memory: Memory, now: float
+) -> Manifest:
     if apply.taken_over is not None:
         await cluster.set_managed_fields(apply.manifest, apply.taken_over)
     # A name that was free a moment ago is taken without force: never from a stranger.
@@ -87,7 +89,7 @@ async def _apply(cluster: Cluster, key: Key, apply: Apply, memory: Memory, now: 
 
 
 async def _scale(
-    cluster: Cluster, key: Key, deployment: Manifest, memory: Memory, target: int, now: float
+    cluster: ApiServer, key: Key, deployment: Manifest, memory: Memory, target: int, now: float
 ) -> Outcome:
     before = deployment["spec"].get("replicas")
     scale, is_correction = plan_scale(deployment, target), memory.scaled == target

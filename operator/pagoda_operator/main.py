@@ -243,13 +243,10 @@ async def run(options: Options) -> None:
     """Run the operator with these options.
 
     Raises:
-        StartError: it cannot start.
+        StartError, ClusterConfigError: it cannot start.
     """
     telemetry = Telemetry()
-    try:
-        api = await ApiServer.connect(telemetry)
-    except ClusterConfigError as error:
-        raise StartError(str(error)) from error
+    api = await ApiServer.connect(telemetry)
     try:
         await Operator(options, api, telemetry).run()
     except OSError as error:
@@ -268,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLogger().level))
     try:
         asyncio.run(run(options))
-    except (StartError, ApiError) as error:
+    except (StartError, ClusterConfigError, ApiError) as error:
         print(f"pagoda-operator: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from pagoda_operator.causes import is_unstarted
-from pagoda_operator.cluster import Cluster, Refused
+from pagoda_operator.cluster import ApiServer, Refused
 from pagoda_operator.names import LABEL_SERVICE, ChildRef, Key, Manifest
 from pagoda_operator.plan import is_ours
 from pagoda_operator.spec import LLMService
@@ -39,7 +39,7 @@ class World:
 
 
 async def observe(
-    cluster: Cluster, key: Key, named: Collection[ChildRef], kinds: Collection[str], now: datetime
+    cluster: ApiServer, key: Key, named: Collection[ChildRef], kinds: Collection[str], now: datetime
 ) -> World:
     """Read the children and pods of a service.
 
@@ -68,7 +68,7 @@ async def observe(
 
 
 async def _list_warnings(
-    cluster: Cluster, namespace: str, pods: Sequence[Manifest], now: datetime
+    cluster: ApiServer, namespace: str, pods: Sequence[Manifest], now: datetime
 ) -> list[Manifest]:
     """Warning events about pods that do not start; none where they may not be read."""
     names = [

@@ -51,8 +51,7 @@ def is_made_by_us(live: Manifest, service_name: str) -> bool:
 def is_scaled_by_us(deployment: Manifest) -> bool:
     """Whether the scaling manager owns `spec.replicas`."""
     return any(
-        entry.get("manager") == SCALING_MANAGER
-        and "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {})
+        entry.get("manager") == SCALING_MANAGER and _sets_replicas(entry)
         for entry in _entries(deployment)
     )
 
@@ -66,9 +65,7 @@ def replicas_owner(service: Manifest) -> str | None:
     is_default = service["spec"].get("replicas", 1) == 1
     for entry in _entries(service):
         is_meant = entry.get("operation") == "Apply" or entry.get("subresource") == "scale"
-        if "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {}) and (
-            is_meant or not is_default
-        ):
+        if _sets_replicas(entry) and (is_meant or not is_default):
             return str(entry["manager"])
     return None
 
@@ -124,8 +121,7 @@ def describe_scaler(deployment: Manifest) -> str:
     managers = [
         str(entry["manager"])
         for entry in _entries(deployment)
-        if "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {})
-        and entry["manager"] not in (MANAGER, SCALING_MANAGER)
+        if _sets_replicas(entry) and entry["manager"] not in (MANAGER, SCALING_MANAGER)
     ]
     return f"{' and '.join(managers) or 'somebody'} sets spec.replicas"
 
@@ -146,6 +142,10 @@ def _paths(fields: Fields, prefix: str = "") -> Iterable[str]:
 
 def _is_our_apply(entry: Manifest) -> bool:
     return entry.get("manager") == MANAGER and entry.get("operation") == "Apply"
+
+
+def _sets_replicas(entry: Manifest) -> bool:
+    return "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {})
 
 
 def _entries(manifest: Manifest) -> Iterable[Manifest]:

@@ -6,7 +6,7 @@ for the same thing, the CRD has refused the user's.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from pagoda_operator.flags import (
     API_KEYS_PATH,
@@ -145,29 +145,25 @@ def _render_probe(path: str, *, period: int, failures: int) -> Manifest:
 
 def _render_resources(service: LLMService) -> Manifest:
     resources = service.spec.resources
-    gpus = {resources.gpu.resource_name: service.spec.num_gpus or None}
-    requests: dict[str, Any] = {
-        "cpu": _cores(resources.cpu),
-        "memory": resources.memory_request or resources.memory,
+    both = {
         "ephemeral-storage": resources.ephemeral_storage,
-        **gpus,
+        resources.gpu.resource_name: service.spec.num_gpus or None,
     }
-    limits: dict[str, Any] = {
-        # Absent by default: idle cores are of use to the tokenizer, and throttling delays steps.
-        "cpu": _cores(resources.cpu_limit),
-        "memory": resources.memory,
-        "ephemeral-storage": resources.ephemeral_storage,
-        **gpus,
-    }
+    memory_request = resources.memory_request or resources.memory
     return {
-        "requests": {key: str(value) for key, value in requests.items() if value is not None},
-        "limits": {key: str(value) for key, value in limits.items() if value is not None},
+        "requests": _quantities({"cpu": resources.cpu, "memory": memory_request, **both}),
+        # No cpu by default: idle cores are of use to the tokenizer, and throttling delays steps.
+        "limits": _quantities({"cpu": resources.cpu_limit, "memory": resources.memory, **both}),
     }
 
 
-def _cores(cpu: int | float | str | None) -> int | str | None:
-    """A number of cores as a quantity, which has no binary fractions."""
-    return f"{max(1, round(cpu * 1000))}m" if isinstance(cpu, float) else cpu
+def _quantities(amounts: Mapping[str, int | float | str | None]) -> dict[str, str]:
+    """What the spec says; a number of cores as thousandths, since quantities are decimal."""
+    return {
+        name: f"{max(1, round(amount * 1000))}m" if isinstance(amount, float) else str(amount)
+        for name, amount in amounts.items()
+        if amount is not None
+    }
 
 
 def _render_volumes(service: LLMService) -> list[Manifest]:

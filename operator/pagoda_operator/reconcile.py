@@ -23,7 +23,7 @@ from pagoda_operator.causes import (
     find_cause,
     steady,
 )
-from pagoda_operator.cluster import ApiError, Cluster, NotFound, Refused, Unavailable
+from pagoda_operator.cluster import ApiError, ApiServer, NotFound, Refused, Unavailable
 from pagoda_operator.execute import Memory, Outcome, execute
 from pagoda_operator.names import (
     CHILD_KINDS,
@@ -65,7 +65,7 @@ class Reconciler:
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: ApiServer,
         poller: Poller,
         *,
         engine_image: str,

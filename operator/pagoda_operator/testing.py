@@ -11,9 +11,10 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from pagoda_operator.cluster import Conflict, NotFound
+from pagoda_operator.cluster import ApiServer, Conflict, NotFound
 from pagoda_operator.names import API_VERSION, KIND, LABEL_REVISION, Key, Manifest, common_labels
 from pagoda_operator.spec import LLMService, parse
+from pagoda_operator.telemetry import Telemetry
 
 KEY = Key("team", "chat")
 
@@ -73,10 +74,11 @@ def set_deployment_status(deployment: Manifest, *, ready: int, updated: int, tot
     }
 
 
-class MemoryCluster:
+class MemoryCluster(ApiServer):
     """An API server in memory. `writes` lists (verb, kind, name) of every write."""
 
     def __init__(self) -> None:
+        super().__init__(client=None, telemetry=Telemetry())
         self.objects: dict[tuple[str, str], Manifest] = {}
         self.writes: list[tuple[str, str, str]] = []
         self._numbers = itertools.count(1)
