@@ -63,6 +63,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.num_beams if self.use_beam_search else self.best_of or self.n
 
     @property
+    def num_choices(self) -> int:
+        """Choices that the engine tells of; of beams only those that are returned."""
+        return self.n if self.use_beam_search else self.num_sequences
+
+    @property
     def num_beams(self) -> int:
         return self.beam_width or self.best_of or self.n
 

@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from pagoda_runtime.client.engine_client import ENGINE_COMMAND, EngineClient
-from pagoda_runtime.client.outputs import Collector, RequestOutput, engine_params
+from pagoda_runtime.client.output_processor import OutputProcessor, WholeChoice, engine_params
+from pagoda_runtime.client.outputs import RequestOutput, describe, make_outputs
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.models.source import resolve_model
@@ -30,6 +31,8 @@ EncodedPrompt = tuple[str | None, list[int]]
 Conversation = Sequence[Mapping[str, Any]]
 """Messages with role and content."""
 T = TypeVar("T")
+_OnFinished = Callable[[int, int], None]
+"""Takes the number of a prompt's tokens, and of those generated over all its choices."""
 
 # Nobody watches the tokens come: all but the first wait for so many, or for the end.
 _STREAM_INTERVAL = 64
@@ -261,24 +264,14 @@ class LLM:
         self,
         client: EngineClient,
         requests: Sequence[_Request],
-        on_finished: Callable[[RequestOutput, int], None],
+        on_finished: _OnFinished,
     ) -> list[RequestOutput]:
         # The rest waits here: the engine's own queue would refuse it.
         places = asyncio.Semaphore(self.config.max_num_seqs + self.config.max_num_waiting)
 
         async def finish(request: _Request) -> RequestOutput:
             async with places:
-                collector = await self._collect(client, request)
-            output = RequestOutput(
-                request_id=request.request_id,
-                prompt=request.prompt,
-                prompt_token_ids=request.prompt_token_ids,
-                outputs=collector.outputs(),
-                num_cached_tokens=collector.num_cached_tokens,
-                prompt_logprobs=collector.prompt_logprobs(),
-            )
-            on_finished(output, collector.num_tokens)
-            return output
+                return await self._finish_one(client, request, on_finished)
 
         tasks = [asyncio.create_task(finish(request)) for request in requests]
         try:
@@ -287,26 +280,43 @@ class LLM:
             for task in tasks:
                 task.cancel()
 
-    async def _collect(self, client: EngineClient, request: _Request) -> Collector:
-        collector = Collector(
-            self._tokenizer, request.params, request.prompt_token_ids, self.facts.eos_token_ids
+    async def _finish_one(
+        self, client: EngineClient, request: _Request, on_finished: _OnFinished
+    ) -> RequestOutput:
+        params, tokenizer = request.params, self._tokenizer
+        outputs = OutputProcessor(
+            tokenizer, params, request.prompt_token_ids, eos_token_ids=self.facts.eos_token_ids
         )
+        choices = [WholeChoice() for _ in range(params.num_choices)]
         stream = client.generate(
             request.request_id,
             request.prompt_token_ids,
-            engine_params(request.params),
+            engine_params(params),
             priority=request.priority,
             cache_salt=request.cache_salt,
             # A stop string is looked for at once, because what follows it is computed in vain.
-            stream_interval=1 if request.params.stop else _STREAM_INTERVAL,
+            stream_interval=1 if params.stop else _STREAM_INTERVAL,
         )
-        try:
+        async with aclosing(stream):
             async for delta in stream:
-                if collector.take(delta):
+                shown = outputs.take(delta)
+                choices[delta.index].take(shown)
+                if shown.finish_reason is not None and delta.finish_reason is None:
                     stream.finish(delta.index)
-        finally:
-            await stream.aclose()
-        return collector
+        on_finished(len(request.prompt_token_ids), sum(len(c.token_ids) for c in choices))
+        prompt_logprobs = outputs.prompt_logprobs or ()
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=make_outputs(tokenizer, params, choices),
+            num_cached_tokens=outputs.num_cached_tokens,
+            prompt_logprobs=(
+                None
+                if params.prompt_logprobs is None
+                else [None, *describe(tokenizer, prompt_logprobs)]
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,19 +337,17 @@ def _list_conversations(messages: Conversation | Sequence[Conversation]) -> list
 
 
 @contextmanager
-def _progress_bar(
-    num_prompts: int, *, is_shown: bool
-) -> Iterator[Callable[[RequestOutput, int], None]]:
-    """What to call for each finished prompt, with the number of its generated tokens."""
+def _progress_bar(num_prompts: int, *, is_shown: bool) -> Iterator[_OnFinished]:
+    """What to call for each finished prompt."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     started = time.monotonic()
     num_input_tokens = num_output_tokens = 0
     with tqdm(total=num_prompts, desc="Prompts", disable=not is_shown) as bar:
 
-        def advance(output: RequestOutput, num_tokens: int) -> None:
+        def advance(num_prompt_tokens: int, num_tokens: int) -> None:
             nonlocal num_input_tokens, num_output_tokens
-            num_input_tokens += len(output.prompt_token_ids)
+            num_input_tokens += num_prompt_tokens
             num_output_tokens += num_tokens
             elapsed = max(time.monotonic() - started, 1e-6)
             bar.set_postfix_str(

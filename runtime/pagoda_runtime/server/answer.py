@@ -7,8 +7,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from pagoda_runtime.server.generation import Generation, TextDelta, close_all, merge
-from pagoda_runtime.server.logprobs import LogprobsWriter, ShownToken
+from pagoda_runtime.client.output_processor import ShownToken, WholeChoice, pick_best
+from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.server.generation import Generation, close_all, merge
+from pagoda_runtime.server.logprobs import LogprobsWriter
 from pagoda_runtime.server.protocol import ChatCompletionRequest, GenerationRequest
 from pagoda_runtime.server.streaming import ChunkWriter
 
@@ -18,16 +20,13 @@ class Answer:
     """One answer in the making: its identity, its prompts and what was counted so far."""
 
     request: GenerationRequest
+    params: SamplingParams
     id: str
     model: str
     created: int
-    generations: list[Generation]
-    num_prompt_tokens: int
-    num_generated: int
-    """Choices that run for each prompt."""
-    num_shown: int
-    """Choices of each prompt that are in the answer."""
     logprobs: LogprobsWriter
+    generations: list[Generation] = field(default_factory=list)
+    num_prompt_tokens: int = 0
     num_tokens: int = 0
 
     @property
@@ -37,7 +36,7 @@ class Answer:
     def usage(self) -> dict[str, Any]:
         """Tokens so far, over all choices, those included that are not shown."""
         prompt, completion = self.num_prompt_tokens, self.num_tokens
-        cached = sum(generation.num_cached_tokens for generation in self.generations)
+        cached = sum(generation.outputs.num_cached_tokens for generation in self.generations)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -52,27 +51,6 @@ class Answer:
         return self.logprobs.chat(tokens) if self.is_chat else self.logprobs.completion(tokens)
 
 
-@dataclass(slots=True)
-class _Choice:
-    """A choice of an answer in one piece."""
-
-    texts: list[str] = field(default_factory=list)
-    tokens: list[ShownToken] = field(default_factory=list)
-    num_tokens: int = 0
-    last: TextDelta | None = None
-
-    def take(self, delta: TextDelta) -> None:
-        self.texts.append(delta.text)
-        self.tokens += delta.tokens
-        self.num_tokens += delta.num_tokens
-        self.last = delta
-
-    @property
-    def mean_logprob(self) -> float:
-        assert self.last is not None
-        return (self.last.cumulative_logprob or 0.0) / max(1, self.num_tokens)
-
-
 async def stream(answer: Answer) -> AsyncGenerator[bytes, None]:
     """The chunks of an answer, as server-sent events."""
     request = answer.request
@@ -80,18 +58,18 @@ async def stream(answer: Answer) -> AsyncGenerator[bytes, None]:
     writer = ChunkWriter(kind, answer.id, answer.model, answer.created, request.includes_usage)
     has_usage = request.has_continuous_usage
     if answer.is_chat:
-        for index in range(len(answer.generations) * answer.num_shown):
+        for index in range(len(answer.generations) * answer.params.n):
             yield writer.write_role(index, answer.usage() if has_usage else None)
     async with aclosing(merge(answer.generations)) as deltas:
         async for delta in deltas:
-            answer.num_tokens += delta.num_tokens
-            if delta.text or delta.finish_reason is not None or has_usage or delta.tokens:
+            answer.num_tokens += len(delta.token_ids)
+            if delta.text or delta.finish_reason is not None or has_usage or delta.shown:
                 yield writer.write_text(
                     delta.index,
                     delta.text,
                     delta.finish_reason,
                     delta.stop_reason,
-                    answer.render_logprobs(delta.tokens),
+                    answer.render_logprobs(delta.shown),
                     answer.usage() if has_usage else None,
                 )
     if request.includes_usage:
@@ -100,20 +78,19 @@ async def stream(answer: Answer) -> AsyncGenerator[bytes, None]:
 
 async def collect(answer: Answer) -> dict[str, Any]:
     """The answer in one piece, once all choices have ended."""
-    num_choices = len(answer.generations) * answer.num_generated
-    choices = [_Choice() for _ in range(num_choices)]
+    num_choices = answer.params.num_choices
+    choices = [WholeChoice() for _ in range(len(answer.generations) * num_choices)]
     try:
         async with aclosing(merge(answer.generations)) as deltas:
             async for delta in deltas:
-                answer.num_tokens += delta.num_tokens
+                answer.num_tokens += len(delta.token_ids)
                 choices[delta.index].take(delta)
     finally:
         await close_all(answer.generations)
     shown: list[dict[str, Any]] = []
     for number, generation in enumerate(answer.generations):
-        first = number * answer.num_generated
-        best = _pick_best(choices[first : first + answer.num_generated], answer.num_shown)
-        for choice in best:
+        first = number * num_choices
+        for choice in pick_best(choices[first : first + num_choices], answer.params.n):
             rendered = _render_choice(answer, len(shown), choice)
             if not answer.is_chat:
                 rendered |= _prompt_logprobs(answer, generation)
@@ -131,22 +108,14 @@ async def collect(answer: Answer) -> dict[str, Any]:
     return body
 
 
-def _pick_best(choices: list[_Choice], most: int) -> list[_Choice]:
-    """The likeliest choices, by mean logprob of a token, best first; all in order if all fit."""
-    ended = [choice for choice in choices if choice.last is not None]
-    if len(ended) <= most:
-        return ended
-    return sorted(ended, key=lambda choice: choice.mean_logprob, reverse=True)[:most]
-
-
 def _prompt_logprobs(answer: Answer, generation: Generation) -> dict[str, Any]:
     asked = answer.request.prompt_logprobs
-    found = generation.prompt_logprobs or ()
+    found = generation.outputs.prompt_logprobs or ()
     return {"prompt_logprobs": None if asked is None else answer.logprobs.prompt(found, asked)}
 
 
-def _render_choice(answer: Answer, index: int, choice: _Choice) -> dict[str, Any]:
-    text, last = "".join(choice.texts), choice.last
+def _render_choice(answer: Answer, index: int, choice: WholeChoice) -> dict[str, Any]:
+    text, last = choice.text, choice.last
     assert last is not None
     if answer.is_chat:
         content: dict[str, Any] = {
@@ -157,7 +126,7 @@ def _render_choice(answer: Answer, index: int, choice: _Choice) -> dict[str, Any
     return {
         "index": index,
         **content,
-        "logprobs": answer.render_logprobs(choice.tokens),
+        "logprobs": answer.render_logprobs(choice.shown),
         "finish_reason": last.finish_reason,
         "stop_reason": last.stop_reason,
     }

@@ -5,23 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
+from pagoda_runtime.client.output_processor import ShownToken
 from pagoda_runtime.ipc.messages import TokenLogprobs
 from pagoda_runtime.server.state import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # JSON has no infinity; it stands for a probability of 0.
 LEAST_LOGPROB = -9999.0
-
-
-class ShownToken(msgspec.Struct, frozen=True):
-    """A token in a text. logprobs is None for the first one of a prompt: nothing came before it."""
-
-    offset: int
-    """The character of the text at which it begins."""
-    token_id: int
-    logprobs: TokenLogprobs | None
 
 
 class LogprobsWriter:

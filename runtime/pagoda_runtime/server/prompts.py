@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from pagoda_runtime.client.output_processor import Echo
 from pagoda_runtime.errors import PromptTooLong
-from pagoda_runtime.ipc.limits import most_tokens
+from pagoda_runtime.ipc.limits import most_tokens, verify_fits
 from pagoda_runtime.ipc.messages import EngineReady
 from pagoda_runtime.sampling_params import SamplingParams
-from pagoda_runtime.server.choice import Echo
 from pagoda_runtime.server.protocol import (
     AS_MANY_AS_FIT,
     ChatCompletionRequest,
@@ -18,13 +18,12 @@ from pagoda_runtime.server.protocol import (
     GenerationRequest,
     Prompt,
 )
+from pagoda_runtime.server.sampling import is_echo
 from pagoda_runtime.server.state import PIECE_CHARACTERS, ServerState, Tokenizer
 from pagoda_runtime.tokenizer.detokenizer import IncrementalDetokenizer
 
 # About as many characters as a token has, to tell how long its decoding takes.
 CHARACTERS_PER_TOKEN = 4
-
-
 # Tokens that a cut through a text may add or change.
 CUT_TOKENS = 16
 
@@ -80,10 +79,45 @@ class TextLimits:
             )
 
 
-async def encode_prompts(
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """The token ids of a prompt, and what its choices begin with."""
+
+    token_ids: list[int]
+    echo: Echo | None = None
+
+
+async def encode(
+    state: ServerState, body: GenerationRequest, params: SamplingParams
+) -> list[EncodedPrompt]:
+    """The prompts of a request, in order.
+
+    Raises: PromptTooLong; RequestError: a chat for a model without a template, or an echo of what
+        the engine refuses.
+    """
+    ready, tokenizer = state.loaded()
+    limits = TextLimits.of(ready, body)
+    if isinstance(body, ChatCompletionRequest):
+        return [EncodedPrompt(await _encode_chat(state, tokenizer, body, limits))]
+    assert isinstance(body, CompletionRequest)
+    encoded = await _encode_prompts(state, tokenizer, body.prompt, limits)
+    if not is_echo(body):
+        return [EncodedPrompt(token_ids) for token_ids in encoded]
+    for token_ids in encoded:
+        # What the engine refuses need not be decoded before.
+        verify_fits(token_ids, params, ready)
+    return [
+        EncodedPrompt(
+            token_ids,
+            await _make_echo(state, tokenizer, prompt, token_ids, params=params, limits=limits),
+        )
+        for prompt, token_ids in zip(body.prompt, encoded, strict=True)
+    ]
+
+
+async def _encode_prompts(
     state: ServerState, tokenizer: Tokenizer, prompts: Sequence[Prompt], limits: TextLimits
 ) -> list[list[int]]:
-    """The token ids of each prompt, in order. Raises PromptTooLong."""
     for prompt in prompts:
         if isinstance(prompt, str):
             limits.verify_characters(len(prompt), tokenizer.longest_token, "prompt")
@@ -95,11 +129,9 @@ async def encode_prompts(
     ]
 
 
-async def encode_chat(
+async def _encode_chat(
     state: ServerState, tokenizer: Tokenizer, request: ChatCompletionRequest, limits: TextLimits
 ) -> list[int]:
-    """The token ids of a conversation. Raises PromptTooLong, and RequestError if the model has no
-    chat template."""
     messages = [message.to_template() for message in request.messages]
     num_characters = sum(message.num_characters for message in request.messages)
     limits.verify_characters(num_characters, tokenizer.longest_token, "messages")
@@ -180,7 +212,7 @@ def resolve_max_tokens(
     return asked
 
 
-async def make_echo(
+async def _make_echo(
     state: ServerState,
     tokenizer: Tokenizer,
     prompt: Prompt,
@@ -193,7 +225,6 @@ async def make_echo(
 
     The text is the prompt's own if it is one and stands in token_ids whole; else it is decoded.
     """
-
     is_whole = limits.num_kept is None or len(token_ids) < limits.num_kept
 
     def make() -> Echo:

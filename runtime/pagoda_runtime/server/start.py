@@ -5,28 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 
-from pagoda_runtime.client.outputs import engine_params
+from pagoda_runtime.client.output_processor import OutputProcessor, engine_params
 from pagoda_runtime.errors import RequestError
-from pagoda_runtime.ipc.limits import verify_fits
 from pagoda_runtime.ipc.messages import EngineReady
 from pagoda_runtime.metrics import RequestClock
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.answer import Answer
-from pagoda_runtime.server.choice import ChoiceText, Echo
 from pagoda_runtime.server.generation import Generation, close_all
 from pagoda_runtime.server.logprobs import LogprobsWriter
-from pagoda_runtime.server.prompts import (
-    TextLimits,
-    encode_chat,
-    encode_prompts,
-    make_echo,
-    resolve_max_tokens,
-)
+from pagoda_runtime.server.prompts import EncodedPrompt, encode, resolve_max_tokens
 from pagoda_runtime.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -34,7 +24,6 @@ from pagoda_runtime.server.protocol import (
 )
 from pagoda_runtime.server.sampling import is_echo, to_sampling_params
 from pagoda_runtime.server.state import ServerState, Tokenizer
-from pagoda_runtime.tokenizer.detokenizer import IncrementalDetokenizer
 
 # OpenAI's default for completions; a chat may use the rest of the context. The model's comes first.
 DEFAULT_COMPLETION_TOKENS = 16
@@ -58,32 +47,49 @@ async def start(state: ServerState, body: GenerationRequest, arrival: float) -> 
     num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
     _verify_num_sequences(state, num_prompts, params)
     _verify_num_ids(num_prompts, params)
-    kind = "chatcmpl" if isinstance(body, ChatCompletionRequest) else "cmpl"
-    plan = _Plan(state, body, tokenizer, params, ready, arrival, f"{kind}-{uuid.uuid4().hex}")
-    generations: list[Generation] = []
+    answer = _make_answer(state, body, tokenizer, params)
     try:
         with state.tokenizing(num_prompts) as enter:
-            prompts = await plan.encode()
-            echoes = await plan.make_echoes(prompts)
-            for number, (prompt, echo) in enumerate(zip(prompts, echoes, strict=True)):
+            for number, prompt in enumerate(await encode(state, body, params)):
                 if number:
                     # Many prompts must not hold up the streams of others.
                     await asyncio.sleep(0)
                 enter()
-                generations.append(plan.start_prompt(number, prompt, echo))
+                limited = _limit(body, params, len(prompt.token_ids), ready)
+                stream = state.engine.generate(
+                    f"{answer.id}-{number}",
+                    prompt.token_ids,
+                    engine_params(limited),
+                    priority=body.priority or 0,
+                    cache_salt=body.cache_salt or "",
+                )
+                clock = RequestClock(
+                    state.metrics,
+                    arrival,
+                    num_prompt_tokens=len(prompt.token_ids),
+                    max_tokens=limited.max_tokens or 0,
+                )
+                outputs = _make_outputs(answer, prompt, tokenizer, ready)
+                is_scoring = is_echo(body) and body.max_tokens == 0
+                answer.generations.append(Generation(stream, outputs, clock, is_scoring=is_scoring))
+                answer.num_prompt_tokens += len(prompt.token_ids)
     except BaseException:
         # If the engine refuses one prompt, it gets none of them.
-        await close_all(generations, "error")
+        await close_all(answer.generations, "error")
         raise
+    return answer
+
+
+def _make_answer(
+    state: ServerState, body: GenerationRequest, tokenizer: Tokenizer, params: SamplingParams
+) -> Answer:
+    kind = "chatcmpl" if isinstance(body, ChatCompletionRequest) else "cmpl"
     return Answer(
         request=body,
-        id=plan.id,
+        params=params,
+        id=f"{kind}-{uuid.uuid4().hex}",
         model=body.model or state.model_names[0],
         created=int(time.time()),
-        generations=generations,
-        num_prompt_tokens=sum(map(len, prompts)),
-        num_generated=plan.num_choices,
-        num_shown=params.n,
         logprobs=LogprobsWriter(
             tokenizer,
             num_top=body.num_logprobs or 0,
@@ -92,83 +98,19 @@ async def start(state: ServerState, body: GenerationRequest, arrival: float) -> 
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What the prompts of one request share."""
-
-    state: ServerState
-    body: GenerationRequest
-    tokenizer: Tokenizer
-    params: SamplingParams
-    ready: EngineReady
-    arrival: float
-    id: str
-
-    @property
-    def num_choices(self) -> int:
-        """Of each prompt; of beams only those come from the engine that are returned."""
-        return self.params.n if self.params.use_beam_search else self.params.num_sequences
-
-    async def encode(self) -> list[list[int]]:
-        """The token ids of each prompt."""
-        state, body, limits = self.state, self.body, TextLimits.of(self.ready, self.body)
-        if isinstance(body, ChatCompletionRequest):
-            return [await encode_chat(state, self.tokenizer, body, limits)]
-        assert isinstance(body, CompletionRequest)
-        return await encode_prompts(state, self.tokenizer, body.prompt, limits)
-
-    async def make_echoes(self, prompts: Sequence[Sequence[int]]) -> list[Echo | None]:
-        """What the choices of each prompt begin with."""
-        state, body, params = self.state, self.body, self.params
-        if not is_echo(body):
-            return [None] * len(prompts)
-        assert isinstance(body, CompletionRequest)
-        for token_ids in prompts:
-            # What the engine refuses need not be decoded before.
-            verify_fits(token_ids, params, self.ready)
-        limits = TextLimits.of(self.ready, body)
-        return [
-            await make_echo(state, self.tokenizer, given, token_ids, params=params, limits=limits)
-            for given, token_ids in zip(body.prompt, prompts, strict=True)
-        ]
-
-    def start_prompt(self, number: int, prompt: Sequence[int], echo: Echo | None) -> Generation:
-        """Hand one prompt to the engine."""
-        body, params = self.body, self.params
-        limited = _limit(body, params, len(prompt), self.ready)
-        stream = self.state.engine.generate(
-            f"{self.id}-{number}",
-            prompt,
-            engine_params(limited),
-            priority=body.priority or 0,
-            cache_salt=body.cache_salt or "",
-        )
-        choices = [
-            ChoiceText(
-                IncrementalDetokenizer(
-                    self.tokenizer,
-                    params,
-                    prompt_token_ids=prompt,
-                    eos_token_ids=self.ready.eos_token_ids,
-                ),
-                has_logprobs=params.logprobs is not None,
-                echo=echo,
-            )
-            for _ in range(self.num_choices)
-        ]
-        clock = RequestClock(
-            self.state.metrics,
-            self.arrival,
-            num_prompt_tokens=len(prompt),
-            max_tokens=limited.max_tokens or 0,
-        )
-        return Generation(
-            stream,
-            choices,
-            clock,
-            first_index=number * self.num_choices,
-            is_scoring=is_echo(body) and body.max_tokens == 0,
-        )
+def _make_outputs(
+    answer: Answer, prompt: EncodedPrompt, tokenizer: Tokenizer, ready: EngineReady
+) -> OutputProcessor:
+    params = answer.params
+    return OutputProcessor(
+        tokenizer,
+        params,
+        prompt.token_ids,
+        eos_token_ids=ready.eos_token_ids,
+        first_index=len(answer.generations) * params.num_choices,
+        shows_tokens=params.logprobs is not None,
+        echo=prompt.echo,
+    )
 
 
 def _verify_num_sequences(state: ServerState, num_prompts: int, params: SamplingParams) -> None:

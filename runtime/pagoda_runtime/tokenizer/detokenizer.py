@@ -62,6 +62,7 @@ class IncrementalDetokenizer:
             text of its own, and a sentencepiece tokenizer drops its leading space.
         eos_token_ids: the model's end tokens. Unless they are ignored, they give no text either,
             as special tokens do; some vocabularies have them as ordinary ones.
+        num_characters_before: that the text has before it continues: an echo of the prompt.
     """
 
     def __init__(
@@ -71,15 +72,16 @@ class IncrementalDetokenizer:
         *,
         prompt_token_ids: Sequence[int] = (),
         eos_token_ids: Sequence[int] = (),
+        num_characters_before: int = 0,
     ) -> None:
         self.stopped_by: str | None = None
         """The stop string that ended the text."""
         self.num_tokens = 0
         """Tokens so far; what comes behind the one that completed a stop string is not counted."""
-        self.num_decoded = 0
+        self.num_decoded = num_characters_before
         """Characters so far, held ones included: where the text of the next token begins. The
         tokens of one character all begin where it begins."""
-        self.num_shown = 0
+        self.num_shown = num_characters_before
         """Characters that were returned so far."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = sampling_params.skip_special_tokens

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pagoda_runtime.client.outputs import Collector, engine_params
+from pagoda_runtime.client.output_processor import OutputProcessor, WholeChoice, engine_params
+from pagoda_runtime.client.outputs import make_outputs
 from pagoda_runtime.ipc.messages import RequestDelta, TokenLogprobs
 from pagoda_runtime.models.testing import write_tiny_tokenizer
 from pagoda_runtime.sampling_params import SamplingParams
@@ -40,12 +41,16 @@ def make_deltas(tokenizer, text, size, index=0, logprob=-1.0):
 
 def collect(tokenizer, params, deltas):
     """The outputs, and whether a choice was ended here. As by a stream, nothing follows then."""
-    collector = Collector(tokenizer, params, [1])
+    processor = OutputProcessor(tokenizer, params, [1])
+    choices = [WholeChoice() for _ in range(params.num_choices)]
     stopped = set()
     for delta in deltas:
-        if delta.index not in stopped and collector.take(delta):
-            stopped.add(delta.index)
-    return collector.outputs(), bool(stopped)
+        if delta.index not in stopped:
+            shown = processor.take(delta)
+            choices[delta.index].take(shown)
+            if shown.finish_reason is not None and delta.finish_reason is None:
+                stopped.add(delta.index)
+    return make_outputs(tokenizer, params, choices), bool(stopped)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 11])

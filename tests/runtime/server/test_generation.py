@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
+from pagoda_runtime.client.output_processor import OutputProcessor, TextDelta
 from pagoda_runtime.ipc.messages import RequestDelta
 from pagoda_runtime.metrics import RequestClock
 from pagoda_runtime.sampling_params import SamplingParams
-from pagoda_runtime.server.choice import ChoiceText
-from pagoda_runtime.server.generation import Generation, TextDelta
+from pagoda_runtime.server.generation import Generation
 from pagoda_runtime.server.testing import (
     ByteTokenizer,
     FakeEngine,
@@ -18,7 +18,6 @@ from pagoda_runtime.server.testing import (
     make_config,
     make_state,
 )
-from pagoda_runtime.tokenizer.detokenizer import IncrementalDetokenizer
 
 TEXT = b"hello world"
 
@@ -56,8 +55,8 @@ async def generate(size: int, params: SamplingParams) -> tuple[Sequence[TextDelt
     """The deltas, and the metrics afterwards."""
     state = make_state(FakeEngine(make_config().engine), make_config())
     clock = RequestClock(state.metrics, 0.0, num_prompt_tokens=4, max_tokens=11)
-    choice = ChoiceText(IncrementalDetokenizer(ByteTokenizer(), params))
-    deltas = [delta async for delta in Generation(Grouped(size), [choice], clock).deltas()]
+    outputs = OutputProcessor(ByteTokenizer(), params, ())
+    deltas = [delta async for delta in Generation(Grouped(size), outputs, clock).deltas()]
     lines = state.metrics.render().decode().splitlines()
     return deltas, dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
 
@@ -66,7 +65,7 @@ async def generate(size: int, params: SamplingParams) -> tuple[Sequence[TextDelt
 async def test_tokens_behind_a_stop_string_are_not_counted(size):
     deltas, metrics = await generate(size, SamplingParams(stop=("lo w",)))
     assert "".join(delta.text for delta in deltas) == "hel"
-    assert sum(delta.num_tokens for delta in deltas) == 7
+    assert sum(len(delta.token_ids) for delta in deltas) == 7
     assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", "lo w")
     # By which best_of tells the likeliest choices.
     assert deltas[-1].cumulative_logprob == -3.5
@@ -80,4 +79,4 @@ async def test_tokens_behind_a_stop_string_are_not_counted(size):
 async def test_a_stop_string_within_min_tokens_ends_nothing(size):
     deltas, _ = await generate(size, SamplingParams(stop=("l", "ow"), min_tokens=5))
     assert "".join(delta.text for delta in deltas) == "hello wor"
-    assert sum(delta.num_tokens for delta in deltas) == 10
+    assert sum(len(delta.token_ids) for delta in deltas) == 10

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pagoda_runtime.client.output_processor import ShownToken
 from pagoda_runtime.ipc.messages import TokenLogprobs
-from pagoda_runtime.server.logprobs import LEAST_LOGPROB, LogprobsWriter, ShownToken
+from pagoda_runtime.server.logprobs import LEAST_LOGPROB, LogprobsWriter
 from pagoda_runtime.server.testing import ByteTokenizer
 
 
