@@ -6,7 +6,7 @@ A test compares them with what this would write.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.flags import FlagParser
 from pagoda_runtime.ipc.messages import EngineReady, EngineStats
 from pagoda_runtime.metrics import Metrics
+from pagoda_runtime.sampling_params import FIELDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,14 +87,24 @@ def _render_metric(metric: Metric) -> str:
 
 def render_llmservice() -> str:
     """The page of the LLMService, with the table of its fields as the CRD has them."""
-    page = (ROOT / "docs/reference/llmservice.md").read_text()
     crd = yaml.safe_load((ROOT / "crds/llmservice.yaml").read_text())
     (version,) = crd["spec"]["versions"]
     spec = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
-    head, rest = page.split("<!-- fields -->\n", 1)
-    _, tail = rest.split("<!-- end of fields -->\n", 1)
     lines = ["| field | values | default | meaning |", "| --- | --- | --- | --- |"]
-    lines += _field_rows(spec, "")
+    return _replace_fields("docs/reference/llmservice.md", [*lines, *_field_rows(spec, "")])
+
+
+def render_http() -> str:
+    """The page of the HTTP interface, with the ranges of SamplingParams."""
+    lines = ["| Field | Range |", "| --- | --- |"]
+    lines += [f"| `{name}` | {f.expected} |" for name, f in FIELDS.items() if f.expected]
+    return _replace_fields("docs/reference/http.md", lines)
+
+
+def _replace_fields(path: str, lines: Iterable[str]) -> str:
+    """The page with these lines as its table of fields."""
+    head, rest = (ROOT / path).read_text().split("<!-- fields -->\n", 1)
+    _, tail = rest.split("<!-- end of fields -->\n", 1)
     table = "\n".join(lines)
     return f"{head}<!-- fields -->\n{table}\n<!-- end of fields -->\n{tail}"
 
@@ -130,6 +141,7 @@ def render_all() -> dict[str, str]:
     """Path in the repository → text."""
     return {
         "docs/reference/flags.md": render_flags(),
+        "docs/reference/http.md": render_http(),
         "docs/reference/llmservice.md": render_llmservice(),
         "docs/reference/metrics.md": render_metrics(),
     }

@@ -12,7 +12,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -145,7 +145,7 @@ class LLM:
         max_tokens: int | None = 16,
         *,
         length_penalty: float = 1.0,
-        early_stopping: bool | str = False,
+        early_stopping: bool | Literal["never"] = False,
         ignore_eos: bool = False,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:

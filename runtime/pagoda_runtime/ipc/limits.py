@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from pagoda_runtime.errors import PromptTooLong, QueueFull, RequestError, shown
 from pagoda_runtime.ipc.messages import EngineReady
-from pagoda_runtime.sampling_limits import verify_token_id_fields
 from pagoda_runtime.sampling_params import SamplingParams
 
 
@@ -15,7 +14,7 @@ def verify_fits(
 ) -> None:
     """Raise RequestError or PromptTooLong for what this engine can never serve."""
     verify_token_ids(prompt_token_ids, vocab_size=facts.vocab_size)
-    verify_token_id_fields(sampling_params, vocab_size=facts.vocab_size)
+    sampling_params.verify_token_ids(facts.vocab_size)
     num_prompt_tokens, max_model_len = len(prompt_token_ids), facts.max_model_len
     verify_prompt_fits(
         num_prompt_tokens,

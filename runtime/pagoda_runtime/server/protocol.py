@@ -1,7 +1,7 @@
 """The bodies of requests: names and types of the fields.
 
-Ranges are those of `SamplingParams.verify`, where a field is one of it. Fields that are not
-declared here are looked up in `unsupported`.
+Fields of `SamplingParams` that a body has in the same form are made from it, and it verifies their
+ranges. Fields that are not declared are looked up in `unsupported`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,24 @@ from pydantic import (
     Field,
     PlainValidator,
     Tag,
+    create_model,
     model_validator,
 )
 
 from pagoda_runtime.errors import shown
-from pagoda_runtime.sampling_limits import MAX_LOGIT_BIAS, MAX_LOGPROBS
+from pagoda_runtime.sampling_params import FIELDS, MAX_LOGIT_BIAS, MAX_LOGPROBS
 
 Prompt = str | list[int]
 PromptInput = str | list[str] | list[int] | list[list[int]]
 # As truncate_prompt_tokens: the context, less what is asked of the answer.
 AS_MANY_AS_FIT = -1
 
+# What a body does not have, or in another form.
+_OTHER_FORM = {
+    *("allowed_token_ids", "bad_words", "bad_words_token_ids", "logit_bias", "logprobs"),
+    *("max_tokens", "stop", "stop_token_ids"),
+}
+SAME_FORM = tuple(name for name in FIELDS if name not in _OTHER_FORM)
 MAX_MESSAGES = 2048
 MAX_STOP_TOKEN_IDS = 1024
 
@@ -111,7 +118,17 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(BaseModel):
+# Their ranges are told here; SamplingParams verifies them.
+_same_form: dict[str, Any] = {
+    name: (FIELDS[name].type | None, Field(default=None, description=FIELDS[name].expected))
+    for name in SAME_FORM
+}
+SamplingFields: Any = create_model(
+    "SamplingFields", __config__=ConfigDict(strict=True, extra="allow"), **_same_form
+)
+
+
+class GenerationRequest(SamplingFields, BaseModel):
     """The fields that completions and chat completions share."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -119,35 +136,16 @@ class GenerationRequest(BaseModel):
     model: Text | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Small | None = None
-    best_of: Small | None = None
-    use_beam_search: bool | None = None
-    beam_width: Small | None = None
-    length_penalty: float | None = None
-    early_stopping: bool | Literal["never"] | None = None
     max_tokens: Small | None = None
-    min_tokens: Small | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Small | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
     logit_bias: LogitBias | None = None
     allowed_token_ids: TokenIds | None = None
     bad_words: Annotated[list[Phrase], Field(fail_fast=True)] | None = None
-    seed: int | None = None
     stop: Phrase | Annotated[list[Phrase], Field(fail_fast=True)] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
-    include_stop_str_in_output: bool | None = None
-    prompt_logprobs: Small | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: Annotated[Small, AfterValidator(_verify_truncation)] | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     cache_salt: Salt | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None

@@ -10,22 +10,13 @@ import msgspec
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.protocol import (
+    SAME_FORM,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
 )
 from pagoda_runtime.server.state import Tokenizer
 from pagoda_runtime.tokenizer.tokenizer import tokenize_bad_words
-
-# What a body has in another form than the parameters; all else of one name is of one type.
-_CONVERTED = {
-    *("allowed_token_ids", "bad_words", "logit_bias", "max_tokens", "stop", "stop_token_ids")
-}
-SAME_FIELDS = tuple(
-    name
-    for name in SamplingParams.__struct_fields__
-    if name in GenerationRequest.model_fields and name not in _CONVERTED
-)
 
 
 def to_sampling_params(
@@ -37,10 +28,9 @@ def to_sampling_params(
         defaults: the checkpoint's, by field. Beams do without: they search.
     Raises: RequestError: a value is out of range, or the body's fields contradict each other.
     """
-    _verify_body(body)
     values: dict[str, Any] = {} if body.use_beam_search else dict(defaults)
     values["max_tokens"] = None
-    values |= {name: v for name in SAME_FIELDS if (v := getattr(body, name)) is not None}
+    values |= {name: v for name in SAME_FORM if (v := getattr(body, name)) is not None}
     stop = body.stop or ()
     params = SamplingParams(
         **values,
@@ -51,10 +41,11 @@ def to_sampling_params(
         bad_words=tuple(body.bad_words or ()),
         logprobs=body.num_logprobs,
     )
+    params.verify()
+    _verify_body(body, params)
     if is_echo_with_logprobs(body):
         most = max(params.logprobs or 0, params.prompt_logprobs or 0)
         params = msgspec.structs.replace(params, prompt_logprobs=most)
-    params.verify()
     words = tokenize_bad_words(tokenizer, params.bad_words)
     return msgspec.structs.replace(params, bad_words_token_ids=words) if words else params
 
@@ -72,7 +63,7 @@ def _as_tuple(value: list[int] | None) -> tuple[int, ...] | None:
     return None if value is None else tuple(value)
 
 
-def _verify_body(body: GenerationRequest) -> None:
+def _verify_body(body: GenerationRequest, params: SamplingParams) -> None:
     """Fields that contradict each other, as far as the engine does not know of them."""
     if isinstance(body, ChatCompletionRequest) and body.top_logprobs and not body.logprobs:
         raise RequestError(
@@ -81,15 +72,14 @@ def _verify_body(body: GenerationRequest) -> None:
         )
     if not body.stream:
         return
-    if body.prompt_logprobs is not None:
+    if params.prompt_logprobs is not None:
         raise RequestError(
-            f"prompt_logprobs is {body.prompt_logprobs}; they come only without `stream: true`.",
+            f"prompt_logprobs is {params.prompt_logprobs}; they come only without `stream: true`.",
             param="prompt_logprobs",
         )
-    n, best_of = body.n or 1, body.best_of or 0
-    if best_of > n and not body.use_beam_search:
+    if (params.best_of or 0) > params.n and not params.use_beam_search:
         raise RequestError(
-            f"best_of is {best_of} and n is {n}; the best are known at the end, so best_of above "
-            "n comes only without `stream: true`.",
+            f"best_of is {params.best_of} and n is {params.n}; the best are known at the end, so "
+            "best_of above n comes only without `stream: true`.",
             param="best_of",
         )

@@ -87,6 +87,7 @@ async def test_the_document_tells_bodies_streams_errors_and_keys(http):
     assert "security" not in document["paths"]["/health"]["get"]
     fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert {"messages", "max_completion_tokens", "temperature", "stop"} <= set(fields)
+    assert fields["temperature"]["description"] == "from 0 to 2"
     prompt = document["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"]
     assert [kind["type"] for kind in prompt["anyOf"]] == ["string", "array", "array", "array"]
 

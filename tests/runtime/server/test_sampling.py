@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from pagoda_runtime.errors import RequestError
+from pagoda_runtime.sampling_params import FIELDS
 from pagoda_runtime.server.protocol import ChatCompletionRequest, CompletionRequest
 from pagoda_runtime.server.sampling import to_sampling_params
 from pagoda_runtime.server.start import start
@@ -53,6 +55,18 @@ def params_of(**fields: Any):
 )
 def test_a_field_reaches_the_engine(field, value, expected):
     assert getattr(params_of(**{field: value}), field) == expected
+
+
+def test_every_sampling_parameter_is_a_field_of_both_bodies():
+    # Words are tokenized here.
+    for body in (ChatCompletionRequest, CompletionRequest):
+        assert FIELDS.keys() - body.model_fields.keys() == {"bad_words_token_ids"}
+
+
+@pytest.mark.parametrize("field", ["n", "prompt_logprobs", "best_of"])
+def test_a_number_of_any_length_is_answered_with_its_range(field):
+    with pytest.raises(RequestError, match="bits; it must be an integer from"):
+        params_of(**{field: 10**5000, "stream": True})
 
 
 def test_the_checkpoint_s_defaults_fill_what_a_request_leaves_out():

@@ -5,7 +5,6 @@ import math
 import pytest
 
 from pagoda_runtime.errors import RequestError
-from pagoda_runtime.sampling_limits import verify_token_id_fields
 from pagoda_runtime.sampling_params import SamplingParams
 
 
@@ -173,13 +172,11 @@ def test_token_ids_are_those_of_the_model(field, value, named):
     with pytest.raises(
         RequestError, match=f"^{field} holds token id {named}; .* most 99"
     ) as caught:
-        verify_token_id_fields(SamplingParams(**{field: value}), vocab_size=100)
+        SamplingParams(**{field: value}).verify_token_ids(vocab_size=100)
     assert caught.value.param == field
 
 
 def test_some_token_must_be_allowed():
     with pytest.raises(RequestError, match="allowed_token_ids is empty"):
-        verify_token_id_fields(SamplingParams(allowed_token_ids=()), vocab_size=100)
-    verify_token_id_fields(
-        SamplingParams(allowed_token_ids=(0, 99), logit_bias={99: 1.0}), vocab_size=100
-    )
+        SamplingParams(allowed_token_ids=()).verify_token_ids(vocab_size=100)
+    SamplingParams(allowed_token_ids=(0, 99), logit_bias={99: 1.0}).verify_token_ids(vocab_size=100)
