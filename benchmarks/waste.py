@@ -21,7 +21,14 @@ from trace_lengths import Lengths, draw
 from pagoda_runtime import SamplingParams
 from pagoda_runtime.bench.workloads.trace_file import read_trace
 from pagoda_runtime.engine.core import EngineCore
-from pagoda_runtime.ipc.messages import BlockCopy, EngineRequest, RowOutput, ScheduledRow
+from pagoda_runtime.ipc.messages import (
+    BlockCopy,
+    EngineReady,
+    EngineRequest,
+    RowOutput,
+    ScheduledRow,
+)
+from pagoda_runtime.testing import make_core
 
 BLOCK_SIZE = 32
 # The engine's defaults on a CPU; and blocks for what so many requests of this trace need.
@@ -38,8 +45,16 @@ TABLE = Path(__file__).parent / "data" / "azure_2023_conv_lengths.json"
 class IdleRunner:
     """Answers every row that samples with the same token."""
 
-    num_blocks = NUM_BLOCKS
-    block_size = BLOCK_SIZE
+    ready_facts = EngineReady(
+        max_model_len=MAX_MODEL_LEN,
+        block_size=BLOCK_SIZE,
+        num_blocks=NUM_BLOCKS,
+        vocab_size=1 << 20,
+        eos_token_ids=[],
+        dtype="float32",
+        device="cpu",
+        max_num_seqs=MAX_NUM_SEQS,
+    )
 
     def execute(
         self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()
@@ -47,20 +62,6 @@ class IdleRunner:
         return [
             RowOutput(token_ids=[1] * len(row.seeds) if row.sampling_params else []) for row in rows
         ]
-
-
-def make_core(token_budget: int, long_prefill: int) -> EngineCore:
-    return EngineCore(
-        IdleRunner(),
-        max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=token_budget,
-        long_prefill_token_threshold=long_prefill,
-        max_num_waiting=NUM_WAITING,
-        max_model_len=MAX_MODEL_LEN,
-        eos_token_ids=[],
-        enable_prefix_caching=True,
-        seed=0,
-    )
 
 
 def make_request(number: int, lengths: Lengths) -> EngineRequest:
@@ -96,7 +97,13 @@ def run(core: EngineCore, trace: list[Lengths]) -> Counter[str]:
     return sums
 
 
-def measure(name: str, core: EngineCore, trace: list[Lengths]) -> list[Result]:
+def measure(name: str, token_budget: int, long_prefill: int, trace: list[Lengths]) -> list[Result]:
+    core = make_core(
+        IdleRunner(),
+        max_num_batched_tokens=token_budget,
+        long_prefill_token_threshold=long_prefill,
+        max_num_waiting=NUM_WAITING,
+    )
     started = time.monotonic()
     sums = run(core, trace)
     samples = sums["samples"]
@@ -139,8 +146,8 @@ def main() -> None:
     arguments = parser.parse_args()
     trace, source = load_lengths(arguments)
     results = [
-        *measure("cpu", make_core(MAX_NUM_BATCHED_TOKENS, LONG_PREFILL_TOKEN_THRESHOLD), trace),
-        *measure("gpu", make_core(4 * MAX_NUM_BATCHED_TOKENS, 4 * MAX_NUM_BATCHED_TOKENS), trace),
+        *measure("cpu", MAX_NUM_BATCHED_TOKENS, LONG_PREFILL_TOKEN_THRESHOLD, trace),
+        *measure("gpu", 4 * MAX_NUM_BATCHED_TOKENS, 4 * MAX_NUM_BATCHED_TOKENS, trace),
     ]
     publish(
         "waste",

@@ -14,8 +14,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.engine.core import EngineCore, Runner
+from pagoda_runtime.engine.scheduler import SchedulerConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.ipc.messages import (
     BlockCopy,
@@ -193,6 +198,20 @@ class FakeRunner:
             assert slot.position == position, f"{row.request_id} reads another position's slot"
             assert slot.state == state, f"{row.request_id} reads what another request wrote"
         return state
+
+
+def make_scheduler_config(facts: EngineReady, **limits: Any) -> SchedulerConfig:
+    """For tests. limits: fields of EngineReady and SchedulerConfig that differ from facts' and from
+    rules that bound nothing."""
+    of_facts = {name: limits.pop(name) for name in facts.__struct_fields__ if name in limits}
+    rules = {"long_prefill_token_threshold": 2048, "max_num_waiting": 1000}
+    return SchedulerConfig(facts=msgspec.structs.replace(facts, **of_facts), **{**rules, **limits})
+
+
+def make_core(runner: Runner, *, seed: int = 0, overlap: bool = False, **limits: Any) -> EngineCore:
+    """An EngineCore for tests; limits as in make_scheduler_config."""
+    config = make_scheduler_config(runner.ready_facts, **limits)
+    return EngineCore(runner, config, seed=seed, overlap=overlap)
 
 
 def make_fake_runner(config: EngineConfig, on_progress: OnProgress) -> FakeRunner:

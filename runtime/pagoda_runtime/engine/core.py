@@ -9,14 +9,13 @@ from typing import Protocol
 
 import msgspec
 
-from pagoda_runtime.engine.block_pool import BlockPool
 from pagoda_runtime.engine.deltas import DeltaMaker
 from pagoda_runtime.engine.progress import Progress, advance
 from pagoda_runtime.engine.request import Request
-from pagoda_runtime.engine.scheduler import Plan, Scheduler
+from pagoda_runtime.engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from pagoda_runtime.ipc.messages import (
-    NEVER,
     BlockCopy,
+    EngineReady,
     EngineRequest,
     EngineStats,
     RowOutput,
@@ -26,13 +25,10 @@ from pagoda_runtime.ipc.messages import (
 
 
 class Runner(Protocol):
-    """What executes a plan: `execution.runner.ModelRunner`, or a fake one in tests."""
+    """What executes a step: `execution.runner.ModelRunner`, or a fake one in tests."""
 
     @property
-    def num_blocks(self) -> int: ...
-
-    @property
-    def block_size(self) -> int: ...
+    def ready_facts(self) -> EngineReady: ...
 
     def execute(
         self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()
@@ -41,48 +37,31 @@ class Runner(Protocol):
         ...
 
 
+Step = tuple[SchedulerOutput, Future[list[RowOutput]]]
+
+
 class EngineCore:
     """Requests in, steps out; no process, no socket, no clock of its own.
 
-    With `overlap` a thread executes, and while it does the next step is planned: a token that is
-    still being computed stands in it as a promise (`ScheduledRow.token_ids`).
+    With `overlap` a thread executes, and while it does the next step is scheduled, whose rows may
+    end with a token that is still being computed (`ScheduledRow.row_in_flight`).
     """
 
     def __init__(
         self,
         runner: Runner,
+        config: SchedulerConfig,
         *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        long_prefill_token_threshold: int,
-        max_num_waiting: int,
-        max_model_len: int,
-        eos_token_ids: Iterable[int],
-        enable_prefix_caching: bool,
-        seed: int,
-        sliding_window: int = 0,
-        doubling_depth: int = NEVER,
+        seed: int = 0,
         overlap: bool = False,
     ) -> None:
         self.runner = runner
         self.seed = seed
-        self.scheduler = Scheduler(
-            BlockPool(
-                runner.num_blocks, runner.block_size, enable_prefix_caching=enable_prefix_caching
-            ),
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            long_prefill_token_threshold=long_prefill_token_threshold,
-            max_num_waiting=max_num_waiting,
-            max_model_len=max_model_len,
-            eos_token_ids=eos_token_ids,
-            sliding_window=sliding_window,
-            doubling_depth=doubling_depth,
-        )
+        self.scheduler = Scheduler(config)
         self._num_arrived = 0
         self._deltas = DeltaMaker()
         self._thread = ThreadPoolExecutor(1, "pagoda-step") if overlap else None
-        self._in_flight: tuple[Plan, Future[list[RowOutput]]] | None = None
+        self._in_flight: Step | None = None
 
     @property
     def has_work(self) -> bool:
@@ -129,23 +108,23 @@ class EngineCore:
 
         With overlap the deltas are those of the step before.
         """
-        plan = self.scheduler.schedule()
-        for request in plan.admitted:
+        scheduled = self.scheduler.schedule()
+        for request in scheduled.admitted:
             request.queue_seconds = max(0.0, now - request.arrival_seconds)
         progress: list[Progress] = []
         if self._thread is None:
-            assert plan.rows or not self.has_work, "there is work, but nothing was scheduled"
-            if plan.rows:
-                outputs = self.runner.execute(plan.rows, plan.copies)
-                progress = advance(self.scheduler, plan, outputs)
+            assert scheduled.rows or not self.has_work, "there is work, but nothing was scheduled"
+            if scheduled.rows:
+                outputs = self.runner.execute(scheduled.rows, scheduled.copies)
+                progress = advance(self.scheduler, scheduled, outputs)
         else:
-            before, self._in_flight = self._in_flight, self._launch(self._thread, plan)
+            before, self._in_flight = self._in_flight, self._launch(self._thread, scheduled)
             assert before or self._in_flight or not self.scheduler.requests
             if before is not None:
                 progress = advance(self.scheduler, before[0], before[1].result())
         return StepOutput(
             deltas=self._deltas.make(progress, self.scheduler.requests),
-            stats=self._make_stats(plan),
+            stats=self._make_stats(scheduled),
         )
 
     def check(self) -> None:
@@ -157,19 +136,19 @@ class EngineCore:
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _launch(
-        self, thread: ThreadPoolExecutor, plan: Plan
-    ) -> tuple[Plan, Future[list[RowOutput]]] | None:
-        if not plan.rows:
+    def _launch(self, thread: ThreadPoolExecutor, scheduled: SchedulerOutput) -> Step | None:
+        if not scheduled.rows:
             return None
         before = self._in_flight
 
         def execute() -> list[RowOutput]:
-            # The thread runs one step after the other: what was promised is there by now.
-            rows = plan.rows if before is None else keep_promises(plan.rows, before[1].result())
-            return self.runner.execute(rows, plan.copies)
+            rows = scheduled.rows
+            if before is not None:
+                # The thread runs one step after the other: it has the tokens by now.
+                rows = fill_in_flight(rows, before[1].result())
+            return self.runner.execute(rows, scheduled.copies)
 
-        return plan, thread.submit(execute)
+        return scheduled, thread.submit(execute)
 
     def _seed_of(self, request: EngineRequest) -> int:
         """The request's own, or one that is reproducible for equal engine seeds and ids."""
@@ -179,13 +158,13 @@ class EngineCore:
         digest = hashlib.sha256(f"{self.seed}/{request.request_id}".encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1
 
-    def _make_stats(self, plan: Plan) -> EngineStats:
+    def _make_stats(self, scheduled: SchedulerOutput) -> EngineStats:
         scheduler, pool = self.scheduler, self.scheduler.block_pool
         num_held_slots = pool.num_used * pool.block_size
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            slots=scheduler.max_num_seqs,
+            slots=scheduler.facts.max_num_seqs,
             kv_usage=pool.num_used / pool.num_blocks,
             kv_waste=scheduler.block_tables.num_unfilled_slots(scheduler.running) / num_held_slots
             if num_held_slots
@@ -194,19 +173,21 @@ class EngineCore:
             finished_total=scheduler.finished_total,
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
-            num_scheduled_tokens=plan.num_tokens,
+            num_scheduled_tokens=scheduled.num_scheduled_tokens,
         )
 
 
-def keep_promises(
+def fill_in_flight(
     rows: Sequence[ScheduledRow], outputs_before: Sequence[RowOutput]
 ) -> list[ScheduledRow]:
-    """The rows with real tokens in the place of those that the step before was to sample."""
-    kept = []
-    for row in rows:
-        promise = row.token_ids[-1]
-        if promise < 0:
-            token_ids = [*row.token_ids[:-1], outputs_before[-promise - 1].token_ids[0]]
-            row = msgspec.structs.replace(row, token_ids=token_ids)
-        kept.append(row)
-    return kept
+    """The rows with the tokens that the step before has sampled for them."""
+    return [
+        row
+        if row.row_in_flight is None
+        else msgspec.structs.replace(
+            row,
+            token_ids=[*row.token_ids[:-1], outputs_before[row.row_in_flight].token_ids[0]],
+            row_in_flight=None,
+        )
+        for row in rows
+    ]

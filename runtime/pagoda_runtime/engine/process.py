@@ -19,18 +19,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import zmq
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore, Runner
+from pagoda_runtime.engine.scheduler import SchedulerConfig
 from pagoda_runtime.errors import FatalError, QueueFull, RequestError
 from pagoda_runtime.ipc.messages import (
     AbortRequests,
     EngineFailed,
-    EngineReady,
     EngineRequest,
     FinishChoices,
     Launch,
@@ -56,14 +56,7 @@ LINGER_MILLISECONDS = 1000
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "annot allocate memory", "failed to map segment")
 
 
-class ReadyRunner(Runner, Protocol):
-    """A runner whose model is loaded."""
-
-    @property
-    def ready_facts(self) -> EngineReady: ...
-
-
-MakeRunner = Callable[[EngineConfig, OnProgress], ReadyRunner]
+MakeRunner = Callable[[EngineConfig, OnProgress], Runner]
 
 
 class Outbox:
@@ -142,25 +135,23 @@ def _add(core: EngineCore, request: EngineRequest) -> list[RequestDelta]:
     return []
 
 
-def make_core(config: EngineConfig, runner: ReadyRunner) -> EngineCore:
+def make_core(config: EngineConfig, runner: Runner) -> EngineCore:
+    """The core of a loaded engine."""
     facts = runner.ready_facts
     config = PLATFORMS[facts.device].complete(config)
     assert config.max_num_batched_tokens is not None
     assert config.long_prefill_token_threshold is not None
-    return EngineCore(
-        runner,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+    scheduler_config = SchedulerConfig(
+        facts=msgspec.structs.replace(
+            facts,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        ),
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         max_num_waiting=config.max_num_waiting,
-        max_model_len=facts.max_model_len,
-        eos_token_ids=facts.eos_token_ids,
         enable_prefix_caching=config.enable_prefix_caching,
-        seed=config.seed,
-        sliding_window=facts.sliding_window,
-        doubling_depth=facts.doubling_depth,
-        overlap=config.async_scheduling,
     )
+    return EngineCore(runner, scheduler_config, seed=config.seed, overlap=config.async_scheduling)
 
 
 def describe_failure(error: BaseException) -> EngineFailed:
@@ -228,11 +219,7 @@ def main(make_runner: MakeRunner) -> int:
         # What loading left is never garbage; without this every full collection walks over it.
         gc.collect()
         gc.freeze()
-        outbox.send(
-            msgspec.structs.replace(
-                runner.ready_facts, max_num_batched_tokens=core.scheduler.max_num_batched_tokens
-            )
-        )
+        outbox.send(core.scheduler.facts)
         serve(core, Inbox(input_socket), outbox)
     except Exception as error:
         failure = describe_failure(error)
@@ -254,7 +241,7 @@ def _end_with_parent(socket_folder: str) -> None:
     os._exit(1)
 
 
-def _make_model_runner(config: EngineConfig, on_progress: OnProgress) -> ReadyRunner:
+def _make_model_runner(config: EngineConfig, on_progress: OnProgress) -> Runner:
     # The disk has to do while libraries are imported.
     threading.Thread(target=read_ahead, args=[config.model], daemon=True).start()
     # Here and not above: it takes torch with it, which the tests of this module do without.

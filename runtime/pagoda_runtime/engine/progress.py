@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pagoda_runtime.engine.beam import Continuation
 from pagoda_runtime.engine.request import Request, Sequence, Status
-from pagoda_runtime.engine.scheduler import Plan, Scheduler
+from pagoda_runtime.engine.scheduler import Scheduler, SchedulerOutput
 from pagoda_runtime.ipc.messages import RowOutput, ScheduledRow, TokenLogprobs
 
 
@@ -25,15 +25,17 @@ class Progress:
     is_first: bool
 
 
-def advance(scheduler: Scheduler, plan: Plan, outputs: Several[RowOutput]) -> list[Progress]:
+def advance(
+    scheduler: Scheduler, scheduled: SchedulerOutput, outputs: Several[RowOutput]
+) -> list[Progress]:
     """Take over the outputs of a step, one for each row, in order; what became of each choice.
 
-    Sequences that ended since the step was planned are passed over; those that were preempted keep
-    what it sampled for them.
+    Sequences that ended since the step was scheduled are passed over; those that were preempted
+    keep what it sampled for them.
     """
     progress: list[Progress] = []
     beams: dict[Request, list[tuple[Sequence, RowOutput]]] = {}
-    for row, sequence, output in zip(plan.rows, plan.sequences, outputs, strict=True):
+    for row, sequence, output in zip(scheduled.rows, scheduled.sequences, outputs, strict=True):
         if sequence.status is Status.FINISHED:
             continue
         _take_prompt_logprobs(sequence, row, output)

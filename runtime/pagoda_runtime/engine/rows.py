@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pagoda_runtime.engine.request import Sequence, seed_of_choice
-from pagoda_runtime.ipc.messages import ScheduledRow
+from pagoda_runtime.ipc.messages import PLACEHOLDER_TOKEN_ID, ScheduledRow
 
 
 def make_row(sequence: Sequence, num_tokens: int, *, block_size: int) -> ScheduledRow:
@@ -15,8 +15,10 @@ def make_row(sequence: Sequence, num_tokens: int, *, block_size: int) -> Schedul
     num_blocks = -(-end // block_size)
     table = sequence.block_table
     token_ids = sequence.token_ids[start:end]
+    row_in_flight = None
     if len(token_ids) < num_tokens:
-        token_ids.append(-sequence.row_in_flight - 1)
+        token_ids.append(PLACEHOLDER_TOKEN_ID)
+        row_in_flight = sequence.row_in_flight
     is_sampled = end == sequence.num_tokens
     beams = request.beams
     num_draws = 1 if request.is_forked or beams is not None else params.num_sequences
@@ -27,6 +29,7 @@ def make_row(sequence: Sequence, num_tokens: int, *, block_size: int) -> Schedul
         request_id=request.request_id,
         index=sequence.index,
         token_ids=token_ids,
+        row_in_flight=row_in_flight,
         start=start,
         # Copied only for the chunks of a long prompt; a decode step copies nothing.
         block_table=table if num_blocks == len(table) else table[:num_blocks],

@@ -11,14 +11,8 @@ from pagoda_runtime.engine.block_pool import BlockPool
 from pagoda_runtime.engine.block_tables import BlockTables
 from pagoda_runtime.engine.request import Request, Sequence, Status
 from pagoda_runtime.engine.rows import make_row
-from pagoda_runtime.ipc.limits import (
-    most_tokens,
-    verify_beams_fit,
-    verify_num_sequences,
-    verify_prompt_fits,
-    verify_queue_has_room,
-)
-from pagoda_runtime.ipc.messages import NEVER, BlockCopy, ScheduledRow
+from pagoda_runtime.ipc.limits import most_tokens, verify_fits, verify_queue_has_room
+from pagoda_runtime.ipc.messages import BlockCopy, EngineReady, ScheduledRow
 
 # Share of the blocks that admission leaves free for the growth of running requests. Without it
 # every admission soon costs a preemption.
@@ -26,8 +20,20 @@ WATERMARK = 0.03
 _CHUNK_MULTIPLE = 4
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """What a scheduler goes by: the facts that clients know too, and rules of its own."""
+
+    facts: EngineReady
+    long_prefill_token_threshold: int
+    """Prompt tokens of a step in which others decode; what bounds the time that they wait for their
+    next token. Where doubling_depth says so, it shrinks with depth."""
+    max_num_waiting: int
+    enable_prefix_caching: bool = True
+
+
 @dataclass(slots=True)
-class Plan:
+class SchedulerOutput:
     """One step. rows[i] belongs to sequences[i]."""
 
     rows: list[ScheduledRow]
@@ -36,30 +42,30 @@ class Plan:
     """Done before anything is written."""
     admitted: list[Request]
     """Requests that run for the first time."""
-    num_tokens: int
+    num_scheduled_tokens: int
 
 
 @dataclass(slots=True)
-class _Draft:
-    """A plan in the making."""
+class _Schedule:
+    """What a step has so far, and what it can still take."""
 
-    budget: int
+    token_budget: int
     num_decoding: int = 0
     """Sequences in the step that compute their last token."""
-    num_tokens_of: dict[Sequence, int] = field(default_factory=dict)
+    num_scheduled_tokens: dict[Sequence, int] = field(default_factory=dict)
     source_of: dict[int, int] = field(default_factory=dict)
     """Block copies, by target."""
     admitted: list[Request] = field(default_factory=list)
     has_preempted: bool = False
 
     def take(self, sequence: Sequence, num_tokens: int) -> None:
-        self.num_tokens_of[sequence] = num_tokens
-        self.budget -= num_tokens
+        self.num_scheduled_tokens[sequence] = num_tokens
+        self.token_budget -= num_tokens
         self.num_decoding += sequence.num_pending_tokens == 1
 
     def give_back(self, sequence: Sequence) -> None:
-        if sequence in self.num_tokens_of:
-            self.budget += self.num_tokens_of.pop(sequence)
+        if sequence in self.num_scheduled_tokens:
+            self.token_budget += self.num_scheduled_tokens.pop(sequence)
             self.num_decoding -= sequence.num_pending_tokens == 1
         for block in sequence.block_table:
             self.source_of.pop(block, None)
@@ -77,49 +83,25 @@ class Scheduler:
     running is never preempted. So the first of all either runs to its end, or waits only for
     running ones to end; and only a bounded number of later arrivals can rank before it.
 
-    A step may be planned before the one before it has run (`Sequence.num_in_flight`): everything
+    A step may be scheduled before the one before it has run (`Sequence.num_in_flight`): everything
     here counts tokens from the moment they are handed out.
-
-    Args:
-        max_num_seqs: sequences that run at once.
-        max_num_batched_tokens: tokens of a step.
-        long_prefill_token_threshold: prompt tokens of a step in which others decode; what bounds
-            the time that they wait for their next token.
-        doubling_depth: position whose token takes twice the work of the first one; the bound above
-            shrinks with depth accordingly.
-        sliding_window: positions that any layer sees back from a token, itself included; 0 if some
-            layer sees all. Blocks behind it are given back.
     """
 
-    def __init__(
-        self,
-        block_pool: BlockPool,
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        long_prefill_token_threshold: int,
-        max_num_waiting: int,
-        max_model_len: int,
-        eos_token_ids: Iterable[int],
-        sliding_window: int = 0,
-        doubling_depth: int = NEVER,
-    ) -> None:
-        assert max_num_seqs >= 1
-        assert max_num_batched_tokens >= 1
-        assert long_prefill_token_threshold >= 1
-        self.block_pool = block_pool
-        self.block_tables = BlockTables(block_pool, sliding_window=sliding_window)
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.long_prefill_token_threshold = long_prefill_token_threshold
-        self.max_num_waiting = max_num_waiting
-        self.max_model_len = max_model_len
-        self.eos_token_ids = frozenset(eos_token_ids)
-        self.doubling_depth = doubling_depth
-        self.max_num_tokens = most_tokens(
-            max_model_len, block_pool.num_blocks, block_pool.block_size
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.facts = facts = config.facts
+        assert facts.max_num_seqs >= 1
+        assert facts.max_num_batched_tokens >= 1
+        assert config.long_prefill_token_threshold >= 1
+        self.block_pool = BlockPool(
+            facts.num_blocks,
+            facts.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
         )
-        self.watermark_blocks = int(WATERMARK * block_pool.num_blocks)
+        self.block_tables = BlockTables(self.block_pool, sliding_window=facts.sliding_window)
+        self.eos_token_ids = frozenset(facts.eos_token_ids)
+        self.max_num_tokens = most_tokens(facts)
+        self.watermark_blocks = int(WATERMARK * facts.num_blocks)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.requests: dict[str, Request] = {}
@@ -134,27 +116,11 @@ class Scheduler:
         Raises: PromptTooLong, RequestError or QueueFull; then nothing of it is kept.
         """
         assert request.request_id not in self.requests, request.request_id
-        pool = self.block_pool
-        verify_prompt_fits(
-            request.num_prompt_tokens,
-            max_model_len=self.max_model_len,
-            num_blocks=pool.num_blocks,
-            block_size=pool.block_size,
-        )
-        verify_num_sequences(
-            request.sampling_params,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-        )
-        verify_beams_fit(
-            request.num_prompt_tokens,
-            request.sampling_params,
-            max_model_len=self.max_model_len,
-            num_blocks=pool.num_blocks,
-            block_size=pool.block_size,
-        )
+        verify_fits(request.prompt_token_ids, request.sampling_params, self.facts)
         verify_queue_has_room(
-            len(self.requests), max_num_seqs=self.max_num_seqs, max_num_waiting=self.max_num_waiting
+            len(self.requests),
+            max_num_seqs=self.facts.max_num_seqs,
+            max_num_waiting=self.config.max_num_waiting,
         )
         self.requests[request.request_id] = request
         self._enqueue(request.start(self._make_beams(request)))
@@ -191,24 +157,30 @@ class Scheduler:
         """Drop a beam that did not survive."""
         self._leave(sequence)
 
-    def schedule(self) -> Plan:
-        draft = _Draft(budget=self.max_num_batched_tokens)
-        self._schedule_running(draft)
+    def schedule(self) -> SchedulerOutput:
+        """Hand out the tokens of a step: count them as computed, its samples as known to come."""
+        step = _Schedule(token_budget=self.facts.max_num_batched_tokens)
+        self._schedule_running(step)
         # Admission after a preemption would take the blocks that were just made free.
-        if not draft.has_preempted:
-            self._schedule_waiting(draft)
-        plan = Plan(
-            rows=[
-                make_row(*item, block_size=self.block_pool.block_size)
-                for item in draft.num_tokens_of.items()
-            ],
-            sequences=list(draft.num_tokens_of),
-            copies=[BlockCopy(source, target) for target, source in draft.source_of.items()],
-            admitted=draft.admitted,
-            num_tokens=self.max_num_batched_tokens - draft.budget,
+        if not step.has_preempted:
+            self._schedule_waiting(step)
+        sequences = list(step.num_scheduled_tokens)
+        rows = [
+            make_row(sequence, num_tokens, block_size=self.facts.block_size)
+            for sequence, num_tokens in step.num_scheduled_tokens.items()
+        ]
+        for number, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
+            sequence.num_computed_tokens += len(row.token_ids)
+            if row.sampling_params is not None:
+                sequence.num_in_flight += 1
+                sequence.row_in_flight = number
+        return SchedulerOutput(
+            rows=rows,
+            sequences=sequences,
+            copies=[BlockCopy(source, target) for target, source in step.source_of.items()],
+            admitted=step.admitted,
+            num_scheduled_tokens=self.facts.max_num_batched_tokens - step.token_budget,
         )
-        self._hand_out(plan)
-        return plan
 
     def check(self) -> None:
         """Assert that every block is accounted for."""
@@ -216,30 +188,30 @@ class Scheduler:
         self.block_tables.check(sequences)
         assert len(sequences) == len(self.running) + len(self.waiting)
         assert all(not sequence.block_table for sequence in self.waiting)
-        assert sum(s.num_slots for s in self.running) <= self.max_num_seqs
-        assert all(len(s.unit) <= self.max_num_seqs for s in self.running)
+        assert sum(s.num_slots for s in self.running) <= self.facts.max_num_seqs
+        assert all(len(s.unit) <= self.facts.max_num_seqs for s in self.running)
 
     # Running sequences
 
-    def _schedule_running(self, draft: _Draft) -> None:
+    def _schedule_running(self, step: _Schedule) -> None:
         # Decoding sequences first: a long prompt must not delay anybody's next token.
         decoding = [s for s in self.running if s.num_pending_tokens <= 1]
         prefilling = [s for s in self.running if s.num_pending_tokens > 1]
         for sequence in decoding:
             unit = sequence.unit
-            if sequence is not unit[0] or not self._can_step(unit, draft):
+            if sequence is not unit[0] or not self._can_step(unit, step):
                 continue
-            if all(self._make_room(member, draft, 1) for member in unit):
+            if all(self._make_room(member, step, 1) for member in unit):
                 for member in unit:
-                    draft.take(member, 1)
+                    step.take(member, 1)
         for sequence in prefilling:
-            num_tokens = min(sequence.num_pending_tokens, self._prefill_budget(draft, sequence))
-            if num_tokens > 0 and self._make_room(sequence, draft, num_tokens):
-                draft.take(sequence, num_tokens)
+            num_tokens = min(sequence.num_pending_tokens, self._prefill_budget(step, sequence))
+            if num_tokens > 0 and self._make_room(sequence, step, num_tokens):
+                step.take(sequence, num_tokens)
 
-    def _can_step(self, unit: list[Sequence], draft: _Draft) -> bool:
+    def _can_step(self, unit: list[Sequence], step: _Schedule) -> bool:
         """Whether these decoding sequences can be in the step, before blocks are asked for."""
-        if len(unit) > draft.budget or unit[0].status is not Status.RUNNING:
+        if len(unit) > step.token_budget or unit[0].status is not Status.RUNNING:
             return False
         if unit[0].num_in_flight == 0:
             return True
@@ -250,43 +222,44 @@ class Scheduler:
             or sequence.num_tokens >= self.max_num_tokens
         )
 
-    def _prefill_budget(self, draft: _Draft, sequence: Sequence) -> int:
+    def _prefill_budget(self, step: _Schedule, sequence: Sequence) -> int:
         """Prompt tokens of this sequence that the step can still take."""
-        if draft.num_decoding == 0:
-            return draft.budget
-        num_prefilling = self.max_num_batched_tokens - draft.budget - draft.num_decoding
-        left = max(0, self.long_prefill_token_threshold - num_prefilling)
+        if step.num_decoding == 0:
+            return step.token_budget
+        num_prefilling = self.facts.max_num_batched_tokens - step.token_budget - step.num_decoding
+        left = max(0, self.config.long_prefill_token_threshold - num_prefilling)
         depth = sequence.num_computed_tokens
-        slowed = -(-left * self.doubling_depth // (self.doubling_depth + depth))
+        doubling_depth = self.facts.doubling_depth
+        slowed = -(-left * doubling_depth // (doubling_depth + depth))
         if slowed < left:
             # Few sizes of steps: libraries prepare for each new one.
             slowed = max(slowed // _CHUNK_MULTIPLE, 1) * _CHUNK_MULTIPLE
-        return min(draft.budget, left, slowed)
+        return min(step.token_budget, left, slowed)
 
-    def _make_room(self, sequence: Sequence, draft: _Draft, num_tokens: int) -> bool:
+    def _make_room(self, sequence: Sequence, step: _Schedule, num_tokens: int) -> bool:
         """Make room for num_tokens more, preempting others if need be.
 
         False: the sequence itself was preempted.
         """
         while sequence.status is Status.RUNNING:
-            if self.block_tables.extend(sequence, num_tokens, draft.source_of):
+            if self.block_tables.extend(sequence, num_tokens, step.source_of):
                 return True
-            self._preempt_one(draft)
+            self._preempt_one(step)
         return False
 
-    def _preempt_one(self, draft: _Draft) -> None:
+    def _preempt_one(self, step: _Schedule) -> None:
         """Preempt what loses least, the first in rank excepted; of equals the last."""
         first = min(self.running, key=_order)
         candidates = [s for s in self.running if s.unit[0] is not first.unit[0]]
-        # Alone, a request always has room: verify_prompt_fits and verify_beams_fit.
+        # Alone, a request always has room: verify_fits.
         assert candidates
         victim = min(
             candidates,
             key=lambda s: (s.num_computed_tokens, -s.request.rank, -s.request.arrival, -s.index),
         )
         for member in victim.unit:
-            draft.give_back(member)
-        draft.has_preempted = True
+            step.give_back(member)
+        step.has_preempted = True
         self._preempt(victim)
 
     def _preempt(self, victim: Sequence) -> None:
@@ -306,19 +279,19 @@ class Scheduler:
         sequence.status = Status.WAITING
         insort(self.waiting, sequence, key=_order)
 
-    def _schedule_waiting(self, draft: _Draft) -> None:
+    def _schedule_waiting(self, step: _Schedule) -> None:
         num_slots = sum(sequence.num_slots for sequence in self.running)
         while self.waiting:
             sequence = self.waiting[0]
             request = sequence.request
-            if num_slots + sequence.num_slots > self.max_num_seqs:
+            if num_slots + sequence.num_slots > self.facts.max_num_seqs:
                 break
-            num_tokens = self._prefill_budget(draft, sequence)
+            num_tokens = self._prefill_budget(step, sequence)
             # A sequence that was preempted knows all its tokens only when its step has run.
             if num_tokens == 0 or sequence.num_in_flight:
                 break
             reserve = self.watermark_blocks if self.running else 0
-            if not self.block_tables.admit(sequence, num_tokens, reserve, draft.source_of):
+            if not self.block_tables.admit(sequence, num_tokens, reserve, step.source_of):
                 break
             self.waiting.pop(0)
             self.running.append(sequence)
@@ -329,8 +302,8 @@ class Scheduler:
                 request.num_cached_tokens = sequence.num_computed_tokens
                 self.prefix_cache_queries += sequence.num_tokens
                 self.prefix_cache_hits += sequence.num_computed_tokens
-                draft.admitted.append(request)
-            draft.take(sequence, min(sequence.num_pending_tokens, num_tokens))
+                step.admitted.append(request)
+            step.take(sequence, min(sequence.num_pending_tokens, num_tokens))
 
     # Both
 
@@ -344,14 +317,6 @@ class Scheduler:
             eos_token_ids=self.eos_token_ids,
             max_tokens=num_left if params.max_tokens is None else min(params.max_tokens, num_left),
         )
-
-    def _hand_out(self, plan: Plan) -> None:
-        """Count the plan's tokens as computed and its samples as known to come."""
-        for number, (row, sequence) in enumerate(zip(plan.rows, plan.sequences, strict=True)):
-            sequence.num_computed_tokens += len(row.token_ids)
-            if row.sampling_params is not None:
-                sequence.num_in_flight += 1
-                sequence.row_in_flight = number
 
     def _leave(self, sequence: Sequence) -> None:
         """Out of its queue, without blocks."""

@@ -72,7 +72,6 @@ class ModelRunner:
             block_size=size.block_size,
             num_blocks=size.num_blocks,
             vocab_size=self.model_config.vocab_size,
-            max_num_seqs=config.max_num_seqs,
             sliding_window=0 if 0 in self.windows else max(self.windows),
             doubling_depth=self.model_config.doubling_depth,
             eos_token_ids=list(self.model_config.eos_token_ids),

@@ -12,16 +12,6 @@ from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.sampling_params import SamplingParams
 
 
-class SmallRunner:
-    """The same model with a smaller part of its cache."""
-
-    def __init__(self, runner: ModelRunner, num_blocks: int) -> None:
-        assert num_blocks <= runner.num_blocks
-        self.num_blocks = num_blocks
-        self.block_size = runner.block_size
-        self.execute = runner.execute
-
-
 def generate(
     runner: ModelRunner,
     prompts: Sequence[Sequence[int]],

@@ -13,46 +13,27 @@ def verify_fits(
     prompt_token_ids: Sequence[int], sampling_params: SamplingParams, facts: EngineReady
 ) -> None:
     """Raise RequestError or PromptTooLong for what this engine can never serve."""
-    verify_token_ids(prompt_token_ids, vocab_size=facts.vocab_size)
+    _verify_token_ids(prompt_token_ids, facts)
     sampling_params.verify_token_ids(facts.vocab_size)
-    num_prompt_tokens, max_model_len = len(prompt_token_ids), facts.max_model_len
-    verify_prompt_fits(
-        num_prompt_tokens,
-        max_model_len=max_model_len,
-        num_blocks=facts.num_blocks,
-        block_size=facts.block_size,
-    )
-    verify_max_tokens_fit(
-        num_prompt_tokens, sampling_params.max_tokens, max_model_len=max_model_len
-    )
-    verify_num_sequences(
-        sampling_params,
-        max_num_seqs=facts.max_num_seqs,
-        max_num_batched_tokens=facts.max_num_batched_tokens,
-    )
-    verify_beams_fit(
-        num_prompt_tokens,
-        sampling_params,
-        max_model_len=max_model_len,
-        num_blocks=facts.num_blocks,
-        block_size=facts.block_size,
-    )
+    num_prompt_tokens = len(prompt_token_ids)
+    _verify_prompt_fits(num_prompt_tokens, facts)
+    _verify_max_tokens_fit(num_prompt_tokens, sampling_params.max_tokens, facts)
+    _verify_num_sequences(sampling_params, facts)
+    _verify_beams_fit(num_prompt_tokens, sampling_params, facts)
 
 
-def most_tokens(max_model_len: int, num_blocks: int, block_size: int) -> int:
+def most_tokens(facts: EngineReady) -> int:
     """Tokens of the longest sequence. Its last token is never computed and needs no place."""
-    return min(max_model_len, num_blocks * block_size + 1)
+    return min(facts.max_model_len, facts.num_blocks * facts.block_size + 1)
 
 
-def verify_num_sequences(
-    sampling_params: SamplingParams, *, max_num_seqs: int, max_num_batched_tokens: int
-) -> None:
+def _verify_num_sequences(sampling_params: SamplingParams, facts: EngineReady) -> None:
     """Raise RequestError if the sequences of the request can never run at once."""
     num_sequences = sampling_params.num_sequences
-    limit, flag = max_num_seqs, "--max-num-seqs"
+    limit, flag = facts.max_num_seqs, "--max-num-seqs"
     # Beams take their steps together.
-    if sampling_params.use_beam_search and max_num_batched_tokens < max_num_seqs:
-        limit, flag = max_num_batched_tokens, "--max-num-batched-tokens"
+    if sampling_params.use_beam_search and facts.max_num_batched_tokens < limit:
+        limit, flag = facts.max_num_batched_tokens, "--max-num-batched-tokens"
     if num_sequences > limit:
         names = ("beam_width", "best_of", "n")
         name = next(name for name in names if getattr(sampling_params, name) == num_sequences)
@@ -63,13 +44,8 @@ def verify_num_sequences(
         )
 
 
-def verify_beams_fit(
-    num_prompt_tokens: int,
-    sampling_params: SamplingParams,
-    *,
-    max_model_len: int,
-    num_blocks: int,
-    block_size: int,
+def _verify_beams_fit(
+    num_prompt_tokens: int, sampling_params: SamplingParams, facts: EngineReady
 ) -> None:
     """Raise RequestError if the beams, which run together, may need more blocks than there are.
 
@@ -77,8 +53,8 @@ def verify_beams_fit(
     """
     if not sampling_params.use_beam_search:
         return
-    width = sampling_params.num_beams
-    num_left = most_tokens(max_model_len, num_blocks, block_size) - num_prompt_tokens
+    width, block_size, num_blocks = sampling_params.num_beams, facts.block_size, facts.num_blocks
+    num_left = most_tokens(facts) - num_prompt_tokens
     num_tokens = min(sampling_params.max_tokens or num_left, num_left)
     num_shared = num_prompt_tokens // block_size
     # The last token is not computed. One more block holds what the beams part from.
@@ -93,10 +69,9 @@ def verify_beams_fit(
         )
 
 
-def verify_prompt_fits(
-    num_prompt_tokens: int, *, max_model_len: int, num_blocks: int, block_size: int
-) -> None:
+def _verify_prompt_fits(num_prompt_tokens: int, facts: EngineReady) -> None:
     """Raise PromptTooLong if the prompt and one new token can never fit this engine."""
+    max_model_len, num_blocks, block_size = facts.max_model_len, facts.num_blocks, facts.block_size
     if num_prompt_tokens + 1 > max_model_len:
         raise PromptTooLong(
             f"The prompt has {num_prompt_tokens} tokens; with max_model_len {max_model_len} at "
@@ -114,10 +89,11 @@ def verify_prompt_fits(
         )
 
 
-def verify_max_tokens_fit(
-    num_prompt_tokens: int, max_tokens: int | None, *, max_model_len: int
+def _verify_max_tokens_fit(
+    num_prompt_tokens: int, max_tokens: int | None, facts: EngineReady
 ) -> None:
     """Raise PromptTooLong if prompt and max_tokens together exceed the context."""
+    max_model_len = facts.max_model_len
     if max_tokens is not None and num_prompt_tokens + max_tokens > max_model_len:
         raise PromptTooLong(
             f"The prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together "
@@ -127,15 +103,15 @@ def verify_max_tokens_fit(
         )
 
 
-def verify_token_ids(prompt_token_ids: Sequence[int], *, vocab_size: int) -> None:
+def _verify_token_ids(prompt_token_ids: Sequence[int], facts: EngineReady) -> None:
     """Raise RequestError if the prompt is empty or names a token that the model does not have."""
     if not prompt_token_ids:
         raise RequestError("The prompt has no tokens; it must have at least 1.", param="prompt")
     for token_id in (min(prompt_token_ids), max(prompt_token_ids)):
-        if not 0 <= token_id < vocab_size:
+        if not 0 <= token_id < facts.vocab_size:
             raise RequestError(
                 f"The prompt holds token id {shown(token_id)}; the model's ids run from 0 to "
-                f"{vocab_size - 1}.",
+                f"{facts.vocab_size - 1}.",
                 param="prompt",
             )
 

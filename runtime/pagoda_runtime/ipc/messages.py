@@ -12,6 +12,8 @@ from pagoda_runtime.sampling_params import SamplingParams
 
 # A depth that no sequence reaches.
 NEVER = 1 << 60
+# In the place of a token that is still being computed; no model has it.
+PLACEHOLDER_TOKEN_ID = -1
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,8 +31,10 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
     index: int = 0
     """Which choice of the request this sequence is."""
     token_ids: list[int]
-    """Inputs of this step, at positions start, start + 1, … A negative id -k - 1 stands for the
-    token that row k of the step before samples, which may still be running."""
+    """Inputs of this step, at positions start, start + 1, …"""
+    row_in_flight: int | None = None
+    """The row of the step before, which may still be running, that samples the last of token_ids:
+    PLACEHOLDER_TOKEN_ID stands there until that token is known."""
     start: int
     """Tokens of this sequence whose keys and values are in the cache already."""
     block_table: list[int]
@@ -201,9 +205,10 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     dtype: str
     device: str
     max_num_seqs: int = 0
-    """Sequences that run at once; the choices of one request count each."""
+    """Sequences that run at once; the choices of one request count each. The engine process fills
+    in this and the next."""
     max_num_batched_tokens: int = 2**31
-    """Tokens of a step; the engine process fills it in."""
+    """Tokens of a step."""
     sliding_window: int = 0
     """Positions that a token sees at most, itself included; 0 if some layer sees all."""
     doubling_depth: int = NEVER

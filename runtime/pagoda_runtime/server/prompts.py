@@ -50,7 +50,7 @@ class TextLimits:
                 len(prompt) * (1 if isinstance(prompt, str) else CHARACTERS_PER_TOKEN)
                 for prompt in body.prompt
             )
-        most = most_tokens(ready.max_model_len, ready.num_blocks, ready.block_size)
+        most = most_tokens(ready)
         num_kept = body.truncate_prompt_tokens
         if num_kept == AS_MANY_AS_FIT:
             num_kept = max(1, most - max(1, body.asked_tokens or 1))

@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
+from pagoda_runtime import testing
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore
 from pagoda_runtime.engine.request import seed_of_choice
 from pagoda_runtime.execution.runner import ModelRunner
-from pagoda_runtime.execution.testing import SmallRunner
 from pagoda_runtime.ipc.messages import EngineRequest, RequestDelta
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
@@ -47,16 +47,13 @@ def transformers_model(folder):
 
 
 def make_core(runner: ModelRunner, eos_token_ids: list[int], num_blocks: int = 100) -> EngineCore:
-    return EngineCore(
-        SmallRunner(runner, num_blocks),
+    return testing.make_core(
+        runner,
+        num_blocks=num_blocks,
         max_num_seqs=16,
         max_num_batched_tokens=32,
         long_prefill_token_threshold=16,
-        max_num_waiting=100,
-        max_model_len=256,
         eos_token_ids=eos_token_ids,
-        enable_prefix_caching=True,
-        seed=0,
     )
 
 

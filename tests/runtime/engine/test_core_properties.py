@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from pagoda_runtime import testing
 from pagoda_runtime.engine.beam import BeamSearch
 from pagoda_runtime.engine.core import EngineCore
 from pagoda_runtime.engine.request import seed_of_choice
@@ -23,17 +24,8 @@ EOS = 0
 
 
 def make_core(runner: FakeRunner, **overrides: object) -> EngineCore:
-    settings_ = {
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 7,
-        "long_prefill_token_threshold": 5,
-        "max_num_waiting": 1000,
-        "max_model_len": runner.max_model_len,
-        "eos_token_ids": [EOS],
-        "enable_prefix_caching": True,
-        "seed": 0,
-    }
-    return EngineCore(runner, **{**settings_, **overrides})
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 7, "long_prefill_token_threshold": 5}
+    return testing.make_core(runner, **{**limits, **overrides})
 
 
 def unbatched(request: EngineRequest, max_num_tokens: int, index: int = 0) -> tuple[list[int], str]:

@@ -13,10 +13,10 @@ import pytest
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore
 from pagoda_runtime.execution.runner import ModelRunner
-from pagoda_runtime.execution.testing import SmallRunner
 from pagoda_runtime.ipc.messages import EngineRequest
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.testing import make_core
 
 BLOCK_SIZE = 8
 
@@ -53,17 +53,13 @@ def run(
     rounds: int = 1,
 ) -> tuple[list[list[tuple]], EngineCore]:
     """Every token of each prompt with its logprobs: equal only if the logits' bits are."""
-    core = EngineCore(
-        SmallRunner(runner, num_blocks),
+    core = make_core(
+        runner,
+        num_blocks=num_blocks,
         max_num_seqs=slots,
         max_num_batched_tokens=budget,
         long_prefill_token_threshold=budget,
-        max_num_waiting=100,
-        max_model_len=256,
         eos_token_ids=[],
-        enable_prefix_caching=True,
-        seed=0,
-        sliding_window=runner.ready_facts.sliding_window,
     )
     found: list[list[tuple]] = []
     for _ in range(rounds):

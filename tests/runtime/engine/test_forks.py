@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pagoda_runtime import testing
 from pagoda_runtime.engine.core import EngineCore
 from pagoda_runtime.ipc.messages import BlockCopy, EngineRequest
 from pagoda_runtime.sampling_params import SamplingParams
@@ -20,18 +21,8 @@ class Recorder(FakeRunner):
         return super().execute(rows, copies)
 
 
-def make_core(runner: FakeRunner, **overrides: object) -> EngineCore:
-    options = {
-        "max_num_seqs": 16,
-        "max_num_batched_tokens": 2048,
-        "long_prefill_token_threshold": 2048,
-        "max_num_waiting": 100,
-        "max_model_len": runner.max_model_len,
-        "eos_token_ids": [],
-        "enable_prefix_caching": True,
-        "seed": 0,
-    }
-    return EngineCore(runner, **{**options, **overrides})
+def make_core(runner: FakeRunner, **limits: int) -> EngineCore:
+    return testing.make_core(runner, **{"max_num_seqs": 16, "eos_token_ids": [], **limits})
 
 
 def add(core: EngineCore, prompt: list[int], request_id: str = "r", **params: object) -> None:

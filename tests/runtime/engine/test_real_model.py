@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from pagoda_runtime import testing
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore
 from pagoda_runtime.execution.runner import ModelRunner
-from pagoda_runtime.execution.testing import SmallRunner
 from pagoda_runtime.ipc.messages import EngineRequest, EngineStats
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
@@ -45,17 +45,15 @@ def make_core(
     slots: int = 16,
     overlap: bool = False,
 ) -> EngineCore:
-    return EngineCore(
-        SmallRunner(runner, num_blocks or runner.num_blocks),
+    return testing.make_core(
+        runner,
+        num_blocks=num_blocks or runner.num_blocks,
         max_num_seqs=slots,
         max_num_batched_tokens=64,
         long_prefill_token_threshold=64,
         max_num_waiting=2000,
-        max_model_len=runner.max_model_len,
         eos_token_ids=[2],
         enable_prefix_caching=caching,
-        seed=0,
-        sliding_window=runner.ready_facts.sliding_window,
         overlap=overlap,
     )
 

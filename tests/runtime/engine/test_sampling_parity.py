@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pagoda_runtime.config import EngineConfig
-from pagoda_runtime.engine.core import EngineCore
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.ipc.messages import EngineRequest, RequestDelta
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.testing import make_core
 
 PROMPT = random.Random(1).choices(range(3, 300), k=13)
 MAX_TOKENS = 20
@@ -46,16 +46,11 @@ def transformers_model(folder):
 
 
 def run(runner: ModelRunner, params: SamplingParams) -> list[RequestDelta]:
-    core = EngineCore(
+    core = make_core(
         runner,
         max_num_seqs=4,
         max_num_batched_tokens=8,
         long_prefill_token_threshold=8,
-        max_num_waiting=4,
-        max_model_len=64,
-        eos_token_ids=runner.model_config.eos_token_ids,
-        enable_prefix_caching=True,
-        seed=0,
     )
     core.add(
         EngineRequest(

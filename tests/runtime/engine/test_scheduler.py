@@ -2,31 +2,34 @@ from __future__ import annotations
 
 import pytest
 
-from pagoda_runtime.engine.block_pool import BlockPool
+from pagoda_runtime.engine.core import fill_in_flight
 from pagoda_runtime.engine.progress import advance
 from pagoda_runtime.engine.request import ARRIVALS_PER_PRIORITY, Request, Sequence, Status
-from pagoda_runtime.engine.scheduler import Plan, Scheduler
+from pagoda_runtime.engine.scheduler import Scheduler, SchedulerOutput
 from pagoda_runtime.errors import PromptTooLong, QueueFull, RequestError
-from pagoda_runtime.ipc.messages import RowOutput
+from pagoda_runtime.ipc.messages import PLACEHOLDER_TOKEN_ID, EngineReady, RowOutput
 from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.testing import make_scheduler_config
 
 EOS = 0
 
 
-def make_scheduler(num_blocks: int = 100, block_size: int = 4, **limits: int) -> Scheduler:
-    caching = bool(limits.pop("enable_prefix_caching", 1))
-    defaults = {
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 64,
-        "long_prefill_token_threshold": 1000,
-        "max_num_waiting": 8,
-        "max_model_len": 1000,
-    }
-    return Scheduler(
-        BlockPool(num_blocks, block_size, enable_prefix_caching=caching),
-        eos_token_ids=[EOS],
-        **{**defaults, **limits},
-    )
+FACTS = EngineReady(
+    max_model_len=1000,
+    block_size=4,
+    num_blocks=100,
+    vocab_size=1000,
+    eos_token_ids=[EOS],
+    dtype="float32",
+    device="cpu",
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
+)
+
+
+def make_scheduler(**limits: int) -> Scheduler:
+    rules = {"long_prefill_token_threshold": 1000, "max_num_waiting": 8}
+    return Scheduler(make_scheduler_config(FACTS, **{**rules, **limits}))
 
 
 def add(
@@ -47,21 +50,21 @@ def add(
     return request.sequences[0]
 
 
-def outputs_of(plan: Plan, token: int = 7) -> list[RowOutput]:
+def outputs_of(plan: SchedulerOutput, token: int = 7) -> list[RowOutput]:
     return [
         RowOutput(token_ids=[token] * len(row.seeds) if row.sampling_params else [])
         for row in plan.rows
     ]
 
 
-def step(scheduler: Scheduler, token: int = 7) -> Plan:
+def step(scheduler: Scheduler, token: int = 7) -> SchedulerOutput:
     plan = scheduler.schedule()
     advance(scheduler, plan, outputs_of(plan, token))
     scheduler.check()
     return plan
 
 
-def num_tokens(plan: Plan) -> list[int]:
+def num_tokens(plan: SchedulerOutput) -> list[int]:
     return [len(row.token_ids) for row in plan.rows]
 
 
@@ -215,7 +218,7 @@ def test_a_request_ends_for_its_reason(params, token, reason, stop_reason):
 
 def test_a_request_ends_at_max_model_len():
     scheduler = make_scheduler(max_model_len=6)
-    request = add(scheduler, [1, 2, 3])
+    request = add(scheduler, [1, 2, 3], max_tokens=None)
     while scheduler.requests:
         step(scheduler)
     assert request.num_tokens == 6
@@ -350,12 +353,13 @@ def test_more_sequences_than_can_run_together_are_refused(limits, params, words)
     assert not scheduler.requests
 
 
-def test_a_step_planned_ahead_promises_the_token_that_is_still_computed():
+def test_a_step_scheduled_ahead_names_the_row_whose_token_is_still_computed():
     scheduler = make_scheduler(block_size=4)
     first, second = add(scheduler, [1, 2, 3]), add(scheduler, [4, 5])
     before = scheduler.schedule()
     ahead = scheduler.schedule()
-    assert [row.token_ids for row in ahead.rows] == [[-1], [-2]]
+    assert [row.token_ids for row in ahead.rows] == [[PLACEHOLDER_TOKEN_ID]] * 2
+    assert [row.row_in_flight for row in ahead.rows] == [0, 1]
     assert [row.start for row in ahead.rows] == [3, 2]
     # What ends with the first step is passed over in the second.
     advance(scheduler, before, [RowOutput(token_ids=[EOS]), RowOutput(token_ids=[7])])
@@ -363,6 +367,17 @@ def test_a_step_planned_ahead_promises_the_token_that_is_still_computed():
     scheduler.check()
     assert (first.finish_reason, first.token_ids) == ("stop", [1, 2, 3, EOS])
     assert second.token_ids == [4, 5, 7, 8]
+
+
+def test_what_a_step_scheduled_ahead_lacks_comes_from_the_outputs_of_the_step_before():
+    scheduler = make_scheduler()
+    for prompt in ([1, 2, 3], [4, 5]):
+        add(scheduler, prompt)
+    scheduler.schedule()
+    ahead = scheduler.schedule()
+    filled = fill_in_flight(ahead.rows, [RowOutput(token_ids=[8]), RowOutput(token_ids=[9])])
+    assert [row.token_ids for row in filled] == [[8], [9]]
+    assert [row.row_in_flight for row in filled] == [None, None]
 
 
 def test_what_is_known_to_end_is_not_planned_ahead():
