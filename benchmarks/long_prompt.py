@@ -38,7 +38,7 @@ class Decoder:
     def __init__(self, client: EngineClient, name: str, prompt: list[int]) -> None:
         self.times: list[float] = []
         params = SamplingParams(temperature=0.0, max_tokens=DECODE_TOKENS, ignore_eos=True)
-        self._stream = client.generate(name, prompt, params)
+        self._stream = client.generate(client.make_request(name, prompt, params))
         self._task = asyncio.create_task(self._read())
 
     async def wait_for(self, num_tokens: int) -> None:
@@ -65,7 +65,7 @@ class Decoder:
 async def time_to_first_token(client: EngineClient, name: str, prompt: list[int]) -> float:
     started = time.perf_counter()
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-    async for _ in client.generate(name, prompt, params):
+    async for _ in client.generate(client.make_request(name, prompt, params)):
         pass
     return time.perf_counter() - started
 

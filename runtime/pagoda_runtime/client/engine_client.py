@@ -116,7 +116,7 @@ class EngineClient:
             raise EngineDead("The engine was shut down before it was ready.")
         return self.ready
 
-    def generate(
+    def make_request(
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
@@ -125,23 +125,41 @@ class EngineClient:
         priority: int = 0,
         cache_salt: str = "",
         stream_interval: int = 1,
-    ) -> RequestStream:
-        """Take a request now and return its stream of deltas.
-
-        Closing the stream, cancelling the task that waits on it, or dropping it aborts the request
-        in the engine before its next step.
+    ) -> EngineRequest:
+        """What `generate` takes: a request that this engine can serve, whatever else it does.
 
         Args:
             priority: lower is served earlier.
             cache_salt: prefixes are shared only among requests with the same salt.
             stream_interval: tokens of a choice that come at once, the first one excepted; each
                 delta takes time from the engine where they share the cores.
-        Raises, at once and not at the first delta: PromptTooLong, RequestError (values out of
-        range, no or unknown tokens, an id in use), QueueFull, EngineDead.
+        Raises: PromptTooLong, RequestError (values out of range, no or unknown tokens), EngineDead.
         """
-        self.verify(prompt_token_ids, sampling_params)
-        if request_id in self._mailboxes:
-            raise RequestError(f"A request with the id {request_id!r} is running already.")
+        facts = self._verify_serving()
+        sampling_params.verify()
+        verify_fits(prompt_token_ids, sampling_params, facts)
+        return EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=list(prompt_token_ids),
+            sampling_params=sampling_params,
+            arrival_seconds=time.time(),
+            priority=priority,
+            cache_salt=cache_salt,
+            stream_interval=stream_interval,
+        )
+
+    def generate(self, request: EngineRequest) -> RequestStream:
+        """Take a request of `make_request` now and return its stream of deltas.
+
+        Closing the stream, cancelling the task that waits on it, or dropping it aborts the request
+        in the engine before its next step.
+
+        Raises, at once and not at the first delta: RequestError (an id in use), QueueFull,
+        EngineDead.
+        """
+        self._verify_serving()
+        if request.request_id in self._mailboxes:
+            raise RequestError(f"A request with the id {request.request_id!r} is running already.")
         verify_queue_has_room(
             len(self._mailboxes),
             max_num_seqs=self.config.max_num_seqs,
@@ -149,25 +167,14 @@ class EngineClient:
         )
         if not self._mailboxes:
             self.last_step_seconds = time.monotonic()
-        mailbox = Mailbox(request_id, sampling_params.num_sequences)
-        self._mailboxes[request_id] = mailbox
-        self._send(
-            EngineRequest(
-                request_id=request_id,
-                prompt_token_ids=list(prompt_token_ids),
-                sampling_params=sampling_params,
-                arrival_seconds=time.time(),
-                priority=priority,
-                cache_salt=cache_salt,
-                stream_interval=stream_interval,
-            )
-        )
-        # Of the beams only those come here that are returned.
-        num_choices = sampling_params.n if sampling_params.use_beam_search else None
+        params = request.sampling_params
+        mailbox = Mailbox(request.request_id, params.num_sequences)
+        self._mailboxes[request.request_id] = mailbox
+        self._send(request)
         return RequestStream(
             mailbox,
             self._loop,
-            num_choices or sampling_params.num_sequences,
+            params.num_choices,
             abort=self._abort,
             finish=self._finish_choice,
         )
@@ -179,12 +186,6 @@ class EngineClient:
         self._resets.append(waiter)
         self._send(ResetPrefixCache())
         return await waiter
-
-    def verify(self, prompt_token_ids: Sequence[int], sampling_params: SamplingParams) -> None:
-        """Raise what `generate` would raise for this request, whatever else the engine does."""
-        facts = self._verify_serving()
-        sampling_params.verify()
-        verify_fits(prompt_token_ids, sampling_params, facts)
 
     def _verify_serving(self) -> EngineReady:
         if self.failure is not None:

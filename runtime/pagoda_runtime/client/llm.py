@@ -21,6 +21,7 @@ from pagoda_runtime.client.output_processor import OutputProcessor, WholeChoice,
 from pagoda_runtime.client.outputs import RequestOutput, describe, make_outputs
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import RequestError
+from pagoda_runtime.ipc.messages import EngineRequest
 from pagoda_runtime.models.source import resolve_model
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer, load_tokenizer, tokenize_bad_words
@@ -251,11 +252,24 @@ class LLM:
                     f"{len(prompts)} prompts came with {len(values)} {name}; give one for all or "
                     "one for each."
                 )
-        for (_, token_ids), params in zip(prompts, sampling_params, strict=True):
-            client.verify(token_ids, params)
+        # All are verified before the first one runs.
         requests = [
-            _Request(f"llm-{next(self._request_numbers)}", *prompt, params, priority, cache_salt)
-            for prompt, params, priority in zip(prompts, sampling_params, priorities, strict=True)
+            _Request(
+                text,
+                params,
+                client.make_request(
+                    f"llm-{next(self._request_numbers)}",
+                    token_ids,
+                    engine_params(params),
+                    priority=priority,
+                    cache_salt=cache_salt,
+                    # A stop string is looked for at once: what follows it is computed in vain.
+                    stream_interval=1 if params.stop else _STREAM_INTERVAL,
+                ),
+            )
+            for (text, token_ids), params, priority in zip(
+                prompts, sampling_params, priorities, strict=True
+            )
         ]
         with _progress_bar(len(requests), is_shown=use_tqdm) as on_finished:
             return self._run(self._finish_all(client, requests, on_finished))
@@ -284,31 +298,24 @@ class LLM:
         self, client: EngineClient, request: _Request, on_finished: _OnFinished
     ) -> RequestOutput:
         params, tokenizer = request.params, self._tokenizer
+        prompt_token_ids = request.of_engine.prompt_token_ids
         outputs = OutputProcessor(
-            tokenizer, params, request.prompt_token_ids, eos_token_ids=self.facts.eos_token_ids
+            tokenizer, params, prompt_token_ids, eos_token_ids=self.facts.eos_token_ids
         )
         choices = [WholeChoice() for _ in range(params.num_choices)]
-        stream = client.generate(
-            request.request_id,
-            request.prompt_token_ids,
-            engine_params(params),
-            priority=request.priority,
-            cache_salt=request.cache_salt,
-            # A stop string is looked for at once, because what follows it is computed in vain.
-            stream_interval=1 if params.stop else _STREAM_INTERVAL,
-        )
+        stream = client.generate(request.of_engine)
         async with aclosing(stream):
             async for delta in stream:
                 shown = outputs.take(delta)
                 choices[delta.index].take(shown)
                 if shown.finish_reason is not None and delta.finish_reason is None:
                     stream.finish(delta.index)
-        on_finished(len(request.prompt_token_ids), sum(len(c.token_ids) for c in choices))
+        on_finished(len(prompt_token_ids), sum(len(c.token_ids) for c in choices))
         prompt_logprobs = outputs.prompt_logprobs or ()
         return RequestOutput(
-            request_id=request.request_id,
+            request_id=request.of_engine.request_id,
             prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
+            prompt_token_ids=prompt_token_ids,
             outputs=make_outputs(tokenizer, params, choices),
             num_cached_tokens=outputs.num_cached_tokens,
             prompt_logprobs=(
@@ -321,12 +328,10 @@ class LLM:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    request_id: str
     prompt: str | None
-    prompt_token_ids: list[int]
     params: SamplingParams
-    priority: int
-    cache_salt: str
+    """As the user gave them."""
+    of_engine: EngineRequest
 
 
 def _list_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:

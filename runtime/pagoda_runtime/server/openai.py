@@ -6,7 +6,7 @@ import logging
 import time
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter
 from pydantic import ValidationError
@@ -25,10 +25,8 @@ from pagoda_runtime.server.protocol import (
 )
 from pagoda_runtime.server.start import start
 from pagoda_runtime.server.state import ServerState
-from pagoda_runtime.server.streaming import ClientDisconnected, EventStream, run_while_connected
+from pagoda_runtime.server.streaming import ClientDisconnected, EventStream, while_connected
 from pagoda_runtime.server.unsupported import verify_supported
-
-Body = TypeVar("Body", bound=GenerationRequest)
 
 logger = logging.getLogger("pagoda.server")
 
@@ -39,12 +37,6 @@ def make_router(state: ServerState) -> APIRouter:
     """The routes under /v1."""
     router = APIRouter(prefix="/v1")
 
-    async def complete(request: Request) -> Response:
-        return await _answer(state, request, CompletionRequest)
-
-    async def chat(request: Request) -> Response:
-        return await _answer(state, request, ChatCompletionRequest)
-
     async def list_models() -> Response:
         models = [_describe_model(state, name) for name in state.model_names]
         return json_response({"object": "list", "data": models})
@@ -53,14 +45,20 @@ def make_router(state: ServerState) -> APIRouter:
         _verify_model(state, model)
         return json_response(_describe_model(state, model))
 
-    router.add_api_route("/completions", complete, methods=["POST"])
-    router.add_api_route("/chat/completions", chat, methods=["POST"])
+    for path, body_class in (
+        ("/completions", CompletionRequest),
+        ("/chat/completions", ChatCompletionRequest),
+    ):
+        router.add_api_route(path, partial(create_completion, state, body_class), methods=["POST"])
     router.add_api_route("/models", list_models, methods=["GET"])
     router.add_api_route("/models/{model:path}", show_model, methods=["GET"])
     return router
 
 
-async def _answer(state: ServerState, request: Request, body_class: type[Body]) -> Response:
+async def create_completion(
+    state: ServerState, body_class: type[GenerationRequest], request: Request
+) -> Response:
+    """Answer a request for tokens: in one piece, or as a stream."""
     arrival = time.monotonic()
     try:
         # Not `request.body()`, which would keep it until the last token is sent.
@@ -69,27 +67,30 @@ async def _answer(state: ServerState, request: Request, body_class: type[Body]) 
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     ready, _ = state.loaded()
     # Until the last chunk is sent, the drain waits for this request.
-    with ExitStack() as stack:
-        stack.enter_context(state.admit())
+    with ExitStack() as open_request:
+        open_request.enter_context(state.admit())
         body = await state.parse(len(raw), partial(_parse, raw, body_class, ready.max_model_len))
         del raw
         _verify(state, body)
         try:
-            answer = await run_while_connected(request.receive, start(state, body, arrival))
-            if body.stream:
-                admission = stack.pop_all()
-
-                async def close() -> None:
-                    admission.close()
-                    await close_all(answer.generations)
-
-                return EventStream(stream(answer), close)
-            return json_response(await run_while_connected(request.receive, collect(answer)))
+            async with while_connected(request.receive):
+                answer = await start(state, body, arrival)
+                if not body.stream:
+                    return json_response(await collect(answer))
         except ClientDisconnected:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
+        admission = open_request.pop_all()
+
+    async def close() -> None:
+        admission.close()
+        await close_all(answer.generations)
+
+    return EventStream(stream(answer), close)
 
 
-def _parse(raw: bytes, body_class: type[Body], max_model_len: int) -> Body:
+def _parse(
+    raw: bytes, body_class: type[GenerationRequest], max_model_len: int
+) -> GenerationRequest:
     verify_shape(raw, max_model_len)
     try:
         return body_class.model_validate_json(raw)

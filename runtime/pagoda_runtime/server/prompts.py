@@ -186,32 +186,6 @@ async def _verify_may_fit(
             )
 
 
-def resolve_max_tokens(
-    asked: int | None,
-    default: int | None,
-    num_prompt_tokens: int,
-    max_model_len: int,
-    *,
-    param: str,
-) -> int | None:
-    """How many tokens to generate; a default, None for no bound, never exceeds the context.
-
-    Raises PromptTooLong if prompt and asked together do. A prompt that leaves no room at all is
-    the engine's to refuse.
-    """
-    room = max_model_len - num_prompt_tokens
-    if asked is None:
-        return max(1, room if default is None else min(default, room))
-    if room >= 1 and asked > room:
-        raise PromptTooLong(
-            f"The prompt has {num_prompt_tokens} tokens and {param} is {asked}, together "
-            f"{num_prompt_tokens + asked}; this model's context is {max_model_len} tokens. Lower "
-            f"{param} to at most {room}, or shorten the prompt.",
-            param=param,
-        )
-    return asked
-
-
 async def _make_echo(
     state: ServerState,
     tokenizer: Tokenizer,

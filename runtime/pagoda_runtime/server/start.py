@@ -9,14 +9,14 @@ import uuid
 import msgspec
 
 from pagoda_runtime.client.output_processor import OutputProcessor, engine_params
-from pagoda_runtime.errors import RequestError
-from pagoda_runtime.ipc.messages import EngineReady
+from pagoda_runtime.errors import PromptTooLong, RequestError
+from pagoda_runtime.ipc.messages import EngineReady, EngineRequest
 from pagoda_runtime.metrics import RequestClock
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.answer import Answer
 from pagoda_runtime.server.generation import Generation, close_all
 from pagoda_runtime.server.logprobs import LogprobsWriter
-from pagoda_runtime.server.prompts import EncodedPrompt, encode, resolve_max_tokens
+from pagoda_runtime.server.prompts import EncodedPrompt, encode
 from pagoda_runtime.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -55,21 +55,15 @@ async def start(state: ServerState, body: GenerationRequest, arrival: float) -> 
                     # Many prompts must not hold up the streams of others.
                     await asyncio.sleep(0)
                 enter()
-                limited = _limit(body, params, len(prompt.token_ids), ready)
-                stream = state.engine.generate(
-                    f"{answer.id}-{number}",
-                    prompt.token_ids,
-                    engine_params(limited),
-                    priority=body.priority or 0,
-                    cache_salt=body.cache_salt or "",
-                )
+                request = _make_request(state, answer, prompt.token_ids)
+                stream = state.engine.generate(request)
+                outputs = _make_outputs(state, answer, prompt)
                 clock = RequestClock(
                     state.metrics,
                     arrival,
                     num_prompt_tokens=len(prompt.token_ids),
-                    max_tokens=limited.max_tokens or 0,
+                    max_tokens=request.sampling_params.max_tokens or 0,
                 )
-                outputs = _make_outputs(answer, prompt, tokenizer, ready)
                 is_scoring = is_echo(body) and body.max_tokens == 0
                 answer.generations.append(Generation(stream, outputs, clock, is_scoring=is_scoring))
                 answer.num_prompt_tokens += len(prompt.token_ids)
@@ -98,9 +92,22 @@ def _make_answer(
     )
 
 
-def _make_outputs(
-    answer: Answer, prompt: EncodedPrompt, tokenizer: Tokenizer, ready: EngineReady
-) -> OutputProcessor:
+def _make_request(state: ServerState, answer: Answer, prompt_token_ids: list[int]) -> EngineRequest:
+    """The next prompt's, with the bound of its answer."""
+    ready, _ = state.loaded()
+    body = answer.request
+    limit = _resolve_max_tokens(body, len(prompt_token_ids), ready)
+    return state.engine.make_request(
+        f"{answer.id}-{len(answer.generations)}",
+        prompt_token_ids,
+        engine_params(msgspec.structs.replace(answer.params, max_tokens=limit)),
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
+    )
+
+
+def _make_outputs(state: ServerState, answer: Answer, prompt: EncodedPrompt) -> OutputProcessor:
+    ready, tokenizer = state.loaded()
     params = answer.params
     return OutputProcessor(
         tokenizer,
@@ -140,21 +147,31 @@ def _verify_num_ids(num_prompts: int, params: SamplingParams) -> None:
         )
 
 
-def _limit(
-    body: GenerationRequest, params: SamplingParams, num_prompt_tokens: int, ready: EngineReady
-) -> SamplingParams:
-    """The parameters with the bound of one prompt's answer. Raises PromptTooLong."""
-    max_tokens, name = body.asked_tokens, "max_tokens"
-    of_model = ready.default_sampling.get("max_tokens")
-    default = None if of_model is None else int(of_model)
+def _resolve_max_tokens(
+    body: GenerationRequest, num_prompt_tokens: int, ready: EngineReady
+) -> int | None:
+    """How many tokens to generate; a default, None for no bound, never exceeds the context.
+
+    Raises PromptTooLong if prompt and asked together do. A prompt that leaves no room at all is
+    the engine's to refuse.
+    """
+    asked, name = body.asked_tokens, "max_tokens"
+    default = ready.default_sampling.get("max_tokens")
     if isinstance(body, CompletionRequest):
         default = default or DEFAULT_COMPLETION_TOKENS
-        if max_tokens == 0 and body.echo:
+        if asked == 0 and body.echo:
             # Only the prompt is asked for, but its logprobs come with the first token.
-            max_tokens = 1
+            asked = 1
     elif isinstance(body, ChatCompletionRequest) and body.max_completion_tokens is not None:
         name = "max_completion_tokens"
-    limit = resolve_max_tokens(
-        max_tokens, default, num_prompt_tokens, ready.max_model_len, param=name
-    )
-    return msgspec.structs.replace(params, max_tokens=limit)
+    room = ready.max_model_len - num_prompt_tokens
+    if asked is None:
+        return max(1, room if default is None else min(int(default), room))
+    if room >= 1 and asked > room:
+        raise PromptTooLong(
+            f"The prompt has {num_prompt_tokens} tokens and {name} is {asked}, together "
+            f"{num_prompt_tokens + asked}; this model's context is {ready.max_model_len} tokens. "
+            f"Lower {name} to at most {room}, or shorten the prompt.",
+            param=name,
+        )
+    return asked

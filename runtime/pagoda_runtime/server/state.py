@@ -16,6 +16,7 @@ from pagoda_runtime.errors import EngineDead, QueueFull, Unavailable
 from pagoda_runtime.ipc.messages import (
     EngineFailed,
     EngineReady,
+    EngineRequest,
     EngineStats,
     LoadProgress,
     RequestDelta,
@@ -68,7 +69,7 @@ class Engine(Protocol):
     @property
     def num_open(self) -> int: ...
 
-    def generate(
+    def make_request(
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
@@ -76,7 +77,9 @@ class Engine(Protocol):
         *,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> TokenStream: ...
+    ) -> EngineRequest: ...
+
+    def generate(self, request: EngineRequest) -> TokenStream: ...
 
     async def reset_prefix_cache(self) -> int: ...
 

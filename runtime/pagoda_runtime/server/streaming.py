@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 from starlette.responses import Response
@@ -13,8 +14,6 @@ from starlette.types import Receive, Scope, Send
 
 from pagoda_runtime.server.access import RAW_SEND
 from pagoda_runtime.server.errors import to_api_error
-
-T = TypeVar("T")
 
 logger = logging.getLogger("pagoda.server")
 
@@ -31,25 +30,34 @@ class ClientDisconnected(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def wait_for_disconnect(receive: Receive) -> None:
-    """Return when the client is gone; the body must have been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+@asynccontextmanager
+async def while_connected(receive: Receive) -> AsyncIterator[None]:
+    """Cancel the block when the client goes, which raises ClientDisconnected.
 
+    The body must have been read.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    num_cancels, is_gone = task.cancelling(), False
 
-async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; if the client goes first, work is cancelled. ClientDisconnected."""
-    worker = asyncio.ensure_future(work)
-    watcher = asyncio.create_task(wait_for_disconnect(receive))
+    async def watch() -> None:
+        nonlocal is_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        is_gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if worker.done():
-            return worker.result()
-        raise ClientDisconnected
+        yield
+    except asyncio.CancelledError:
+        # As asyncio.timeout has it: who else cancels this task is to be heard.
+        if is_gone and task.uncancel() <= num_cancels:
+            raise ClientDisconnected from None
+        raise
     finally:
-        for task in (worker, watcher):
-            task.cancel()
-        await asyncio.gather(worker, watcher, return_exceptions=True)
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
 
 
 class EventStream(Response):
@@ -66,7 +74,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await run_while_connected(receive, self._send_all(send, scope.get(RAW_SEND, send)))
+            async with while_connected(receive):
+                await self._send_all(send, scope.get(RAW_SEND, send))
         except ClientDisconnected:
             logger.debug("A client left its stream.")
         finally:

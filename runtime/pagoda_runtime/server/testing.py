@@ -31,6 +31,7 @@ from pagoda_runtime.ipc.limits import verify_fits, verify_queue_has_room
 from pagoda_runtime.ipc.messages import (
     EngineFailed,
     EngineReady,
+    EngineRequest,
     EngineStats,
     LoadProgress,
     RequestDelta,
@@ -143,7 +144,7 @@ class FakeEngine:
     def num_open(self) -> int:
         return len(self.running)
 
-    def generate(
+    def make_request(
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
@@ -151,21 +152,31 @@ class FakeEngine:
         *,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> FakeStream:
+    ) -> EngineRequest:
         assert self.ready is not None
         if self.failure is not None:
             raise EngineDead(self.failure.message)
         sampling_params.verify()
         verify_fits(prompt_token_ids, sampling_params, self.ready)
+        return EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=list(prompt_token_ids),
+            sampling_params=sampling_params,
+            arrival_seconds=time.time(),
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+
+    def generate(self, request: EngineRequest) -> FakeStream:
         verify_queue_has_room(
             len(self.running),
             max_num_seqs=self.config.max_num_seqs,
             max_num_waiting=self.config.max_num_waiting,
         )
-        self.running[request_id] = sampling_params
-        self.prompts[request_id] = list(prompt_token_ids)
-        self.places[request_id] = (priority, cache_salt)
-        return FakeStream(self, request_id)
+        self.running[request.request_id] = request.sampling_params
+        self.prompts[request.request_id] = request.prompt_token_ids
+        self.places[request.request_id] = (request.priority, request.cache_salt)
+        return FakeStream(self, request.request_id)
 
     async def reset_prefix_cache(self) -> int:
         if self.failure is not None:

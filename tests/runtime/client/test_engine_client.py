@@ -12,12 +12,14 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import zmq
 
 from pagoda_runtime.client.engine_client import EngineClient
+from pagoda_runtime.client.stream import RequestStream
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import (
     EngineDead,
@@ -53,10 +55,14 @@ async def engine(
         await client.shutdown()
 
 
+def generate(client: EngineClient, *values: Any) -> RequestStream:
+    return client.generate(client.make_request(*values))
+
+
 async def collect(client: EngineClient, request_id: str, prompt: list[int]) -> list[int]:
     return [
         token
-        async for delta in client.generate(request_id, prompt, GREEDY)
+        async for delta in generate(client, request_id, prompt, GREEDY)
         for token in delta.new_token_ids
     ]
 
@@ -103,7 +109,7 @@ async def test_progress_and_facts_arrive_before_the_first_request():
 async def test_a_stream_closed_midway_frees_its_blocks_within_one_step():
     async with engine(SLOW) as client:
         outputs = []
-        stream = client.generate("r", [1, 2], ENDLESS)
+        stream = generate(client, "r", [1, 2], ENDLESS)
         await anext(stream)
         client.on_stats = outputs.append
         await stream.aclose()
@@ -115,7 +121,7 @@ async def test_a_stream_closed_midway_frees_its_blocks_within_one_step():
 
 async def test_cancelling_the_reader_aborts_the_request_even_if_the_stream_is_kept():
     async with engine(SLOW) as client:
-        stream = client.generate("r", [1] * 1000, ENDLESS)
+        stream = generate(client, "r", [1] * 1000, ENDLESS)
         await anext(stream)
 
         async def read() -> None:
@@ -132,8 +138,8 @@ async def test_cancelling_the_reader_aborts_the_request_even_if_the_stream_is_ke
 async def test_the_choices_of_a_request_come_in_one_stream_and_count_as_running():
     params = SamplingParams(n=3, max_tokens=200, ignore_eos=True, seed=1)
     async with engine(SLOW, max_num_seqs=4) as client:
-        stream = client.generate("r", [1, 2], params)
-        waiting = client.generate("next", [1, 2], params)
+        stream = generate(client, "r", [1, 2], params)
+        waiting = generate(client, "next", [1, 2], params)
         assert (client.stats.running, client.stats.waiting) == (0, 2)
         seen = {(await anext(stream)).index for _ in range(6)}
         assert seen == {0, 1, 2}
@@ -146,7 +152,7 @@ async def test_the_choices_of_a_request_come_in_one_stream_and_count_as_running(
 async def test_a_finished_choice_gives_its_blocks_back_while_the_others_run_on():
     params = SamplingParams(n=2, max_tokens=60, ignore_eos=True, seed=1)
     async with engine(SLOW) as client:
-        stream = client.generate("r", [1, 2], params)
+        stream = generate(client, "r", [1, 2], params)
         await anext(stream)
         stream.finish(1)
         await wait_until(lambda: client.stats.running == 1)
@@ -159,7 +165,7 @@ async def test_a_finished_choice_gives_its_blocks_back_while_the_others_run_on()
 async def test_the_end_of_the_last_choice_here_is_the_end_of_the_request_there():
     params = SamplingParams(n=2, max_tokens=None, ignore_eos=True, seed=1)
     async with engine(SLOW) as client:
-        stream = client.generate("r", [1, 2], params)
+        stream = generate(client, "r", [1, 2], params)
         await anext(stream)
         for index in range(2):
             stream.finish(index)
@@ -172,7 +178,7 @@ async def test_a_reset_prefix_cache_is_empty_and_says_what_it_held():
         await collect(client, "first", [1] * 9)
         assert await client.reset_prefix_cache() > 2
         assert await client.reset_prefix_cache() == 0
-        delta = await anext(client.generate("second", [1] * 9, GREEDY))
+        delta = await anext(generate(client, "second", [1] * 9, GREEDY))
         assert delta.num_cached_tokens == 0
 
 
@@ -188,14 +194,14 @@ async def test_who_waits_for_a_reset_hears_of_the_engine_s_death():
 
 async def test_a_stream_that_is_dropped_unread_aborts_the_request():
     async with engine(SLOW) as client:
-        client.generate("r", [1], ENDLESS)
+        generate(client, "r", [1], ENDLESS)
         await wait_until(lambda: client.stats.running + client.stats.waiting == 0)
         await wait_until(lambda: client.stats.finished_total == 1)
 
 
 async def test_deltas_that_pile_up_become_one():
     async with engine() as client:
-        stream = client.generate("r", [1, 2], GREEDY)
+        stream = generate(client, "r", [1, 2], GREEDY)
         await wait_until(lambda: client.stats.finished_total == 1)
         deltas = [delta async for delta in stream]
         assert [delta.new_token_ids for delta in deltas] == [unbatched([1, 2])]
@@ -206,33 +212,33 @@ async def test_deltas_that_pile_up_become_one():
 async def test_requests_that_cannot_be_served_are_refused_at_once():
     async with engine({"num_blocks": 5, "block_size": 4, "max_model_len": 30}) as client:
         with pytest.raises(PromptTooLong, match="30 tokens; with max_model_len 30 at most 29"):
-            client.generate("r", [1] * 30, GREEDY)
+            generate(client, "r", [1] * 30, GREEDY)
         with pytest.raises(PromptTooLong, match="20 tokens; the KV cache holds 20"):
-            client.generate("r", [1] * 20, SamplingParams(max_tokens=1))
+            generate(client, "r", [1] * 20, SamplingParams(max_tokens=1))
         with pytest.raises(PromptTooLong, match="max_tokens is 20, together 35"):
-            client.generate("r", [1] * 15, GREEDY)
+            generate(client, "r", [1] * 15, GREEDY)
         with pytest.raises(RequestError, match="token id 100; the model's ids run from 0 to 99"):
-            client.generate("r", [1, 100], GREEDY)
+            generate(client, "r", [1, 100], GREEDY)
         with pytest.raises(RequestError, match="no tokens"):
-            client.generate("r", [], GREEDY)
+            generate(client, "r", [], GREEDY)
         with pytest.raises(RequestError, match="temperature"):
-            client.generate("r", [1], SamplingParams(temperature=-1.0))
+            generate(client, "r", [1], SamplingParams(temperature=-1.0))
         assert await collect(client, "r", [1]) == unbatched([1])
 
 
 async def test_a_request_beyond_the_queue_is_refused_and_counted_until_then():
     async with engine(SLOW, max_num_seqs=1, max_num_waiting=2) as client:
-        streams = [client.generate(f"r{i}", [1], ENDLESS) for i in range(3)]
+        streams = [generate(client, f"r{i}", [1], ENDLESS) for i in range(3)]
         assert client.stats.waiting == 3
         with pytest.raises(QueueFull) as error:
-            client.generate("r3", [1], ENDLESS)
+            generate(client, "r3", [1], ENDLESS)
         assert error.value.retry_after_seconds > 0
         with pytest.raises(QueueFull):
-            client.generate("r4", [1], ENDLESS)
+            generate(client, "r4", [1], ENDLESS)
         await wait_until(lambda: client.stats.running == 1)
         assert client.stats.waiting == 2
         await streams[0].aclose()
-        last = client.generate("r4", [1], GREEDY)
+        last = generate(client, "r4", [1], GREEDY)
         for stream in streams[1:]:
             await stream.aclose()
         assert (await anext(last)).new_token_ids == unbatched([1])[:1]
@@ -241,7 +247,7 @@ async def test_a_request_beyond_the_queue_is_refused_and_counted_until_then():
 
 async def test_an_engine_that_is_killed_is_noticed_and_named():
     async with engine(SLOW) as client:
-        streams = [client.generate(f"r{i}", [1], ENDLESS) for i in range(2)]
+        streams = [generate(client, f"r{i}", [1], ENDLESS) for i in range(2)]
         await anext(streams[0])
         started = time.monotonic()
         os.kill(client.pid, signal.SIGKILL)
@@ -253,12 +259,12 @@ async def test_an_engine_that_is_killed_is_noticed_and_named():
         assert client.failure is not None
         assert client.failure.reason == "RankDied"
         with pytest.raises(EngineDead):
-            client.generate("late", [1], GREEDY)
+            generate(client, "late", [1], GREEDY)
 
 
 async def test_an_engine_whose_messages_cannot_be_read_is_killed():
     async with engine(SLOW) as client:
-        stream = client.generate("r", [1], ENDLESS)
+        stream = generate(client, "r", [1], ENDLESS)
         await anext(stream)
         context = zmq.Context()
         socket = context.socket(zmq.PUSH)
@@ -300,7 +306,7 @@ async def test_a_process_that_ends_at_once_is_a_failure_too():
 async def test_a_request_before_the_engine_is_ready_is_refused():
     client = await EngineClient.start(fake_config({"load_seconds": 30}), command=COMMAND)
     with pytest.raises(PagodaError, match="still loading"):
-        client.generate("r", [1], GREEDY)
+        generate(client, "r", [1], GREEDY)
     started = time.monotonic()
     await client.shutdown()
     assert time.monotonic() - started < 5.0
@@ -315,7 +321,7 @@ async def test_sigterm_and_sigint_leave_the_engine_serving():
 
 async def test_shutdown_ends_process_streams_and_sockets():
     async with engine(SLOW) as client:
-        stream = client.generate("r", [1], ENDLESS)
+        stream = generate(client, "r", [1], ENDLESS)
         await anext(stream)
         folder = Path(client._folder.path)
         assert folder.stat().st_mode & 0o777 == 0o700
