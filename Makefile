@@ -21,6 +21,7 @@ check: venv     ## lint, types, unit tests: under four minutes
 
 lint:
 	@$(PYTHON) -m ruff format --check . && $(PYTHON) -m ruff check .
+	@$(dir $(PYTHON))lint-imports --no-cache --no-logo
 
 types:
 	@$(PYTHON) -m mypy operator/pagoda_operator kernels/pagoda_kernels runtime/pagoda_runtime

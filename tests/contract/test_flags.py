@@ -15,12 +15,13 @@ from pagoda_operator.causes import find_cause
 from pagoda_operator.flags import API_KEYS_PATH, PORT, engine_args, flag_value
 from pagoda_operator.spec import DType, KvCacheDtype, Quantization
 from pagoda_operator.testing import make_pod, make_service
-from pagoda_runtime import cli
+from pagoda_runtime import engine_flags
 from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.models.check import verify_supported
 from pagoda_runtime.models.registry import ONLINE_QUANTIZATIONS
+from pagoda_runtime.server.flags import parse_serve_args
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
 
@@ -28,7 +29,7 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yam
 def parse(spec: dict[str, Any]) -> ServerConfig:
     command, *args = engine_args(make_service(spec))
     assert command == "serve"
-    return cli.parse_serve_args(args)
+    return parse_serve_args(args)
 
 
 def test_every_field_of_the_spec_arrives_in_the_configuration() -> None:
@@ -115,7 +116,7 @@ def test_a_wrong_extra_argument_is_told_by_its_field_of_the_spec(
 
 def test_the_least_spec_leaves_the_runtimes_own_defaults() -> None:
     config = parse({"model": {"uri": "hf://org/name"}, "resources": {"gpu": {"count": 0}}})
-    plain = cli.parse_serve_args(["hf://org/name", "--device", "cpu", "--served-model-name=chat"])
+    plain = parse_serve_args(["hf://org/name", "--device", "cpu", "--served-model-name=chat"])
     assert config == plain
 
 
@@ -126,9 +127,9 @@ def test_every_share_of_gpu_memory_is_exact(percent: int) -> None:
 
 
 def test_every_value_of_an_enum_is_one_of_its_flag() -> None:
-    assert {*map(flag_value, DType)} == set(cli.DTYPES)
-    assert {*map(flag_value, Quantization)} == {*cli.QUANTIZATIONS, "auto"}
-    assert {*map(flag_value, KvCacheDtype)} == set(cli.KV_CACHE_DTYPES)
+    assert {*map(flag_value, DType)} == set(engine_flags.DTYPES)
+    assert {*map(flag_value, Quantization)} == {*engine_flags.QUANTIZATIONS, "auto"}
+    assert {*map(flag_value, KvCacheDtype)} == set(engine_flags.KV_CACHE_DTYPES)
 
 
 @given(

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from pagoda_runtime.cli import main, parse_serve_args
+from pagoda_runtime.cli import main
 from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.platforms import PLATFORMS
+from pagoda_runtime.server.flags import parse_serve_args
 
 ROOT = Path(__file__).parents[2]
 

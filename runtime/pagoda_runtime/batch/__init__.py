@@ -16,16 +16,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pagoda_runtime.config import ServerConfig
+from pagoda_runtime.engine_flags import (
+    add_cache_flags,
+    add_engine_flags,
+    add_model_flags,
+    to_engine_config,
+)
 from pagoda_runtime.errors import PagodaError, exit_status
+from pagoda_runtime.flags import Flags
+from pagoda_runtime.logs import configure_logging
+from pagoda_runtime.models.check import verify_start
+from pagoda_runtime.server.flags import CHAT_TEMPLATE, LOG_LEVELS, SEVERAL
 
 T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `pagoda run-batch` to its parser."""
-    from pagoda_runtime import cli
-    from pagoda_runtime.flags import Flags
-
     parser.add_argument(
         "-i",
         "--input-file",
@@ -45,16 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags = Flags(parser, "requests")
     flags.add(
         "--served-model-name",
-        **cli.SEVERAL,
+        **SEVERAL,
         metavar="NAME",
         shown="MODEL as given",
         help="names that bodies may use as model",
     )
-    flags.add("--chat-template", **cli.CHAT_TEMPLATE)
-    flags.add("--log-level", choices=cli.LOG_LEVELS, help="least level that is logged")
-    cli.add_model_flags(parser)
-    cli.add_engine_flags(parser)
-    cli.add_cache_flags(parser)
+    flags.add("--chat-template", **CHAT_TEMPLATE)
+    flags.add("--log-level", choices=LOG_LEVELS, help="least level that is logged")
+    add_model_flags(parser)
+    add_engine_flags(parser)
+    add_cache_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,9 +70,8 @@ def run(args: argparse.Namespace) -> int:
     0: every line has an answer or an error of its own. 1: the engine or the disk failed. 2: a flag,
     file or model is wrong. 128 + a signal's number: stopped. The same command continues.
     """
+    # Here and not above: it takes the server's libraries with it.
     from pagoda_runtime.batch import job
-    from pagoda_runtime.logs import configure_logging
-    from pagoda_runtime.models.check import verify_start
 
     started = time.monotonic()
     try:
@@ -89,8 +95,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make_config(args: argparse.Namespace) -> ServerConfig:
-    from pagoda_runtime.cli import to_engine_config
-
     return ServerConfig(
         engine=to_engine_config(args),
         served_model_name=tuple(args.served_model_name or ()),

@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import sys
 
+from pagoda_runtime.bench import offline, serve
 from pagoda_runtime.errors import PagodaError, exit_status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands of `pagoda bench` to its parser."""
-    from pagoda_runtime.bench import offline, serve
-
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, help_text, add in (
         ("latency", "seconds of one batch, offline", offline.add_latency_arguments),
@@ -28,8 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark that the flags name; returns the exit status, with errors on stderr."""
-    from pagoda_runtime.bench import offline, serve
-
     try:
         return serve.run(args) if args.benchmark == "serve" else offline.run(args)
     except PagodaError as error:

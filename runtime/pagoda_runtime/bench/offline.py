@@ -6,7 +6,7 @@ import argparse
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING, Any
 from pagoda_runtime.bench.summary import percentile, write_json
 from pagoda_runtime.bench.workloads import add_workload_flags, make_requests
 from pagoda_runtime.bench.workloads.base import BenchRequest, random_token_ids
-from pagoda_runtime.cli import add_cache_flags, add_engine_flags, add_model_flags
-from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.engine_flags import (
+    add_cache_flags,
+    add_engine_flags,
+    add_model_flags,
+    to_engine_config,
+)
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.flags import integer
 from pagoda_runtime.models.check import verify_start
@@ -68,10 +72,9 @@ def start_llm(args: argparse.Namespace) -> LLM:
             f"{len(named) or 'no'} models are given; give one: pagoda bench {args.benchmark} "
             "MODEL, or --model MODEL.",
         )
-    (model,) = named
-    flags = {f.name: getattr(args, f.name) for f in fields(EngineConfig) if f.name != "model"}
-    verify_start(EngineConfig(model=model, **flags))
-    return LLM(model, **flags)
+    config = to_engine_config(args)
+    verify_start(config)
+    return LLM(**asdict(config))
 
 
 def measure_latency(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from typing import Any
 import httpx
 import uvicorn
 
-from pagoda_runtime.cli import parse_serve_args
 from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.errors import EngineDead, FatalError, exit_status
 from pagoda_runtime.ipc.limits import verify_fits, verify_queue_has_room
@@ -42,6 +41,7 @@ from pagoda_runtime.last_words import TERMINATION_LOG_VARIABLE, write_last_words
 from pagoda_runtime.logs import configure_logging
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.app import create_app, create_state
+from pagoda_runtime.server.flags import parse_serve_args
 from pagoda_runtime.server.run import http_config, serve_async
 from pagoda_runtime.server.state import Engine, ServerState
 

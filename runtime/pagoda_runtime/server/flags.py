@@ -1,0 +1,165 @@
+"""Flags of `pagoda serve` ↔ ServerConfig, field by field. The flags carry vLLM's names."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from itertools import chain
+from typing import Any
+
+from pagoda_runtime.config import ServerConfig
+from pagoda_runtime.engine_flags import (
+    add_cache_flags,
+    add_engine_flags,
+    add_model_flags,
+    to_engine_config,
+)
+from pagoda_runtime.errors import FatalError
+from pagoda_runtime.flags import (
+    DEFAULTS,
+    FlagParser,
+    Flags,
+    integer,
+    origins,
+    seconds,
+    text_value,
+    texts,
+)
+from pagoda_runtime.keys import environment_keys
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+# What has a meaning only where there are allowed origins.
+CORS_DETAILS = ("allow_credentials", "allowed_methods", "allowed_headers")
+# Of flags that take several values, and may come several times.
+SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "type": text_value, "default": None}
+_TEMPLATE_HELP = "Jinja file in place of the model's template"
+CHAT_TEMPLATE: dict[str, Any] = {"metavar": "FILE", "type": text_value, "help": _TEMPLATE_HELP}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add all flags of `pagoda serve`."""
+    add_model_flags(parser)
+    add_engine_flags(parser)
+    add_cache_flags(parser)
+    add_server_flags(parser)
+    add_browser_flags(parser)
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    flags = Flags(parser, "server")
+    flags.add("--host", type=text_value, help="address to listen on")
+    flags.add("--port", type=integer(0, 65535), help="port; 0 takes a free one")
+    flags.add(
+        "--admin-port",
+        type=integer(0, 65535),
+        shown="none: there is no admin port",
+        help="port of /reset_prefix_cache; 0 takes a free one",
+    )
+    flags.add(
+        "--admin-host",
+        type=text_value,
+        help="address of the admin port; not one that clients reach",
+    )
+    flags.add(
+        "--served-model-name",
+        **SEVERAL,
+        metavar="NAME",
+        shown="MODEL as given",
+        help="names that requests may use; answers show the first",
+    )
+    flags.add(
+        "--api-key",
+        **SEVERAL,
+        metavar="KEY",
+        shown="PAGODA_API_KEY, several between commas; without any key everybody may call",
+        help="keys of which /v1/* asks for one as bearer token; `ps` shows what is given here",
+    )
+    flags.add(
+        "--api-key-file",
+        metavar="FILE",
+        type=text_value,
+        help="file with more keys, one a line, or folder of such files, as a mounted Secret is; "
+        "changes hold within seconds",
+    )
+    flags.add("--chat-template", **CHAT_TEMPLATE)
+    flags.add(
+        "--max-body-bytes",
+        type=integer(1024),
+        shown="4 MiB, and 64 bytes for each token of the context",
+        help="bytes of a request's body; a larger one is answered with 413",
+    )
+    flags.add(
+        "--drain-delay-seconds",
+        type=seconds,
+        help="seconds after SIGTERM in which new requests are still served",
+    )
+    flags.add(
+        "--drain-seconds", type=seconds, help="seconds that running requests then have to finish"
+    )
+    flags.add("--log-level", choices=LOG_LEVELS, help="least level that server and engine log")
+    flags.add(
+        "--disable-access-log",
+        "--disable-uvicorn-access-log",
+        action="store_true",
+        help="do not log a line for each request; probes have one at level debug only",
+    )
+
+
+def add_browser_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of CORS. vLLM's users give each of them one JSON list."""
+    flags = Flags(parser, "browsers (CORS)")
+    flags.add(
+        "--allowed-origins",
+        **{**SEVERAL, "type": origins},
+        metavar="ORIGIN",
+        shown="none",
+        help="origins of pages that may call this server, such as https://example.org, or *",
+    )
+    flags.add(
+        "--allow-credentials", action="store_true", help="such pages may send cookies; not with *"
+    )
+    for name in ("--allowed-methods", "--allowed-headers"):
+        flags.add(
+            name,
+            **{**SEVERAL, "type": texts},
+            metavar="NAME",
+            shown="*: all",
+            help=f"{name.rpartition('-')[2]} that such pages may use",
+        )
+
+
+def to_server_config(args: argparse.Namespace) -> ServerConfig:
+    """The config of parsed flags. Raises FatalError InvalidFlags if there is not one model."""
+    values = vars(args)
+    for name in ("served_model_name", "api_key"):
+        values[name] = tuple(values[name] or ())
+    values["api_key"] += environment_keys(os.environ)
+    for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+        values[name] = tuple(chain.from_iterable(values[name] or ())) or DEFAULTS[name]
+    verify_origins(values)
+    rest = {f.name: values[f.name] for f in fields(ServerConfig) if f.name != "engine"}
+    return ServerConfig(engine=to_engine_config(args), **rest)
+
+
+def verify_origins(values: Mapping[str, Any]) -> None:
+    """Raises FatalError InvalidFlags where flags of CORS contradict each other."""
+    origins = values["allowed_origins"]
+    changed = [n for n in CORS_DETAILS if values[n] != DEFAULTS[n]]
+    if changed and not origins:
+        flag = f"--{changed[0].replace('_', '-')}"
+        raise FatalError("InvalidFlags", f"{flag} means nothing without --allowed-origins.")
+    if "*" in origins and values["allow_credentials"]:
+        raise FatalError(
+            "InvalidFlags",
+            "--allow-credentials with --allowed-origins * would let every page act as its visitor; "
+            "name the origins.",
+        )
+
+
+def parse_serve_args(argv: Sequence[str]) -> ServerConfig:
+    """The config that `pagoda serve` with these arguments has. Raises FatalError InvalidFlags."""
+    parser = FlagParser(prog="pagoda serve")
+    add_arguments(parser)
+    return to_server_config(parser.parse_args(argv))
