@@ -108,7 +108,7 @@ class BlockTables:
         assert self._num_available() >= 0
 
     def _num_available(self) -> int:
-        """Free blocks that are promised to nobody."""
+        """Free blocks that are reserved for nobody."""
         return self.pool.num_free - self._num_reserved
 
     def _reserve(self, sequence: Sequence, num_blocks: int) -> None:

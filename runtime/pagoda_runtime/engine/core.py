@@ -9,8 +9,8 @@ from typing import Protocol
 
 import msgspec
 
-from pagoda_runtime.engine.deltas import DeltaMaker
-from pagoda_runtime.engine.progress import Progress, advance
+from pagoda_runtime.engine.deltas import DeltaBuffer
+from pagoda_runtime.engine.progress import Deltas, advance
 from pagoda_runtime.engine.request import Request
 from pagoda_runtime.engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from pagoda_runtime.ipc.messages import (
@@ -59,7 +59,7 @@ class EngineCore:
         self.seed = seed
         self.scheduler = Scheduler(config)
         self._num_arrived = 0
-        self._deltas = DeltaMaker()
+        self._deltas = DeltaBuffer()
         self._thread = ThreadPoolExecutor(1, "pagoda-step") if overlap else None
         self._in_flight: Step | None = None
 
@@ -111,19 +111,19 @@ class EngineCore:
         scheduled = self.scheduler.schedule()
         for request in scheduled.admitted:
             request.queue_seconds = max(0.0, now - request.arrival_seconds)
-        progress: list[Progress] = []
+        deltas: Deltas = []
         if self._thread is None:
             assert scheduled.rows or not self.has_work, "there is work, but nothing was scheduled"
             if scheduled.rows:
                 outputs = self.runner.execute(scheduled.rows, scheduled.copies)
-                progress = advance(self.scheduler, scheduled, outputs)
+                deltas = advance(self.scheduler, scheduled, outputs)
         else:
             before, self._in_flight = self._in_flight, self._launch(self._thread, scheduled)
             assert before or self._in_flight or not self.scheduler.requests
             if before is not None:
-                progress = advance(self.scheduler, before[0], before[1].result())
+                deltas = advance(self.scheduler, before[0], before[1].result())
         return StepOutput(
-            deltas=self._deltas.make(progress, self.scheduler.requests),
+            deltas=self._deltas.pass_on(deltas, self.scheduler.requests),
             stats=self._make_stats(scheduled),
         )
 

@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+
+import msgspec
 
 from pagoda_runtime.engine.beam import Continuation
 from pagoda_runtime.engine.request import Request, Sequence, Status
 from pagoda_runtime.engine.scheduler import Scheduler, SchedulerOutput
-from pagoda_runtime.ipc.messages import RowOutput, ScheduledRow, TokenLogprobs
+from pagoda_runtime.ipc.messages import RequestDelta, RowOutput, ScheduledRow
 
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """New tokens of one choice."""
-
-    request: Request
-    index: int
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
-    cumulative_logprob: float | None
-    finish_reason: str | None
-    stop_reason: int | None
-    is_first: bool
+Deltas = list[tuple[Request, RequestDelta]]
 
 
 def advance(
     scheduler: Scheduler, scheduled: SchedulerOutput, outputs: Several[RowOutput]
-) -> list[Progress]:
-    """Take over the outputs of a step, one for each row, in order; what became of each choice.
+) -> Deltas:
+    """Take over the outputs of a step, one for each row, in order; the new tokens of each choice.
 
     Sequences that ended since the step was scheduled are passed over; those that were preempted
     keep what it sampled for them.
     """
-    progress: list[Progress] = []
+    deltas: Deltas = []
     beams: dict[Request, list[tuple[Sequence, RowOutput]]] = {}
     for row, sequence, output in zip(scheduled.rows, scheduled.sequences, outputs, strict=True):
         if sequence.status is Status.FINISHED:
@@ -50,10 +39,10 @@ def advance(
         if sequence.request.beams is not None:
             beams.setdefault(sequence.request, []).append((sequence, output))
         else:
-            progress += _take_samples(scheduler, sequence, output)
+            deltas += _take_samples(scheduler, sequence, output)
     for request, members in beams.items():
-        progress += _advance_beams(scheduler, request, members)
-    return progress
+        deltas += _advance_beams(scheduler, request, members)
+    return deltas
 
 
 def _take_prompt_logprobs(sequence: Sequence, row: ScheduledRow, output: RowOutput) -> None:
@@ -63,7 +52,7 @@ def _take_prompt_logprobs(sequence: Sequence, row: ScheduledRow, output: RowOutp
         sequence.request.prompt_logprobs[row.start : row.start + len(found)] = found
 
 
-def _take_samples(scheduler: Scheduler, sequence: Sequence, output: RowOutput) -> list[Progress]:
+def _take_samples(scheduler: Scheduler, sequence: Sequence, output: RowOutput) -> Deltas:
     """The sampled token; if there are several, forks of the sequence take the others."""
     request = sequence.request
     takers = [sequence]
@@ -71,28 +60,37 @@ def _take_samples(scheduler: Scheduler, sequence: Sequence, output: RowOutput) -
         takers += [scheduler.fork(sequence, i) for i in range(1, len(output.token_ids))]
         request.sequences = list(takers)
         request.is_forked = True
-    progress = []
+    deltas = []
     for number, taker in enumerate(takers):
         taker.token_ids.append(output.token_ids[number])
         if output.token_logprobs is not None:
             taker.cumulative_logprob += output.token_logprobs[number]
         num_output_tokens = len(taker.token_ids) - request.num_prompt_tokens
         _finish_if_ended(scheduler, taker, num_output_tokens)
-        progress.append(
-            Progress(
-                request=request,
-                index=taker.index,
-                token_ids=[output.token_ids[number]],
-                logprobs=None if output.logprobs is None else [output.logprobs[number]],
-                cumulative_logprob=(
-                    None if output.token_logprobs is None else taker.cumulative_logprob
-                ),
-                finish_reason=taker.finish_reason,
-                stop_reason=taker.stop_reason,
-                is_first=num_output_tokens == 1,
-            )
+        delta = RequestDelta(
+            request_id=request.request_id,
+            index=taker.index,
+            new_token_ids=[output.token_ids[number]],
+            logprobs=None if output.logprobs is None else [output.logprobs[number]],
+            cumulative_logprob=None if output.token_logprobs is None else taker.cumulative_logprob,
+            finish_reason=taker.finish_reason,
+            stop_reason=taker.stop_reason,
+            num_cached_tokens=request.num_cached_tokens,
         )
-    return progress
+        deltas.append((request, _begin(request, delta) if num_output_tokens == 1 else delta))
+    return deltas
+
+
+def _begin(request: Request, delta: RequestDelta) -> RequestDelta:
+    """The first delta of a choice; that of choice 0 tells what there is once for the request."""
+    if delta.index != 0:
+        return delta
+    has_prompt_logprobs = request.sampling_params.prompt_logprobs is not None
+    return msgspec.structs.replace(
+        delta,
+        prompt_logprobs=request.prompt_logprobs if has_prompt_logprobs else None,
+        queue_seconds=request.queue_seconds,
+    )
 
 
 def _finish_if_ended(scheduler: Scheduler, sequence: Sequence, num_output_tokens: int) -> None:
@@ -112,7 +110,7 @@ def _finish_if_ended(scheduler: Scheduler, sequence: Sequence, num_output_tokens
 
 def _advance_beams(
     scheduler: Scheduler, request: Request, members: list[tuple[Sequence, RowOutput]]
-) -> list[Progress]:
+) -> Deltas:
     beams = request.beams
     assert beams is not None
     assert [sequence for sequence, _ in members] == request.sequences
@@ -131,19 +129,19 @@ def _advance_beams(
     hypotheses = beams.finished[: request.sampling_params.n]
     for sequence in list(request.sequences):
         scheduler.finish(sequence, "stop")
-    return [
-        Progress(
-            request=request,
+    deltas = [
+        RequestDelta(
+            request_id=request.request_id,
             index=index,
-            token_ids=hypothesis.token_ids,
-            logprobs=None,
+            new_token_ids=hypothesis.token_ids,
             cumulative_logprob=hypothesis.cumulative_logprob,
             finish_reason=hypothesis.finish_reason,
             stop_reason=hypothesis.stop_reason,
-            is_first=True,
+            num_cached_tokens=request.num_cached_tokens,
         )
         for index, hypothesis in enumerate(hypotheses)
     ]
+    return [(request, _begin(request, delta)) for delta in deltas]
 
 
 def _replace_beams(

@@ -96,7 +96,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     """0 in place of blocks that no layer can see any more."""
     num_reserved_blocks: int = 0
-    """Free blocks that were promised to it at its admission and that it has not taken yet."""
+    """Free blocks that were set aside at its admission and that it has not taken yet."""
     num_behind_window: int = 0
     """Leading blocks of the table that were given back."""
     block_hashes: list[bytes] = field(default_factory=list)
