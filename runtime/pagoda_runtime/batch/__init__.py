@@ -26,7 +26,7 @@ from pagoda_runtime.errors import PagodaError, exit_status
 from pagoda_runtime.flags import Flags
 from pagoda_runtime.logs import configure_logging
 from pagoda_runtime.models.check import verify_start
-from pagoda_runtime.server.flags import CHAT_TEMPLATE, LOG_LEVELS, SEVERAL
+from pagoda_runtime.server.flags import add_request_flags
 
 T = TypeVar("T")
 
@@ -49,16 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="gets a line for each; lines that it has already are not asked again",
     )
-    flags = Flags(parser, "requests")
-    flags.add(
-        "--served-model-name",
-        **SEVERAL,
-        metavar="NAME",
-        shown="MODEL as given",
-        help="names that bodies may use as model",
-    )
-    flags.add("--chat-template", **CHAT_TEMPLATE)
-    flags.add("--log-level", choices=LOG_LEVELS, help="least level that is logged")
+    add_request_flags(Flags(parser, "requests"))
     add_model_flags(parser)
     add_engine_flags(parser)
     add_cache_flags(parser)

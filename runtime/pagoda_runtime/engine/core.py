@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -11,7 +10,7 @@ import msgspec
 
 from pagoda_runtime.engine.deltas import DeltaBuffer
 from pagoda_runtime.engine.progress import Deltas, advance
-from pagoda_runtime.engine.request import Request
+from pagoda_runtime.engine.request import Request, derive_seed
 from pagoda_runtime.engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from pagoda_runtime.ipc.messages import (
     BlockCopy,
@@ -73,12 +72,14 @@ class EngineCore:
         Raises: PromptTooLong, RequestError or QueueFull; then nothing of it is kept.
         """
         params = request.sampling_params
+        # A request without a seed has one that is reproducible for equal engine seeds and ids.
+        seed = params.fixed_seed
         self.scheduler.add(
             Request(
                 request_id=request.request_id,
                 prompt_token_ids=list(request.prompt_token_ids),
                 sampling_params=params,
-                seed=self._seed_of(request),
+                seed=derive_seed(self.seed, request.request_id) if seed is None else seed,
                 arrival=self._num_arrived,
                 arrival_seconds=request.arrival_seconds,
                 priority=request.priority,
@@ -149,14 +150,6 @@ class EngineCore:
             return self.runner.execute(rows, scheduled.copies)
 
         return scheduled, thread.submit(execute)
-
-    def _seed_of(self, request: EngineRequest) -> int:
-        """The request's own, or one that is reproducible for equal engine seeds and ids."""
-        fixed = request.sampling_params.fixed_seed
-        if fixed is not None:
-            return fixed
-        digest = hashlib.sha256(f"{self.seed}/{request.request_id}".encode()).digest()
-        return int.from_bytes(digest[:8], "little") >> 1
 
     def _make_stats(self, scheduled: SchedulerOutput) -> EngineStats:
         scheduler, pool = self.scheduler, self.scheduler.block_pool

@@ -23,9 +23,12 @@ class Status(enum.Enum):
 
 def seed_of_choice(seed: int, index: int) -> int:
     """The seed of a choice; the first one's is the request's, as if it were alone."""
-    if index == 0:
-        return seed
-    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
+    return seed if index == 0 else derive_seed(seed, index)
+
+
+def derive_seed(seed: int, name: object) -> int:
+    """Another seed for each name, and for equal ones the same."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 

@@ -34,8 +34,6 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 CORS_DETAILS = ("allow_credentials", "allowed_methods", "allowed_headers")
 # Of flags that take several values, and may come several times.
 SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "type": text_value, "default": None}
-_TEMPLATE_HELP = "Jinja file in place of the model's template"
-CHAT_TEMPLATE: dict[str, Any] = {"metavar": "FILE", "type": text_value, "help": _TEMPLATE_HELP}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,13 +60,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         type=text_value,
         help="address of the admin port; not one that clients reach",
     )
-    flags.add(
-        "--served-model-name",
-        **SEVERAL,
-        metavar="NAME",
-        shown="MODEL as given",
-        help="names that requests may use; answers show the first",
-    )
+    add_request_flags(flags)
     flags.add(
         "--api-key",
         **SEVERAL,
@@ -83,7 +75,6 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         help="file with more keys, one a line, or folder of such files, as a mounted Secret is; "
         "changes hold within seconds",
     )
-    flags.add("--chat-template", **CHAT_TEMPLATE)
     flags.add(
         "--max-body-bytes",
         type=integer(1024),
@@ -98,13 +89,30 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(
         "--drain-seconds", type=seconds, help="seconds that running requests then have to finish"
     )
-    flags.add("--log-level", choices=LOG_LEVELS, help="least level that server and engine log")
     flags.add(
         "--disable-access-log",
         "--disable-uvicorn-access-log",
         action="store_true",
         help="do not log a line for each request; probes have one at level debug only",
     )
+
+
+def add_request_flags(flags: Flags) -> None:
+    """Those that serving over HTTP and answering a file have in common."""
+    flags.add(
+        "--served-model-name",
+        **SEVERAL,
+        metavar="NAME",
+        shown="MODEL as given",
+        help="names that requests may use; answers show the first",
+    )
+    flags.add(
+        "--chat-template",
+        metavar="FILE",
+        type=text_value,
+        help="Jinja file in place of the model's template",
+    )
+    flags.add("--log-level", choices=LOG_LEVELS, help="least level that server and engine log")
 
 
 def add_browser_flags(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ ranges. Fields that are not declared are looked up in `unsupported`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -118,17 +118,24 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-# Their ranges are told here; SamplingParams verifies them.
-_same_form: dict[str, Any] = {
-    name: (FIELDS[name].type | None, Field(default=None, description=FIELDS[name].expected))
-    for name in SAME_FORM
-}
-SamplingFields: Any = create_model(
-    "SamplingFields", __config__=ConfigDict(strict=True, extra="allow"), **_same_form
-)
+if TYPE_CHECKING:
+
+    class SamplingFields(BaseModel):
+        """What type checkers know: those that are read by name."""
+
+        prompt_logprobs: int | None
+else:
+    # Their ranges are told here; SamplingParams verifies them.
+    SamplingFields = create_model(
+        "SamplingFields",
+        **{
+            name: (FIELDS[name].type | None, Field(default=None, description=FIELDS[name].expected))
+            for name in SAME_FORM
+        },
+    )
 
 
-class GenerationRequest(SamplingFields, BaseModel):
+class GenerationRequest(SamplingFields):
     """The fields that completions and chat completions share."""
 
     model_config = ConfigDict(strict=True, extra="allow")

@@ -28,9 +28,9 @@ def to_sampling_params(
         defaults: the checkpoint's, by field. Beams do without: they search.
     Raises: RequestError: a value is out of range, or the body's fields contradict each other.
     """
-    values: dict[str, Any] = {} if body.use_beam_search else dict(defaults)
-    values["max_tokens"] = None
-    values |= {name: v for name in SAME_FORM if (v := getattr(body, name)) is not None}
+    asked = {name: v for name in SAME_FORM if (v := getattr(body, name)) is not None}
+    values: dict[str, Any] = {} if asked.get("use_beam_search") else dict(defaults)
+    values |= {**asked, "max_tokens": None}
     stop = body.stop or ()
     params = SamplingParams(
         **values,
