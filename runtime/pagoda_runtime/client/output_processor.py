@@ -69,7 +69,8 @@ class WholeChoice:
     def take(self, delta: TextDelta) -> None:
         self._texts.append(delta.text)
         self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs or ()
+        if delta.logprobs is not None:
+            self.logprobs += delta.logprobs
         self.shown += delta.shown
         self.last = delta
 

@@ -65,10 +65,7 @@ async def stream(answer: Answer) -> AsyncGenerator[bytes, None]:
             answer.num_tokens += len(delta.token_ids)
             if delta.text or delta.finish_reason is not None or has_usage or delta.shown:
                 yield writer.write_text(
-                    delta.index,
-                    delta.text,
-                    delta.finish_reason,
-                    delta.stop_reason,
+                    delta,
                     answer.render_logprobs(delta.shown),
                     answer.usage() if has_usage else None,
                 )

@@ -13,6 +13,7 @@ from pagoda_runtime.errors import PagodaError
 from pagoda_runtime.ipc.messages import RequestDelta
 from pagoda_runtime.metrics import RequestClock
 from pagoda_runtime.server.state import TokenStream
+from pagoda_runtime.server.tasks import running
 
 
 class Generation:
@@ -100,9 +101,8 @@ async def _merge_several(generations: Sequence[Generation]) -> AsyncGenerator[Te
         except Exception as error:
             await queue.put(error)
 
-    pumps = [asyncio.create_task(pump(generation)) for generation in generations]
-    try:
-        num_open = len(pumps)
+    async with running(*map(pump, generations)):
+        num_open = len(generations)
         while num_open:
             item = await queue.get()
             if isinstance(item, Exception):
@@ -111,8 +111,3 @@ async def _merge_several(generations: Sequence[Generation]) -> AsyncGenerator[Te
                 num_open -= 1
             else:
                 yield item
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-        await close_all(generations)

@@ -8,16 +8,18 @@ import gc
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.server.state import Engine, ServerState, Tokenizer
+from pagoda_runtime.server.tasks import running
 
 logger = logging.getLogger("pagoda.server")
 
 POLL_SECONDS = 0.05
 
-LoadTokenizer = Callable[[Engine], Awaitable[Tokenizer]]
+LoadTokenizer = Callable[[Engine], Coroutine[Any, Any, Tokenizer]]
 
 
 class StopSignals:
@@ -49,58 +51,50 @@ class StopSignals:
 
 async def live(state: ServerState, load_tokenizer: LoadTokenizer, stop: StopSignals) -> int:
     """Load, serve until a signal, drain; the exit status. Raises FatalError if it cannot serve."""
-    insisted = asyncio.create_task(stop.insisted.wait())
-    phases = asyncio.create_task(_load_and_serve(state, load_tokenizer, stop))
-    try:
-        await asyncio.wait({insisted, phases}, return_when=asyncio.FIRST_COMPLETED)
+    async with running(stop.insisted.wait(), _load_and_serve(state, load_tokenizer, stop)) as (
+        insisted,
+        phases,
+    ):
+        await _first_of(insisted, phases)
         if phases.done():
-            return phases.result()
+            status: int = phases.result()
+            return status
         assert stop.first is not None
         logger.warning("Second signal: ending at once with %d requests open.", state.num_requests)
         return 128 + stop.first
-    finally:
-        for task in (insisted, phases):
-            task.cancel()
-        await asyncio.gather(insisted, phases, return_exceptions=True)
+
+
+async def _first_of(*tasks: asyncio.Task[Any]) -> None:
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
 async def _load_and_serve(
     state: ServerState, load_tokenizer: LoadTokenizer, stop: StopSignals
 ) -> int:
-    asked = asyncio.create_task(stop.asked.wait())
-    loading = asyncio.create_task(_load(state, load_tokenizer))
-    failing = asyncio.create_task(_wait_for_failure(state.engine))
-    draining: asyncio.Task[None] | None = None
-    try:
-        await asyncio.wait({asked, loading, failing}, return_when=asyncio.FIRST_COMPLETED)
+    async with running(
+        stop.asked.wait(), _load(state, load_tokenizer), _wait_for_failure(state.engine)
+    ) as (asked, loading, failing):
+        await _first_of(asked, loading, failing)
         if loading.done():
             loading.result()
-            await asyncio.wait({asked, failing}, return_when=asyncio.FIRST_COMPLETED)
+            await _first_of(asked, failing)
             if not failing.done():
-                draining = asyncio.create_task(_drain(state, _delay(state, stop)))
-                await asyncio.wait({draining, failing}, return_when=asyncio.FIRST_COMPLETED)
+                async with running(_drain(state, _delay(state, stop))) as (draining,):
+                    await _first_of(draining, failing)
         if failing.done():
             failing.result()
         return 0
-    finally:
-        tasks = [task for task in (asked, loading, failing, draining) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _load(state: ServerState, load_tokenizer: LoadTokenizer) -> None:
     started = time.monotonic()
-    reporting = asyncio.create_task(_report_phases(state.engine))
-    tokenizer = asyncio.ensure_future(load_tokenizer(state.engine))
-    try:
+    async with running(_report_phases(state.engine), load_tokenizer(state.engine)) as (
+        _,
+        tokenizer,
+    ):
         # The engine goes first, because its last words name the cause best.
         ready = await state.engine.wait_ready()
         state.tokenizer = await tokenizer
-    finally:
-        for task in (reporting, tokenizer):
-            task.cancel()
-        await asyncio.gather(reporting, tokenizer, return_exceptions=True)
     # What loading left is never garbage. Without this every full collection walks over it, and no
     # stream gets a token for tens of milliseconds.
     gc.collect()

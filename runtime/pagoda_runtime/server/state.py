@@ -26,6 +26,7 @@ from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.metrics import Metrics
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.body import default_max_body_bytes
+from pagoda_runtime.tokenizer.detokenizer import Decoder
 
 T = TypeVar("T")
 
@@ -86,11 +87,8 @@ class Engine(Protocol):
     async def shutdown(self, timeout_seconds: float) -> None: ...
 
 
-class Tokenizer(Protocol):
+class Tokenizer(Decoder, Protocol):
     """The part of `tokenizer.tokenizer.Tokenizer` that the server uses."""
-
-    @property
-    def all_special_ids(self) -> frozenset[int]: ...
 
     @property
     def longest_token(self) -> int: ...
@@ -98,10 +96,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def text_offsets(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
-
-    def piece(self, token_id: int, /) -> str | None: ...
 
     def token_text(self, token_id: int) -> str: ...
 

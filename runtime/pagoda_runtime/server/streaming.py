@@ -12,8 +12,10 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from pagoda_runtime.client.output_processor import TextDelta
 from pagoda_runtime.server.access import RAW_SEND
 from pagoda_runtime.server.errors import to_api_error
+from pagoda_runtime.server.tasks import running
 
 logger = logging.getLogger("pagoda.server")
 
@@ -47,17 +49,14 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
         is_gone = True
         task.cancel()
 
-    watcher = asyncio.create_task(watch())
     try:
-        yield
+        async with running(watch()):
+            yield
     except asyncio.CancelledError:
         # As asyncio.timeout has it: who else cancels this task is to be heard.
         if is_gone and task.uncancel() <= num_cancels:
             raise ClientDisconnected from None
         raise
-    finally:
-        watcher.cancel()
-        await asyncio.gather(watcher, return_exceptions=True)
 
 
 class EventStream(Response):
@@ -109,27 +108,24 @@ class ChunkWriter:
 
     def write_text(
         self,
-        index: int,
-        text: str,
-        finish_reason: str | None = None,
-        stop_reason: int | str | None = None,
+        delta: TextDelta,
         logprobs: dict[str, Any] | None = None,
         usage: dict[str, Any] | None = None,
     ) -> bytes:
         """A chunk with text of one choice; in a chat the reason comes with the same chunk."""
-        encode = msgspec.json.encode
-        content = encode(text)
+        encode, finish_reason = msgspec.json.encode, delta.finish_reason
+        content = encode(delta.text)
         if self.is_chat:
-            content = b'"delta":{"content":' + content + b"}" if text else b'"delta":{}'
+            content = b'"delta":{"content":' + content + b"}" if delta.text else b'"delta":{}'
         else:
             content = b'"text":' + content
         return b'%s{"index":%d,%s,"logprobs":%s,"finish_reason":%s%s}]%s}\n\n' % (
             self._head,
-            index,
+            delta.index,
             content,
             b"null" if logprobs is None else encode(logprobs),
             encode(finish_reason),
-            b"" if finish_reason is None else b',"stop_reason":' + encode(stop_reason),
+            b"" if finish_reason is None else b',"stop_reason":' + encode(delta.stop_reason),
             self._no_usage if usage is None else b',"usage":' + encode(usage),
         )
 
