@@ -55,8 +55,9 @@ def cache_folder() -> Path:
 class KernelCache:
     """What numba asks for the compiled forms of one function, and gives them to."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., Any], variant: str = "") -> None:
+        """variant: tells functions of the same name apart, which close over different things."""
+        self._function, self._variant = function, variant
 
     @property
     def cache_path(self) -> str:
@@ -84,7 +85,7 @@ class KernelCache:
             kernels_digest(),
             (numba.__version__, llvmlite.__version__, sys.implementation.cache_tag),
             codegen.magic_tuple(),
-            (function.__module__, function.__qualname__, function.__code__.co_code),
+            (function.__module__, function.__qualname__, self._variant, function.__code__.co_code),
             signature,
         )
         digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 # Before anything is compiled.
 import pagoda_kernels.cpu.targets  # noqa: F401
@@ -25,7 +26,7 @@ from pagoda_kernels.cpu.cache import KernelCache
 Array: TypeAlias = Any
 """An array of numbers inside a kernel, or a part of one."""
 
-Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Sums may be split among the lanes of a vector. NaN and infinity keep their meaning.
 _FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
@@ -50,25 +51,34 @@ KERNELS: list[Compiled] = []
 """All that were imported so far."""
 
 
-def compiled(function: Kernel) -> Kernel:
+def compiled(function: Function) -> Function:
     """A part of kernels: compiled as often as they are."""
-    return cast(Kernel, njit(nogil=True, **OPTIONS)(function))
+    return cast(Function, njit(nogil=True, **OPTIONS)(function))
 
 
-def kernel(function: Kernel) -> Kernel:
-    """A function of int, float and bool, compiled at its first call and kept in a file."""
-    dispatcher = compiled(cast(Any, function))
-    dispatcher._cache = KernelCache(function)
-    # By the names of the types: annotations are strings here.
-    signature = tuple(
-        _TYPES[name] for key, name in function.__annotations__.items() if key != "return"
-    )
-    KERNELS.append(Compiled(_name(function), frozenset(), lambda: dispatcher.compile(signature)))
-    return cast(Kernel, dispatcher)
+class Kernel:
+    """A function of int, float and bool, compiled at its first call and kept in a file.
 
+    Where it takes an address a tensor can be given.
+    """
 
-def _name(function: Callable[..., Any]) -> str:
-    return f"{function.__module__}.{function.__qualname__}"
+    def __init__(self, function: Callable[..., object], variant: str = "") -> None:
+        """variant: tells functions of the same name apart, which close over different things."""
+        self.dispatcher = compiled(cast(Any, function))
+        self.dispatcher._cache = KernelCache(function, variant)
+        # By the names of the types: annotations are strings here.
+        self._signature = tuple(
+            _TYPES[name] for key, name in function.__annotations__.items() if key != "return"
+        )
+        name = f"{function.__module__}.{function.__qualname__}{variant}"
+        KERNELS.append(Compiled(name, frozenset(), self.prepare))
+
+    def prepare(self) -> None:
+        """Compile it, or find it in a file."""
+        self.dispatcher.compile(self._signature)
+
+    def __call__(self, *arguments: int | float | bool | torch.Tensor) -> object:
+        return self.dispatcher(*[a.data_ptr() if type(a) is torch.Tensor else a for a in arguments])
 
 
 def _make_pointer(_context: Any, address: Any, dtype: Any) -> Any:
@@ -112,6 +122,20 @@ def bf16_bits(address: int, shape: Any) -> Array:
 
 
 @compiled
+def fp16_bits(address: int, shape: Any) -> Array:
+    """The fp16 numbers at an address, as bits too; signed, which tells them from bf16."""
+    return carray(_pointer(address, np.int16), shape)
+
+
+VIEWS: dict[torch.dtype, Any] = {
+    torch.bfloat16: bf16_bits,
+    torch.float16: fp16_bits,
+    torch.float32: floats,
+}
+"""How a kernel sees numbers of a dtype; `widened`, `widen` and `narrow` know what it sees."""
+
+
+@compiled
 def uint8s(address: int, shape: Any) -> Array:
     return carray(_pointer(address, np.uint8), shape)
 
@@ -138,10 +162,21 @@ def prefetch(address: int, num_bytes: int) -> None:
         _prefetch(address + offset)
 
 
-@compiled
-def widened(bits: Any) -> Any:
-    """A bf16 number, from its bits, in fp32."""
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+def _make_widened(_context: Any, number: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bits = arguments[0]
+        if number == types.int16:
+            return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+        if number == types.uint16:
+            wide = builder.shl(builder.zext(bits, ir.IntType(32)), ir.IntType(32)(16))
+            return builder.bitcast(wide, ir.FloatType())
+        return bits
+
+    return types.float32(number), generate
+
+
+widened: Any = intrinsic(_make_widened)
+"""A number in fp32, from what one of VIEWS shows of it."""
 
 
 @compiled
@@ -152,6 +187,33 @@ def narrowed(number: Any) -> Any:
     is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     rounded = np.uint32(0x7FC00000) if is_nan else bits + rounding
     return np.uint16(rounded >> np.uint32(16))
+
+
+def _make_half_bits(_context: Any, number: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(types.float32), generate
+
+
+_half_bits: Any = intrinsic(_make_half_bits)
+
+
+def _rounded(number: Any, like: Any) -> Any:
+    """An fp32 number in the form of another one, which one of VIEWS shows."""
+    raise NotImplementedError("Only compiled: see below.")
+
+
+def _choose_rounding(number: Any, like: Any) -> Callable[[Any, Any], Any]:
+    if like == types.uint16:
+        return lambda number, like: narrowed(number)
+    if like == types.int16:
+        return lambda number, like: _half_bits(number)
+    return lambda number, like: number
+
+
+# Not strict: the annotations above would have to be those of the functions that are returned.
+overload(_rounded, strict=False)(_choose_rounding)
 
 
 LOG2_E = np.float32(1.4426950408889634)
@@ -183,16 +245,16 @@ def exp2(power: Any) -> Any:
 
 @compiled
 def widen(source: Array, target: Array) -> None:
-    """Vectors of bf16 bits and of fp32."""
+    """source: of any of VIEWS; target: fp32."""
     for i in range(target.size):
         target[i] = widened(source[i])
 
 
 @compiled
 def narrow(source: Array, target: Array) -> None:
-    """Vectors of fp32 and of bf16 bits."""
+    """source: fp32; target: of any of VIEWS."""
     for i in range(source.size):
-        target[i] = narrowed(source[i])
+        target[i] = _rounded(source[i], target[i])
 
 
 @compiled

@@ -9,10 +9,10 @@ import torch
 
 from pagoda_kernels.cpu.compiled import (
     Array,
+    Kernel,
     bf16_bits,
     compiled,
     floats,
-    kernel,
     narrowed,
     sum_of_squares,
     widen,
@@ -35,7 +35,7 @@ def add_rms_norm_cpu(
     _add_norm(total.data_ptr(), x.data_ptr(), weight.data_ptr(), floor.data_ptr(), num_rows, size)
 
 
-@kernel
+@Kernel
 def _norm(x_at: int, weight_at: int, floor_at: int, out_at: int, num_rows: int, size: int) -> None:
     x, weight = floats(x_at, (num_rows, size)), floats(weight_at, (size,))
     floor, out = floats(floor_at, (1,))[0], bf16_bits(out_at, (num_rows, size))
@@ -50,7 +50,7 @@ def _norm_row(x: Array, weight: Array, floor: Any, out: Array) -> None:
         out[i] = narrowed(x[i] * factor * weight[i])
 
 
-@kernel
+@Kernel
 def _add_norm(
     total_at: int, x_at: int, weight_at: int, floor_at: int, num_rows: int, size: int
 ) -> None:

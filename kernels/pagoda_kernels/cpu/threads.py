@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 
-import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
@@ -22,10 +22,14 @@ from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from pagoda_kernels.cpu.cache import KernelCache
-from pagoda_kernels.cpu.compiled import KERNELS, OPTIONS, Compiled, compiled
+from pagoda_kernels.cpu.compiled import KERNELS, OPTIONS, Compiled
 
 Task = Any
 """What a kernel gets: a C array of int64, the number of claimed parts and then its arguments."""
+
+Fields = TypeVar("Fields", bound=NamedTuple)
+
+_KINDS = {int: types.int64, float: types.float64}
 
 
 class ThreadedKernel:
@@ -36,12 +40,19 @@ class ThreadedKernel:
     """
 
     def __init__(
-        self, function: Callable[[Task], None], needs: frozenset[str] = frozenset()
+        self,
+        function: Callable[[Task], None],
+        needs: frozenset[str] = frozenset(),
+        variant: str = "",
     ) -> None:
-        """needs: features of the processor, as LLVM names them."""
-        self._function = function
+        """
+        Args:
+            needs: features of the processor, as LLVM names them.
+            variant: see `pagoda_kernels.cpu.compiled.Kernel`.
+        """
+        self._function, self._cache = function, KernelCache(function, variant)
         self._compiled: Any = None
-        KERNELS.append(Compiled(function.__qualname__, needs, self.prepare))
+        KERNELS.append(Compiled(function.__qualname__ + variant, needs, self.prepare))
 
     @property
     def is_compiled(self) -> bool:
@@ -51,20 +62,27 @@ class ThreadedKernel:
         """Compile it, or find it in a file."""
         signature = types.void(types.CPointer(types.int64))
         kernel: Any = CFunc(self._function, sigutils.normalize_signature(signature), {}, OPTIONS)
-        kernel._cache = KernelCache(self._function)
+        kernel._cache = self._cache
         kernel.compile()
         self._compiled = kernel
 
-    def __call__(self, *arguments: int) -> None:
-        """Args: addresses and numbers; in the task they follow the number of claimed parts."""
+    def __call__(self, *arguments: int | float | torch.Tensor) -> None:
+        """Args: in the task they follow the number of claimed parts, tensors as addresses."""
         if self._compiled is None:
             self.prepare()
-        task = (ctypes.c_int64 * (len(arguments) + 1))(0, *arguments)
+        words = [a if type(a) is int else _word(a) for a in arguments]
+        task = (ctypes.c_int64 * (len(words) + 1))(0, *words)
         parallel = _openmp_parallel()
         if parallel is None:
             self._compiled.ctypes(task)
         else:
             parallel(ctypes.c_void_p(self._compiled.address), task, torch.get_num_threads(), 0)
+
+
+def _word(argument: int | float | torch.Tensor) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    return int.from_bytes(struct.pack("d", argument), sys.byteorder, signed=True)
 
 
 @cache
@@ -90,12 +108,25 @@ claim: Any = intrinsic(_make_claim)
 """Inside a kernel, of its task: the next part that no thread has had."""
 
 
-def bits_of(number: float) -> int:
-    """A float, as an argument of a kernel; inside it, `float_of` gives it back."""
-    bits: int = struct.unpack("q", struct.pack("d", number))[0]
-    return bits
+def make_reader(fields: type[Fields]) -> Callable[[Any], Fields]:
+    """A function for kernels: a NamedTuple of int and float, out of 8 bytes for each field.
 
+    They are a task's arguments, or are at an address.
+    """
+    kinds = [_KINDS[kind] for kind in get_type_hints(fields).values()]
+    result = types.NamedTuple(kinds, fields)
 
-@compiled
-def float_of(bits: int) -> Any:
-    return np.int64(bits).view(np.float64)
+    def read(_context: Any, source: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer, first = arguments[0], 1
+            if not isinstance(source, types.CPointer):
+                pointer, first = builder.inttoptr(pointer, ir.IntType(64).as_pointer()), 0
+            values = []
+            for i, kind in enumerate(kinds, first):
+                bits = builder.load(builder.gep(pointer, [ir.IntType(64)(i)]))
+                values.append(builder.bitcast(bits, context.get_value_type(kind)))
+            return context.make_tuple(builder, signature.return_type, values)
+
+        return result(source), generate
+
+    return cast(Callable[[Any], Fields], intrinsic(read))

@@ -1,37 +1,85 @@
-"""The specification of paged_attention in plain torch, one sequence at a time, in fp32."""
+"""The specification of attention over a paged KV cache in plain torch, a sequence at a time."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from pagoda_kernels.paged_attention.metadata import AttentionMetadata
+from pagoda_kernels.paged_attention.backend import (
+    AttentionBackend,
+    AttentionPlan,
+    AttentionSpec,
+    HeadNorm,
+    Rotary,
+)
+from pagoda_kernels.rotate_and_store.reference import rotate_and_store_reference
 
 
-def paged_attention_reference(
-    q: torch.Tensor,
-    kv_cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    *,
-    scale: float,
-    sliding_window: int,
-) -> torch.Tensor:
-    """See `pagoda_kernels.paged_attention.paged_attention`; nothing is checked here."""
-    block_size = kv_cache.shape[1]
-    group_size = q.shape[1] // kv_cache.shape[3]
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    starts = metadata.query_start_loc.tolist()
-    for seq, seq_len in enumerate(metadata.seq_lens.tolist()):
-        first, last = starts[seq], starts[seq + 1]
-        num_blocks = -(-seq_len // block_size)
-        blocks = metadata.block_table[seq, :num_blocks].long()
-        kv = kv_cache[blocks].flatten(0, 1)[:seq_len].float()
-        keys, values = kv.repeat_interleave(group_size, dim=2).unbind(1)
-        scores = torch.einsum("qhd,khd->hqk", q[first:last].float(), keys) * scale
-        key_positions = torch.arange(seq_len, device=q.device)
-        query_positions = key_positions[seq_len - (last - first) :, None]
-        visible = key_positions <= query_positions
-        if sliding_window:
-            visible &= key_positions > query_positions - sliding_window
-        probabilities = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
-        out[first:last] = torch.einsum("hqk,khd->qhd", probabilities, values).to(q.dtype)
-    return out
+class ReferenceAttention(AttentionBackend):
+    """Scores and sums in fp32; runs on every device, in every dtype."""
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        if spec.is_deterministic:
+            raise ValueError("The reference is not deterministic: it multiplies whole chunks.")
+
+    def plan(
+        self, query_lens: np.ndarray, seq_lens: np.ndarray, block_table: np.ndarray
+    ) -> AttentionPlan:
+        return ReferencePlan(self, query_lens, seq_lens, block_table)
+
+
+class ReferencePlan(AttentionPlan):
+    """Of each sequence the slots of its tokens, oldest first, and how many of them are new."""
+
+    def __init__(
+        self,
+        backend: ReferenceAttention,
+        query_lens: np.ndarray,
+        seq_lens: np.ndarray,
+        block_table: np.ndarray,
+    ) -> None:
+        super().__init__(backend.spec, int(query_lens.sum()))
+        self.kv_caches, self.query_lens = backend.kv_caches, query_lens
+        block_size, device = self.spec.block_size, self.spec.device
+        table = torch.from_numpy(block_table).to(device).long()
+        self.slots = []
+        for blocks, seq_len in zip(table, seq_lens, strict=True):
+            positions = torch.arange(seq_len, device=device)
+            self.slots.append(blocks[positions // block_size] * block_size + positions % block_size)
+        written = [slots[-count:] for slots, count in zip(self.slots, query_lens, strict=True)]
+        self.slot_mapping = torch.cat(written)
+
+    def attend(
+        self, layer: int, qkv: torch.Tensor, rotary: Rotary, norm: HeadNorm | None = None
+    ) -> torch.Tensor:
+        self._require_agreement(qkv)
+        spec, kv_cache = self.spec, self.kv_caches[layer]
+        out = qkv.new_zeros(len(qkv), spec.num_heads, spec.head_dim)
+        heads = qkv[: self.num_tokens].view(self.num_tokens, -1, spec.head_dim)
+        cos, sin = rotary.of_first(self.num_tokens)
+        rotate_and_store_reference(
+            heads, cos, sin, kv_cache, self.slot_mapping, *(norm or (None, None))
+        )
+        group, first = spec.num_heads // spec.num_kv_heads, 0
+        for slots, count in zip(self.slots, self.query_lens, strict=True):
+            tokens = slice(first, first + count)
+            kv = kv_cache.flatten(0, 1)[slots].float()
+            keys, values = kv.repeat_interleave(group, dim=2).unbind(1)
+            queries = heads[tokens, : spec.num_heads].float()
+            scores = torch.einsum("qhd,khd->hqk", queries, keys) * spec.scale
+            hidden = _hidden(count, len(slots), spec.windows[layer], qkv.device)
+            weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+            # A key that nobody sees may be in a block that was given back, and hold anything.
+            unseen = hidden.all(dim=0)[:, None, None]
+            out[tokens] = torch.einsum("hqk,khd->qhd", weights, values.masked_fill(unseen, 0.0))
+            first += count
+        return out.flatten(1)
+
+
+def _hidden(num_queries: int, num_keys: int, window: int, device: torch.device) -> torch.Tensor:
+    """[num_queries, num_keys]: whether a key is after a query, or before its window."""
+    keys = torch.arange(num_keys, device=device)
+    queries = keys[num_keys - num_queries :, None]
+    hidden = keys > queries
+    return hidden | (keys <= queries - window) if window else hidden

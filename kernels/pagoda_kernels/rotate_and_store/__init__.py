@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pagoda_kernels.cpu.rotate_and_store import rotate_and_store_cpu
+from pagoda_kernels.cpu.rotate_and_store import ROTATE_AND_STORE
 from pagoda_kernels.rotate_and_store.reference import apply_rotary, rotate_and_store_reference
 
 __all__ = ["apply_rotary", "rotate_and_store"]
@@ -24,16 +24,19 @@ def rotate_and_store(
     Args:
         qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], contiguous: the heads of q, of k,
             of v. What is left in the heads of k is not defined.
-        cos, sin: [num_tokens, 1, head_dim] fp32, contiguous; sin is negated in its first half.
+        cos, sin: [num_tokens, 1, rotary_dim] fp32, contiguous; sin is negated in its first half.
+            What a head has beyond rotary_dim dimensions is not rotated.
         kv_cache, slot_mapping: see `pagoda_kernels.write_kv_cache.write_kv_cache`.
         norm_weight: [num_heads + num_kv_heads, head_dim] fp32; None: no norm.
         norm_floor: [] fp32; see `pagoda_kernels.rms_norm.rms_norm`.
     Raises: ValueError: shapes, dtypes or layouts do not agree. IndexError: a slot is outside.
     """
     num_tokens, num_all_heads, head_dim = qkv.shape
-    angles = (num_tokens, 1, head_dim)
+    angles = (num_tokens, 1, cos.shape[-1])
     if cos.shape != angles or sin.shape != angles or cos.dtype is not torch.float32:
         raise ValueError(f"cos and sin must be {list(angles)} fp32; cos is {list(cos.shape)}.")
+    if angles[2] > head_dim or angles[2] % 2:
+        raise ValueError(f"rotary_dim is {angles[2]}; it must be even and at most {head_dim}.")
     if kv_cache.dtype is not qkv.dtype or kv_cache.shape[4] != head_dim:
         raise ValueError("qkv and kv_cache must agree in dtype and head_dim.")
     if slot_mapping.shape != (num_tokens,) or slot_mapping.dtype is not torch.int64:
@@ -43,8 +46,23 @@ def rotate_and_store(
         raise ValueError(f"norm_weight is {list(norm_weight.shape)}; it must be {list(heads)}.")
     if not (qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()):
         raise ValueError("qkv, cos and sin must be contiguous.")
-    if qkv.device.type == "cpu" and qkv.dtype is torch.bfloat16:
-        run = rotate_and_store_cpu
-    else:
-        run = rotate_and_store_reference
-    run(qkv, cos, sin, kv_cache, slot_mapping, norm_weight, norm_floor)
+    if (norm_weight is None) != (norm_floor is None):
+        raise ValueError("norm_weight and norm_floor belong together.")
+    if qkv.device.type != "cpu" or qkv.dtype not in ROTATE_AND_STORE:
+        rotate_and_store_reference(qkv, cos, sin, kv_cache, slot_mapping, norm_weight, norm_floor)
+        return
+    ROTATE_AND_STORE[qkv.dtype](
+        qkv,
+        cos,
+        sin,
+        kv_cache,
+        slot_mapping,
+        norm_weight if norm_weight is not None else 0,
+        norm_floor if norm_floor is not None else 0,
+        num_tokens,
+        num_all_heads,
+        kv_cache.shape[3],
+        head_dim,
+        angles[2],
+        kv_cache.shape[0] * kv_cache.shape[1],
+    )

@@ -23,12 +23,14 @@ def rotate_and_store_reference(
     qk = qkv[:, : num_heads + num_kv_heads]
     if norm_weight is not None and norm_floor is not None:
         qk = to_unit_norm(qk, norm_floor).mul_(norm_weight)
-    qkv[:, : num_heads + num_kv_heads] = apply_rotary(qk, cos, sin)
+    rotary_dim = cos.shape[-1]
+    qkv[:, : num_heads + num_kv_heads] = qk
+    qkv[:, : num_heads + num_kv_heads, :rotary_dim] = apply_rotary(qk[..., :rotary_dim], cos, sin)
     kv = qkv[:, num_heads:].view(len(qkv), 2, num_kv_heads, qkv.shape[2])
     write_kv_cache(kv, kv_cache, slot_mapping)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x: [num_tokens, num_heads, head_dim], rotated by each token's angles; the result is fp32."""
+    """x: [num_tokens, num_heads, rotary_dim], rotated by each token's angles; fp32."""
     swapped = torch.roll(x, x.shape[-1] // 2, -1)
     return (x * cos).addcmul_(swapped, sin)

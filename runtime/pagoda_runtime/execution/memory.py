@@ -1,4 +1,4 @@
-"""How many KV blocks there are, and the tensors that hold them."""
+"""The attention backend, and how many KV blocks it holds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pagoda_kernels.paged_attention import AttentionBackend, AttentionSpec, make_backend
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.models.check import verify_max_model_len
@@ -29,21 +30,44 @@ class KvCacheSize:
     total_bytes: int
 
 
-def fit_kv_cache(
+def make_attention(
     config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, platform: Platform
+) -> AttentionBackend:
+    """What the model's layers attend with; nothing is allocated yet."""
+    assert config.block_size is not None
+    return make_backend(
+        AttentionSpec(
+            num_heads=model_config.num_heads,
+            num_kv_heads=model_config.num_kv_heads,
+            head_dim=model_config.head_dim,
+            windows=model_config.sliding_windows,
+            scale=model_config.attention_scale or model_config.head_dim**-0.5,
+            dtype=dtype,
+            kv_dtype=dtype,
+            block_size=config.block_size,
+            device=platform.device(),
+            is_deterministic=config.deterministic,
+        )
+    )
+
+
+def fit_kv_cache(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    attention: AttentionBackend,
+    platform: Platform,
 ) -> KvCacheSize:
     """The cache of an engine whose weights are loaded. Raises: FatalError: as `size_kv_cache`."""
-    assert config.block_size is not None
     if config.kv_cache_memory_bytes is None:
-        step_bytes = _largest_step_bytes(config, model_config, dtype)
+        step_bytes = _largest_step_bytes(config, model_config, attention.spec.dtype)
         budget = platform.memory_budget(config, step_bytes)
     else:
         budget = MemoryBudget(config.kv_cache_memory_bytes, "--kv-cache-memory-bytes")
     size = size_kv_cache(
         model_config,
         budget,
-        block_size=config.block_size,
-        element_bytes=dtype.itemsize,
+        block_size=attention.spec.block_size,
+        block_bytes=attention.block_bytes,
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
     )
@@ -80,7 +104,7 @@ def size_kv_cache(
     budget: MemoryBudget,
     *,
     block_size: int,
-    element_bytes: int,
+    block_bytes: int,
     max_num_seqs: int,
     max_model_len: int | None,
 ) -> KvCacheSize:
@@ -94,7 +118,6 @@ def size_kv_cache(
     verify_max_model_len(config, max_model_len)
     limit = config.max_position_embeddings
     wanted_len = limit if max_model_len is None else max_model_len
-    block_bytes = config.kv_elements_per_token * element_bytes * block_size
     # Block 0 is never handed out: padding is written there.
     affordable = budget.available_bytes // block_bytes - 1
     needed = -(-wanted_len // block_size)
@@ -128,21 +151,13 @@ def format_bytes(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes} bytes"
 
 
-def allocate_kv_caches(
-    config: ModelConfig, size: KvCacheSize, *, dtype: torch.dtype, platform: Platform
-) -> list[torch.Tensor]:
-    """One tensor for each layer: [num_blocks + 1, block_size, 2, num_kv_heads, head_dim].
-
-    Not cleared: unused slots are never read, and untouched pages take no memory.
-    Raises: FatalError: OutOfMemory or GpuOutOfMemory.
-    """
-    shape = (size.num_blocks + 1, size.block_size, 2, config.num_kv_heads, config.head_dim)
-    device = platform.device()
+def allocate(attention: AttentionBackend, size: KvCacheSize, platform: Platform) -> None:
+    """Make room for all blocks. Raises: FatalError: OutOfMemory or GpuOutOfMemory."""
     try:
-        return [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        attention.allocate(size.num_blocks + 1)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         raise FatalError(
             platform.out_of_memory,
-            f"{format_bytes(size.total_bytes)} of KV cache could not be allocated on {device}. "
-            "Lower --kv-cache-memory-bytes or --max-num-seqs.",
+            f"{format_bytes(size.total_bytes)} of KV cache could not be allocated on "
+            f"{platform.name}. Lower --kv-cache-memory-bytes or --max-num-seqs.",
         ) from error

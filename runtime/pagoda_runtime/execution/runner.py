@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from pagoda_kernels.copy_blocks import copy_blocks
-from pagoda_kernels.paged_attention import GatherBuffer, HeadShape
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.loading import load_model, timed
 from pagoda_runtime.execution.logprobs import compute_logprobs
-from pagoda_runtime.execution.memory import allocate_kv_caches, fit_kv_cache
+from pagoda_runtime.execution.memory import allocate, fit_kv_cache, make_attention
 from pagoda_runtime.execution.sampler import sample, wants_likeliest
 from pagoda_runtime.execution.step_input import prepare_step
 from pagoda_runtime.ipc.messages import (
@@ -48,31 +46,24 @@ class ModelRunner:
         config = platform.complete(config)
         loaded = load_model(config, platform, on_progress)
         self.model, self.model_config, self.dtype = loaded.model, loaded.config, loaded.dtype
-        self.device = platform.device()
-        self.is_deterministic = config.deterministic
-        self.gather_buffer = GatherBuffer()
-        self.heads = HeadShape(
-            self.model_config.num_heads, self.model_config.num_kv_heads, self.model_config.head_dim
-        )
-        self.windows = sorted(set(self.model_config.sliding_windows))
-        size = fit_kv_cache(config, self.model_config, self.dtype, platform)
+        self.attention = make_attention(config, self.model_config, self.dtype, platform)
+        size = fit_kv_cache(config, self.model_config, self.attention, platform)
         self.num_blocks, self.block_size = size.num_blocks, size.block_size
         self.max_model_len = size.max_model_len
         self.model.set_max_model_len(size.max_model_len)
         with torch.inference_mode():
-            self.kv_caches = allocate_kv_caches(
-                self.model_config, size, dtype=self.dtype, platform=platform
-            )
+            allocate(self.attention, size, platform)
         on_progress("warmup", 0.0, 0.0)
         with timed("Warming up"):
             self._warm_up()
         on_progress("warmup", 100.0, 0.0)
+        windows = self.model_config.sliding_windows
         self.ready_facts = EngineReady(
             max_model_len=size.max_model_len,
             block_size=size.block_size,
             num_blocks=size.num_blocks,
             vocab_size=self.model_config.vocab_size,
-            sliding_window=0 if 0 in self.windows else max(self.windows),
+            sliding_window=0 if 0 in windows else max(windows),
             doubling_depth=self.model_config.doubling_depth,
             eos_token_ids=list(self.model_config.eos_token_ids),
             dtype=str(self.dtype).removeprefix("torch."),
@@ -89,22 +80,11 @@ class ModelRunner:
         Afterwards the cache holds each row's positions 0 … start + len(token_ids) - 1.
         """
         if copies:
-            copy_blocks(
-                self.kv_caches,
-                sources=[copy.source for copy in copies],
-                targets=[copy.target for copy in copies],
+            self.attention.copy_blocks(
+                [copy.source for copy in copies], [copy.target for copy in copies]
             )
-        prepared = prepare_step(
-            rows,
-            block_size=self.block_size,
-            heads=self.heads,
-            windows=self.windows,
-            buffer=self.gather_buffer,
-            is_deterministic=self.is_deterministic,
-            dtype=self.dtype,
-            device=self.device,
-        )
-        hidden = self.model(prepared.step_input, self.kv_caches)
+        prepared = prepare_step(rows, self.attention)
+        hidden = self.model(prepared.step_input)
         outputs = [_NOTHING] * len(rows)
         if prepared.sampled_rows:
             sampled = [rows[index] for index in prepared.sampled_rows]

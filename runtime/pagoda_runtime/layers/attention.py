@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from pagoda_kernels.paged_attention import AttentionMetadata, paged_attention
-from pagoda_kernels.rotate_and_store import rotate_and_store
+from pagoda_kernels.paged_attention import HeadNorm, Rotary
 from pagoda_runtime.layers.linear import Linear
 from pagoda_runtime.layers.norm import folded_weight, norm_floor
-from pagoda_runtime.layers.rotary import RotaryAngles
+from pagoda_runtime.layers.step_input import StepInput
 from pagoda_runtime.models.config import ModelConfig
 
 
@@ -18,11 +17,7 @@ class SelfAttention:
     def __init__(
         self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.num_heads = config.num_heads
-        self.num_kv_heads = config.num_kv_heads
-        self.head_dim = config.head_dim
-        self.scale = config.attention_scale or config.head_dim**-0.5
-        self.sliding_window = config.sliding_windows[layer]
+        self.layer = layer
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.qkv_proj = Linear(
             config.hidden_size,
@@ -60,50 +55,26 @@ class SelfAttention:
         self.qkv_proj.fix_rows()
         self.o_proj.fix_rows()
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        angles: RotaryAngles,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        metadata: AttentionMetadata,
-    ) -> torch.Tensor:
-        """x: [num_tokens, hidden_size]; kv_cache: this layer's, written at slot_mapping."""
-        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
-        norm = self.qk_norm
-        rotate_and_store(
-            qkv,
-            angles.cos,
-            angles.sin,
-            kv_cache,
-            slot_mapping,
-            norm_weight=norm.weight if norm else None,
-            norm_floor=norm.floor if norm else None,
-        )
-        attended = paged_attention(
-            qkv[:, : self.num_heads],
-            kv_cache,
-            metadata,
-            scale=self.scale,
-            sliding_window=self.sliding_window,
-        )
-        return self.o_proj(attended.flatten(1))
+    def __call__(self, x: torch.Tensor, rotary: Rotary, step: StepInput) -> torch.Tensor:
+        """x: [num_tokens, hidden_size]"""
+        norm = None if self.qk_norm is None else self.qk_norm.norm
+        return self.o_proj(step.attention.attend(self.layer, self.qkv_proj(x), rotary, norm))
 
 
 class QKNorm:
-    """The norms of q's and k's heads, stacked: weight is [num_heads + num_kv_heads, head_dim]."""
+    """The norms of q's and k's heads."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         self.weight_offset = config.norm_weight_offset
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.q_weight = torch.empty(config.head_dim, dtype=dtype, device=device)
         self.k_weight = torch.empty_like(self.q_weight)
-        self.weight = torch.empty(0)
-        self.floor = norm_floor(config.norm_eps, config.head_dim, device)
+        self.norm = HeadNorm(torch.empty(0), norm_floor(config.norm_eps, config.head_dim, device))
 
     def targets(self, prefix: str) -> dict[str, torch.Tensor]:
         return {f"{prefix}q_norm.weight": self.q_weight, f"{prefix}k_norm.weight": self.k_weight}
 
     def after_loading(self) -> None:
         rows = [self.q_weight] * self.num_heads + [self.k_weight] * self.num_kv_heads
-        self.weight = folded_weight(torch.stack(rows), self.weight_offset)
+        weight = folded_weight(torch.stack(rows), self.weight_offset)
+        self.norm = HeadNorm(weight, self.norm.floor)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
+from pagoda_kernels.paged_attention import Rotary
 from pagoda_runtime.models.config import RopeConfig
 
 
@@ -77,21 +77,15 @@ def _yarn_frequencies(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tens
     return torch.lerp(frequencies, frequencies / rope.factor, share)
 
 
-@dataclass(frozen=True, slots=True)
-class RotaryAngles:
-    """cos and sin of a step's tokens, [num_tokens, 1, head_dim] fp32.
+def rotary_of(
+    positions: torch.Tensor, frequencies: torch.Tensor, attention_factor: float = 1.0
+) -> Rotary:
+    """What a step's tokens are rotated by.
 
-    sin is negated in its first half, so that rotating is `x * cos + swap_halves(x) * sin`.
+    Args:
+        positions: [num_tokens].
+        frequencies: [rotary_dim / 2] fp32; a head's dimensions after rotary_dim stay.
     """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    @classmethod
-    def compute(
-        cls, positions: torch.Tensor, frequencies: torch.Tensor, attention_factor: float = 1.0
-    ) -> RotaryAngles:
-        """positions: [num_tokens]; frequencies: [head_dim / 2] fp32."""
-        angles = positions[:, None, None].float() * frequencies
-        cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
-        return cls(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+    angles = positions[:, None, None].float() * frequencies
+    cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
+    return Rotary(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))

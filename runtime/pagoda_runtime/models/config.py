@@ -86,11 +86,6 @@ class ModelConfig:
     """What the log of the start should tell of the model's files."""
 
     @property
-    def kv_elements_per_token(self) -> int:
-        """Numbers that the KV cache holds for one token, over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
-    @property
     def doubling_depth(self) -> int:
         """Position whose token takes twice the multiplications of the first one.
 

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 
-from pagoda_kernels.paged_attention import AttentionMetadata
+from pagoda_kernels.paged_attention import Rotary
 from pagoda_runtime.layers.attention import SelfAttention
 from pagoda_runtime.layers.embedding import Embedding, LanguageModelHead
 from pagoda_runtime.layers.mlp import GatedMLP
 from pagoda_runtime.layers.norm import RMSNorm
-from pagoda_runtime.layers.rotary import RotaryAngles, inverse_frequencies
+from pagoda_runtime.layers.rotary import inverse_frequencies, rotary_of
+from pagoda_runtime.layers.step_input import StepInput
 from pagoda_runtime.models.config import ModelConfig
-
-
-@dataclass(frozen=True, slots=True)
-class StepInput:
-    """The tokens of one step: ids, positions and cache slots, each [num_tokens] int64."""
-
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    slot_mapping: torch.Tensor
-    metadata: AttentionMetadata
 
 
 class DecoderLayer:
@@ -70,13 +58,9 @@ class DecoderLayer:
             if norm is not None:
                 norm.after_loading()
 
-    def __call__(
-        self, hidden: torch.Tensor, angles: RotaryAngles, kv_cache: torch.Tensor, step: StepInput
-    ) -> None:
+    def __call__(self, hidden: torch.Tensor, rotary: Rotary, step: StepInput) -> None:
         """Add this layer's two parts to hidden, [num_tokens, hidden_size] fp32, in place."""
-        attended = self.self_attn(
-            self.attention_norm(hidden), angles, kv_cache, step.slot_mapping, step.metadata
-        )
+        attended = self.self_attn(self.attention_norm(hidden), rotary, step)
         _add(hidden, attended, self.after_attention_norm)
         _add(hidden, self.mlp(self.mlp_norm(hidden)), self.after_mlp_norm)
 
@@ -146,19 +130,15 @@ class Decoder:
             layer.mlp.fix_rows()
         self.lm_head.fix_rows()
 
-    def __call__(self, step: StepInput, kv_caches: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Hidden states before the last norm, [num_tokens, hidden_size] fp32.
-
-        Args:
-            kv_caches: one for each layer, [num_blocks, block_size, 2, num_kv_heads, head_dim].
-        """
-        angles = {
-            rope: RotaryAngles.compute(step.positions, frequencies, rope.attention_factor)
+    def __call__(self, step: StepInput) -> torch.Tensor:
+        """Hidden states before the last norm, [num_tokens, hidden_size] fp32."""
+        rotaries = {
+            rope: rotary_of(step.positions, frequencies, rope.attention_factor)
             for rope, frequencies in self.frequencies.items()
         }
         hidden = self.embed_tokens(step.token_ids)
-        for layer, rope, kv_cache in zip(self.layers, self.config.rope, kv_caches, strict=True):
-            layer(hidden, angles[rope], kv_cache, step)
+        for layer, rope in zip(self.layers, self.config.rope, strict=True):
+            layer(hidden, rotaries[rope], step)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import pytest
 
 from pagoda_kernels.cpu import cache
 from pagoda_kernels.cpu.cache import cache_folder, kernels_digest, read_kernel, write_kernel
-from pagoda_kernels.cpu.compiled import kernel
+from pagoda_kernels.cpu.compiled import Kernel
 
 OTHER_USER = 65532
 
@@ -29,11 +29,11 @@ def make_double():
     def double(x: int) -> int:
         return 2 * x
 
-    return kernel(double)
+    return Kernel(double)
 
 
 def num_compiled(double) -> int:
-    return sum(double.stats.cache_misses.values())
+    return sum(double.dispatcher.stats.cache_misses.values())
 
 
 def kept_file() -> Path:

@@ -4,39 +4,52 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagoda_kernels.cpu.attention.chunk_plan import KEY_BLOCK, Merge, Part, plan_chunks
-from pagoda_kernels.cpu.attention.layout import HeadShape, Layout
+from pagoda_kernels.cpu.attention.sequences import Sequences
+from pagoda_kernels.paged_attention import AttentionSpec
 
 BLOCK_SIZE = 16
 
 
-def make_layout(chunks, *, num_decodes=0, num_heads=4, num_kv_heads=2, num_threads=2):
+def make_sequences(chunks, *, num_decodes=0):
     """Chunks are pairs of query tokens and all tokens; decode rows see three keys."""
-    query_lens = [1] * num_decodes + [queries for queries, _ in chunks]
-    seq_lens = [3] * num_decodes + [tokens for _, tokens in chunks]
-    blocks = [-(-length // BLOCK_SIZE) for length in seq_lens]
+    query_lens = np.array([1] * num_decodes + [queries for queries, _ in chunks])
+    seq_lens = np.array([3] * num_decodes + [tokens for _, tokens in chunks])
+    blocks = -(-seq_lens // BLOCK_SIZE)
     table = np.zeros((len(seq_lens), max(blocks)), dtype=np.int32)
     order = np.random.default_rng(0).permutation(sum(blocks)) + 1
     for row, count in zip(table, blocks, strict=True):
         row[:count], order = order[:count], order[count:]
-    starts = np.concatenate(([0], np.cumsum(query_lens))).astype(np.int32)
-    return Layout(
-        query_lens=query_lens,
-        seq_lens=seq_lens,
-        starts=starts,
-        block_table=table,
-        block_size=BLOCK_SIZE,
-        heads=HeadShape(num_heads, num_kv_heads, 64),
-        num_decodes=num_decodes,
-        num_threads=num_threads,
+    sequences = Sequences(
+        query_lens, seq_lens, table, block_size=BLOCK_SIZE, num_blocks=sum(blocks) + 1
     )
+    return sequences, table
 
 
-def slot_of(layout, seq, position):
-    return layout.block_table[seq, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+def plan(chunks, *, window=0, num_decodes=0, heads=(4, 2), num_threads=2):
+    num_heads, num_kv_heads = heads
+    spec = AttentionSpec(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=64,
+        windows=(window,),
+        scale=1.0,
+        dtype=torch.bfloat16,
+        kv_dtype=torch.bfloat16,
+        block_size=BLOCK_SIZE,
+        device=torch.device("cpu"),
+    )
+    sequences, _ = make_sequences(chunks, num_decodes=num_decodes)
+    seqs = np.arange(num_decodes, num_decodes + len(chunks))
+    return plan_chunks(sequences, seqs, window, spec, num_threads)
+
+
+def slot_of(table, seq, position):
+    return table[seq, position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
 
 
 lengths = st.tuples(st.integers(2, 700), st.integers(0, 3000)).map(lambda n: (n[0], n[0] + n[1]))
@@ -53,14 +66,18 @@ lengths = st.tuples(st.integers(2, 700), st.integers(0, 3000)).map(lambda n: (n[
 def test_every_query_sees_each_of_its_keys_once(
     chunks, window, num_decodes, num_threads, num_heads
 ):
-    layout = make_layout(
-        chunks, num_decodes=num_decodes, num_heads=num_heads, num_threads=num_threads
+    sequences, table = make_sequences(chunks, num_decodes=num_decodes)
+    found = plan(
+        chunks,
+        window=window,
+        num_decodes=num_decodes,
+        heads=(num_heads, 2),
+        num_threads=num_threads,
     )
-    plan = plan_chunks(layout, window)
-    slots = plan.slots.numpy()
-    seen = [[] for _ in range(layout.starts[-1])]
-    for part in (Part(*row) for row in plan.parts.tolist()):
-        assert part.num_tokens * num_heads // 2 <= plan.most_rows
+    slots = found.slots.numpy()
+    seen = [[] for _ in range(sum(sequences.query_lens))]
+    for part in (Part(*row) for row in found.parts.tolist()):
+        assert part.num_tokens * num_heads // 2 <= found.most_rows
         for token in range(part.num_tokens):
             newest = part.position + token
             oldest = max(0, newest - window + 1) if window else 0
@@ -70,28 +87,30 @@ def test_every_query_sees_each_of_its_keys_once(
         for query in (0, num_queries // 2, num_queries - 1):
             position = num_tokens - num_queries + query
             oldest = max(0, position - window + 1) if window else 0
-            expected = [slot_of(layout, seq, key) for key in range(oldest, position + 1)]
-            assert Counter(seen[layout.starts[seq] + query]) == Counter(expected)
+            expected = [slot_of(table, seq, key) for key in range(oldest, position + 1)]
+            assert Counter(seen[sequences.starts[seq] + query]) == Counter(expected)
     assert not any(seen[:num_decodes])
 
 
 @settings(deadline=None)
 @given(chunks=st.lists(lengths, min_size=1, max_size=3), num_threads=st.sampled_from([2, 16]))
 def test_partial_results_are_merged_where_keys_were_cut(chunks, num_threads):
-    plan = plan_chunks(make_layout(chunks, num_threads=num_threads), 0)
-    parts = [Part(*row) for row in plan.parts.tolist()]
-    merges = [Merge(*row) for row in plan.merges.tolist()]
+    found = plan(chunks, num_threads=num_threads)
+    parts = [Part(*row) for row in found.parts.tolist()]
+    merges = [Merge(*row) for row in found.merges.tolist()]
     merged = {
         (merge.first_token, merge.num_tokens, merge.first_partial + i)
         for merge in merges
         for i in range(merge.num_partials)
     }
     assert merged == {(p.first_token, p.num_tokens, p.partial) for p in parts if p.partial >= 0}
-    assert sorted(partial for _, _, partial in merged) == list(range(plan.num_partials))
+    partials = sorted(partial for _, _, partial in merged)
+    assert partials == list(range(len(partials)))
+    assert found.num_partial_numbers == len(partials) * 2 * found.partial_size
 
 
 @pytest.mark.parametrize(("num_tokens", "num_merges"), [(KEY_BLOCK, 0), (8 * KEY_BLOCK, 1)])
 def test_few_queries_of_many_keys_are_shared_by_the_threads(num_tokens, num_merges):
-    layout = make_layout([(16, num_tokens)], num_heads=1, num_kv_heads=1)
-    assert len(plan_chunks(layout, 0).merges) == num_merges
-    assert plan_chunks(layout, 0).merges.shape[1] == len(Merge._fields)
+    found = plan([(16, num_tokens)], heads=(1, 1))
+    assert len(found.merges) == num_merges
+    assert found.merges.shape[1] == len(Merge._fields)

@@ -21,11 +21,18 @@ EXPECTED = [11, 36, 37, 38, 4, 5, 6, 7, 28, 29]
     ids=["plain", "by columns", "int64", "every second column", "part of a wider one"],
 )
 def test_slots_are_listed_whatever_the_tables_form(table):
-    slots = list_slots(table, 4, np.array([7, 0]), np.array([11, 6]))
+    slots = list_slots(table, 4, 10, np.array([7, 0]), np.array([11, 6]))
     assert slots.tolist() == EXPECTED
 
 
 @pytest.mark.parametrize("table", [TABLE[:1], TABLE[:, :2]], ids=["a row", "a column"])
 def test_a_position_without_a_block_is_refused(table):
     with pytest.raises(IndexError, match="without a block"):
-        list_slots(table, 4, np.array([7, 0]), np.array([11, 6]))
+        list_slots(table, 4, 10, np.array([7, 0]), np.array([11, 6]))
+
+
+@pytest.mark.parametrize("block", [-1, 9])
+def test_a_block_outside_the_cache_is_refused(block):
+    table = np.where(TABLE == 9, block, TABLE)
+    with pytest.raises(IndexError, match="outside the cache"):
+        list_slots(table, 4, 9, np.array([7, 0]), np.array([11, 6]))

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.execution.memory import allocate_kv_caches, size_kv_cache
+from pagoda_runtime.execution.memory import allocate, make_attention, size_kv_cache
 from pagoda_runtime.models.config import ModelConfig, RopeConfig
 from pagoda_runtime.platforms import PLATFORMS, MemoryBudget
 
@@ -33,7 +34,7 @@ def size(num_blocks, *, knob="--kv-cache-memory-bytes", max_num_seqs=8, max_mode
         CONFIG,
         MemoryBudget(num_blocks * BLOCK_BYTES, knob),
         block_size=16,
-        element_bytes=2,
+        block_bytes=BLOCK_BYTES,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
     )
@@ -86,6 +87,9 @@ def test_a_length_beyond_the_models_positions_is_an_invalid_flag():
 
 
 def test_each_layer_has_a_cache_with_the_padding_block_on_top():
-    caches = allocate_kv_caches(CONFIG, size(20), dtype=torch.bfloat16, platform=PLATFORMS["cpu"])
-    assert [cache.shape for cache in caches] == [(20, 16, 2, 1, 8)] * 2
-    assert sum(cache.nbytes for cache in caches) == size(20).total_bytes
+    config = EngineConfig(model="", block_size=16)
+    attention = make_attention(config, CONFIG, torch.bfloat16, PLATFORMS["cpu"])
+    assert attention.block_bytes == BLOCK_BYTES
+    allocate(attention, size(20), PLATFORMS["cpu"])
+    assert [cache.shape for cache in attention.kv_caches] == [(20, 16, 2, 1, 8)] * 2
+    assert sum(cache.nbytes for cache in attention.kv_caches) == size(20).total_bytes

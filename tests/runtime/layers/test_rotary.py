@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pagoda_runtime.layers.rotary import RotaryAngles, inverse_frequencies
+from pagoda_runtime.layers.rotary import inverse_frequencies, rotary_of
 from pagoda_runtime.models.config import RopeConfig
 from pagoda_runtime.models.registry import load_model_config
 
@@ -78,8 +78,8 @@ def test_frequencies_equal_those_of_transformers(name, max_model_len, tmp_path):
 
 def test_an_attention_factor_scales_the_angles():
     positions, frequencies = torch.tensor([3, 9]), torch.tensor([1.0, 0.1])
-    plain = RotaryAngles.compute(positions, frequencies)
-    scaled = RotaryAngles.compute(positions, frequencies, 1.5)
+    plain = rotary_of(positions, frequencies)
+    scaled = rotary_of(positions, frequencies, 1.5)
     torch.testing.assert_close(scaled.cos, plain.cos * 1.5)
     torch.testing.assert_close(scaled.sin, plain.sin * 1.5)
 

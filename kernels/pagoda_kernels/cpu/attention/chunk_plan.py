@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from pagoda_kernels.cpu.attention.layout import Layout
+from pagoda_kernels.cpu.attention.sequences import Sequences
 from pagoda_kernels.cpu.panels import BF16, GROUP_SIZE, has_panels
+from pagoda_kernels.paged_attention.backend import AttentionSpec
 
 KEY_BLOCK = 256
 """Keys that are packed at a time, and whose scores are kept."""
@@ -41,8 +41,7 @@ class Merge(NamedTuple):
     num_partials: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chunks:
+class ChunkPlan(NamedTuple):
     """All prefill chunks of a step, in bf16, cut into parts that threads take."""
 
     slots: torch.Tensor
@@ -51,9 +50,10 @@ class Chunks:
     """[num_parts, fields of Part] int64."""
     merges: torch.Tensor
     """[num_merges, fields of Merge] int64."""
-    num_partials: int
+    num_partial_numbers: int
+    """fp32 numbers that sums take until they are merged."""
     partial_size: int
-    """Of one key head; in numbers."""
+    """Of one part and key head; in numbers."""
     most_rows: int
     """Query tokens of a block times the query heads that share a key head, at most."""
     window: int
@@ -75,41 +75,46 @@ _ROWS_PER_BLOCK = 128
 _PARTS_PER_THREAD = 4
 
 
-def plan_chunks(layout: Layout, window: int) -> Chunks:
-    """For a step that has chunks; window: 0 for none."""
-    first_seq, last_seq = layout.num_decodes, len(layout.seq_lens)
-    visible = np.array(layout.seq_lens[first_seq:last_seq], dtype=np.int64)
-    if window:
-        query_lens = np.array(layout.query_lens[first_seq:last_seq], dtype=np.int64)
-        visible = np.minimum(visible, query_lens + window - 1)
-    group = layout.heads.num_heads // layout.heads.num_kv_heads
-    blocks = list(_query_blocks(layout, window, visible, max(1, _ROWS_PER_BLOCK // group)))
+def plan_chunks(
+    sequences: Sequences, seqs: np.ndarray, window: int, spec: AttentionSpec, num_threads: int
+) -> ChunkPlan:
+    """For the query tokens of some sequences; window: 0 for none."""
+    visible = sequences.num_visible(seqs, window)
+    group = spec.num_heads // spec.num_kv_heads
+    most_tokens = max(1, _ROWS_PER_BLOCK // group)
+    blocks = list(_query_blocks(sequences, seqs, visible, window, most_tokens))
     num_key_blocks = sum(-(-block.num_keys // KEY_BLOCK) for block in blocks)
-    num_parts = _PARTS_PER_THREAD * layout.num_threads
-    most_keys = KEY_BLOCK * -(-num_key_blocks * layout.heads.num_kv_heads // num_parts)
+    num_parts = _PARTS_PER_THREAD * num_threads
+    most_keys = KEY_BLOCK * -(-num_key_blocks * spec.num_kv_heads // num_parts)
     parts, merges = _cut_keys(blocks, most_keys)
     most_rows = max(block.num_tokens for block in blocks) * group
-    return Chunks(
-        slots=layout.newest_slots(first_seq, last_seq, visible),
+    partial_size = most_rows * (spec.head_dim + 2)
+    num_partials = sum(merge.num_partials for merge in merges)
+    return ChunkPlan(
+        slots=sequences.newest_slots(seqs, visible),
         parts=torch.tensor(parts),
         merges=torch.tensor(merges, dtype=torch.int64).view(-1, len(Merge._fields)),
-        num_partials=sum(merge.num_partials for merge in merges),
-        partial_size=most_rows * (layout.heads.head_dim + 2),
+        num_partial_numbers=num_partials * spec.num_kv_heads * partial_size,
+        partial_size=partial_size,
         most_rows=most_rows,
         window=window,
     )
 
 
 def _query_blocks(
-    layout: Layout, window: int, visible: np.ndarray, most_tokens: int
+    sequences: Sequences, seqs: np.ndarray, visible: np.ndarray, window: int, most_tokens: int
 ) -> Iterator[Part]:
     """The queries of each chunk in equal blocks, each with all keys that it sees.
 
-    Args: visible: [num_chunks], how many of a sequence's newest keys its chunk sees.
+    Args: visible: [num_seqs], how many of a sequence's newest keys its chunk sees.
     """
     first_slot = 0
-    for seq, num_visible in enumerate(visible.tolist(), layout.num_decodes):
-        num_queries, token = layout.query_lens[seq], int(layout.starts[seq])
+    for num_visible, num_queries, token in zip(
+        visible.tolist(),
+        sequences.query_lens[seqs].tolist(),
+        sequences.starts[seqs].tolist(),
+        strict=True,
+    ):
         num_blocks = -(-num_queries // most_tokens)
         cuts = [num_queries * i // num_blocks for i in range(num_blocks + 1)]
         # Positions here are relative to the oldest key that the chunk sees.

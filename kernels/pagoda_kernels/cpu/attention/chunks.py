@@ -12,13 +12,12 @@ Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018;
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from pagoda_kernels.cpu.attention.chunk_plan import KEY_BLOCK, Chunks, Merge, Part
-from pagoda_kernels.cpu.attention.slots import require_slots
+from pagoda_kernels.cpu.attention.chunk_plan import KEY_BLOCK, ChunkPlan, Merge, Part
 from pagoda_kernels.cpu.compiled import (
     LOG2_E,
     Array,
@@ -44,18 +43,44 @@ from pagoda_kernels.cpu.panels import (
     narrow_panel,
     transpose_panel,
 )
-from pagoda_kernels.cpu.threads import Task, ThreadedKernel, bits_of, claim, float_of
+from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim, make_reader
+
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
+
+class Arguments(NamedTuple):
+    """Addresses and numbers of both kernels: see `attend_chunks`."""
+
+    q: int
+    q_stride: int
+    kv_cache: int
+    slots: int
+    num_slots: int
+    partials: int
+    partial_size: int
+    out: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    """Of powers of two."""
+    window: int
+    most_rows: int
+    parts: int
+    num_parts: int
+    merges: int
+    num_merges: int
+
 
 _dot = make_dot(BF16)
-
-_PART_FIELDS, _MERGE_FIELDS = len(Part._fields), len(Merge._fields)
-_ZERO, _ONE = np.float32(0), np.float32(1)
+_arguments, _part, _merge_of = make_reader(Arguments), make_reader(Part), make_reader(Merge)
+_PART_BYTES, _MERGE_BYTES = 8 * len(Part._fields), 8 * len(Merge._fields)
 
 
 def attend_chunks(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
-    chunks: Chunks,
+    plan: ChunkPlan,
     scale: float,
     partials: torch.Tensor,
     out: torch.Tensor,
@@ -64,110 +89,134 @@ def attend_chunks(
 
     Args:
         q: [num_tokens, num_heads, head_dim] bf16, heads contiguous.
-        kv_cache: see `pagoda_kernels.paged_attention.paged_attention`.
-        partials: [chunks.num_partials * num_kv_heads, chunks.partial_size] fp32: memory to use.
+        kv_cache: see `pagoda_kernels.paged_attention.AttentionBackend`.
+        partials: [plan.num_partial_numbers] fp32: memory to use.
         out: shape and dtype of q, contiguous; written.
     """
-    num_kv_heads, head_dim = kv_cache.shape[3:]
-    require_slots(chunks.slots, kv_cache)
-    shared = (
-        q.data_ptr(),
+    arguments = (
+        q,
         q.stride(0),
-        kv_cache.data_ptr(),
-        chunks.slots.data_ptr(),
-        len(chunks.slots),
-        partials.data_ptr(),
-        partials.shape[1],
-        out.data_ptr(),
+        kv_cache,
+        plan.slots,
+        len(plan.slots),
+        partials,
+        plan.partial_size,
+        out,
         q.shape[1],
-        num_kv_heads,
-        head_dim,
-        bits_of(scale * float(LOG2_E)),
-        chunks.window,
-        chunks.most_rows,
+        kv_cache.shape[3],
+        kv_cache.shape[4],
+        scale * float(LOG2_E),
+        plan.window,
+        plan.most_rows,
+        plan.parts,
+        len(plan.parts),
+        plan.merges,
+        len(plan.merges),
     )
-    _attend(*shared, chunks.parts.data_ptr(), len(chunks.parts))
-    if len(chunks.merges) or not _merge.is_compiled:
+    _attend(*arguments)
+    if len(plan.merges) or not _merge.is_compiled:
         # With nothing to merge too the first time, so that no later step waits for the compiler.
-        _merge(*shared, chunks.merges.data_ptr(), len(chunks.merges))
+        _merge(*arguments)
+
+
+class _Scratch(NamedTuple):
+    """A thread's own memory."""
+
+    queries: Array
+    """[most_rows, head_dim] bf16."""
+    keys: Array
+    """Panels of GROUP_SIZE keys."""
+    values: Array
+    """Panels of KEY_BLOCK values."""
+    scores: Array
+    """[KEY_BLOCK / GROUP_SIZE, num_rows, GROUP_SIZE] fp32."""
+    weights: Array
+    """[num_rows, keys] bf16."""
+    factors: Array
+    """[most_rows] fp32: what each row's sums of before must be multiplied by."""
+    zeros: Array
+    addresses: Array
+    """[GROUP_SIZE] int64, of keys."""
+
+
+class _Sums(NamedTuple):
+    """What the rows of a part have seen so far."""
+
+    values: int
+    """Address of [head_dim / GROUP_SIZE, num_rows, GROUP_SIZE] fp32: values times weights."""
+    largest: Array
+    """[num_rows] fp32: scores."""
+    totals: Array
+    """[num_rows] fp32: weights."""
 
 
 def _attend_parts(task: Task) -> None:
-    """Arguments: q, q_stride, cache, slots, num_slots, partials, partial_size, out, num_heads,
-    num_kv_heads, head_dim, scale (of powers of two), window, most_rows, parts, num_parts.
-    """
-    q_at, q_stride, cache_at = task[1], task[2], task[3]
-    slots = int64s(task[4], (task[5],))
-    partials_at, partial_size, out_at = task[6], task[7], task[8]
-    num_heads, num_kv_heads, head_dim = task[9], task[10], task[11]
-    scale, window, most_rows = np.float32(float_of(task[12])), task[13], task[14]
-    num_parts = task[16]
-    parts = int64s(task[15], (num_parts, _PART_FIELDS))
-    group = num_heads // num_kv_heads
-    queries = np.empty((most_rows, head_dim), np.uint16)
-    keys, values = empty_panels(GROUP_SIZE * head_dim), empty_panels(KEY_BLOCK * head_dim)
-    scores = np.empty(most_rows * KEY_BLOCK, np.float32)
-    weights = np.empty(most_rows * KEY_BLOCK, np.uint16)
-    own_sums = np.empty(most_rows * head_dim, np.float32)
-    own_state = np.empty(2 * most_rows, np.float32)
-    factors = np.empty(most_rows, np.float32)
-    # Bytes from one slot to the next, of which the second half are values.
-    stride = 4 * num_kv_heads * head_dim
-    part = claim(task)
-    while part < num_parts * num_kv_heads:
-        index, head = part // num_kv_heads, part % num_kv_heads
-        first_token, num_tokens, first_slot = parts[index, 0], parts[index, 1], parts[index, 2]
-        num_keys, position, partial = parts[index, 3], parts[index, 4], parts[index, 5]
-        num_rows = num_tokens * group
-        seen = slots[first_slot : first_slot + num_keys]
-        for token in range(num_tokens):
-            at = q_at + 2 * ((first_token + token) * q_stride + head * group * head_dim)
-            q = bf16_bits(at, (group, head_dim))
-            for i in range(group):
-                copy(q[i], queries[token * group + i])
-        sums, state = address_of(own_sums), address_of(own_state)
-        if partial >= 0:
-            sums = partials_at + 4 * partial_size * (partial * num_kv_heads + head)
-            state = sums + 4 * num_rows * head_dim
-        _fill(floats(sums, (num_rows * head_dim,)), _ZERO)
-        largest, totals = floats(state, (num_rows,)), floats(state + 4 * num_rows, (num_rows,))
-        _fill(largest, np.float32(-np.inf))
-        _fill(totals, _ZERO)
-        keys_at = cache_at + 2 * head * head_dim
-        for first in range(0, num_keys, KEY_BLOCK):
-            count = min(KEY_BLOCK, num_keys - first)
-            num_groups = (count + GROUP_SIZE - 1) // GROUP_SIZE
-            _score(
-                queries, num_rows, keys_at, stride, seen, first, num_groups, keys, values, scores
-            )
-            for row in range(num_rows):
-                # Keys of this block that the row sees.
-                end = position + row // group + 1 - first
-                begin = max(end - window, 0) if window > 0 else 0
-                end = min(end, count)
-                _weigh(
-                    scores,
-                    row,
-                    num_rows,
-                    num_groups,
-                    begin,
-                    end,
-                    scale,
-                    weights,
-                    largest,
-                    totals,
-                    factors,
-                )
-            _add_values(values, num_groups, weights, num_rows, factors, sums, head_dim)
-        if partial < 0:
-            for row in range(num_rows):
-                token, i = first_token + row // group, head * group + row % group
-                to = out_at + 2 * (token * num_heads + i) * head_dim
-                _write_row(sums + 4 * row * GROUP_SIZE, num_rows, head_dim, totals[row], to)
-        part = claim(task)
+    """A part of the work is a Part of the plan for one key head."""
+    a = _arguments(task)
+    slots = int64s(a.slots, (a.num_slots,))
+    scratch = _Scratch(
+        np.empty((a.most_rows, a.head_dim), np.uint16),
+        empty_panels(GROUP_SIZE * a.head_dim),
+        empty_panels(KEY_BLOCK * a.head_dim),
+        np.empty(a.most_rows * KEY_BLOCK, np.float32),
+        np.empty(a.most_rows * KEY_BLOCK, np.uint16),
+        np.empty(a.most_rows, np.float32),
+        np.zeros(GROUP_SIZE, np.float32),
+        np.empty(GROUP_SIZE, np.int64),
+    )
+    own_sums = np.empty(a.partial_size, np.float32)
+    claimed = claim(task)
+    while claimed < a.num_parts * a.num_kv_heads:
+        part, head = (
+            _part(a.parts + claimed // a.num_kv_heads * _PART_BYTES),
+            claimed % a.num_kv_heads,
+        )
+        sums = address_of(own_sums)
+        if part.partial >= 0:
+            sums = a.partials + 4 * a.partial_size * (part.partial * a.num_kv_heads + head)
+        seen = slots[part.first_slot : part.first_slot + part.num_keys]
+        _attend_part(a, part, head, seen, scratch, sums)
+        claimed = claim(task)
 
 
 _attend = ThreadedKernel(_attend_parts, needs=BF16.features)
+
+
+@compiled
+def _attend_part(a: Any, part: Any, head: int, slots: Array, scratch: Any, sums_at: int) -> None:
+    """Args: slots: of the part's keys; sums_at: where its sums and then their state go."""
+    group = a.num_heads // a.num_kv_heads
+    num_rows = part.num_tokens * group
+    for token in range(part.num_tokens):
+        offset = (part.first_token + token) * a.q_stride + head * group * a.head_dim
+        q = bf16_bits(a.q + 2 * offset, (group, a.head_dim))
+        for i in range(group):
+            copy(q[i], scratch.queries[token * group + i])
+    state = sums_at + 4 * num_rows * a.head_dim
+    largest, totals = floats(state, (num_rows,)), floats(state + 4 * num_rows, (num_rows,))
+    sums = _Sums(sums_at, largest, totals)
+    _fill(floats(sums_at, (num_rows * a.head_dim,)), _ZERO)
+    _fill(largest, np.float32(-np.inf))
+    _fill(totals, _ZERO)
+    # Bytes from one slot to the next, of which the second half are values.
+    stride = 4 * a.num_kv_heads * a.head_dim
+    keys_at = a.kv_cache + 2 * head * a.head_dim
+    for first in range(0, part.num_keys, KEY_BLOCK):
+        count = min(KEY_BLOCK, part.num_keys - first)
+        num_groups = (count + GROUP_SIZE - 1) // GROUP_SIZE
+        _score(scratch, num_rows, keys_at, stride, slots, first, num_groups)
+        for row in range(num_rows):
+            # Keys of this block that the row sees.
+            end = part.position + row // group + 1 - first
+            begin = max(end - a.window, 0) if a.window > 0 else 0
+            width = num_groups * GROUP_SIZE
+            _weigh(scratch, row, num_rows, width, begin, min(end, count), np.float32(a.scale), sums)
+        _add_values(scratch, num_groups, num_rows, sums_at, a.head_dim)
+    if part.partial < 0:
+        for row in range(num_rows):
+            token, i = part.first_token + row // group, head * group + row % group
+            to = a.out + 2 * (token * a.num_heads + i) * a.head_dim
+            _write_row(sums_at + 4 * row * GROUP_SIZE, num_rows, a.head_dim, totals[row], to)
 
 
 @compiled
@@ -178,30 +227,26 @@ def _fill(numbers: Array, number: Any) -> None:
 
 @compiled
 def _score(
-    queries: Array,
+    scratch: Any,
     num_rows: int,
     keys_at: int,
     stride: int,
     slots: Array,
     first: int,
     num_groups: int,
-    keys: Array,
-    values: Array,
-    scores: Array,
 ) -> None:
-    """Scores of some keys, [num_groups, num_rows, GROUP_SIZE]; and their values, packed."""
-    head_dim = queries.shape[1]
+    """Scores of some keys; and their values, packed."""
+    head_dim = scratch.queries.shape[1]
     row_bytes = 2 * head_dim
+    keys, addresses = address_of(scratch.keys), scratch.addresses
     values_stride = num_groups * GROUP_SIZE // 2 * STEP_BYTES
-    addresses = np.empty(GROUP_SIZE, np.int64)
-    zeros = np.zeros(GROUP_SIZE, np.float32)
     for group in range(num_groups):
         begin = first + group * GROUP_SIZE
         for i in range(GROUP_SIZE):
             # Past the end the last key is repeated: slots that nobody wrote are never read.
             addresses[i] = keys_at + stride * slots[min(begin + i, slots.size - 1)]
-        _pack_keys(addresses, head_dim, address_of(keys))
-        values_at = address_of(values) + group * GROUP_SIZE // 2 * STEP_BYTES
+        _pack_keys(addresses, head_dim, keys)
+        values_at = address_of(scratch.values) + group * GROUP_SIZE // 2 * STEP_BYTES
         _pack_values(addresses, stride // 2, head_dim, values_at, values_stride)
         wanted, following = begin + GROUP_SIZE, min(begin + 2 * GROUP_SIZE, slots.size)
         row = 0
@@ -214,14 +259,14 @@ def _score(
                 prefetch(key_at + stride // 2, row_bytes)
                 wanted += 1
             row += _dot(
-                address_of(keys),
-                address_of(queries) + row * row_bytes,
+                keys,
+                address_of(scratch.queries) + row * row_bytes,
                 row_bytes,
                 num_rows - row,
-                address_of(zeros),
+                address_of(scratch.zeros),
                 0,
-                address_of(scores) + 4 * (group * num_rows + row) * GROUP_SIZE,
-                address_of(keys),
+                address_of(scratch.scores) + 4 * (group * num_rows + row) * GROUP_SIZE,
+                keys,
                 0,
             )
 
@@ -251,78 +296,58 @@ def _pack_values(addresses: Array, offset: int, head_dim: int, to: int, stride: 
 
 @compiled
 def _weigh(
-    scores: Array,
-    row: int,
-    num_rows: int,
-    num_groups: int,
-    begin: int,
-    end: int,
-    scale: Any,
-    weights: Array,
-    largest: Array,
-    totals: Array,
-    factors: Array,
+    scratch: Any, row: int, num_rows: int, width: int, begin: int, end: int, scale: Any, sums: Any
 ) -> None:
     """A row's scores of keys begin … end - 1 as weights in bf16, zero for all other keys.
 
-    The row's largest score and total of weights are updated; factors[row] is what sums of before
-    must be multiplied by.
+    The row's largest score, its total of weights and its factor are updated.
     """
-    width = num_groups * GROUP_SIZE
-    weights_at = address_of(weights) + 2 * row * width
-    stride = num_rows * GROUP_SIZE
-    first = row * GROUP_SIZE
+    scores = scratch.scores
+    weights_at = address_of(scratch.weights) + 2 * row * width
+    stride, first = num_rows * GROUP_SIZE, row * GROUP_SIZE
     if begin >= end:
         _fill(bf16_bits(weights_at, (width,)), np.uint16(0))
-        factors[row] = _ONE
+        scratch.factors[row] = _ONE
         return
     for i in range(begin):
         scores[first + i // GROUP_SIZE * stride + i % GROUP_SIZE] = np.float32(-np.inf)
     for i in range(end, width):
         scores[first + i // GROUP_SIZE * stride + i % GROUP_SIZE] = np.float32(-np.inf)
-    before = largest[row]
+    before = sums.largest[row]
     most = before
-    for group in range(num_groups):
+    for group in range(width // GROUP_SIZE):
         some = scores[first + group * stride : first + group * stride + GROUP_SIZE]
         for i in range(GROUP_SIZE):
             most = max(most, some[i])
     total = _ZERO
-    for group in range(num_groups):
+    for group in range(width // GROUP_SIZE):
         some = scores[first + group * stride : first + group * stride + GROUP_SIZE]
         for i in range(GROUP_SIZE):
             some[i] = exp2((some[i] - most) * scale)
             total += some[i]
         _narrow_group(address_of(some), weights_at + 2 * group * GROUP_SIZE)
     factor = exp2((before - most) * scale)
-    largest[row], factors[row] = most, factor
-    totals[row] = totals[row] * factor + total
+    sums.largest[row], scratch.factors[row] = most, factor
+    sums.totals[row] = sums.totals[row] * factor + total
 
 
 @compiled
-def _add_values(
-    values: Array,
-    num_groups: int,
-    weights: Array,
-    num_rows: int,
-    factors: Array,
-    sums_at: int,
-    head_dim: int,
-) -> None:
-    """sums = sums * factors + weights @ values; sums are [head_dim / GROUP_SIZE, num_rows, …]."""
+def _add_values(scratch: Any, num_groups: int, num_rows: int, sums_at: int, head_dim: int) -> None:
+    """sums = sums * factors + weights @ values"""
     width = num_groups * GROUP_SIZE
     for column in range(head_dim // GROUP_SIZE):
-        panels = address_of(values) + column * (width // 2 * STEP_BYTES)
+        panels = address_of(scratch.values) + column * (width // 2 * STEP_BYTES)
         begin = sums_at + 4 * column * num_rows * GROUP_SIZE
         sums = floats(begin, (num_rows, GROUP_SIZE))
         for row in range(num_rows):
             for i in range(GROUP_SIZE):
-                sums[row, i] *= factors[row]
+                sums[row, i] *= scratch.factors[row]
         row = 0
         while row < num_rows:
             at = begin + 4 * row * GROUP_SIZE
             row += _dot(
                 panels,
-                address_of(weights) + 2 * row * width,
+                address_of(scratch.weights) + 2 * row * width,
                 2 * width,
                 num_rows - row,
                 at,
@@ -351,38 +376,40 @@ def _narrow_group(numbers_at: int, to: int) -> None:
 
 
 def _merge_parts(task: Task) -> None:
-    """Arguments: those of `_attend_parts`, but merges in the place of parts."""
-    partials_at, partial_size, out_at = task[6], task[7], task[8]
-    num_heads, num_kv_heads, head_dim = task[9], task[10], task[11]
-    scale, num_merges = np.float32(float_of(task[12])), task[16]
-    merges = int64s(task[15], (num_merges, _MERGE_FIELDS))
-    group, num_columns = num_heads // num_kv_heads, head_dim // GROUP_SIZE
-    sums = np.empty(GROUP_SIZE, np.float32)
+    """A part of the work is a Merge of the plan for GROUP_SIZE dimensions of one key head."""
+    a = _arguments(task)
+    num_columns = a.head_dim // GROUP_SIZE
+    own = np.empty(GROUP_SIZE, np.float32)
     part = claim(task)
-    while part < num_merges * num_kv_heads * num_columns:
-        column, head = part % num_columns, part // num_columns % num_kv_heads
-        index = part // (num_columns * num_kv_heads)
-        first_token, num_tokens = merges[index, 0], merges[index, 1]
-        num_rows, num_partials = num_tokens * group, merges[index, 3]
-        stride = 4 * partial_size * num_kv_heads
-        begin = partials_at + stride * merges[index, 2] + 4 * partial_size * head
-        for row in range(num_rows):
-            state = begin + 4 * (num_rows * head_dim + row)
-            most, total = np.float32(-np.inf), _ZERO
-            for i in range(num_partials):
-                most = max(most, floats(state + i * stride, (1,))[0])
-            _fill(sums, _ZERO)
-            for i in range(num_partials):
-                factor = exp2((floats(state + i * stride, (1,))[0] - most) * scale)
-                total += factor * floats(state + i * stride + 4 * num_rows, (1,))[0]
-                at = begin + i * stride + 4 * (column * num_rows + row) * GROUP_SIZE
-                others = floats(at, (GROUP_SIZE,))
-                for j in range(GROUP_SIZE):
-                    sums[j] += factor * others[j]
-            token, i = first_token + row // group, head * group + row % group
-            to = out_at + 2 * ((token * num_heads + i) * head_dim + column * GROUP_SIZE)
-            _write_row(address_of(sums), 1, GROUP_SIZE, total, to)
+    while part < a.num_merges * a.num_kv_heads * num_columns:
+        column, head = part % num_columns, part // num_columns % a.num_kv_heads
+        merge = _merge_of(a.merges + part // (num_columns * a.num_kv_heads) * _MERGE_BYTES)
+        _merge_columns(a, merge, head, column, own)
         part = claim(task)
 
 
 _merge = ThreadedKernel(_merge_parts, needs=BF16.features)
+
+
+@compiled
+def _merge_columns(a: Any, merge: Any, head: int, column: int, sums: Array) -> None:
+    scale, group = np.float32(a.scale), a.num_heads // a.num_kv_heads
+    num_rows = merge.num_tokens * group
+    stride = 4 * a.partial_size * a.num_kv_heads
+    begin = a.partials + stride * merge.first_partial + 4 * a.partial_size * head
+    for row in range(num_rows):
+        state = begin + 4 * (num_rows * a.head_dim + row)
+        most, total = np.float32(-np.inf), _ZERO
+        for i in range(merge.num_partials):
+            most = max(most, floats(state + i * stride, (1,))[0])
+        _fill(sums, _ZERO)
+        for i in range(merge.num_partials):
+            factor = exp2((floats(state + i * stride, (1,))[0] - most) * scale)
+            total += factor * floats(state + i * stride + 4 * num_rows, (1,))[0]
+            at = begin + i * stride + 4 * (column * num_rows + row) * GROUP_SIZE
+            others = floats(at, (GROUP_SIZE,))
+            for j in range(GROUP_SIZE):
+                sums[j] += factor * others[j]
+        token, i = merge.first_token + row // group, head * group + row % group
+        to = a.out + 2 * ((token * a.num_heads + i) * a.head_dim + column * GROUP_SIZE)
+        _write_row(address_of(sums), 1, GROUP_SIZE, total, to)

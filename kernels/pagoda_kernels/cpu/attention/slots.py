@@ -1,22 +1,27 @@
-"""The cache slots that rows of attention see, and a check of them."""
+"""The cache slots of some positions of sequences."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from pagoda_kernels.cpu.compiled import int32s, int64s, kernel
+from pagoda_kernels.cpu.compiled import Kernel, int32s, int64s
 
 
 def list_slots(
-    block_table: np.ndarray, block_size: int, firsts: np.ndarray, lasts: np.ndarray
+    block_table: np.ndarray,
+    block_size: int,
+    num_blocks: int,
+    firsts: np.ndarray,
+    lasts: np.ndarray,
 ) -> torch.Tensor:
     """[num_keys] int64: the slots of positions firsts[0] … lasts[0] - 1, then of firsts[1] …
 
     Args:
         block_table: [num_seqs, max_blocks] int32: of each range its blocks.
+        num_blocks: of the cache.
         firsts, lasts: [num_seqs] int64, contiguous.
-    Raises: IndexError if a position has no block in the table.
+    Raises: IndexError if a position has no block in the table, or one outside the cache.
     """
     table = np.ascontiguousarray(block_table, dtype=np.int32)
     if len(table) != len(firsts) or np.any(lasts > table.shape[1] * block_size):
@@ -26,20 +31,22 @@ def list_slots(
         table.ctypes.data,
         table.shape[1],
         block_size,
+        num_blocks,
         firsts.ctypes.data,
         lasts.ctypes.data,
         len(firsts),
-        slots.data_ptr(),
+        slots,
         len(slots),
     )
     return slots
 
 
-@kernel
+@Kernel
 def _fill(
     table_at: int,
     max_blocks: int,
     block_size: int,
+    num_blocks: int,
     firsts_at: int,
     lasts_at: int,
     num_seqs: int,
@@ -55,21 +62,10 @@ def _fill(
         while position < lasts[seq]:
             block = position // block_size
             first, end = block * block_size, min((block + 1) * block_size, lasts[seq])
+            if table[seq, block] < 0 or table[seq, block] >= num_blocks:
+                raise IndexError("a block outside the cache")
             base = np.int64(table[seq, block]) * block_size - first
             for i in range(position, end):
                 slots[index] = base + i
                 index += 1
             position = end
-
-
-def require_slots(slots: torch.Tensor, kv_cache: torch.Tensor) -> None:
-    """Raises: IndexError if one of them is outside the cache."""
-    _require(slots.data_ptr(), len(slots), kv_cache.shape[0] * kv_cache.shape[1])
-
-
-@kernel
-def _require(slots_at: int, num_keys: int, num_slots: int) -> None:
-    slots = int64s(slots_at, (num_keys,))
-    for i in range(num_keys):
-        if slots[i] < 0 or slots[i] >= num_slots:
-            raise IndexError("a slot outside the cache")

@@ -11,13 +11,13 @@ from numba.extending import intrinsic
 
 from pagoda_kernels.cpu.compiled import (
     Array,
+    Kernel,
     address_of,
     bf16_bits,
     compiled,
     floats,
     int32s,
     int64s,
-    kernel,
     uint8s,
     widen,
     widened,
@@ -44,7 +44,7 @@ _INT8_MAX = np.float32(127)
 _dot = make_dot(INT8)
 
 
-@kernel
+@Kernel
 def quantize(
     hidden_at: int,
     integers_at: int,
@@ -222,7 +222,7 @@ def _keep_largest(sums: Array, scale: int, largest: Array) -> None:
         keep_largest_panel(address_of(sums) + 4 * i, scale + 4 * i, address_of(largest) + 4 * i)
 
 
-@kernel
+@Kernel
 def choose(
     hidden_at: int,
     table_at: int,
