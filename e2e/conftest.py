@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,10 +45,8 @@ def dry_runs(target: stack.Target, crds: None) -> Kubectl:
 @pytest.fixture
 def namespace(target: stack.Target, crds: None) -> Iterator[Kubectl]:
     """kubectl in a namespace of the test's own, deleted afterwards without waiting."""
-    name = f"e2e-{uuid.uuid4().hex[:8]}"
-    target.kubectl.run("create", "namespace", name)
-    yield target.kubectl.in_namespace(name)
-    target.kubectl.run("delete", "namespace", name, "--wait=false")
+    with stack.fresh_namespace(target.kubectl) as kubectl:
+        yield kubectl
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
+import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +105,7 @@ def ensure_model_volume(target: Target, kubectl: Kubectl, images: dict[str, str]
     On the local cluster it is the cache folder itself; elsewhere the cluster's default storage
     class makes it, and a pod takes the files in.
     """
-    volume = f"models-{kubectl.namespace}" if target.is_local else None
+    volume = _volume_name(kubectl.namespace) if target.is_local else None
     if volume:
         if kubectl.get("pvc", "models") is None:
             # A volume that belonged to a claim of an earlier run binds to no other.
@@ -181,7 +184,37 @@ def _loader_pod(image: str, mount: str) -> dict[str, Any]:
     return pod
 
 
-def wait_for_namespace_gone(kubectl: Kubectl, name: str) -> None:
+@contextlib.contextmanager
+def fresh_namespace(kubectl: Kubectl) -> Iterator[Kubectl]:
+    """kubectl in a namespace of a new name, deleted afterwards without waiting."""
+    name = f"e2e-{uuid.uuid4().hex[:8]}"
+    kubectl.run("create", "namespace", name)
+    try:
+        yield kubectl.in_namespace(name)
+    finally:
+        kubectl.run("delete", "namespace", name, "--wait=false")
+
+
+@contextlib.contextmanager
+def restricted_namespace(kubectl: Kubectl, name: str) -> Iterator[Kubectl]:
+    """kubectl in a namespace that lets in nothing but Pod Security restricted; gone afterwards,
+    and the volume of its model with it.
+    """
+    _wait_for_namespace_gone(kubectl, name)
+    kubectl.run("create", "namespace", name)
+    kubectl.run("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+    try:
+        yield kubectl.in_namespace(name)
+    finally:
+        _wait_for_namespace_gone(kubectl, name)
+        kubectl.run("delete", "pv", _volume_name(name), "--ignore-not-found")
+
+
+def _volume_name(namespace: str) -> str:
+    return f"models-{namespace}"
+
+
+def _wait_for_namespace_gone(kubectl: Kubectl, name: str) -> None:
     kubectl.run("delete", "namespace", name, "--ignore-not-found", "--wait=false")
     wait_until(
         f"namespace {name} gone",

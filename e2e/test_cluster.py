@@ -22,13 +22,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def kubectl(target: stack.Target) -> Iterator[Kubectl]:
     """A namespace that lets in nothing but Pod Security restricted."""
-    stack.wait_for_namespace_gone(target.kubectl, NAMESPACE)
-    target.kubectl.run("create", "namespace", NAMESPACE)
-    enforce = "pod-security.kubernetes.io/enforce=restricted"
-    target.kubectl.run("label", "namespace", NAMESPACE, enforce)
-    yield target.kubectl.in_namespace(NAMESPACE)
-    stack.wait_for_namespace_gone(target.kubectl, NAMESPACE)
-    target.kubectl.run("delete", "pv", f"models-{NAMESPACE}", "--ignore-not-found")
+    with stack.restricted_namespace(target.kubectl, NAMESPACE) as kubectl:
+        yield kubectl
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import subprocess
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 @pytest.fixture(scope="module")
 def team(target: stack.Target, crds: None) -> Iterator[Kubectl]:
     """kubectl in a namespace of this module's own."""
-    name = f"e2e-{uuid.uuid4().hex[:8]}"
-    target.kubectl.run("create", "namespace", name)
-    yield target.kubectl.in_namespace(name)
-    target.kubectl.run("delete", "namespace", name, "--wait=false")
+    with stack.fresh_namespace(target.kubectl) as kubectl:
+        yield kubectl
 
 
 @pytest.fixture(scope="module", autouse=True)

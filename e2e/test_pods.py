@@ -50,31 +50,25 @@ def guarded_service() -> dict[str, Any]:
 def kubectl(target: stack.Target, images: dict[str, str]) -> Iterator[Kubectl]:
     """A namespace under Pod Security restricted in which the service is Ready."""
     stack.install_operator(target, images)
-    stack.wait_for_namespace_gone(target.kubectl, NAMESPACE)
-    target.kubectl.run("create", "namespace", NAMESPACE)
-    enforce = "pod-security.kubernetes.io/enforce=restricted"
-    target.kubectl.run("label", "namespace", NAMESPACE, enforce)
-    kubectl = target.kubectl.in_namespace(NAMESPACE)
-    stack.ensure_model_volume(target, kubectl, images)
-    kubectl.run("create", "configmap", "note", "--from-literal=text=read me")
-    kubectl.apply(guarded_service())
-    # The Secret comes later: the pod waits for it, and says so.
-    wait_until(
-        "the missing Secret in the status",
-        lambda: reason(kubectl) == "SecretMissing",
-        timeout_seconds=60,
-        on_timeout=lambda: kubectl.run("get", "llms,pods,events", "-o", "wide"),
-    )
-    kubectl.run("create", "secret", "generic", "keys", "--from-literal=alice=first-key")
-    wait_until(
-        f"{NAME} Ready",
-        lambda: is_ready(kubectl.get("llmservice", NAME)),
-        timeout_seconds=240,
-        on_timeout=lambda: kubectl.run("get", "llms,pods,events", "-o", "wide"),
-    )
-    yield kubectl
-    stack.wait_for_namespace_gone(target.kubectl, NAMESPACE)
-    target.kubectl.run("delete", "pv", f"models-{NAMESPACE}", "--ignore-not-found")
+    with stack.restricted_namespace(target.kubectl, NAMESPACE) as kubectl:
+        stack.ensure_model_volume(target, kubectl, images)
+        kubectl.run("create", "configmap", "note", "--from-literal=text=read me")
+        kubectl.apply(guarded_service())
+        # The Secret comes later: the pod waits for it, and says so.
+        wait_until(
+            "the missing Secret in the status",
+            lambda: reason(kubectl) == "SecretMissing",
+            timeout_seconds=60,
+            on_timeout=lambda: kubectl.run("get", "llms,pods,events", "-o", "wide"),
+        )
+        kubectl.run("create", "secret", "generic", "keys", "--from-literal=alice=first-key")
+        wait_until(
+            f"{NAME} Ready",
+            lambda: is_ready(kubectl.get("llmservice", NAME)),
+            timeout_seconds=240,
+            on_timeout=lambda: kubectl.run("get", "llms,pods,events", "-o", "wide"),
+        )
+        yield kubectl
 
 
 def reason(kubectl: Kubectl, name: str = NAME) -> str:

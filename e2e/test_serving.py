@@ -22,13 +22,14 @@ import openai
 import pytest
 import stack
 from kube import Kubectl, condition, is_ready, wait_until
+from llmservices import manifest
 
 NAMESPACE = "e2e-serving"
 NAME = "gemma"
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
-def manifest(**changes: Any) -> dict[str, Any]:
+def gemma(**changes: Any) -> dict[str, Any]:
     """A small CPU service; `changes` replace parts of its spec."""
     spec: dict[str, Any] = {
         "model": {"uri": "pvc://models/gemma-3-270m", "name": "gemma-3-270m"},
@@ -45,34 +46,23 @@ def manifest(**changes: Any) -> dict[str, Any]:
     }
     for key, value in changes.items():
         spec[key] = {**spec[key], **value} if isinstance(value, dict) else value
-    return {
-        "apiVersion": "pagoda.dev/v1alpha1",
-        "kind": "LLMService",
-        "metadata": {"name": NAME},
-        "spec": spec,
-    }
+    return manifest(spec, name=NAME)
 
 
 @pytest.fixture(scope="module")
 def kubectl(target: stack.Target, images: dict[str, str]) -> Iterator[Kubectl]:
     """A namespace with the model's claim, and the operator from the chart beside it."""
     stack.install_operator(target, images)
-    stack.wait_for_namespace_gone(target.kubectl, NAMESPACE)
-    target.kubectl.run("create", "namespace", NAMESPACE)
     # Engine pods must pass the strictest Pod Security level.
-    enforce = "pod-security.kubernetes.io/enforce=restricted"
-    target.kubectl.run("label", "namespace", NAMESPACE, enforce)
-    kubectl = target.kubectl.in_namespace(NAMESPACE)
-    stack.ensure_model_volume(target, kubectl, images)
-    yield kubectl
-    stack.wait_for_namespace_gone(target.kubectl, NAMESPACE)
-    target.kubectl.run("delete", "pv", f"models-{NAMESPACE}", "--ignore-not-found")
+    with stack.restricted_namespace(target.kubectl, NAMESPACE) as kubectl:
+        stack.ensure_model_volume(target, kubectl, images)
+        yield kubectl
 
 
 @pytest.fixture(scope="module")
 def serving(kubectl: Kubectl) -> None:
     """An LLMService that is Ready."""
-    apply_and_wait(kubectl, manifest())
+    apply_and_wait(kubectl, gemma())
 
 
 @pytest.fixture
@@ -179,7 +169,7 @@ def test_an_edit_rolls_without_a_failed_request_under_load(kubectl: Kubectl, url
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         clients = [pool.submit(keep_asking) for _ in range(3)]
         try:
-            apply_and_wait(kubectl, manifest(engine={"maxModelLen": 1024}))
+            apply_and_wait(kubectl, gemma(engine={"maxModelLen": 1024}))
             wait_until(
                 "the old pods gone",
                 lambda: not before & {pod["metadata"]["name"] for pod in engine_pods(kubectl)},
@@ -191,7 +181,7 @@ def test_an_edit_rolls_without_a_failed_request_under_load(kubectl: Kubectl, url
     assert min(counts) >= 3
     models = httpx.get(f"{url}/v1/models").json()
     assert models["data"][0]["max_model_len"] == 1024
-    apply_and_wait(kubectl, manifest())
+    apply_and_wait(kubectl, gemma())
 
 
 def test_forty_requests_make_two_replicas_and_silence_makes_one(kubectl: Kubectl, url: str) -> None:
@@ -242,7 +232,7 @@ def test_a_killed_operator_converges_after_each_restart(
         max_num_seqs = 8 + round_number
         pids = wait_until("the operator running", operator_pids, timeout_seconds=60)
         operator.run("rollout", "status", "deployment/pagoda-operator", "--timeout=60s")
-        kubectl.apply(manifest(engine={"maxNumSeqs": max_num_seqs}))
+        kubectl.apply(gemma(engine={"maxNumSeqs": max_num_seqs}))
         time.sleep(rng.uniform(0, 1.5))
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -254,7 +244,7 @@ def test_a_killed_operator_converges_after_each_restart(
             timeout_seconds=60,
             on_timeout=lambda: engine_arguments(kubectl),
         )
-    apply_and_wait(kubectl, manifest())
+    apply_and_wait(kubectl, gemma())
     assert complete(url)
     owned = kubectl.items(
         "deployments,services,serviceaccounts", "-l", f"app.kubernetes.io/instance={NAME}"
@@ -263,7 +253,7 @@ def test_a_killed_operator_converges_after_each_restart(
 
 
 def test_a_missing_model_is_named_and_a_corrected_spec_recovers(kubectl: Kubectl, url: str) -> None:
-    kubectl.apply(manifest(model={"uri": "pvc://models/nothing-here"}))
+    kubectl.apply(gemma(model={"uri": "pvc://models/nothing-here"}))
 
     def stalled() -> dict[str, Any] | None:
         found = condition(kubectl.get("llmservice", NAME) or {}, "Stalled")
@@ -273,7 +263,7 @@ def test_a_missing_model_is_named_and_a_corrected_spec_recovers(kubectl: Kubectl
     assert found["reason"] == "ModelNotFound"
     assert "nothing-here" in found["message"]
     assert complete(url), "the old replica serves on while the new one cannot start"
-    apply_and_wait(kubectl, manifest())
+    apply_and_wait(kubectl, gemma())
     assert not stalled()
 
 

@@ -30,12 +30,12 @@ def team(
     target: stack.Target, crds: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Kubectl]:
     """A namespace with an operator of its own, which has the rights of the chart alone."""
-    name = f"e2e-{uuid.uuid4().hex[:8]}"
-    target.kubectl.run("create", "namespace", name)
-    kubectl = target.kubectl.in_namespace(name)
     folder = tmp_path_factory.mktemp("operator")
-    with without_installed_operator(target.kubectl):
-        kubeconfig = kubeconfig_of_chart(target, name, folder)
+    with (
+        stack.fresh_namespace(target.kubectl) as kubectl,
+        without_installed_operator(target.kubectl),
+    ):
+        kubeconfig = kubeconfig_of_chart(target, kubectl.namespace, folder)
         operator = OperatorProcess(kubectl, folder / "operator.log", kubeconfig)
         operator.start()
         try:
@@ -44,7 +44,6 @@ def team(
             assert "is forbidden: User" not in operator.log
         finally:
             operator.stop()
-            target.kubectl.run("delete", "namespace", name, "--wait=false")
 
 
 @pytest.fixture(scope="module")
