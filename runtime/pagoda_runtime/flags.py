@@ -85,7 +85,7 @@ def _show_default(field: str, default: Any) -> str | None:
     return None if default == () else str(default)
 
 
-def _number(
+def number(
     kind: Callable[[str], N], holds: Callable[[N], bool], expected: str
 ) -> Callable[[str], N]:
     """A type for argparse: a number that holds."""
@@ -102,13 +102,13 @@ def _number(
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:
     """A type for argparse: an integer from low to high, both included."""
     if high is None:
-        return _number(int, lambda value: value >= low, f"an integer of at least {low}")
-    return _number(int, lambda value: low <= value <= high, f"an integer {low}–{high}")
+        return number(int, lambda value: value >= low, f"an integer of at least {low}")
+    return number(int, lambda value: low <= value <= high, f"an integer {low}–{high}")
 
 
-seconds = _number(float, lambda value: 0 <= value < inf, "a number of seconds, 0 or more")
-positive_seconds = _number(float, lambda value: 0 < value < inf, "a number of seconds above 0")
-fraction = _number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+seconds = number(float, lambda value: 0 <= value < inf, "a number of seconds, 0 or more")
+positive_seconds = number(float, lambda value: 0 < value < inf, "a number of seconds above 0")
+fraction = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 
 def text_value(text: str) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from pagoda_runtime.bench.client import Answer, CannotConnect, HttpClient
-from pagoda_runtime.bench.http1 import BrokenAnswer, ConnectionLost, EventParser
+from pagoda_runtime.bench.client import HttpClient
+from pagoda_runtime.bench.http1 import Answer, EventParser, NoAnswer
 from pagoda_runtime.bench.workloads.base import BenchRequest, render_words
 
 MAX_SHOWN_CHARACTERS = 300
@@ -158,12 +158,8 @@ async def measure(
         record.failure, record.detail = error.args
     except TimeoutError:
         record.failure, record.detail = "timeout", f"no end after {timeout_seconds:g} s"
-    except CannotConnect as error:
-        record.failure, record.detail = "cannot connect", str(error)
-    except ConnectionLost as error:
-        record.failure, record.detail = "connection lost", str(error)
-    except BrokenAnswer as error:
-        record.failure, record.detail = "broken answer", str(error)
+    except NoAnswer as error:
+        record.failure, record.detail = error.kind, str(error)
     if record.failure is not None:
         record.ended = time.perf_counter()
     return record

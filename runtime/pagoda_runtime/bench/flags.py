@@ -1,36 +1,27 @@
-"""Types of the benchmarks' flags, beside those of `pagoda serve`."""
+"""Flags of the benchmarks, beside those of `pagoda serve`."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+
+from pagoda_runtime.flags import integer, number
+
+positive_number = number(float, lambda value: value > 0, "a number above 0, or inf")
+range_ratio = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+temperature = number(float, lambda value: 0 <= value <= 2, "a number from 0 to 2")
 
 
-def positive_number(text: str) -> float:
-    """A type for argparse: above 0; `inf` is allowed."""
-    value = _to_float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, or inf")
-    return value
-
-
-def range_ratio(text: str) -> float:
-    """A type for argparse: 0 to below 1."""
-    value = _to_float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
-    return value
-
-
-def temperature(text: str) -> float:
-    """A type for argparse: 0 to 2."""
-    value = _to_float(text)
-    if not 0 <= value <= 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2")
-    return value
-
-
-def _to_float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
+def add_number(
+    group: argparse._ArgumentGroup,
+    *names: str,
+    text: str,
+    parse: Callable[[str], float] | None = None,
+    default: float | None = None,
+    metavar: str = "N",
+) -> None:
+    """Add a flag with a number (by default a count) whose help ends with its default, if any."""
+    shown = text if default is None else f"{text} (%(default)s)"
+    group.add_argument(
+        *names, type=parse or integer(1), default=default, metavar=metavar, help=shown
+    )

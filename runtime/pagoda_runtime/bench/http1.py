@@ -1,24 +1,47 @@
-"""HTTP/1.1 answers and server-sent events, read from bytes as they arrive. No sockets here.
+"""HTTP/1.1 answers and server-sent events, read as they arrive.
 
-Small on purpose: a benchmark that shares the cores with the server must not cost much itself.
+Small on purpose: a benchmark that shares the cores with the server must not cost much itself
+(docs/decisions/0001).
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from pagoda_runtime.errors import PagodaError, RequestError
 
+# The limit of the StreamReader that an answer is read from.
 MAX_HEAD_BYTES = 64 * 1024
+MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
-class BrokenAnswer(PagodaError):
+class NoAnswer(PagodaError):
+    """A request had no whole answer; reports count it as its `kind`."""
+
+    kind: str
+
+
+class CannotConnect(NoAnswer):
+    """Nothing answers at the server's address."""
+
+    kind = "cannot connect"
+
+
+class ConnectionLost(NoAnswer):
+    """The server closed the connection before its answer was whole."""
+
+    kind = "connection lost"
+
+
+class BrokenAnswer(NoAnswer):
     """What the server sent is no HTTP/1.1 answer."""
 
-
-class ConnectionLost(PagodaError):
-    """The server closed the connection before its answer was whole."""
+    kind = "broken answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,68 +95,67 @@ def encode_request(
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-class AnswerParser:
-    """One answer; `feed` takes bytes from the socket and gives back those of the body."""
+class Answer:
+    """One answer, read from its connection as it arrives."""
 
-    def __init__(self) -> None:
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        self._reader = reader
         self.status = 0
-        """0 until the head is complete."""
         self.headers: dict[str, str] = {}
         """Names in lower case."""
-        self.is_complete = False
-        self._buffer = b""
-        # Bytes of the body, or of the current chunk, that are still to come; None: until the end.
-        self._num_missing: int | None = 0
+        self._is_complete = False
+        # Bytes of the body; None: until the connection ends.
+        self._length: int | None = None
         self._is_chunked = False
 
     @property
     def keeps_alive(self) -> bool:
         """Whether the connection serves another request after this answer."""
         closes = self.headers.get("connection", "").lower() == "close"
-        return self.is_complete and not closes and self._num_missing is not None
+        has_end = self._is_chunked or self._length is not None
+        return self._is_complete and has_end and not closes
 
-    def feed(self, data: bytes) -> bytes:
-        """Raises BrokenAnswer."""
-        self._buffer += data
-        if not self.status and not self._read_head():
-            return b""
-        if self._is_chunked:
-            return self._read_chunks()
-        if self._num_missing is None:
-            body, self._buffer = self._buffer, b""
-            return body
-        body, self._buffer = self._buffer[: self._num_missing], self._buffer[self._num_missing :]
-        self._num_missing -= len(body)
-        self.is_complete = self._num_missing == 0
-        return body
-
-    def end(self) -> None:
-        """The connection was closed. Raises ConnectionLost if the answer is not whole."""
-        if self.status and self._num_missing is None:
-            self.is_complete = True
-        if not self.is_complete:
-            raise ConnectionLost("the server closed the connection in the middle of its answer")
-
-    def _read_head(self) -> bool:
-        while not self.status:
-            head, separator, rest = self._buffer.partition(b"\r\n\r\n")
-            if not separator:
-                if len(self._buffer) > MAX_HEAD_BYTES:
-                    raise BrokenAnswer(f"the answer's head exceeds {MAX_HEAD_BYTES} bytes")
-                return False
-            self._buffer = rest
+    async def read_head(self) -> None:
+        """Wait for status and headers. Raises ConnectionLost or BrokenAnswer."""
+        # 100 Continue and its like precede the answer.
+        while self.status < 200:
+            with _as_our_errors():
+                head = await self._reader.readuntil(b"\r\n\r\n")
             self._take_head(head.decode("latin-1"))
-        return True
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes. Raises ConnectionLost or BrokenAnswer."""
+        reader, num_missing = self._reader, self._length
+        with _as_our_errors():
+            if self._is_chunked:
+                while chunk := await self._read_chunk():
+                    yield chunk
+            elif num_missing is None:
+                while piece := await reader.read(MAX_HEAD_BYTES):
+                    yield piece
+            while num_missing:
+                piece = await reader.read(min(num_missing, MAX_HEAD_BYTES))
+                if not piece:
+                    raise asyncio.IncompleteReadError(piece, num_missing)
+                num_missing -= len(piece)
+                yield piece
+        self._is_complete = True
+
+    async def read_all(self) -> bytes:
+        """The whole body. Raises ConnectionLost or BrokenAnswer."""
+        body = bytearray()
+        async for piece in self.pieces():
+            body += piece
+            if len(body) > MAX_BODY_BYTES:
+                raise BrokenAnswer(f"the answer exceeds {MAX_BODY_BYTES} bytes")
+        return bytes(body)
 
     def _take_head(self, head: str) -> None:
-        first, *lines = head.split("\r\n")
+        first, *lines = head.removesuffix("\r\n\r\n").split("\r\n")
         version, _, tail = first.partition(" ")
         status = tail[:3]
         if not version.startswith("HTTP/1.") or not (status.isascii() and status.isdigit()):
             raise BrokenAnswer(f"the answer begins with {first[:80]!r} and not with HTTP/1.1")
-        if status.startswith("1"):
-            # 100 Continue and its like precede the answer.
-            return
         self.status = int(status)
         self.headers = {
             name.strip().lower(): value.strip()
@@ -141,50 +163,45 @@ class AnswerParser:
         }
         if version == "HTTP/1.0":
             self.headers.setdefault("connection", "close")
-        self._take_length()
-
-    def _take_length(self) -> None:
-        if self.headers.get("transfer-encoding", "").lower() == "chunked":
-            self._is_chunked = True
-        elif self.status in (204, 304):
-            self.is_complete = True
-        elif (length := self.headers.get("content-length")) is None:
-            self._num_missing = None
-        elif not (length.isascii() and length.isdigit()):
+        self._is_chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
+        length = self.headers.get("content-length", "")
+        if length and not (length.isascii() and length.isdigit()):
             raise BrokenAnswer(f"the answer's Content-Length is {length!r}")
+        if self._is_chunked:
+            self._length = None
+        elif self.status in (204, 304):
+            self._length = 0
         else:
-            self._num_missing = int(length)
+            self._length = int(length) if length else None
 
-    def _read_chunks(self) -> bytes:
-        """A chunk is its size in hex, a line's end, the bytes, a line's end; size 0 is the last."""
-        body = []
-        while not self.is_complete:
-            if self._num_missing:
-                piece = self._buffer[: self._num_missing]
-                self._buffer = self._buffer[len(piece) :]
-                self._num_missing -= len(piece)
-                body.append(piece)
-                if self._num_missing:
-                    break
-            # The line's end of the chunk before, if there was one, precedes the size.
-            start = 2 if self._buffer.startswith(b"\r\n") else 0
-            end = self._buffer.find(b"\r\n", start)
-            if end < 0:
-                break
-            line = self._buffer[start:end].split(b";")[0].strip()
-            try:
-                self._num_missing = int(line, 16)
-            except ValueError:
-                raise BrokenAnswer(f"the size of a chunk is {line[:20]!r}") from None
-            if self._num_missing:
-                self._buffer = self._buffer[end + 2 :]
-                continue
-            # Trailers may follow the last chunk; an empty line ends them.
-            if b"\r\n\r\n" not in self._buffer[end:]:
-                break
-            self._buffer = b""
-            self.is_complete = True
-        return b"".join(body)
+    async def _read_chunk(self) -> bytes:
+        """Size in hex, a line's end, the bytes, a line's end; nothing is the last chunk."""
+        line = await self._reader.readuntil(b"\r\n")
+        try:
+            size = int(line.partition(b";")[0], 16)
+        except ValueError:
+            size = -1
+        if not 0 <= size <= MAX_BODY_BYTES:
+            raise BrokenAnswer(f"the size of a chunk is {line[:20].strip()!r}")
+        if size:
+            return (await self._reader.readexactly(size + 2))[:-2]
+        # Trailers may follow the last chunk; an empty line ends them.
+        while await self._reader.readuntil(b"\r\n") != b"\r\n":
+            pass
+        return b""
+
+
+@contextlib.contextmanager
+def _as_our_errors() -> Iterator[None]:
+    try:
+        yield
+    except asyncio.IncompleteReadError as error:
+        message = "the server closed the connection in the middle of its answer"
+        raise ConnectionLost(message) from error
+    except asyncio.LimitOverrunError as error:
+        raise BrokenAnswer(f"the answer's head exceeds {MAX_HEAD_BYTES} bytes") from error
+    except (ConnectionError, ssl.SSLError) as error:
+        raise ConnectionLost(f"the connection broke: {error}") from error
 
 
 class EventParser:

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from pagoda_runtime.bench.flags import add_number
 from pagoda_runtime.bench.summary import percentile, write_json
 from pagoda_runtime.bench.workloads import add_workload_flags, make_requests
 from pagoda_runtime.bench.workloads.base import BenchRequest, random_token_ids
@@ -43,9 +44,7 @@ def add_latency_arguments(parser: argparse.ArgumentParser) -> None:
         ("--num-iters", 10, "rounds that count"),
     ):
         low = 0 if "warmup" in flag else 1
-        group.add_argument(
-            flag, type=integer(low), default=default, metavar="N", help=f"{text} ({default})"
-        )
+        add_number(group, flag, parse=integer(low), default=default, text=text)
 
 
 def add_throughput_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +115,7 @@ def measure_throughput(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     Raises: RequestError: the workload's flags are wrong, or a request does not fit.
     """
     requests = make_requests(args, llm.facts.vocab_size, random.Random(args.seed))
-    seconds, num_output = _generate(llm, requests, shows_progress=True)
+    seconds, num_output = _generate(llm, requests)
     num_input = sum(len(request.prompt_token_ids) for request in requests)
     return {
         "dataset_name": args.dataset_name,
@@ -155,9 +154,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(
-    llm: LLM, requests: Sequence[BenchRequest], *, shows_progress: bool = False
-) -> tuple[float, int]:
+def _generate(llm: LLM, requests: Sequence[BenchRequest]) -> tuple[float, int]:
     """(seconds, output tokens) of generating all requests at once."""
     from pagoda_runtime import SamplingParams
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import uvloop
 
-from pagoda_runtime.bench.client import Answer, CannotConnect, HttpClient
+from pagoda_runtime.bench.client import HttpClient
 from pagoda_runtime.bench.endpoint import (
     ENDPOINTS,
     BodyOptions,
@@ -24,8 +24,8 @@ from pagoda_runtime.bench.endpoint import (
     measure,
     show_error,
 )
-from pagoda_runtime.bench.flags import positive_number, temperature
-from pagoda_runtime.bench.http1 import BrokenAnswer, ConnectionLost, parse_base_url
+from pagoda_runtime.bench.flags import add_number, positive_number, temperature
+from pagoda_runtime.bench.http1 import Answer, NoAnswer, parse_base_url
 from pagoda_runtime.bench.load import make_arrivals, run_load
 from pagoda_runtime.bench.summary import format_summary, summarize, write_json
 from pagoda_runtime.bench.workloads import add_workload_flags, make_requests
@@ -51,6 +51,7 @@ def endpoint(text: str) -> Endpoint:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `pagoda bench serve`."""
     _add_server_flags(parser)
+    _add_request_flags(parser)
     _add_load_flags(parser)
     add_workload_flags(parser, num_prompts=100)
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write all figures there")
@@ -82,6 +83,18 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help=f"sent as bearer token (the first of {KEYS_VARIABLE})",
     )
+    add_number(
+        group,
+        "--timeout-seconds",
+        parse=positive_seconds,
+        default=600.0,
+        metavar="S",
+        text="after which a request counts as failed",
+    )
+
+
+def _add_request_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("requests")
     group.add_argument(
         "--prompt-format",
         choices=("ids", "text"),
@@ -89,19 +102,10 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
         help="ids: token ids, which completions of vLLM and Pagoda take; text: common words, about "
         "as many tokens; chat is always text (%(default)s)",
     )
-    group.add_argument(
-        "--vocab-size",
-        type=integer(2),
-        default=DEFAULT_VOCAB_SIZE,
-        metavar="N",
-        help="random token ids stay below N (%(default)s)",
-    )
-    group.add_argument(
-        "--temperature",
-        type=temperature,
-        default=0.0,
-        metavar="T",
-        help="of the sampling (%(default)s)",
+    text = "random token ids stay below N"
+    add_number(group, "--vocab-size", parse=integer(2), default=DEFAULT_VOCAB_SIZE, text=text)
+    add_number(
+        group, "--temperature", parse=temperature, default=0.0, metavar="T", text="of the sampling"
     )
     group.add_argument(
         "--ignore-eos",
@@ -109,51 +113,32 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="send ignore_eos, so that each answer has its full length (on)",
     )
-    group.add_argument(
-        "--timeout-seconds",
-        type=positive_seconds,
-        default=600.0,
-        metavar="S",
-        help="after which a request counts as failed (%(default)s)",
-    )
 
 
 def _add_load_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("load")
-    group.add_argument(
+    add_number(
+        group,
         "--request-rate",
-        type=positive_number,
+        parse=positive_number,
         metavar="R",
-        help="open loop: requests per second, whether or not the server keeps up "
+        text="open loop: requests per second, whether or not the server keeps up "
         "(inf: all at once; of a trace, its own arrivals)",
     )
-    group.add_argument(
+    add_number(
+        group,
         "--burstiness",
-        type=positive_number,
+        parse=positive_number,
         default=1.0,
         metavar="B",
-        help="of the arrivals at --request-rate: 1 Poisson, less is burstier, inf constant "
-        "(%(default)s)",
+        text="of the arrivals at --request-rate: 1 Poisson, less is burstier, inf constant",
     )
-    group.add_argument(
-        "--max-concurrency",
-        type=integer(1),
-        metavar="C",
-        help="closed loop: at most C requests at once (no bound)",
-    )
-    group.add_argument(
-        "--num-warmups",
-        type=integer(0),
-        default=1,
-        metavar="N",
-        help="requests sent before, one after the other, that do not count (%(default)s)",
-    )
-    group.add_argument(
-        "--seed",
-        type=integer(0, MAX_SEED),
-        default=0,
-        help="of prompts, lengths and arrivals: equal seeds, equal runs (%(default)s)",
-    )
+    text = "closed loop: at most C requests at once (no bound)"
+    add_number(group, "--max-concurrency", metavar="C", text=text)
+    text = "requests sent before, one after the other, that do not count"
+    add_number(group, "--num-warmups", parse=integer(0), default=1, text=text)
+    text = "of prompts, lengths and arrivals: equal seeds, equal runs"
+    add_number(group, "--seed", parse=integer(0, MAX_SEED), default=0, text=text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +220,7 @@ async def _find_model(client: HttpClient, args: argparse.Namespace) -> str:
     try:
         async with client.request("GET", "/v1/models") as answer:
             body = await answer.read_all()
-    except (CannotConnect, ConnectionLost, BrokenAnswer) as error:
+    except NoAnswer as error:
         raise RequestError(
             f"--base-url {args.base_url}: {error}. Start the server, or correct --base-url."
         ) from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from pagoda_runtime.bench.http1 import (
-    AnswerParser,
+    MAX_HEAD_BYTES,
+    Answer,
     BrokenAnswer,
     ConnectionLost,
     EventParser,
@@ -22,53 +25,80 @@ CHUNKED = (
 WITH_LENGTH = b"HTTP/1.1 404 Not Found\r\ncontent-length: 5\r\nX-A:  b \r\n\r\nhello"
 
 
-def feed(parser: AnswerParser, data: bytes, size: int) -> bytes:
-    return b"".join(parser.feed(data[i : i + size]) for i in range(0, len(data), size))
+async def read(data: bytes, size: int = 1000, *, ends: bool = False) -> tuple[Answer, bytes]:
+    """The answer in bytes that arrive in pieces of a size; `ends`: the connection, after them."""
+    reader = asyncio.StreamReader(MAX_HEAD_BYTES)
+    answer = Answer(reader)
+
+    async def arrive() -> None:
+        for i in range(0, len(data), size):
+            reader.feed_data(data[i : i + size])
+            await asyncio.sleep(0)
+        if ends:
+            reader.feed_eof()
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+        tasks.create_task(arrive())
+        await answer.read_head()
+        body = await answer.read_all()
+    return answer, body
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_a_chunked_body_is_joined_however_it_arrives(size):
-    parser = AnswerParser()
-    assert feed(parser, CHUNKED, size) == b"hello\r\n, 12345\r\n"
-    assert parser.is_complete
-    assert parser.keeps_alive
+async def test_a_chunked_body_is_joined_however_it_arrives(size):
+    answer, body = await read(CHUNKED, size)
+    assert body == b"hello\r\n, 12345\r\n"
+    assert answer.keeps_alive
+
+
+async def test_trailers_after_the_last_chunk_are_skipped():
+    answer, body = await read(CHUNKED[:-2] + b"X-Sum: 5\r\n\r\n")
+    assert body == b"hello\r\n, 12345\r\n"
+    assert answer.keeps_alive
 
 
 @pytest.mark.parametrize("size", [1, 4, 1000])
-def test_a_body_ends_at_its_length(size):
-    parser = AnswerParser()
-    assert feed(parser, WITH_LENGTH, size) == b"hello"
-    assert (parser.status, parser.headers["x-a"], parser.keeps_alive) == (404, "b", True)
+async def test_a_body_ends_at_its_length(size):
+    answer, body = await read(WITH_LENGTH, size)
+    assert body == b"hello"
+    assert (answer.status, answer.headers["x-a"], answer.keeps_alive) == (404, "b", True)
 
 
-def test_a_body_without_length_ends_with_the_connection():
-    parser = AnswerParser()
-    assert parser.feed(b"HTTP/1.0 200 OK\r\n\r\nabc") == b"abc"
-    assert not parser.is_complete
-    parser.end()
-    assert parser.is_complete
-    assert not parser.keeps_alive
+async def test_a_body_without_length_ends_with_the_connection():
+    answer, body = await read(b"HTTP/1.0 200 OK\r\n\r\nabc", ends=True)
+    assert body == b"abc"
+    assert not answer.keeps_alive
 
 
-def test_an_interim_answer_is_skipped():
-    parser = AnswerParser()
-    assert parser.feed(b"HTTP/1.1 100 Continue\r\n\r\n" + WITH_LENGTH) == b"hello"
-    assert parser.status == 404
+async def test_an_interim_answer_is_skipped():
+    answer, body = await read(b"HTTP/1.1 100 Continue\r\n\r\n" + WITH_LENGTH)
+    assert body == b"hello"
+    assert answer.status == 404
 
 
-def test_connection_close_is_honoured():
-    parser = AnswerParser()
-    parser.feed(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
-    assert parser.is_complete
-    assert not parser.keeps_alive
+async def test_connection_close_is_honoured():
+    answer, _ = await read(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+    assert not answer.keeps_alive
+
+
+async def test_an_answer_without_a_body_is_complete_at_once():
+    answer, body = await read(b"HTTP/1.1 204 No Content\r\n\r\n")
+    assert (body, answer.keeps_alive) == (b"", True)
+
+
+async def test_an_answer_that_was_not_read_to_its_end_keeps_nothing_alive():
+    reader = asyncio.StreamReader()
+    reader.feed_data(CHUNKED)
+    answer = Answer(reader)
+    await answer.read_head()
+    assert not answer.keeps_alive
 
 
 @pytest.mark.parametrize("data", [CHUNKED[:-1], WITH_LENGTH[:-1], b"HTTP/1.1 20", b""])
-def test_an_answer_that_breaks_off_is_lost(data):
-    parser = AnswerParser()
-    parser.feed(data)
-    with pytest.raises(ConnectionLost, match="middle of its answer"):
-        parser.end()
+async def test_an_answer_that_breaks_off_is_lost(data):
+    with pytest.raises(ExceptionGroup) as error:
+        await read(data, ends=True)
+    assert error.group_contains(ConnectionLost, match="middle of its answer")
 
 
 @pytest.mark.parametrize(
@@ -78,12 +108,15 @@ def test_an_answer_that_breaks_off_is_lost(data):
         b"HTTP/1.1 abc\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffffff\r\n",
         b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000,
     ],
 )
-def test_what_is_no_http_is_refused(data):
-    with pytest.raises(BrokenAnswer):
-        AnswerParser().feed(data)
+async def test_what_is_no_http_is_refused(data):
+    with pytest.raises(ExceptionGroup) as error:
+        await read(data)
+    assert error.group_contains(BrokenAnswer)
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])

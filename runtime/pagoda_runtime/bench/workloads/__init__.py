@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import random
 
+from pagoda_runtime.bench.flags import add_number
 from pagoda_runtime.bench.workloads.base import BenchRequest, Workload
 from pagoda_runtime.bench.workloads.random_prompts import RANDOM
 from pagoda_runtime.bench.workloads.shared_prefix import SHARED_PREFIX
 from pagoda_runtime.bench.workloads.trace_file import TRACE_FILE
-from pagoda_runtime.flags import integer
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload for workload in (RANDOM, SHARED_PREFIX, TRACE_FILE)
@@ -25,15 +25,10 @@ def add_workload_flags(parser: argparse.ArgumentParser, *, num_prompts: int) -> 
         default="random",
         help="; ".join(f"{w.name}: {w.help}" for w in WORKLOADS.values()) + " (%(default)s)",
     )
-    group.add_argument(
-        "--num-prompts",
-        type=integer(1),
-        default=num_prompts,
-        metavar="N",
-        help="requests of the run; of a trace, its first N (%(default)s)",
-    )
+    text = "requests of the run; of a trace, its first N"
+    add_number(group, "--num-prompts", default=num_prompts, text=text)
     for workload in WORKLOADS.values():
-        workload.add_arguments(parser)
+        workload.add_flags(group)
 
 
 def make_requests(

@@ -36,7 +36,7 @@ class Workload:
 
     name: str
     help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
+    add_flags: Callable[[argparse._ArgumentGroup], None]
     make_requests: Callable[[argparse.Namespace, int, random.Random], list[BenchRequest]]
     """(flags, vocab_size, rng) → at most `num_prompts` requests. Raises RequestError."""
 

@@ -5,36 +5,23 @@ from __future__ import annotations
 import argparse
 import random
 
-from pagoda_runtime.bench.flags import range_ratio
+from pagoda_runtime.bench.flags import add_number, range_ratio
 from pagoda_runtime.bench.workloads.base import BenchRequest, Workload, random_token_ids
-from pagoda_runtime.flags import integer
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("workload random (output length: shared-prefix too)")
-    group.add_argument(
-        "--random-input-len",
-        "--input-len",
-        type=integer(1),
-        default=1024,
-        metavar="N",
-        help="tokens of a prompt (%(default)s)",
-    )
-    group.add_argument(
-        "--random-output-len",
-        "--output-len",
-        type=integer(1),
-        default=128,
-        metavar="N",
-        help="tokens to generate for each (%(default)s)",
-    )
-    group.add_argument(
+def _add_flags(group: argparse._ArgumentGroup) -> None:
+    text = "random: tokens of a prompt"
+    add_number(group, "--random-input-len", "--input-len", default=1024, text=text)
+    text = "random, shared-prefix: tokens to generate for each"
+    add_number(group, "--random-output-len", "--output-len", default=128, text=text)
+    add_number(
+        group,
         "--random-range-ratio",
-        type=range_ratio,
+        parse=range_ratio,
         default=0.0,
         metavar="R",
-        help="both lengths are drawn from length * (1 - R) to length * (1 + R); 0 to below 1 "
-        "(%(default)s)",
+        text="random, shared-prefix: each of these lengths is drawn from length * (1 - R) to "
+        "length * (1 + R); 0 to below 1",
     )
 
 
@@ -58,4 +45,4 @@ def _make_requests(
     ]
 
 
-RANDOM = Workload("random", "random tokens that share nothing", _add_arguments, _make_requests)
+RANDOM = Workload("random", "random tokens that share nothing", _add_flags, _make_requests)

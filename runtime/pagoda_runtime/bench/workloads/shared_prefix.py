@@ -5,37 +5,19 @@ from __future__ import annotations
 import argparse
 import random
 
+from pagoda_runtime.bench.flags import add_number
 from pagoda_runtime.bench.workloads.base import BenchRequest, Workload, random_token_ids
 from pagoda_runtime.bench.workloads.random_prompts import draw_length
-from pagoda_runtime.flags import integer
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("workload shared-prefix")
-    group.add_argument(
-        "--prefix-len",
-        "--prefix-repetition-prefix-len",
-        type=integer(1),
-        default=256,
-        metavar="N",
-        help="tokens that prompts share (%(default)s)",
-    )
-    group.add_argument(
-        "--suffix-len",
-        "--prefix-repetition-suffix-len",
-        type=integer(1),
-        default=256,
-        metavar="N",
-        help="tokens of its own that each prompt ends with (%(default)s)",
-    )
-    group.add_argument(
-        "--num-prefixes",
-        "--prefix-repetition-num-prefixes",
-        type=integer(1),
-        default=10,
-        metavar="N",
-        help="different prefixes, used in turn (%(default)s)",
-    )
+def _add_flags(group: argparse._ArgumentGroup) -> None:
+    for name, default, text in (
+        ("prefix-len", 256, "tokens that prompts share"),
+        ("suffix-len", 256, "tokens of its own that each prompt ends with"),
+        ("num-prefixes", 10, "different prefixes, used in turn"),
+    ):
+        names = (f"--{name}", f"--prefix-repetition-{name}")
+        add_number(group, *names, default=default, text=f"shared-prefix: {text}")
 
 
 def _make_requests(
@@ -57,5 +39,5 @@ def _make_requests(
 
 
 SHARED_PREFIX = Workload(
-    "shared-prefix", "prompts that begin with one of a few prefixes", _add_arguments, _make_requests
+    "shared-prefix", "prompts that begin with one of a few prefixes", _add_flags, _make_requests
 )

@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pagoda_runtime.bench.flags import positive_number
+from pagoda_runtime.bench.flags import add_number, positive_number
 from pagoda_runtime.bench.workloads.base import BenchRequest, Workload, random_token_ids
 from pagoda_runtime.errors import RequestError
 
@@ -163,21 +163,16 @@ def make_prompt(row: TraceRow, vocab_size: int, rng: random.Random) -> list[int]
     return token_ids + random_token_ids(row.input_tokens - len(token_ids), vocab_size, rng)
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("workload trace-file")
+def _add_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dataset-path",
         type=Path,
         metavar="FILE",
-        help="CSV or JSON lines with the arrival, input tokens and output tokens of each request",
+        help="trace-file: CSV or JSON lines with the arrival, input tokens and output tokens of "
+        "each request",
     )
-    group.add_argument(
-        "--trace-speed",
-        type=positive_number,
-        default=1.0,
-        metavar="X",
-        help="times as fast as the trace was recorded; inf sends all at once (%(default)s)",
-    )
+    text = "trace-file: times as fast as it was recorded; inf sends all at once"
+    add_number(group, "--trace-speed", parse=positive_number, default=1.0, metavar="X", text=text)
 
 
 def _make_requests(
@@ -196,5 +191,5 @@ def _make_requests(
 
 
 TRACE_FILE = Workload(
-    "trace-file", "lengths and arrivals of a recorded trace", _add_arguments, _make_requests
+    "trace-file", "lengths and arrivals of a recorded trace", _add_flags, _make_requests
 )
