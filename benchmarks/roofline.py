@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from pagoda_runtime.layers.linear import make_linear_method
 from pagoda_runtime.platforms import machine
+from pagoda_runtime.quantization.unquantized import make_product
 
 NUM_PRODUCTS = 10
 
@@ -39,12 +39,12 @@ def vocabulary_bandwidth(config: dict[str, Any]) -> float:
     """Bytes/s of projecting one row to the vocabulary with the engine's own product."""
     weight = torch.randn(config["vocab_size"], config["hidden_size"]).to(torch.bfloat16)
     num_bytes = weight.numel() * weight.element_size()
-    method = make_linear_method(weight)
+    product = make_product(weight)
     del weight
     row = torch.randn(1, config["hidden_size"]).to(torch.bfloat16)
     best = float("inf")
     for _ in range(NUM_PRODUCTS):
         started = time.perf_counter()
-        method(row)
+        product(row)
         best = min(best, time.perf_counter() - started)
     return num_bytes / best

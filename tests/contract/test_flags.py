@@ -20,7 +20,7 @@ from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.models.check import verify_supported
-from pagoda_runtime.models.registry import ONLINE_QUANTIZATIONS
+from pagoda_runtime.quantization import ONLINE
 from pagoda_runtime.server.flags import parse_serve_args
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
@@ -71,7 +71,7 @@ def test_a_revision_of_the_hub_arrives_in_the_configuration() -> None:
 def test_an_example_asks_for_nothing_that_the_engine_refuses(example: Path) -> None:
     config = parse(yaml.safe_load(example.read_text())["spec"]).engine
     verify_supported(config)
-    assert config.quantization in (None, "none", *ONLINE_QUANTIZATIONS)
+    assert config.quantization in (None, "none", *ONLINE)
 
 
 def cause_of(error: FatalError, spec: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pagoda_kernels.cpu.compiled import address_of, int32s
+from pagoda_kernels.cpu.compiled import address_of, int32s, uint8s
 from pagoda_kernels.cpu.panels import (
     BYTES_PER_STEP,
     GROUP_SIZE,
@@ -17,6 +17,8 @@ from pagoda_kernels.cpu.panels import (
     transpose_panel,
 )
 from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim
+
+_GROUPS_AT_ONCE = 16
 
 
 def pack(matrix: torch.Tensor, numbers: Numbers) -> torch.Tensor:
@@ -32,22 +34,13 @@ def pack(matrix: torch.Tensor, numbers: Numbers) -> torch.Tensor:
     if in_features % per_step:
         raise ValueError(f"in_features is {in_features}; it must be a multiple of {per_step}.")
     num_groups, num_steps = -(-out_features // GROUP_SIZE), in_features // per_step
-    if numbers is INT8_AS_BF16:
-        return _pack_coded(matrix, num_groups, num_steps)
+    is_coded = numbers is INT8_AS_BF16
+    dtype = torch.uint8 if is_coded else matrix.dtype
     matrix = matrix.contiguous()
-    panels = torch.empty(num_groups, num_steps, GROUP_SIZE, per_step, dtype=matrix.dtype)
-    _pack(matrix.data_ptr(), out_features, num_steps, panels.data_ptr())
+    panels = torch.empty(num_groups, num_steps, GROUP_SIZE, per_step, dtype=dtype)
+    pack_groups = _pack_coded if is_coded else _pack
+    pack_groups(matrix.data_ptr(), out_features, num_steps, panels.data_ptr())
     return panels
-
-
-def _pack_coded(matrix: torch.Tensor, num_groups: int, num_steps: int) -> torch.Tensor:
-    missing = num_groups * GROUP_SIZE - len(matrix)
-    padded = torch.nn.functional.pad(matrix, (0, 0, 0, missing)) if missing else matrix
-    groups = padded.view(num_groups, GROUP_SIZE, num_steps, -1).transpose(1, 2)
-    # Sign and magnitude, and halves of eights in turns: so `_widen_vector` needs no other order.
-    coded = groups.abs().to(torch.uint8) | (groups < 0).to(torch.uint8) << 7
-    halves = coded.reshape(*groups.shape[:2], 2, PANEL_SIZE // 4, 8)
-    return halves.transpose(2, 3).reshape(groups.shape)
 
 
 def _pack_groups(task: Task) -> None:
@@ -76,3 +69,33 @@ def _pack_groups(task: Task) -> None:
 
 
 _pack = ThreadedKernel(_pack_groups)
+
+
+def _pack_coded_groups(task: Task) -> None:
+    """Arguments: as of `_pack_groups`; a number becomes a sign and a magnitude.
+
+    Of a step, halves of eights lie in turns: so `_widen_vector` needs no other order.
+    """
+    matrix, num_rows, num_steps, panels = task[1], task[2], task[3], task[4]
+    in_features, step_bytes = 2 * num_steps, 2 * GROUP_SIZE
+    num_groups = (num_rows + GROUP_SIZE - 1) // GROUP_SIZE
+    group = claim(task)
+    while group < num_groups:
+        to = uint8s(panels + group * GROUP_SIZE * in_features, (num_steps, step_bytes))
+        for i in range(GROUP_SIZE):
+            row = group * GROUP_SIZE + i
+            half, eighth, place = 2 * i // GROUP_SIZE, 2 * i % GROUP_SIZE // 8, 2 * i % 8
+            at = eighth * 16 + half * 8 + place
+            if row < num_rows:
+                numbers = uint8s(matrix + row * in_features, (num_steps, 2))
+                for step in range(num_steps):
+                    for j in range(2):
+                        number = numbers[step, j]
+                        is_negative = number > 127
+                        to[step, at + j] = 384 - number if is_negative else number
+            else:
+                to[:, at : at + 2] = 0
+        group = claim(task)
+
+
+_pack_coded = ThreadedKernel(_pack_coded_groups)

@@ -64,7 +64,7 @@ class ModelRunner:
             num_blocks=size.num_blocks,
             vocab_size=self.model_config.vocab_size,
             sliding_window=0 if 0 in windows else max(windows),
-            doubling_depth=self.model_config.doubling_depth,
+            doubling_depth=self.model.doubling_depth,
             eos_token_ids=list(self.model_config.eos_token_ids),
             dtype=str(self.dtype).removeprefix("torch."),
             device=platform.name,

@@ -2,79 +2,102 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from pagoda_kernels.paged_attention import HeadNorm, Rotary
 from pagoda_runtime.layers.linear import Linear
+from pagoda_runtime.layers.module import Module
 from pagoda_runtime.layers.norm import folded_weight, norm_floor
 from pagoda_runtime.layers.step_input import StepInput
-from pagoda_runtime.models.config import ModelConfig
+from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.parameter import OUTPUT, Axis, Layout, Part
 
 
-class SelfAttention:
-    """q, k and v in one product; k and v go to the cache; the heads' results through o_proj."""
+@dataclass(frozen=True, slots=True)
+class AttentionHeads:
+    """The heads of a layer, as all ranks together have them."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def qkv_parts(self) -> list[Part]:
+        """Of q, k and v, which are cut between heads."""
+        counts = {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}
+        return [
+            Part(f"{name}_proj", count * self.head_dim, num_heads=count)
+            for name, count in counts.items()
+        ]
+
+
+class SelfAttention(Module):
+    """q, k and v in one product; k and v go to the cache; the heads' results through o_proj.
+
+    Args:
+        layer: as the attention backend counts them.
+        sees_all: whether a token attends to all earlier ones, and not to those of a window.
+        biases: whether the first product has some, and the last.
+        qk_norm: of the heads of q and k, if they have one.
+    """
 
     def __init__(
-        self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        hidden_size: int,
+        heads: AttentionHeads,
+        *,
+        layer: int,
+        sees_all: bool,
+        biases: tuple[bool, bool],
+        qk_norm: QKNorm | None,
+        placement: Placement,
     ) -> None:
+        super().__init__()
         self.layer = layer
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        qkv_bias, output_bias = biases
         self.qkv_proj = Linear(
-            config.hidden_size,
-            {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
-            bias=config.qkv_bias,
-            dtype=dtype,
-            device=device,
-            quantization=config.quantization,
+            hidden_size,
+            heads.qkv_parts(),
+            cut=Axis.OUTPUT,
+            bias=qkv_bias,
+            placement=placement,
         )
         self.o_proj = Linear(
-            q_size,
-            {"o_proj": config.hidden_size},
-            bias=config.attention_output_bias,
-            dtype=dtype,
-            device=device,
-            quantization=config.quantization,
+            heads.num_heads * heads.head_dim,
+            [Part("o_proj", hidden_size)],
+            cut=Axis.INPUT,
+            bias=output_bias,
+            placement=placement,
         )
-        self.qk_norm: QKNorm | None = None
-        if config.qk_norm:
-            self.qk_norm = QKNorm(config, dtype=dtype, device=device)
-
-    def targets(self, prefix: str) -> dict[str, torch.Tensor]:
-        targets = self.qkv_proj.targets(prefix) | self.o_proj.targets(prefix)
-        if self.qk_norm is not None:
-            targets |= self.qk_norm.targets(prefix)
-        return targets
-
-    def after_loading(self) -> None:
-        self.qkv_proj.after_loading()
-        self.o_proj.after_loading()
-        if self.qk_norm is not None:
-            self.qk_norm.after_loading()
-
-    def fix_rows(self) -> None:
-        self.qkv_proj.fix_rows()
-        self.o_proj.fix_rows()
+        self.qk_norm = qk_norm
+        if sees_all:
+            # q·k, and the sum of v.
+            num_heads = len(placement.parallel.share(heads.num_heads))
+            self.multiplications_per_earlier_token = 2 * num_heads * heads.head_dim
 
     def __call__(self, x: torch.Tensor, rotary: Rotary, step: StepInput) -> torch.Tensor:
         """x: [num_tokens, hidden_size]"""
         norm = None if self.qk_norm is None else self.qk_norm.norm
-        return self.o_proj(step.attention.attend(self.layer, self.qkv_proj(x), rotary, norm))
+        attended = step.attention.attend(self.layer, self.qkv_proj(x, step), rotary, norm)
+        return self.o_proj(attended, step)
 
 
-class QKNorm:
+class QKNorm(Module):
     """The norms of q's and k's heads."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.weight_offset = config.norm_weight_offset
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.q_weight = torch.empty(config.head_dim, dtype=dtype, device=device)
-        self.k_weight = torch.empty_like(self.q_weight)
-        self.norm = HeadNorm(torch.empty(0), norm_floor(config.norm_eps, config.head_dim, device))
+    def __init__(
+        self, heads: AttentionHeads, *, eps: float, weight_offset: float, placement: Placement
+    ) -> None:
+        super().__init__()
+        self.weight_offset = weight_offset
+        share = placement.parallel.share
+        self.counts = [len(share(heads.num_heads)), len(share(heads.num_kv_heads))]
+        layout = Layout([Part("q_norm", heads.head_dim), Part("k_norm", heads.head_dim)])
+        self.parameters["weight"] = placement.parameter(layout, OUTPUT)
+        self.floor = norm_floor(eps, heads.head_dim, placement.device)
 
-    def targets(self, prefix: str) -> dict[str, torch.Tensor]:
-        return {f"{prefix}q_norm.weight": self.q_weight, f"{prefix}k_norm.weight": self.k_weight}
-
-    def after_loading(self) -> None:
-        rows = [self.q_weight] * self.num_heads + [self.k_weight] * self.num_kv_heads
-        weight = folded_weight(torch.stack(rows), self.weight_offset)
-        self.norm = HeadNorm(weight, self.norm.floor)
+    def use_parameters(self) -> None:
+        q_and_k = self.parameters["weight"].data.view(2, -1)
+        rows = q_and_k.repeat_interleave(torch.tensor(self.counts, device=q_and_k.device), 0)
+        self.norm = HeadNorm(folded_weight(rows, self.weight_offset), self.floor)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import embedding
 
-from pagoda_runtime.layers.linear import LinearMethod, PlainLinear, fix_rows, make_linear_method
+from pagoda_runtime.layers.module import Module, own_layout
 from pagoda_runtime.layers.screen import Screen, can_screen
+from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.parameter import INPUT, OUTPUT, Parameter
+from pagoda_runtime.quantization.unquantized import UnquantizedLinear
 
 
-class Embedding:
+class Embedding(Module):
     """Rows of a table by token id, times a scale, in fp32.
 
     Args:
@@ -17,23 +20,27 @@ class Embedding:
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        hidden_size: int,
-        *,
-        scale: float,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, vocab_size: int, hidden_size: int, *, scale: float, placement: Placement
     ) -> None:
-        self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
-        self.scale = torch.tensor(scale, dtype=dtype).item()
+        super().__init__()
+        layout = own_layout(vocab_size, hidden_size)
+        self.parameters["weight"] = placement.parameter(layout, OUTPUT, INPUT)
+        self.scale = torch.tensor(scale, dtype=placement.dtype).item()
+
+    def use_parameters(self) -> None:
+        self.table = self.parameters["weight"].data
+
+    @property
+    def bytes_per_step(self) -> int:
+        """A few rows."""
+        return 0
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        rows = embedding(token_ids, self.weight)
+        rows = embedding(token_ids, self.table)
         return rows.float().mul_(self.scale)
 
 
-class LanguageModelHead:
+class LanguageModelHead(Module):
     """Logits over the vocabulary: hidden @ weight.T.
 
     A tied head multiplies by the embedding's table. A packed layout cannot serve as a table, so
@@ -47,32 +54,43 @@ class LanguageModelHead:
         hidden_size: int,
         *,
         tied_to: Embedding | None,
-        dtype: torch.dtype,
-        device: torch.device,
+        placement: Placement,
     ) -> None:
-        self.is_tied = tied_to is not None
-        self.weight = (
-            torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
-            if tied_to is None
-            else tied_to.weight
-        )
-        self.method: LinearMethod = PlainLinear(self.weight)
+        super().__init__()
+        self.method = UnquantizedLinear()
+        self._tied: Parameter | None = None
         self.table: torch.Tensor | None = None
+        """The embedding's, where the method holds a copy of it in a layout of its own."""
         self.screen: Screen | None = None
+        if tied_to is not None:
+            self._tied = tied_to.parameters["weight"]
+        else:
+            layout = own_layout(vocab_size, hidden_size)
+            self.parameters = self.method.create_weights(layout, placement, has_bias=False)
 
-    def after_loading(self) -> None:
-        self.method = make_linear_method(self.weight)
-        if self.is_tied and self.method.copies_weight:
-            self.table = self.weight
-        del self.weight
+    def use_parameters(self) -> None:
+        self.method.after_loading({"weight": self._tied} if self._tied else self.parameters)
+        if self._tied is not None:
+            self.weight_bytes = self._tied.num_bytes
+            self.table = self._tied.data if self.method.is_packed else None
+            self._tied = None
 
     def add_screen(self) -> None:
         """Find the likeliest tokens faster, where that is possible; not together with fix_rows."""
         if self.table is not None and can_screen(self.table):
-            self.screen = Screen(self.table, self.method)
+            self.screen = Screen(self.table, self.method.apply)
+
+    @property
+    def copies(self) -> dict[str, int]:
+        """In what forms the table is held beside the embedding's, with the bytes of each."""
+        if self.table is None:
+            return {}
+        return {"packed": self.table.nbytes} | (
+            {"in int8": self.table.numel()} if self.screen else {}
+        )
 
     def fix_rows(self) -> None:
-        self.method = fix_rows(self.method)
+        self.method.fix_rows()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.method(hidden)
+        return self.method.apply(hidden)

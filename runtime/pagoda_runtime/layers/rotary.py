@@ -7,7 +7,7 @@ import math
 import torch
 
 from pagoda_kernels.paged_attention import Rotary
-from pagoda_runtime.models.config import RopeConfig
+from pagoda_runtime.layers.rope_config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> torch.Tensor:

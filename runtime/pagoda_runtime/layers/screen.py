@@ -11,7 +11,7 @@ from pagoda_kernels.cpu.screened_argmax import (
     quantize_rows,
     quantize_table,
 )
-from pagoda_runtime.layers.linear import LinearMethod
+from pagoda_runtime.quantization.base import Product
 
 # How many standard deviations of its error a logit may be off. The error is a sum over hidden_size
 # of independent roundings, so it is close to normal: one in 1e9 likeliest tokens is missed.
@@ -38,11 +38,11 @@ class Screen:
 
     Args:
         table: [vocab_size, hidden_size] bf16 on a CPU; kept, not copied.
-        method: multiplies by the table; for rows that int8 says too little about.
+        product: with the table; for rows that int8 says too little about.
     """
 
-    def __init__(self, table: torch.Tensor, method: LinearMethod) -> None:
-        self.table, self.method = table, method
+    def __init__(self, table: torch.Tensor, product: Product) -> None:
+        self.table, self.product = table, product
         self.rotation_size = min(_LARGEST_ROTATION, _power_of_two_in(table.shape[1]))
         rounded, self.error, self.power = quantize_table(table, self.rotation_size)
         self.int8_table = Int8Table(rounded)
@@ -60,7 +60,7 @@ class Screen:
         tokens = choose_tokens(hidden, self.table, largest, errors, _MOST_CANDIDATES)
         is_hard = tokens < 0
         if bool(is_hard.any()):
-            tokens[is_hard] = self.method(hidden[is_hard]).argmax(-1)
+            tokens[is_hard] = self.product(hidden[is_hard]).argmax(-1)
         return tokens
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pagoda_runtime.config import SUPPORTED_DTYPES
 from pagoda_runtime.config_file import ConfigFile
+from pagoda_runtime.layers.rope_config import RopeConfig
 
 DTYPE_OF_WEIGHTS = "auto"
 
@@ -15,39 +16,13 @@ Note = tuple[int, str]
 """A level of `logging`, and a message."""
 
 
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary position embedding of a layer; `models/rope.py` reads it from config.json."""
-
-    theta: float
-    rope_type: str = "default"
-    factor: float = 1.0
-    """How many times longer than the original the context is."""
-    low_freq_factor: float = 1.0
-    """llama3: turns in the original context below which a frequency is divided in full."""
-    high_freq_factor: float = 4.0
-    """llama3: turns above which it is left alone."""
-    original_max_position_embeddings: int = 8192
-    """Positions that the model was trained on before its context was made longer."""
-    attention_factor: float = 1.0
-    """yarn, longrope: factor on cos and sin."""
-    beta_fast: float = 32.0
-    """yarn: turns in the original context above which a frequency is left alone."""
-    beta_slow: float = 1.0
-    """yarn: turns below which it is divided in full."""
-    truncate: bool = True
-    """yarn: whether the two are rounded to whole pairs of dimensions, outwards."""
-    short_factors: tuple[float, ...] = ()
-    """longrope: divisors of the frequencies if no sequence outgrows the original context."""
-    long_factors: tuple[float, ...] = ()
-    """longrope: divisors if some sequence may."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """One decoder, as data. The families of `models/` differ in these values only."""
 
     architecture: str
+    names: Mapping[str, str]
+    """Part of a parameter's name → what the family's checkpoints say for it, if they differ."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -67,6 +42,14 @@ class ModelConfig:
     """Tokens that each layer sees, itself included; 0: all."""
     dtype: str = "bfloat16"
     """dtype of the checkpoint; DTYPE_OF_WEIGHTS until the weights are seen, if no file names it"""
+    computed_weights: tuple[str, ...] = ()
+    """Last parts of the names of what some checkpoints carry and every engine computes itself."""
+    norm: str = "rms"
+    """rms or layer"""
+    rotary_dim: int | None = None
+    """The first dimensions of a head, which are rotated; None: all."""
+    is_gated: bool = True
+    """Whether the feed-forward layers have a gate."""
     qkv_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
@@ -85,21 +68,9 @@ class ModelConfig:
     notes: tuple[Note, ...] = ()
     """What the log of the start should tell of the model's files."""
 
-    @property
-    def doubling_depth(self) -> int:
-        """Position whose token takes twice the multiplications of the first one.
-
-        Those of the layers' matrices are the same for each token; in a layer that sees all, each
-        earlier token adds two products of a head's size for each head.
-        """
-        attention = self.num_heads * self.head_dim
-        matrices = self.hidden_size * (
-            2 * attention + 2 * self.num_kv_heads * self.head_dim + 3 * self.intermediate_size
-        )
-        num_full_layers = sum(1 for window in self.sliding_windows if not window)
-        if num_full_layers == 0:
-            return 1 << 60
-        return self.num_layers * matrices // (2 * attention * num_full_layers)
+    def stored_name(self, name: str) -> str:
+        """What the checkpoint calls a parameter of the model."""
+        return ".".join(self.names.get(part, part) for part in name.split("."))
 
 
 def common_fields(file: ConfigFile, default_head_dim: int | None = None) -> dict[str, Any]:

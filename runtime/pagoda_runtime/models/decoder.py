@@ -5,133 +5,123 @@ from __future__ import annotations
 import torch
 
 from pagoda_kernels.paged_attention import Rotary
-from pagoda_runtime.layers.attention import SelfAttention
+from pagoda_runtime.layers.attention import AttentionHeads, QKNorm, SelfAttention
 from pagoda_runtime.layers.embedding import Embedding, LanguageModelHead
-from pagoda_runtime.layers.mlp import GatedMLP
-from pagoda_runtime.layers.norm import RMSNorm
+from pagoda_runtime.layers.mlp import MLP
+from pagoda_runtime.layers.module import Module
+from pagoda_runtime.layers.norm import LayerNorm, Norm, RMSNorm
 from pagoda_runtime.layers.rotary import inverse_frequencies, rotary_of
 from pagoda_runtime.layers.step_input import StepInput
 from pagoda_runtime.models.config import ModelConfig
+from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.parameter import Shard
+
+_NEVER = 1 << 60
 
 
-class DecoderLayer:
+class DecoderLayer(Module):
     """Norm, attention, add; norm, feed-forward, add; with sandwich norms before each add too."""
 
-    def __init__(
-        self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.self_attn = SelfAttention(config, layer, dtype=dtype, device=device)
-        self.mlp = GatedMLP(config, dtype=dtype, device=device)
-        self.attention_norm = make_norm(config, dtype, device)
-        self.mlp_norm = make_norm(config, dtype, device)
-        self.after_attention_norm: RMSNorm | None = None
-        self.after_mlp_norm: RMSNorm | None = None
-        if config.sandwich_norms:
-            self.after_attention_norm = make_norm(config, dtype, device)
-            self.after_mlp_norm = make_norm(config, dtype, device)
-
-    def targets(self, prefix: str) -> dict[str, torch.Tensor]:
-        norms = {"input_layernorm": self.attention_norm, "post_attention_layernorm": self.mlp_norm}
-        if self.after_attention_norm is not None and self.after_mlp_norm is not None:
-            # With sandwich norms post_attention_layernorm is what its name says.
-            norms = {
-                "input_layernorm": self.attention_norm,
-                "post_attention_layernorm": self.after_attention_norm,
-                "pre_feedforward_layernorm": self.mlp_norm,
-                "post_feedforward_layernorm": self.after_mlp_norm,
-            }
-        return (
-            self.self_attn.targets(f"{prefix}self_attn.")
-            | self.mlp.targets(f"{prefix}mlp.")
-            | {f"{prefix}{name}.weight": norm.weight for name, norm in norms.items()}
+    def __init__(self, config: ModelConfig, layer: int, placement: Placement) -> None:
+        super().__init__()
+        heads = AttentionHeads(config.num_heads, config.num_kv_heads, config.head_dim)
+        qk_norm = None
+        if config.qk_norm:
+            qk_norm = QKNorm(
+                heads,
+                eps=config.norm_eps,
+                weight_offset=config.norm_weight_offset,
+                placement=placement,
+            )
+        self.attention_norm = make_norm(config, placement)
+        self.self_attn = SelfAttention(
+            config.hidden_size,
+            heads,
+            layer=layer,
+            sees_all=not config.sliding_windows[layer],
+            biases=(config.qkv_bias, config.attention_output_bias),
+            qk_norm=qk_norm,
+            placement=placement,
         )
-
-    def after_loading(self) -> None:
-        self.self_attn.after_loading()
-        self.mlp.after_loading()
-        for norm in (
-            self.attention_norm,
-            self.mlp_norm,
-            self.after_attention_norm,
-            self.after_mlp_norm,
-        ):
-            if norm is not None:
-                norm.after_loading()
+        self.mlp_norm = make_norm(config, placement)
+        self.mlp = MLP(
+            config.hidden_size,
+            config.intermediate_size,
+            activation=config.activation,
+            is_gated=config.is_gated,
+            bias=config.mlp_bias,
+            placement=placement,
+        )
+        self.after_attention_norm = make_norm(config, placement) if config.sandwich_norms else None
+        self.after_mlp_norm = make_norm(config, placement) if config.sandwich_norms else None
 
     def __call__(self, hidden: torch.Tensor, rotary: Rotary, step: StepInput) -> None:
         """Add this layer's two parts to hidden, [num_tokens, hidden_size] fp32, in place."""
         attended = self.self_attn(self.attention_norm(hidden), rotary, step)
         _add(hidden, attended, self.after_attention_norm)
-        _add(hidden, self.mlp(self.mlp_norm(hidden)), self.after_mlp_norm)
+        _add(hidden, self.mlp(self.mlp_norm(hidden), step), self.after_mlp_norm)
 
 
-class Decoder:
-    """Token ids to hidden states, and hidden states to logits."""
+class Decoder(Module):
+    """A `Model`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, placement: Placement) -> None:
+        super().__init__()
         self.config = config
+        self.device = placement.device
         self.embed_tokens = Embedding(
             config.vocab_size,
             config.hidden_size,
             scale=config.embedding_scale,
-            dtype=dtype,
-            device=device,
+            placement=placement,
         )
-        self.layers = [
-            DecoderLayer(config, layer, dtype=dtype, device=device)
-            for layer in range(config.num_layers)
-        ]
-        self.norm = make_norm(config, dtype, device)
+        self.layers = [DecoderLayer(config, layer, placement) for layer in range(config.num_layers)]
+        self.norm = make_norm(config, placement)
         self.lm_head = LanguageModelHead(
             config.vocab_size,
             config.hidden_size,
             tied_to=self.embed_tokens if config.tie_word_embeddings else None,
-            dtype=dtype,
-            device=device,
+            placement=placement,
         )
-        self.device = device
         self.set_max_model_len(config.max_position_embeddings)
 
+    def weights(self) -> dict[str, Shard]:
+        return {self.config.stored_name(name): shard for name, shard in self.shards()}
+
+    @property
+    def unused_weights(self) -> tuple[str, ...]:
+        computed = self.config.computed_weights
+        if self.config.tie_word_embeddings:
+            return (*computed, self.config.stored_name("lm_head.weight"))
+        return computed
+
+    @property
+    def step_bytes(self) -> int:
+        return sum(module.bytes_per_step for module in self.modules())
+
+    @property
+    def vocabulary_copies(self) -> dict[str, int]:
+        return self.lm_head.copies
+
+    @property
+    def doubling_depth(self) -> int:
+        modules = list(self.modules())
+        earlier = sum(module.multiplications_per_earlier_token for module in modules)
+        if not earlier:
+            return _NEVER
+        return sum(module.multiplications_per_token for module in modules) // earlier
+
     def set_max_model_len(self, max_model_len: int) -> None:
-        """Say how long a sequence may become: the frequencies of some rope types depend on it."""
-        head_dim = self.config.head_dim
+        rotary_dim = self.config.rotary_dim or self.config.head_dim
         self.frequencies = {
-            rope: inverse_frequencies(rope, head_dim, max_model_len).to(self.device)
+            rope: inverse_frequencies(rope, rotary_dim, max_model_len).to(self.device)
             for rope in self.config.rope
         }
 
-    def targets(self) -> dict[str, torch.Tensor]:
-        """Where each tensor of the checkpoint goes: its name → a view of a parameter."""
-        targets = {
-            "model.embed_tokens.weight": self.embed_tokens.weight,
-            "model.norm.weight": self.norm.weight,
-        }
-        if not self.lm_head.is_tied:
-            targets["lm_head.weight"] = self.lm_head.weight
-        for index, layer in enumerate(self.layers):
-            targets |= layer.targets(f"model.layers.{index}.")
-        return targets
-
-    def after_loading(self) -> None:
-        """Bring every layer into the form it computes with."""
-        for layer in self.layers:
-            layer.after_loading()
-        self.norm.after_loading()
-        self.lm_head.after_loading()
-
     def add_screen(self) -> None:
-        """Let `likeliest` work, if it can; afterwards `can_screen` tells."""
         self.lm_head.add_screen()
 
-    def fix_rows(self) -> None:
-        """Let the bits of a token's result not depend on how many tokens a step has; slower."""
-        for layer in self.layers:
-            layer.self_attn.fix_rows()
-            layer.mlp.fix_rows()
-        self.lm_head.fix_rows()
-
     def __call__(self, step: StepInput) -> torch.Tensor:
-        """Hidden states before the last norm, [num_tokens, hidden_size] fp32."""
         rotaries = {
             rope: rotary_of(step.positions, frequencies, rope.attention_factor)
             for rope, frequencies in self.frequencies.items()
@@ -142,21 +132,18 @@ class Decoder:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_rows, vocab_size], for the rows of `__call__`'s result that are sampled."""
         return self.lm_head(self.norm(hidden))
 
     @property
     def can_screen(self) -> bool:
-        """Whether `likeliest` works."""
         return self.lm_head.screen is not None
 
     def likeliest(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_rows] int64: the token of each row's largest logit, found faster than all logits."""
         assert self.lm_head.screen is not None
         return self.lm_head.screen.argmax(self.norm(hidden))
 
 
-def _add(hidden: torch.Tensor, part: torch.Tensor, norm: RMSNorm | None) -> None:
+def _add(hidden: torch.Tensor, part: torch.Tensor, norm: Norm | None) -> None:
     """Sums stay in fp32: adding to them in bf16 would round each time and cost a cast."""
     if norm is None:
         hidden.add_(part)
@@ -164,11 +151,8 @@ def _add(hidden: torch.Tensor, part: torch.Tensor, norm: RMSNorm | None) -> None
         norm.add_to(hidden, part)
 
 
-def make_norm(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> RMSNorm:
-    return RMSNorm(
-        config.hidden_size,
-        eps=config.norm_eps,
-        weight_offset=config.norm_weight_offset,
-        dtype=dtype,
-        device=device,
-    )
+def make_norm(config: ModelConfig, placement: Placement) -> Norm:
+    size, eps = config.hidden_size, config.norm_eps
+    if config.norm == "layer":
+        return LayerNorm(size, eps=eps, placement=placement)
+    return RMSNorm(size, eps=eps, weight_offset=config.norm_weight_offset, placement=placement)

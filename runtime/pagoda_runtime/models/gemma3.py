@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pagoda_runtime.config_file import ConfigFile
-from pagoda_runtime.models.config import ModelConfig, RopeConfig
+from pagoda_runtime.layers.rope_config import RopeConfig
+from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.config import common_fields as read_common_fields
-from pagoda_runtime.models.llama import ACTIVATIONS
+from pagoda_runtime.models.llama import ACTIVATIONS, NAMES
 from pagoda_runtime.models.qwen2 import windows_of_layer_types
 from pagoda_runtime.models.rope import max_positions, read_rope
+
+_NAMES = {
+    **NAMES,
+    # Here post_attention_layernorm is what its name says.
+    "after_attention_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "after_mlp_norm": "post_feedforward_layernorm",
+}
 
 
 def gemma3(file: ConfigFile) -> ModelConfig:
@@ -29,6 +38,7 @@ def gemma3(file: ConfigFile) -> ModelConfig:
     bias = file.boolean("attention_bias", False)
     return ModelConfig(
         architecture="Gemma3ForCausalLM",
+        names=_NAMES,
         **common,
         activation=file.choice("hidden_activation", "gelu_pytorch_tanh", ACTIVATIONS),
         tie_word_embeddings=file.boolean("tie_word_embeddings", True),

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.models.config import ModelConfig, common_fields
 from pagoda_runtime.models.rope import max_positions, read_rope
 
+NAMES = MappingProxyType(
+    {
+        "embed_tokens": "model.embed_tokens",
+        "layers": "model.layers",
+        "norm": "model.norm",
+        "attention_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+    }
+)
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 
@@ -17,6 +28,8 @@ def llama(file: ConfigFile, default_head_dim: int | None = None) -> ModelConfig:
     bias = file.boolean("attention_bias", False)
     return ModelConfig(
         architecture="LlamaForCausalLM",
+        names=NAMES,
+        computed_weights=("rotary_emb.inv_freq",),
         **common,
         activation=file.choice("hidden_act", "silu", ACTIVATIONS),
         tie_word_embeddings=file.boolean("tie_word_embeddings", False),

@@ -1,4 +1,4 @@
-"""The architectures that are served, and the way from a model folder to its ModelConfig."""
+"""The architectures that are served, and the way from a model folder to its config and model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.errors import FatalError
@@ -16,6 +17,11 @@ from pagoda_runtime.models.llama import llama
 from pagoda_runtime.models.mistral import mistral
 from pagoda_runtime.models.qwen2 import qwen2
 from pagoda_runtime.models.qwen3 import qwen3
+from pagoda_runtime.quantization import ONLINE
+
+if TYPE_CHECKING:
+    from pagoda_runtime.models.model import Model
+    from pagoda_runtime.quantization.base import Placement
 
 ARCHITECTURES: Mapping[str, Callable[[ConfigFile], ModelConfig]] = MappingProxyType(
     {
@@ -28,8 +34,12 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigFile], ModelConfig]] = MappingProxyT
 )
 
 
-ONLINE_QUANTIZATIONS = ("int8",)
-"""What the matrices of an unquantized checkpoint can be rounded to when they are loaded."""
+def make_model(config: ModelConfig, placement: Placement) -> Model:
+    """The model of a config, its weights not yet loaded."""
+    # Not above: who only reads configs needs no torch.
+    from pagoda_runtime.models.decoder import Decoder
+
+    return Decoder(config, placement)
 
 
 def load_model_config(
@@ -39,7 +49,7 @@ def load_model_config(
 
     Args:
         quantization: what the flag --quantization says: None, "none", or one of
-            ONLINE_QUANTIZATIONS.
+            ONLINE.
         generation_config: what the flag --generation-config says: auto or none.
     Raises: FatalError: ModelNotFound, ModelAccessDenied, InvalidModelConfig,
         UnsupportedArchitecture or QuantizationMismatch.
@@ -52,7 +62,7 @@ def load_model_config(
     for name in architectures:
         if name in ARCHITECTURES:
             config = ARCHITECTURES[name](file)
-            if quantization in ONLINE_QUANTIZATIONS:
+            if quantization in ONLINE:
                 config = replace(config, quantization=quantization)
             return read_generation(config, file, uses_defaults=generation_config == "auto")
     raise FatalError(
@@ -70,10 +80,10 @@ def _require_supported(file: ConfigFile, quantization: str | None) -> None:
             f"{stored.get('quant_method')!r}); this version serves unquantized checkpoints only. "
             "Use the bf16 checkpoint of the model.",
         )
-    if quantization not in (None, "none", *ONLINE_QUANTIZATIONS):
+    if quantization not in (None, "none", *ONLINE):
         raise FatalError(
             "QuantizationMismatch",
             f"--quantization {quantization} (engine.quantization) was given, but {file.path} has "
             "no quantization_config. Remove the flag, or set it to none or to what weights can be "
-            f"rounded to when they are loaded: {', '.join(ONLINE_QUANTIZATIONS)}.",
+            f"rounded to when they are loaded: {', '.join(ONLINE)}.",
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from pagoda_runtime.config_file import ConfigFile, is_positive
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.models.config import RopeConfig
+from pagoda_runtime.layers.rope_config import RopeConfig
 
 
 def read_rope(

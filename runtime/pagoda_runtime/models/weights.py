@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +17,11 @@ from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.errors import FatalError, unreadable
 from pagoda_runtime.models.config import DTYPE_OF_WEIGHTS, ModelConfig
 from pagoda_runtime.models.source import OnProgress
+from pagoda_runtime.quantization.parameter import Shard
 
 logger = logging.getLogger(__name__)
 
-# Tensors that some checkpoints carry and that every engine computes itself.
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 _NAMES_SHOWN = 4
-TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def settle_by_weights(config: ModelConfig, folder: Path) -> ModelConfig:
@@ -34,10 +32,11 @@ def settle_by_weights(config: ModelConfig, folder: Path) -> ModelConfig:
 
     Raises: FatalError: as load_weights, for files that are missing or damaged.
     """
+    table, head = map(config.stored_name, ("embed_tokens.weight", "lm_head.weight"))
     stored = {
         name: tensor
         for path in find_weight_files(folder)
-        for name, tensor in read_tensors(path, (TABLE, HEAD))
+        for name, tensor in read_tensors(path, (table, head))
     }
     if config.dtype == DTYPE_OF_WEIGHTS:
         names = [str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()]
@@ -48,9 +47,9 @@ def settle_by_weights(config: ModelConfig, folder: Path) -> ModelConfig:
         logger.warning(
             "config.json says tie_word_embeddings, but %s in %s differs from %s, so it is used. "
             "Set tie_word_embeddings to false there.",
-            HEAD,
+            head,
             folder,
-            TABLE,
+            table,
         )
         config = replace(config, tie_word_embeddings=False)
     return config
@@ -63,25 +62,24 @@ def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def load_weights(
-    targets: Mapping[str, torch.Tensor],
+    shards: Mapping[str, Shard],
     folder: Path,
     *,
-    ignored: Iterable[str] = (),
+    unused: Sequence[str] = (),
     on_progress: OnProgress,
 ) -> int:
-    """Copy each tensor of a checkpoint into its target, converting its dtype; return bytes read.
+    """Give each tensor of a checkpoint to what it fills; return bytes read.
 
     Args:
-        targets: name in the checkpoint → where it goes.
+        shards: by name in the checkpoint.
         folder: has model.safetensors, or model.safetensors.index.json and the files it names.
-        ignored: names that may be present and are not needed, as lm_head.weight of a tied model.
+        unused: last parts of the names of what may be present and is not needed.
     Raises: FatalError: ModelNotFound if there are no weights; ModelAccessDenied; CorruptWeights
         if a file is damaged, or one message with all tensors that are missing, unexpected,
         mis-shaped or stored twice.
     """
     faults: dict[str, list[str]] = {"missing": [], "unexpected": [], "mis-shaped": [], "twice": []}
     seen: set[str] = set()
-    ignored = set(ignored)
     started = time.monotonic()
     bytes_done = 0
     files = find_weight_files(folder)
@@ -89,21 +87,21 @@ def load_weights(
     for path in files:
         for name, tensor in read_tensors(path):
             bytes_done += tensor.nbytes
-            target = targets.get(name)
-            if target is None:
-                if name not in ignored and not name.endswith(_IGNORED_SUFFIXES):
+            shard = shards.get(name)
+            if shard is None:
+                if not name.endswith(tuple(unused)):
                     faults["unexpected"].append(name)
             elif name in seen:
                 faults["twice"].append(name)
-            elif target.shape != tensor.shape:
-                shapes = f"{list(tensor.shape)} instead of {list(target.shape)}"
+            elif shard.shape != tensor.shape:
+                shapes = f"{list(tensor.shape)} instead of {list(shard.shape)}"
                 faults["mis-shaped"].append(f"{name} ({shapes})")
             else:
-                target.copy_(tensor)
+                shard.load(tensor)
             seen.add(name)
             speed = bytes_done / max(time.monotonic() - started, 1e-9)
             on_progress("load", 100.0 * bytes_done / max(bytes_total, bytes_done), speed)
-    faults["missing"] = [name for name in targets if name not in seen]
+    faults["missing"] = [name for name in shards if name not in seen]
     _raise_faults(folder, faults)
     return bytes_done
 

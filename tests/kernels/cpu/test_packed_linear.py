@@ -83,10 +83,15 @@ def test_a_gate_keeps_what_is_not_a_number_in_its_row(activation):
     assert torch.equal(result[[0, 2]], expected[[0, 2]])
 
 
+def round_to_int8(matrix):
+    """Whole numbers between -127 and 127, and a scale for each row."""
+    scales = (matrix.float().abs().amax(1) / 127).clamp(min=1e-30)
+    return (matrix.float() / scales[:, None]).round().to(torch.int8), scales
+
+
 def rounded_to_int8(matrix):
-    """Whole numbers between -127 and 127, times a scale for each row."""
-    scales = (matrix.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
-    return (matrix.float() / scales).round().double() * scales.double()
+    integers, scales = round_to_int8(matrix)
+    return integers.double() * scales.double()[:, None]
 
 
 needs_int8 = pytest.mark.skipif(
@@ -102,7 +107,8 @@ def test_an_int8_product_is_exact_but_for_the_matrix_and_one_rounding(rows, out_
     matrix[3] = 0.0
     matrix[5] *= 1000
     exact = x.double() @ rounded_to_int8(matrix).T + bias.double()
-    product = PackedMatrix(matrix, bias, is_int8=True)
+    integers, scales = round_to_int8(matrix)
+    product = PackedMatrix(integers, bias, scales)
     assert_rounded_once(product(x), exact, slack=2.0**-7)
     assert torch.equal(product(x[:1]), product(x)[:1])
 
@@ -115,7 +121,8 @@ def test_an_int8_gate_has_scales_for_both_of_its_matrices(activation):
     wide = PackedGate(
         rounded_to_int8(gate).bfloat16(), rounded_to_int8(up).bfloat16(), activation, *biases
     )
-    result = PackedGate(gate, up, activation, *biases, is_int8=True)(x)
+    (gate, gate_scales), (up, up_scales) = round_to_int8(gate), round_to_int8(up)
+    result = PackedGate(gate, up, activation, *biases, scales=(gate_scales, up_scales))(x)
     torch.testing.assert_close(result, wide(x), rtol=0.02, atol=0.2)
 
 

@@ -6,12 +6,14 @@ import torch
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.memory import allocate, make_attention, size_kv_cache
-from pagoda_runtime.models.config import ModelConfig, RopeConfig
+from pagoda_runtime.layers.rope_config import RopeConfig
+from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.platforms import PLATFORMS, MemoryBudget
 
 # 2 (key, value) * 2 layers * 1 head * 8 dimensions * 2 bytes = 64 bytes for a token.
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
+    names={},
     vocab_size=32,
     hidden_size=8,
     intermediate_size=8,

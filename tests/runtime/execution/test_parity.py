@@ -12,6 +12,7 @@ from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.execution.testing import generate, transformers_tokens
 from pagoda_runtime.models.testing import TINY, make_tiny_checkpoint
+from pagoda_runtime.quantization.int8 import Int8Linear
 from pagoda_runtime.sampling_params import SamplingParams
 
 NUM_TOKENS = 24
@@ -142,13 +143,9 @@ def test_weights_rounded_to_int8_follow_the_checkpoint_closely(tmp_path, family)
     exact = make_runner(folder)
     rounded = make_runner(folder, dtype="bfloat16", quantization="int8")
     for layer in rounded.model.layers:
-        matrices = (
-            layer.self_attn.qkv_proj.method,
-            layer.self_attn.o_proj.method,
-            layer.mlp.gate.matrices,
-            layer.mlp.down_proj.method,
-        )
-        assert all(matrix.is_int8 for matrix in matrices)
+        attention, mlp = layer.self_attn, layer.mlp
+        for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
+            assert isinstance(linear.method, Int8Linear)
     prompts = make_prompts([30] * 8)
     pairs = zip(generate(exact, prompts, 1), generate(rounded, prompts, 1), strict=True)
     assert sum(a == b for a, b in pairs) >= 6

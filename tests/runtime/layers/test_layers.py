@@ -4,34 +4,37 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import layer_norm
 
-from pagoda_kernels.cpu.packed_linear import can_pack
-from pagoda_kernels.cpu.panels import BF16, has_panels
-from pagoda_runtime.layers import linear
-from pagoda_runtime.layers.activation import ACTIVATIONS
+from pagoda_runtime.layers.attention import AttentionHeads, QKNorm
 from pagoda_runtime.layers.embedding import Embedding
-from pagoda_runtime.layers.linear import (
-    Linear,
-    PackedLinear,
-    PlainLinear,
-    PrepackedLinear,
-    fix_rows,
-    make_linear_method,
-)
-from pagoda_runtime.layers.mlp import MergedGate, PackedGate, PrepackedGate
-from pagoda_runtime.layers.norm import RMSNorm
+from pagoda_runtime.layers.linear import Linear
+from pagoda_runtime.layers.mlp import MLP
+from pagoda_runtime.layers.module import Module
+from pagoda_runtime.layers.norm import LayerNorm, RMSNorm
+from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.parameter import Axis, Part, TensorParallel
+from pagoda_runtime.quantization.unquantized import UnquantizedLinear
 
 CPU = torch.device("cpu")
-needs_panels = pytest.mark.skipif(
-    not has_panels(BF16), reason="this processor does not multiply bf16 itself"
-)
+
+
+def place(dtype=torch.float32, rank=0, size=1):
+    return Placement(dtype, CPU, UnquantizedLinear, TensorParallel(rank, size))
+
+
+def load(module, tensors):
+    shards = dict(module.shards())
+    assert set(shards) == set(tensors)
+    for name, shard in shards.items():
+        shard.load(tensors[name])
+    module.after_loading()
+    return module
 
 
 def make_norm(weight, offset=0.0):
-    norm = RMSNorm(len(weight), eps=1e-6, weight_offset=offset, dtype=weight.dtype, device=CPU)
-    norm.weight.copy_(weight)
-    norm.after_loading()
-    return norm
+    norm = RMSNorm(len(weight), eps=1e-6, weight_offset=offset, placement=place(weight.dtype))
+    return load(norm, {".weight": weight})
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
@@ -56,87 +59,74 @@ def test_one_plus_a_small_bf16_weight_is_not_rounded_away():
     assert make_norm(weight, 1.0).weight[0].item() / 8 == pytest.approx(1.001, abs=1e-5)
 
 
-def test_merged_shards_are_views_of_one_weight():
-    layer = Linear(4, {"q": 3, "k": 2}, bias=True, dtype=torch.float32, device=CPU)
-    targets = layer.targets("a.")
-    assert set(targets) == {"a.q.weight", "a.q.bias", "a.k.weight", "a.k.bias"}
-    for index, target in enumerate(targets.values()):
-        target.fill_(index)
+def test_layer_norm_takes_fp32_and_gives_the_models_dtype():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(5, 48), torch.randn(48).bfloat16(), torch.randn(48).bfloat16()
+    norm = LayerNorm(48, eps=1e-5, placement=place(torch.bfloat16))
+    load(norm, {".weight": weight, ".bias": bias})
+    expected = layer_norm(x, (48,), weight.float(), bias.float(), 1e-5)
+    assert torch.equal(norm(x), expected.bfloat16())
+    total = torch.ones(5, 48)
+    norm.add_to(total, x.bfloat16())
+    torch.testing.assert_close(total, expected + 1, atol=0.05, rtol=0.02)
+
+
+def test_matrices_that_a_layer_stacks_keep_their_names():
+    parts = [Part("q", 3), Part("k", 2)]
+    layer = Linear(4, parts, cut=Axis.OUTPUT, bias=True, placement=place())
+    shards = dict(layer.shards("a.qk"))
+    assert set(shards) == {"a.q.weight", "a.q.bias", "a.k.weight", "a.k.bias"}
+    for index, name in enumerate(("a.q.weight", "a.q.bias", "a.k.weight", "a.k.bias")):
+        shards[name].load(torch.full(shards[name].shape, float(index)))
     layer.after_loading()
-    out = layer(torch.ones(1, 4))
+    out = layer(torch.ones(1, 4), None)
     assert out.tolist() == [[1.0, 1.0, 1.0, 11.0, 11.0]]
 
 
-def test_fp32_is_multiplied_by_torch():
-    assert isinstance(make_linear_method(torch.randn(8, 4)), PlainLinear)
+def test_the_parts_of_a_module_are_found_in_attributes_and_lists():
+    model = Module()
+    norms = [RMSNorm(8, eps=1e-6, placement=place()) for _ in range(3)]
+    model.norm, model.layers = norms[0], norms[1:]
+    names = ["norm.weight", "layers.0.weight", "layers.1.weight"]
+    assert [name for name, _ in model.shards()] == names
+    model.after_loading()
+    assert not list(model.shards())
+    assert [module.weight_bytes for module in model.modules()] == [0, 32, 32, 32]
 
 
-def test_bf16_is_packed_where_the_processor_multiplies_it(monkeypatch):
-    weight = torch.randn(8, 4).bfloat16()
-    monkeypatch.setattr(linear, "has_amx", lambda device: False)
-    packed = PackedLinear if can_pack(weight) else PlainLinear
-    assert isinstance(make_linear_method(weight), packed)
-    monkeypatch.setattr(linear, "has_amx", lambda device: True)
-    assert isinstance(make_linear_method(weight), PrepackedLinear)
+def test_heads_norms_are_repeated_for_each_head():
+    norm = QKNorm(AttentionHeads(2, 1, 4), eps=1e-6, weight_offset=0.0, placement=place())
+    tensors = {"a.q_norm.weight": torch.ones(4), "a.k_norm.weight": torch.full((4,), 3.0)}
+    for name, shard in norm.shards("a.qk_norm"):
+        shard.load(tensors[name])
+    norm.after_loading()
+    assert (norm.norm.weight / 2).tolist() == [[1.0] * 4, [1.0] * 4, [3.0] * 4]
 
 
-def make_bf16(*size):
-    return torch.randn(*size).bfloat16()
-
-
-METHODS = [PackedLinear, PrepackedLinear]
-GATES = [PackedGate, PrepackedGate]
-
-
-@needs_panels
-@pytest.mark.parametrize("rows", [1, 4, 17])
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_packed_product_equals_torchs(method, rows, has_bias):
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_the_results_of_two_ranks_add_up_to_that_of_one(is_gated):
     torch.manual_seed(0)
-    weight, x = make_bf16(96, 64), make_bf16(rows, 64)
-    bias = make_bf16(96) if has_bias else None
-    expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
-    result = method(weight, bias)(x)
-    torch.testing.assert_close(result.double(), expected, atol=0.05, rtol=0.02)
+    names = {"mlp.gate_proj.weight": (48, 16)} if is_gated else {}
+    names |= {"mlp.up_proj.weight": (48, 16), "mlp.down_proj.weight": (16, 48)}
+    tensors = {name: torch.randn(shape) for name, shape in names.items()}
 
+    def run(rank, size):
+        model = Module()
+        model.mlp = MLP(
+            16,
+            48,
+            activation="silu",
+            is_gated=is_gated,
+            bias=False,
+            placement=place(rank=rank, size=size),
+        )
+        return load(model, tensors).mlp(x, None)
 
-@needs_panels
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("gate", GATES)
-def test_a_packed_gate_equals_the_merged_one(gate, activation, has_bias):
-    torch.manual_seed(0)
-    layer = Linear(64, {"gate": 96, "up": 96}, bias=has_bias, dtype=torch.bfloat16, device=CPU)
-    for target in layer.targets("").values():
-        target.copy_(torch.randn(target.shape) * 0.2)
-    x = make_bf16(5, 64)
-    expected = MergedGate(layer, activation)(x)
-    torch.testing.assert_close(gate(layer, activation)(x), expected, atol=0.03, rtol=0.02)
-
-
-@needs_panels
-@pytest.mark.parametrize("method", METHODS)
-def test_with_fixed_rows_a_result_does_not_depend_on_other_rows(method):
-    torch.manual_seed(0)
-    product, x = fix_rows(method(make_bf16(96, 640))), make_bf16(37, 640)
-    together = product(x)
-    assert all(torch.equal(product(x[i : i + 1]), together[i : i + 1]) for i in range(37))
-
-
-@needs_panels
-@pytest.mark.parametrize("gate", GATES)
-def test_with_fixed_rows_a_gates_result_does_not_depend_on_other_rows(gate):
-    torch.manual_seed(0)
-    layer = Linear(640, {"gate": 96, "up": 96}, bias=False, dtype=torch.bfloat16, device=CPU)
-    layer.weight.copy_(torch.randn(layer.weight.shape) * 0.05)
-    product, x = gate(layer, "silu"), make_bf16(21, 640)
-    product.fix_rows()
-    together = product(x)
-    assert all(torch.equal(product(x[i : i + 1]), together[i : i + 1]) for i in range(21))
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(run(0, 2) + run(1, 2), run(0, 1), atol=1e-4, rtol=1e-4)
 
 
 def test_the_scale_of_an_embedding_is_rounded_to_its_dtype():
-    embedding = Embedding(4, 2, scale=math.sqrt(640), dtype=torch.bfloat16, device=CPU)
-    embedding.weight.fill_(1.0)
+    embedding = Embedding(4, 2, scale=math.sqrt(640), placement=place(torch.bfloat16))
+    load(embedding, {".weight": torch.ones(4, 2)})
     assert embedding(torch.tensor([3]))[0, 0].item() == 25.25

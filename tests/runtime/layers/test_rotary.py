@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from pagoda_runtime.layers.rope_config import RopeConfig
 from pagoda_runtime.layers.rotary import inverse_frequencies, rotary_of
-from pagoda_runtime.models.config import RopeConfig
 from pagoda_runtime.models.registry import load_model_config
 
 HEAD_DIM = 16

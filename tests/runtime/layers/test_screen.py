@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from pagoda_kernels.cpu.panels import INT8, has_panels
-from pagoda_runtime.layers.linear import PlainLinear
 from pagoda_runtime.layers.screen import Screen, can_screen
 
 pytestmark = pytest.mark.skipif(
@@ -13,7 +12,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def make_screen(table):
-    return Screen(table, PlainLinear(table))
+    return Screen(table, lambda hidden: hidden @ table.T)
 
 
 def expected_argmax(table, hidden):
@@ -62,7 +61,7 @@ def test_large_numbers_among_small_ones_leave_int8_enough_to_say():
     hidden[:, 3] = 100.0
     table[:, 3] *= 0.01
     screen = make_screen(table)
-    screen.method = None
+    screen.product = None
     assert torch.equal(screen.argmax(hidden), expected_argmax(table, hidden))
 
 

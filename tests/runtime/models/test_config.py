@@ -3,10 +3,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.models.registry import load_model_config
+from pagoda_runtime.models.registry import load_model_config, make_model
 from pagoda_runtime.models.testing import make_tiny_checkpoint
+from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.unquantized import UnquantizedLinear
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -200,9 +203,14 @@ def test_an_unquantized_checkpoint_can_be_rounded_to_int8(tmp_path):
     assert load(tmp_path, LLAMA).quantization is None
 
 
+def make_tiny_model(folder, family):
+    config = load_model_config(make_tiny_checkpoint(folder / family, family))
+    placement = Placement(torch.float32, torch.device("cpu"), UnquantizedLinear)
+    return config, make_model(config, placement)
+
+
 def test_the_depth_at_which_a_token_takes_twice_the_work_counts_only_layers_that_see_all(tmp_path):
-    folder = make_tiny_checkpoint(tmp_path / "llama", "llama")
-    config = load_model_config(folder, quantization=None)
+    config, model = make_tiny_model(tmp_path, "llama")
     per_layer = sum(
         size
         for size in (
@@ -212,8 +220,6 @@ def test_the_depth_at_which_a_token_takes_twice_the_work_counts_only_layers_that
         )
     )
     per_earlier_token = 2 * config.num_heads * config.head_dim
-    assert config.doubling_depth == per_layer // per_earlier_token
-    gemma = load_model_config(
-        make_tiny_checkpoint(tmp_path / "gemma", "gemma3_text"), quantization=None
-    )
-    assert gemma.doubling_depth > config.doubling_depth
+    assert model.doubling_depth == per_layer // per_earlier_token
+    _, gemma = make_tiny_model(tmp_path, "gemma3_text")
+    assert gemma.doubling_depth > model.doubling_depth

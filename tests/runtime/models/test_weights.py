@@ -11,8 +11,11 @@ from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.execution.testing import generate, transformers_tokens
+from pagoda_runtime.models.registry import load_model_config, make_model
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.models.weights import load_weights
+from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.unquantized import UnquantizedLinear
 
 PROMPTS = [[5, 9, 100, 7, 42]]
 
@@ -55,8 +58,10 @@ def test_several_files_with_an_index_give_the_same_model(tmp_path):
 
 def test_progress_rises_to_100_percent(llama):
     seen = []
-    tensors = {name: t.clone() for name, t in load_file(llama / "model.safetensors").items()}
-    load_weights(tensors, llama, on_progress=lambda *report: seen.append(report))
+    placement = Placement(torch.float32, torch.device("cpu"), UnquantizedLinear)
+    shards = make_model(load_model_config(llama), placement).weights()
+    assert set(shards) == set(load_file(llama / "model.safetensors"))
+    load_weights(shards, llama, on_progress=lambda *report: seen.append(report))
     percents = [percent for _, percent, _ in seen]
     assert percents == sorted(percents)
     assert 95.0 < percents[-1] <= 100.0
@@ -148,4 +153,4 @@ def test_without_a_dtype_in_the_config_the_weights_own_is_taken(llama, dtype):
     runner = ModelRunner(
         EngineConfig(model=str(llama), num_threads=1, kv_cache_memory_bytes=1 << 22)
     )
-    assert runner.dtype == runner.model.embed_tokens.weight.dtype == dtype
+    assert runner.dtype == runner.model.embed_tokens.table.dtype == dtype

@@ -22,15 +22,13 @@ __all__ = ["GATES", "PackedGate", "PackedMatrix", "can_pack"]
 GATES = {"silu": kernel.SILU, "gelu": kernel.GELU, "gelu_pytorch_tanh": kernel.GELU_TANH}
 """The activations that a gate can have."""
 
-_INT8_MAX = 127
 
-
-def can_pack(matrix: torch.Tensor, *, is_int8: bool = False) -> bool:
-    """Whether this processor multiplies by such a matrix in panels."""
+def can_pack(matrix: torch.Tensor) -> bool:
+    """Whether this processor multiplies by such a matrix of bf16 in panels."""
     if matrix.device.type != "cpu" or matrix.dtype is not torch.bfloat16:
         return False
     whole_steps = matrix.shape[1] * matrix.element_size() % BYTES_PER_STEP == 0
-    return whole_steps and has_panels(INT8_AS_BF16 if is_int8 else BF16)
+    return whole_steps and has_panels(BF16)
 
 
 class _Panels(NamedTuple):
@@ -43,32 +41,36 @@ class _Panels(NamedTuple):
     """[num_groups * GROUP_SIZE] fp32, what sums are multiplied by, if the numbers are int8."""
 
     @classmethod
-    def make(cls, matrix: torch.Tensor, bias: torch.Tensor, is_int8: bool) -> _Panels:
-        """Args: matrix: [whole groups, in_features] bf16; bias: [whole groups] fp32."""
-        if not is_int8:
+    def make(cls, matrix: torch.Tensor, bias: torch.Tensor, scales: torch.Tensor | None) -> _Panels:
+        """Args: matrix: [whole groups, in_features]; bias, scales: [whole groups] fp32."""
+        if scales is None:
             return cls(pack(matrix, BF16), bias, None)
-        numbers = matrix.float()
-        scales = numbers.abs().amax(1).div_(_INT8_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
-        integers = numbers.div_(scales[:, None]).round_().to(torch.int8)
-        return cls(pack(integers, INT8_AS_BF16), bias / scales, scales)
+        return cls(pack(matrix, INT8_AS_BF16), bias / scales, scales)
 
 
 class PackedMatrix:
     """x @ matrix.T + bias, computed in fp32 and rounded once.
 
     Args:
-        matrix: [out_features, in_features] bf16 for which `can_pack`; copied.
+        matrix: [out_features, in_features] bf16 for which `can_pack`, copied; or with scales int8
+            between -127 and 127, widened to bf16, exactly, on the way to the product.
         bias: [out_features], or none.
-        is_int8: round the matrix to whole numbers between -127 and 127, times a scale for each of
-            its rows. They are widened to bf16, exactly, on the way to the product.
+        scales: [out_features] fp32, what each row of an int8 matrix is multiplied by.
     """
 
     def __init__(
-        self, matrix: torch.Tensor, bias: torch.Tensor | None = None, *, is_int8: bool = False
+        self,
+        matrix: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        scales: torch.Tensor | None = None,
     ) -> None:
-        self.out_features, self.is_int8 = len(matrix), is_int8
+        self.out_features = len(matrix)
         size = self.out_features + -self.out_features % GROUP_SIZE
-        self._panels = _Panels.make(_padded(matrix, size), _padded_bias(bias, size), is_int8)
+        self._panels = _Panels.make(
+            _padded(matrix, size),
+            _padded_numbers(bias, size),
+            None if scales is None else _padded_numbers(scales, size, fill=1.0),
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_rows, out_features] bf16 of x, [num_rows, in_features] bf16."""
@@ -79,10 +81,10 @@ class PackedGate:
     """activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias), in fp32 and rounded once.
 
     Args:
-        gate, up: [out_features, in_features] bf16 for which `can_pack`; copied.
-        gate_bias, up_bias: [out_features], or none.
+        gate, up: [out_features, in_features], as for `PackedMatrix`.
         activation: a name of GATES.
-        is_int8: as for `PackedMatrix`.
+        gate_bias, up_bias: [out_features], or none.
+        scales: of gate and of up, if they are int8.
     """
 
     def __init__(
@@ -93,16 +95,24 @@ class PackedGate:
         gate_bias: torch.Tensor | None = None,
         up_bias: torch.Tensor | None = None,
         *,
-        is_int8: bool = False,
+        scales: tuple[torch.Tensor, ...] | None = None,
     ) -> None:
         self.out_features, in_features = gate.shape
         size = self.out_features + -self.out_features % PANEL_SIZE
+
         # A group is a panel of the gate and one of up.
+        def by_panel(*pair: torch.Tensor) -> torch.Tensor:
+            return torch.stack([part.view(-1, PANEL_SIZE) for part in pair], 1).view(-1)
+
         rows = [_padded(part, size).view(-1, PANEL_SIZE, in_features) for part in (gate, up)]
-        biases = [_padded_bias(part, size).view(-1, PANEL_SIZE) for part in (gate_bias, up_bias)]
-        matrix, bias = torch.cat(rows, 1).view(-1, in_features), torch.cat(biases, 1).view(-1)
-        self._panels = _Panels.make(matrix, bias, is_int8)
-        self._gate, self.is_int8 = GATES[activation], is_int8
+        self._panels = _Panels.make(
+            torch.cat(rows, 1).view(-1, in_features),
+            by_panel(*(_padded_numbers(bias, size) for bias in (gate_bias, up_bias))),
+            None
+            if scales is None
+            else by_panel(*(_padded_numbers(part, size, fill=1.0) for part in scales)),
+        )
+        self._gate = GATES[activation]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_rows, out_features] bf16 of x, [num_rows, in_features] bf16."""
@@ -140,9 +150,9 @@ def _padded(matrix: torch.Tensor, num_rows: int) -> torch.Tensor:
     return torch.nn.functional.pad(matrix, (0, 0, 0, missing)) if missing else matrix
 
 
-def _padded_bias(bias: torch.Tensor | None, size: int) -> torch.Tensor:
-    """[size] fp32: zeros where there is no bias."""
-    padded = torch.zeros(size)
-    if bias is not None:
-        padded[: len(bias)] = bias
+def _padded_numbers(numbers: torch.Tensor | None, size: int, fill: float = 0.0) -> torch.Tensor:
+    """[size] fp32: filled up where there are none."""
+    padded = torch.full((size,), fill)
+    if numbers is not None:
+        padded[: len(numbers)] = numbers
     return padded

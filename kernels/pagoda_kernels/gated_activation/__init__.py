@@ -1,4 +1,4 @@
-"""Gated activations."""
+"""The activations of feed-forward layers, alone and as a gate."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def gated_activation(
-    gate_up: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def gated_activation(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     """activation(gate) * up, where gate_up is [num_tokens, 2 * size]: gate, then up."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return activation(gate).mul_(up)
+    return ACTIVATIONS[activation](gate).mul_(up)

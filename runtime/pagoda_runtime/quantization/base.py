@@ -1,0 +1,88 @@
+"""What a format of weights is to a linear layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import pad
+
+from pagoda_runtime.quantization.parameter import (
+    Dim,
+    Layout,
+    Parameter,
+    TensorParallel,
+)
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""[num_rows, out_features] of x, [num_rows, in_features]."""
+
+
+class LinearMethod(ABC):
+    """The matrix of one linear layer in some format: its tensors, and the product with it.
+
+    Args:
+        activation: a name of ACTIVATIONS if the layer stacks two parts of one size, gate and up,
+            and the result is activation(gate) * up.
+    """
+
+    def __init__(self, activation: str | None = None) -> None:
+        self.activation = activation
+
+    @classmethod
+    def unmet_need(cls, dtype: torch.dtype, device: torch.device) -> str | None:
+        """What this format needs and does not have here, in a user's words."""
+        return None
+
+    @abstractmethod
+    def create_weights(
+        self, layout: Layout, placement: Placement, *, has_bias: bool
+    ) -> dict[str, Parameter]:
+        """The tensors that a checkpoint has for each matrix, by name, each with its dimensions."""
+
+    @abstractmethod
+    def after_loading(self, weights: Mapping[str, Parameter]) -> None:
+        """Bring the weights into the form that `apply` takes; they are dropped afterwards."""
+
+    @abstractmethod
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, out_features] of x, [num_tokens, in_features]."""
+
+    @abstractmethod
+    def fix_rows(self) -> None:
+        """Let a row's bits not depend on the other rows; slower."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How and where layers hold their tensors: the format, the dtype, the device and the rank."""
+
+    dtype: torch.dtype
+    device: torch.device
+    method: type[LinearMethod]
+    parallel: TensorParallel = field(default_factory=TensorParallel)
+
+    def parameter(self, layout: Layout, *dims: Dim) -> Parameter:
+        """In the model's dtype."""
+        return Parameter(layout, dims, dtype=self.dtype, device=self.device, parallel=self.parallel)
+
+
+def fix_rows(product: Product) -> Product:
+    """A product that is always called with the same number of rows.
+
+    How a product sums may depend on its number of rows; so the bits of a row's result would depend
+    on its neighbours. With one number of rows they do not.
+    """
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        missing = -len(x) % _FIXED_ROWS
+        tiles = (pad(x, (0, 0, 0, missing)) if missing else x).split(_FIXED_ROWS)
+        results = [product(tile) for tile in tiles]
+        return torch.cat(results)[: len(x)] if len(results) > 1 else results[0][: len(x)]
+
+    return multiply
+
+
+_FIXED_ROWS = 16

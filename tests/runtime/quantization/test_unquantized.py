@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from pagoda_kernels.cpu.packed_linear import PackedGate, PackedMatrix, can_pack
+from pagoda_kernels.cpu.panels import BF16, has_panels
+from pagoda_kernels.gated_activation import ACTIVATIONS, gated_activation
+from pagoda_runtime.quantization import unquantized
+from pagoda_runtime.quantization.unquantized import (
+    PrepackedGate,
+    PrepackedLinear,
+    UnquantizedLinear,
+    make_product,
+)
+
+needs_panels = pytest.mark.skipif(
+    not has_panels(BF16), reason="this processor does not multiply bf16 itself"
+)
+METHODS = [PackedMatrix, PrepackedLinear]
+GATES = [PackedGate, PrepackedGate]
+
+
+def make_bf16(*size):
+    return torch.randn(*size).bfloat16()
+
+
+def fix_rows(product):
+    method = UnquantizedLinear()
+    method.product = product
+    method.fix_rows()
+    return method.apply
+
+
+def test_fp32_is_multiplied_by_torch():
+    assert isinstance(make_product(torch.randn(8, 4)), partial)
+
+
+def test_bf16_is_packed_where_the_processor_multiplies_it(monkeypatch):
+    weight = make_bf16(8, 4)
+    monkeypatch.setattr(unquantized, "has_amx", lambda device: False)
+    assert isinstance(make_product(weight), PackedMatrix if can_pack(weight) else partial)
+    if can_pack(weight):
+        assert isinstance(make_product(weight, None, "silu"), PackedGate)
+    monkeypatch.setattr(unquantized, "has_amx", lambda device: True)
+    assert isinstance(make_product(weight), PrepackedLinear)
+    assert isinstance(make_product(weight, None, "silu"), PrepackedGate)
+
+
+@needs_panels
+@pytest.mark.parametrize("rows", [1, 4, 17])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_packed_product_equals_torchs(method, rows, has_bias):
+    torch.manual_seed(0)
+    weight, x = make_bf16(96, 64), make_bf16(rows, 64)
+    bias = make_bf16(96) if has_bias else None
+    expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
+    result = method(weight, bias)(x)
+    torch.testing.assert_close(result.double(), expected, atol=0.05, rtol=0.02)
+
+
+@needs_panels
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gate", GATES)
+def test_a_packed_gate_equals_the_merged_one(gate, activation, has_bias):
+    torch.manual_seed(0)
+    weight = (torch.randn(192, 64) * 0.2).bfloat16()
+    biases = [(torch.randn(96) * 0.2).bfloat16() for _ in range(2)] if has_bias else [None, None]
+    x = make_bf16(5, 64)
+    bias = torch.cat(biases) if has_bias else None
+    expected = gated_activation(torch.nn.functional.linear(x, weight, bias), activation)
+    result = gate(*weight.chunk(2), activation, *biases)(x)
+    torch.testing.assert_close(result, expected, atol=0.03, rtol=0.02)
+
+
+def test_a_gate_is_merged_where_nothing_is_packed():
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(12, 8), torch.randn(12), torch.randn(3, 8)
+    gate, up = (x @ weight.T + bias).chunk(2, -1)
+    result = make_product(weight, bias, "silu")(x)
+    torch.testing.assert_close(result, torch.nn.functional.silu(gate) * up)
+
+
+@needs_panels
+@pytest.mark.parametrize("method", METHODS)
+def test_with_fixed_rows_a_result_does_not_depend_on_other_rows(method):
+    torch.manual_seed(0)
+    product, x = fix_rows(method(make_bf16(96, 640))), make_bf16(37, 640)
+    together = product(x)
+    assert all(torch.equal(product(x[i : i + 1]), together[i : i + 1]) for i in range(37))
+
+
+@needs_panels
+@pytest.mark.parametrize("gate", GATES)
+def test_with_fixed_rows_a_gates_result_does_not_depend_on_other_rows(gate):
+    torch.manual_seed(0)
+    weight = (torch.randn(192, 640) * 0.05).bfloat16()
+    product, x = fix_rows(gate(*weight.chunk(2), "silu")), make_bf16(21, 640)
+    together = product(x)
+    assert all(torch.equal(product(x[i : i + 1]), together[i : i + 1]) for i in range(21))
