@@ -26,6 +26,7 @@ from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine import core as engine_core
 from pagoda_runtime.engine.process import make_core
 from pagoda_runtime.execution import runner as model_runner
+from pagoda_runtime.execution import sampler
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.ipc.messages import EngineRequest
 
@@ -60,7 +61,7 @@ class TimedModel:
         self.forward = watch.wrap("decoder", model)
         self.can_screen = model.can_screen
         self.logits = watch.wrap("vocabulary", model.logits)
-        self.likeliest = watch.wrap("vocabulary", model.likeliest)
+        self.argmax = watch.wrap("vocabulary", model.argmax)
 
     def __call__(self, *args: Any) -> Any:
         return self.forward(*args)
@@ -77,7 +78,7 @@ def measure(folder: Path) -> dict[str, list[float]]:
     runner.model = TimedModel(runner.model, watch)
     core.scheduler.schedule = watch.wrap("schedule", core.scheduler.schedule)
     model_runner.prepare_step = watch.wrap("prepare", model_runner.prepare_step)
-    model_runner.sample = watch.wrap("sample", model_runner.sample)
+    sampler.sample = watch.wrap("sample", sampler.sample)
     engine_core.advance = watch.wrap("advance", engine_core.advance)
     encode = watch.wrap("encode", msgspec.msgpack.Encoder().encode)
     params = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS + 50, ignore_eos=True)

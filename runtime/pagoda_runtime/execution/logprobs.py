@@ -1,105 +1,137 @@
-"""The likeliest tokens of a row, and the logprobs of tokens."""
+"""The largest logits of rows, and the logprobs of tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from pagoda_runtime.ipc.messages import RowOutput, TokenLogprobs
+from pagoda_runtime.ipc.messages import TokenLogprobs
+
+Numbers = npt.NDArray[np.float64]
 
 _CHUNK = 64
 
 
-def likeliest(values: torch.Tensor, num_wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest values and their indices, best first, the lower index first of equals.
+def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest values of each row and their indices, best first, the lower of equals first.
 
     Args:
-        values: [length] fp32; -inf is never returned.
-    Returns: values and int64 indices, each [num_wanted], or shorter where there are no more.
+        values: [num_rows, length] fp32.
+        k: at most length.
+    Returns: values and int64 indices, each [num_rows, k].
     """
-    if num_wanted == 0:
-        return values[:0], torch.empty(0, dtype=torch.int64, device=values.device)
-    chunks = F.pad(values, (0, -len(values) % _CHUNK), value=-torch.inf).view(-1, _CHUNK)
-    largest = chunks.amax(-1)
-    if num_wanted < len(chunks):
-        # As many chunks as tokens are wanted hold a value of at least `floor`, so no value below
-        # it is wanted, and few others are that large. On a CPU several times faster than topk.
-        floor = float(largest.topk(num_wanted, sorted=False).values.amin())
-    elif num_wanted < len(values):
-        floor = float(values.kthvalue(len(values) - num_wanted + 1).values)
-    else:
-        floor = -torch.inf
-    floor = max(floor, torch.finfo(values.dtype).min)
-    chunk_ids = (largest >= floor).nonzero().flatten()
-    found = chunks[chunk_ids]
-    places, offsets = (found >= floor).nonzero().unbind(-1)
-    indices = chunk_ids[places] * _CHUNK + offsets
-    ordered, order = found[places, offsets].sort(descending=True, stable=True)
-    return ordered[:num_wanted], indices[order[:num_wanted]]
+    if k == 0:
+        return values[:, :0], torch.empty_like(values[:, :0], dtype=torch.int64)
+    chunks = pad(values, _CHUNK, -torch.inf).view(len(values), -1, _CHUNK)
+    num_chunks = chunks.shape[1]
+    indices = torch.arange(num_chunks, device=values.device).expand(len(values), -1)
+    if k < num_chunks:
+        # The k chunks with the largest maxima hold the k largest values. On a CPU several times
+        # faster than topk of all.
+        indices = _find_largest(chunks.amax(-1), indices, k)
+        chunks = chunks.gather(1, indices[:, :, None].expand(-1, -1, _CHUNK))
+    within = torch.arange(_CHUNK, device=values.device)
+    indices = (indices[:, :, None] * _CHUNK + within).flatten(1)
+    indices = _find_largest(chunks.flatten(1), indices, k)
+    return values.gather(1, indices), indices
 
 
-def compute_logprobs(
-    logits: torch.Tensor, token_ids: Sequence[int], num_top: int
-) -> list[TokenLogprobs]:
-    """The logprobs of one token per row, and of the num_top likeliest ones.
+def pad(values: torch.Tensor, multiple: int, value: float) -> torch.Tensor:
+    """Rows as long as the next multiple; not copied if they are."""
+    missing = -values.shape[1] % multiple
+    return F.pad(values, (0, missing), value=value) if missing else values
 
-    Args:
-        logits: [num_rows, vocab_size], any float dtype.
-    """
-    # Row by row: see sampler.sample.
-    return [
-        describe_tokens(row, [token_id], num_top)[0]
-        for row, token_id in zip(logits, token_ids, strict=True)
-    ]
+
+def _find_largest(values: torch.Tensor, indices: torch.Tensor, k: int) -> torch.Tensor:
+    """[num_rows, k] int64: the indices of the k largest, best first, the lower of equals first."""
+    # topk leaves equals in any order, so make a whole number of value and index, in their order.
+    bits = (values + 0.0).view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return indices.gather(1, ((bits.long() << 32) - indices).topk(k).indices)
 
 
 def describe_tokens(
-    logits: torch.Tensor, token_ids: Sequence[int], num_top: int
-) -> list[TokenLogprobs]:
-    """The logprobs of several tokens at one place, and of the num_top likeliest ones.
+    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int, *, is_argmax: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """The logprob and rank of one token per row, and the num_top largest with theirs.
 
     Args:
-        logits: [vocab_size], any float dtype.
+        logits: [num_rows, vocab_size], any float dtype.
+        token_ids: [num_rows] int64.
+        is_argmax: the tokens were found to be the largest: by the order of logits before they were
+            rounded, or as the first of equals.
+    Returns: logprobs and ranks, [num_rows]; ids and logprobs, best first, [num_rows, num_top].
     """
-    values = logits.float()
+    values, token_ids = logits.to(torch.float32, copy=is_argmax), token_ids[:, None]
+    if is_argmax:
+        # So they are here, too; what is added is less than what the rounding may have taken.
+        largest = values.amax(-1, keepdim=True)
+        values.scatter_(1, token_ids, largest.nextafter(torch.full_like(largest, torch.inf)))
     logprobs = values.log_softmax(-1)
     # Ranked by their logits: logprobs of different tokens may be rounded to the same number.
-    top_values, top_ids = likeliest(values, num_top)
-    top = list(zip(top_ids.tolist(), logprobs[top_ids].tolist(), strict=True))
+    _, top_ids = top_k(values, min(num_top, values.shape[1]))
+    if is_argmax:
+        ranks = torch.ones_like(logprobs[:, 0])
+    else:
+        # In fp32, exact up to 2**24 tokens: on a CPU, sums of bools are several times slower.
+        is_larger = torch.gt(values, values.gather(1, token_ids), out=torch.empty_like(values))
+        ranks = is_larger.sum(-1) + 1
+    return logprobs.gather(1, token_ids)[:, 0], ranks, top_ids, logprobs.gather(1, top_ids)
+
+
+def find_candidates(logits: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest tokens of each row, best first, and their logprobs, for beams.
+
+    Args:
+        logits: [num_rows, vocab_size] fp32, -inf for tokens that must not come.
+    Returns: int64 ids and logprobs, [num_rows, num_candidates]; -inf where too few are possible.
+    """
+    _, token_ids = top_k(logits, min(num_candidates, logits.shape[1]))
+    return token_ids, logits.log_softmax(-1).gather(1, token_ids)
+
+
+def compute_logprobs(
+    logits: torch.Tensor, token_ids: Sequence[int], num_top: int, *, in_batch: bool
+) -> list[TokenLogprobs]:
+    """The logprobs of one token per row, and of the num_top largest ones.
+
+    Args:
+        logits: [num_rows, vocab_size], any float dtype.
+        in_batch: see `sampler.sample`.
+    """
+    targets = torch.tensor(token_ids, device=logits.device)
+    at_once = len(logits) if in_batch else 1
+    parts = zip(logits.split(at_once), targets.split(at_once), strict=True)
+    described = to_host([describe_tokens(*part, num_top) for part in parts])
+    columns = (np.concatenate(column) for column in zip(*described, strict=True))
+    return tell_tokens(token_ids, *columns, num_top=num_top)
+
+
+def tell_tokens(token_ids: Sequence[int], *described: Numbers, num_top: int) -> list[TokenLogprobs]:
+    """What `describe_tokens` found, read, for whom it may concern."""
+    columns = (column.tolist() for column in described)
     return [
-        TokenLogprobs(token_id, float(logprobs[token_id]), _rank(values, token_id, top_values), top)
-        for token_id in token_ids
+        TokenLogprobs(
+            token_id,
+            logprob,
+            int(rank),
+            [(int(i), p) for i, p in zip(ids[:num_top], some[:num_top], strict=True)],
+        )
+        for token_id, logprob, rank, ids, some in zip(token_ids, *columns, strict=True)
     ]
 
 
-def _rank(values: torch.Tensor, token_id: int, top_values: torch.Tensor) -> int:
-    """1 + how many values are larger than the token's."""
-    value = values[token_id]
-    num_larger = int((top_values > value).sum())
-    if num_larger == len(top_values):
-        num_larger = int((values > value).sum())
-    return num_larger + 1
-
-
-def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int]) -> list[float]:
-    """The logprob of each of several tokens at one place.
-
-    Args:
-        logits: [vocab_size], any float dtype.
-    """
-    ids = torch.tensor(token_ids, device=logits.device)
-    return logits.log_softmax(-1, dtype=torch.float32)[ids].tolist()
-
-
-def find_candidates(logits: torch.Tensor, num_candidates: int) -> RowOutput:
-    """The likeliest tokens, best first, for a beam; fewer if fewer are possible at all.
-
-    Args:
-        logits: [vocab_size] fp32, -inf for tokens that must not come.
-    """
-    _, token_ids = likeliest(logits, num_candidates)
-    return RowOutput(
-        token_ids=token_ids.tolist(), token_logprobs=logits.log_softmax(-1)[token_ids].tolist()
-    )
+def to_host(groups: Sequence[Sequence[torch.Tensor]]) -> list[list[Numbers]]:
+    """The tensors on the host, as float64, in one transfer."""
+    tensors = [tensor for group in groups for tensor in group]
+    numbers = torch.cat([tensor.flatten().double() for tensor in tensors]).cpu().numpy()
+    found, start = [], 0
+    for tensor in tensors:
+        found.append(numbers[start : start + tensor.numel()].reshape(tensor.shape))
+        start += tensor.numel()
+    arrays = iter(found)
+    return [[next(arrays) for _ in group] for group in groups]

@@ -11,7 +11,7 @@ from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.loading import load_model, timed
 from pagoda_runtime.execution.logprobs import compute_logprobs
 from pagoda_runtime.execution.memory import allocate, fit_kv_cache, make_attention
-from pagoda_runtime.execution.sampler import sample, wants_likeliest
+from pagoda_runtime.execution.sampler import sample_hidden
 from pagoda_runtime.execution.step_input import prepare_step
 from pagoda_runtime.ipc.messages import (
     BlockCopy,
@@ -46,7 +46,8 @@ class ModelRunner:
         config = platform.complete(config)
         loaded = load_model(config, platform, on_progress)
         self.model, self.model_config, self.dtype = loaded.model, loaded.config, loaded.dtype
-        self.attention = make_attention(config, self.model, self.dtype, platform)
+        self.samples_in_batch = platform.samples_in_batch
+        self.attention = make_attention(config, self.model_config, self.dtype, platform)
         size = fit_kv_cache(config, self.model_config, self.attention, platform)
         self.num_blocks, self.block_size = size.num_blocks, size.block_size
         self.max_model_len = size.max_model_len
@@ -57,7 +58,7 @@ class ModelRunner:
         with timed("Warming up"):
             self._warm_up()
         on_progress("warmup", 100.0, 0.0)
-        windows = self.model.windows
+        windows = self.model_config.sliding_windows
         self.ready_facts = EngineReady(
             max_model_len=size.max_model_len,
             block_size=size.block_size,
@@ -88,7 +89,13 @@ class ModelRunner:
         outputs = [_NOTHING] * len(rows)
         if prepared.sampled_rows:
             sampled = [rows[index] for index in prepared.sampled_rows]
-            chosen = self._sample(hidden.index_select(0, prepared.sampled_tokens), sampled)
+            chosen = sample_hidden(
+                self.model,
+                hidden.index_select(0, prepared.sampled_tokens),
+                sampled,
+                self.model_config.eos_token_ids,
+                in_batch=self.samples_in_batch,
+            )
             for index, output in zip(prepared.sampled_rows, chosen, strict=True):
                 outputs[index] = output
         for index, row in enumerate(rows):
@@ -99,29 +106,6 @@ class ModelRunner:
                 )
         return outputs
 
-    def _sample(self, hidden: torch.Tensor, rows: Sequence[ScheduledRow]) -> list[RowOutput]:
-        """One output per row of hidden.
-
-        Rows that want nothing but the likeliest token have no logits computed, if the model can do
-        without, even among others that have: a request's tokens must not depend on its neighbours.
-        """
-        eos_token_ids = self.model_config.eos_token_ids
-        plain = [index for index, row in enumerate(rows) if wants_likeliest(row)]
-        if not plain or not self.model.can_screen:
-            return sample(self.model.logits(hidden), rows, eos_token_ids)
-        is_alone = len(plain) == len(rows)
-        token_ids = self.model.likeliest(hidden if is_alone else hidden[plain]).tolist()
-        outputs = {
-            index: RowOutput(token_ids=[token_id] * len(rows[index].seeds))
-            for index, token_id in zip(plain, token_ids, strict=True)
-        }
-        others = [index for index in range(len(rows)) if index not in outputs]
-        if others:
-            logits = self.model.logits(hidden[others])
-            drawn = sample(logits, [rows[index] for index in others], eos_token_ids)
-            outputs |= zip(others, drawn, strict=True)
-        return [outputs[index] for index in range(len(rows))]
-
     def _prompt_logprobs(self, hidden: torch.Tensor, row: ScheduledRow) -> list[TokenLogprobs]:
         """Logprobs of row.prompt_targets, the first of which follows the first row of hidden."""
         targets = row.prompt_targets
@@ -131,7 +115,9 @@ class ModelRunner:
         for first in range(0, len(targets), _PROMPT_LOGPROBS_ROWS):
             some = targets[first : first + _PROMPT_LOGPROBS_ROWS]
             logits = self.model.logits(hidden[first : first + len(some)])
-            found += compute_logprobs(logits, some, row.num_prompt_logprobs)
+            found += compute_logprobs(
+                logits, some, row.num_prompt_logprobs, in_batch=self.samples_in_batch
+            )
         return found
 
     def _warm_up(self) -> None:

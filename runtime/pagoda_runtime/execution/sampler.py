@@ -6,30 +6,84 @@ the same tokens whatever else is in the batch, and again after a preemption.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pagoda_runtime.execution.logits import is_processed, process_logits
+from pagoda_runtime.execution.draw import Draw, draw_each, draw_together
+from pagoda_runtime.execution.logits import is_processed, params_of, process_logits
 from pagoda_runtime.execution.logprobs import (
+    Numbers,
     describe_tokens,
     find_candidates,
-    likeliest,
-    token_logprobs,
+    tell_tokens,
+    to_host,
+    top_k,
 )
 from pagoda_runtime.ipc.messages import RowOutput, ScheduledRow
+from pagoda_runtime.models.model import Model
 from pagoda_runtime.sampling_params import SamplingParams
 
 _CHUNK = 512
-_MASK64 = (1 << 64) - 1
+# Numbers of fp32 that stay in a CPU's cache.
+_CACHED = 1 << 18
+# Top-k keeps a multiple of this, so that no sum depends on the rows beside.
+_TOP_K_STEP = 64
+
+
+def sample_hidden(
+    model: Model,
+    hidden: torch.Tensor,
+    rows: Sequence[ScheduledRow],
+    eos_token_ids: Collection[int],
+    *,
+    in_batch: bool,
+) -> list[RowOutput]:
+    """One output per row of hidden: see `sample`.
+
+    A model that finds the largest logit without the others, and more exactly, is asked for it
+    whether logprobs are wanted or not, and whatever the other rows want: a request's tokens must
+    depend on neither.
+    """
+    plain = [index for index, row in enumerate(rows) if _is_plain(row)]
+    if not plain or not model.can_screen:
+        return sample(model.logits(hidden), rows, eos_token_ids, in_batch=in_batch)
+    argmax = zip(plain, model.argmax(_take(hidden, plain)).tolist(), strict=True)
+    outputs = {i: RowOutput(token_ids=[token_id] * len(rows[i].seeds)) for i, token_id in argmax}
+    described = [index for index in plain if params_of(rows[index]).needs_logprobs]
+    others = [index for index in range(len(rows)) if index not in outputs]
+    if described or others:
+        logits = model.logits(_take(hidden, described + others))
+        for index, some in zip(described, logits, strict=False):
+            outputs[index] = _describe(some, outputs[index].token_ids, params_of(rows[index]))
+    if others:
+        drawn = sample(
+            logits[len(described) :],
+            [rows[index] for index in others],
+            eos_token_ids,
+            in_batch=in_batch,
+        )
+        outputs |= zip(others, drawn, strict=True)
+    return [outputs[index] for index in range(len(rows))]
+
+
+def _describe(logits: torch.Tensor, token_ids: list[int], params: SamplingParams) -> RowOutput:
+    """The argmax, once for each seed, with its logprobs from a row of logits."""
+    chosen = torch.tensor(token_ids, device=logits.device)
+    logits = logits.expand(len(token_ids), -1)
+    described = describe_tokens(logits, chosen, params.logprobs or 0, is_argmax=True)
+    return _tell(token_ids, to_host([described])[0], params)
 
 
 def sample(
-    logits: torch.Tensor, rows: Sequence[ScheduledRow], eos_token_ids: Collection[int] = ()
+    logits: torch.Tensor,
+    rows: Sequence[ScheduledRow],
+    eos_token_ids: Collection[int] = (),
+    *,
+    in_batch: bool,
 ) -> list[RowOutput]:
     """One output per row: one token for each of its seeds, or a beam's candidates.
 
@@ -40,177 +94,165 @@ def sample(
         logits: [num_rows, vocab_size], any float dtype.
         rows: with sampling_params.
         eos_token_ids: the model's end tokens.
+        in_batch: compute all rows of a kind together and read all results at once, as is best for
+            a device that the host waits for; by default as many as a CPU's cache holds. The tokens
+            are the same.
     """
-    params = [_params_of(row) for row in rows]
-    plain = [
-        index
-        for index, row in enumerate(rows)
-        if params[index].is_greedy and not row.num_candidates and not is_processed(row)
-    ]
-    best = []
-    if plain:
-        best = _argmax(logits if len(plain) == len(rows) else logits[plain])
-    greedy = dict(zip(plain, best, strict=True))
-    outputs = []
-    # Row by row: a vocabulary of fp32 in the processor's cache beats a batch in memory, and no
-    # row's rounding depends on its neighbours.
-    for index, row in enumerate(rows):
-        if index in greedy:
-            token_ids = [greedy[index]] * len(row.seeds)
+    groups = _make_groups(logits, rows, in_batch)
+    outputs: dict[int, RowOutput] = {}
+    chosen = [group.choose(eos_token_ids, in_batch) for group in groups]
+    for group, found in zip(groups, to_host(chosen), strict=True):
+        if (found[0] < 0).any():
+            # Some draw needs more attempts.
+            told = sample(group.logits, group.rows, eos_token_ids, in_batch=False)
         else:
-            processed = process_logits(logits[index], row, eos_token_ids)
-            if row.num_candidates:
-                outputs.append(find_candidates(processed, row.num_candidates))
-                continue
-            token_ids = _choose(processed, row, params[index])
-        outputs.append(_describe(logits[index], token_ids, params[index]))
-    return outputs
+            told = group.tell(found)
+        outputs |= zip(group.indices, told, strict=True)
+    return [outputs[index] for index in range(len(rows))]
 
 
-def wants_likeliest(row: ScheduledRow) -> bool:
-    """Whether a row's output is the token of its largest logit as computed, and nothing else."""
-    params = _params_of(row)
-    return (
-        params.is_greedy
-        and not row.num_candidates
-        and not is_processed(row)
-        and params.logprobs is None
-        and not params.needs_logprobs
+def _make_groups(
+    logits: torch.Tensor, rows: Sequence[ScheduledRow], in_batch: bool
+) -> list[_Group]:
+    """Each row in one group, with others that are sampled like it."""
+    members: dict[tuple[bool, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        params = params_of(row)
+        kind = (
+            _is_plain(row),
+            params.needs_logprobs,
+            params.is_greedy,
+            0 < params.top_k < logits.shape[1],
+            row.num_candidates > 0,
+        )
+        members.setdefault(kind, []).append(index)
+    groups = []
+    for (is_plain, needs_logprobs, *_), indices in members.items():
+        # An argmax leaves nothing that should stay in the cache.
+        is_whole = in_batch or (is_plain and not needs_logprobs)
+        most = len(rows) if is_whole else max(1, _CACHED // logits.shape[1])
+        for at in range(0, len(indices), most):
+            some = indices[at : at + most]
+            groups.append(_Group(some, [rows[index] for index in some], _take(logits, some)))
+    return groups
+
+
+def _take(tensor: torch.Tensor, indices: list[int]) -> torch.Tensor:
+    """The rows at the indices; not copied if they are all or one."""
+    if len(indices) == 1:
+        return tensor[indices[0], None]
+    return tensor if indices == list(range(len(tensor))) else tensor[indices]
+
+
+def _is_plain(row: ScheduledRow) -> bool:
+    """Whether the row takes the token of the largest logit as computed."""
+    return params_of(row).is_greedy and not row.num_candidates and not is_processed(row)
+
+
+class _Group(NamedTuple):
+    """Rows that are sampled together, because all or none are beams, greedy, have a top_k, …"""
+
+    indices: list[int]
+    rows: list[ScheduledRow]
+    logits: torch.Tensor
+    """[num_rows, vocab_size]"""
+
+    def choose(self, eos_token_ids: Collection[int], in_batch: bool) -> list[torch.Tensor]:
+        """A token for each seed of each row, -1 if it is not found in a batch, and if logprobs are
+        wanted what `describe_tokens` returns of them; for beams what `find_candidates` returns.
+        """
+        is_plain, params = _is_plain(self.rows[0]), [params_of(row) for row in self.rows]
+        logits = self.logits
+        if not is_plain:
+            logits = process_logits(logits, self.rows, eos_token_ids)
+        if self.rows[0].num_candidates:
+            return [*find_candidates(logits, max(row.num_candidates for row in self.rows))]
+        of_seeds = [at for at, row in enumerate(self.rows) for _ in row.seeds]
+        if params[0].is_greedy:
+            token_ids = _take(_argmax(logits), of_seeds)
+        else:
+            token_ids = _draw(logits, self.rows, in_batch)
+        if not params[0].needs_logprobs:
+            return [token_ids]
+        num_top = max(some.logprobs or 0 for some in params)
+        described = describe_tokens(
+            _take(self.logits, of_seeds), token_ids.clamp_min(0), num_top, is_argmax=is_plain
+        )
+        return [token_ids, *described]
+
+    def tell(self, found: list[Numbers]) -> list[RowOutput]:
+        """The outputs of the rows, from what `choose` returned, on the host."""
+        if self.rows[0].num_candidates:
+            return [_candidates(row, *top) for row, *top in zip(self.rows, *found, strict=True)]
+        outputs, first = [], 0
+        for row in self.rows:
+            token_ids, *described = (column[first : first + len(row.seeds)] for column in found)
+            outputs.append(_tell([int(i) for i in token_ids], described, params_of(row)))
+            first += len(row.seeds)
+        return outputs
+
+
+def _tell(token_ids: list[int], described: list[Numbers], params: SamplingParams) -> RowOutput:
+    """The tokens with the logprobs that the parameters ask for."""
+    if not params.needs_logprobs:
+        return RowOutput(token_ids=token_ids)
+    logprobs = None
+    if params.logprobs is not None:
+        logprobs = tell_tokens(token_ids, *described, num_top=params.logprobs)
+    return RowOutput(token_ids=token_ids, logprobs=logprobs, token_logprobs=described[0].tolist())
+
+
+def _candidates(row: ScheduledRow, token_ids: Numbers, logprobs: Numbers) -> RowOutput:
+    """A beam's candidates; fewer than it wants if fewer are possible at all."""
+    most = min(row.num_candidates, int((logprobs > -math.inf).sum()))
+    return RowOutput(
+        token_ids=[int(i) for i in token_ids[:most]], token_logprobs=logprobs[:most].tolist()
     )
 
 
-def _params_of(row: ScheduledRow) -> SamplingParams:
-    assert row.sampling_params is not None
-    return row.sampling_params
-
-
-def _describe(logits: torch.Tensor, token_ids: list[int], params: SamplingParams) -> RowOutput:
-    """The tokens with the logprobs that the parameters ask for."""
-    if params.logprobs is not None:
-        logprobs = describe_tokens(logits, token_ids, params.logprobs)
-        return RowOutput(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            token_logprobs=[token.logprob for token in logprobs],
-        )
-    if params.needs_logprobs:
-        return RowOutput(token_ids=token_ids, token_logprobs=token_logprobs(logits, token_ids))
-    return RowOutput(token_ids=token_ids)
-
-
-def uniform(seed: int, position: int, attempt: int = 0) -> float:
-    """A number from 0 to below 1, made from the arguments alone.
-
-    Source: SplitMix64 of Steele, Lea and Flood, Fast splittable pseudorandom number generators,
-    2014.
-    """
-    state = seed & _MASK64
-    for step in (position, attempt):
-        state = (_mix(state) + (step + 1) * 0x9E3779B97F4A7C15) & _MASK64
-    return (_mix(state) >> 11) / (1 << 53)
-
-
-def _mix(value: int) -> int:
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
-
-
-def _argmax(logits: torch.Tensor) -> list[int]:
-    """The index of each row's largest logit, the first of equals."""
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """[num_rows] int64: the index of each row's largest logit, the first of equals."""
     num_rows, vocab_size = logits.shape
     if vocab_size % _CHUNK:
-        return [int(token_id) for token_id in logits.float().argmax(dim=-1).tolist()]
+        return logits.float().argmax(dim=-1)
     # amax is vectorized on a CPU and argmax is not: find the chunk, then look into it alone.
     chunks = logits.view(num_rows, -1, _CHUNK)
     best = chunks.amax(dim=-1).float().argmax(dim=-1)
     best_chunks = chunks[torch.arange(num_rows, device=logits.device), best]
-    token_ids = best * _CHUNK + best_chunks.float().argmax(dim=-1)
-    return [int(token_id) for token_id in token_ids.tolist()]
+    return best * _CHUNK + best_chunks.float().argmax(dim=-1)
 
 
-def _choose(logits: torch.Tensor, row: ScheduledRow, params: SamplingParams) -> list[int]:
-    """One token for each of the row's seeds.
+def _draw(logits: torch.Tensor, rows: Sequence[ScheduledRow], in_batch: bool) -> torch.Tensor:
+    """[num_draws] int64: a token for each seed of each row; -1 if it is not found in a batch.
 
     Args:
-        logits: [vocab_size] fp32, processed.
+        logits: [num_rows, vocab_size] fp32, processed; overwritten.
     """
-    if params.is_greedy:
-        return _argmax(logits[None]) * len(row.seeds)
-    scaled, token_ids = logits / params.temperature, None
-    if 0 < params.top_k < len(logits):
-        scaled, token_ids = likeliest(scaled, params.top_k)
-    weights = scaled.softmax(-1)
-    # min_p and top-k each leave the likeliest tokens, so either may come first.
-    if params.min_p > 0.0:
-        weights = F.threshold(weights, _just_below(params.min_p * float(weights.amax())), 0.0)
-    if len(weights) > _CHUNK:
-        weights = F.pad(weights, (0, -len(weights) % _CHUNK))
-    position = row.start + len(row.token_ids)
-    drawn = [_draw(weights, params.top_p, seed, position) for seed in row.seeds]
-    return drawn if token_ids is None else token_ids[drawn].tolist()
-
-
-def _draw(weights: torch.Tensor, top_p: float, seed: int, position: int) -> int:
-    """An index in proportion to the weights of the likeliest tokens that reach top_p together.
-
-    Of equal weights the lower index is likelier. Instead of sorting, draws from all tokens, and if
-    those likelier than the drawn one reach top_p without it, again from these: among the tokens
-    that may be drawn the proportions are the same in every attempt.
-    Source: Ye et al., FlashInfer, MLSys 2025 (sorting-free sampling).
-    """
-    sums = _chunk_sums(weights)
-    wanted = top_p * float(sums.sum())
-    for attempt in itertools.count():
-        index = _invert(weights, sums, uniform(seed, position, attempt))
-        if top_p >= 1.0:
-            break
-        weights = _likelier(weights, index)
-        sums = _chunk_sums(weights)
-        mass = float(sums.sum())
-        # None is likelier than the likeliest, even if so small a top_p is rounded to 0.
-        if mass < wanted or mass == 0.0:
-            break
-    return index
-
-
-def _likelier(weights: torch.Tensor, index: int) -> torch.Tensor:
-    """The weights, with 0 in place of the one at index and of all that are not likelier."""
-    weight = float(weights[index])
-    return torch.cat(
-        [
-            F.threshold(weights[:index], _just_below(weight), 0.0),
-            F.threshold(weights[index:], weight, 0.0),
-        ]
-    )
-
-
-def _just_below(weight: float) -> float:
-    """The fp32 number before this one: what is above it is at least the weight."""
-    return float(np.nextafter(np.float32(weight), np.float32(-math.inf)))
-
-
-def _chunk_sums(weights: torch.Tensor) -> torch.Tensor:
-    """[num_chunks] float64: sums of weights, or the weights themselves if they are few."""
-    if len(weights) <= _CHUNK:
-        return weights.double()
-    return weights.view(-1, _CHUNK).sum(-1).double()
-
-
-def _invert(weights: torch.Tensor, sums: torch.Tensor, target: float) -> int:
-    """The first index whose cumulative weight exceeds target × the total."""
-    # A running sum is not vectorized: take it of the sums of chunks, then of one chunk.
-    chunk, rest = _invert_directly(sums, target * float(sums.sum()))
-    if len(sums) == len(weights):
-        return chunk
-    weights = weights[chunk * _CHUNK : (chunk + 1) * _CHUNK].double()
-    return chunk * _CHUNK + _invert_directly(weights, rest)[0]
-
-
-def _invert_directly(weights: torch.Tensor, wanted: float) -> tuple[int, float]:
-    """The first index whose cumulative weight exceeds `wanted`, and what was wanted of it."""
-    cumulative = weights.cumsum(-1)
-    index = int(torch.searchsorted(cumulative, wanted, right=True))
-    # Rounding may leave the last sum below what is wanted; the last with any weight is meant.
-    index = min(index, int(weights.nonzero()[-1]))
-    return index, max(0.0, wanted - float(cumulative[index] - weights[index]))
+    params = [params_of(row) for row in rows]
+    numbers = [(some.temperature, some.top_k, some.min_p) for some in params]
+    columns = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
+    temperature, most, min_p = columns.T[:, :, None]
+    logits.div_(temperature.float())
+    token_ids = None
+    if 0 < params[0].top_k < logits.shape[1]:
+        k = max(some.top_k for some in params)
+        logits, token_ids = top_k(logits, min(k + -k % _TOP_K_STEP, logits.shape[1]))
+        places = torch.arange(logits.shape[1], device=logits.device)
+        logits.masked_fill_(places >= most, -torch.inf)
+    weights = logits.softmax(-1)
+    # min_p and top-k each leave the largest, so either may come first.
+    if any(some.min_p > 0.0 for some in params):
+        least = (min_p * weights.amax(-1, keepdim=True)).float()
+        # In fp32, because on a CPU comparisons that result in bools are several times slower.
+        weights.mul_(torch.ge(weights, least, out=torch.empty_like(weights)))
+    draws = [
+        Draw(at, params[at].top_p, seed, row.start + len(row.token_ids))
+        for at, row in enumerate(rows)
+        for seed in row.seeds
+    ]
+    drawn = draw_together(weights, draws) if in_batch else draw_each(weights, draws)
+    if token_ids is None:
+        return drawn
+    of_draws = torch.tensor([draw.row for draw in draws], device=logits.device)
+    # The last column is that of -1.
+    return F.pad(token_ids, (0, 1), value=-1)[of_draws, drawn]

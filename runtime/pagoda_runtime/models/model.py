@@ -7,24 +7,12 @@ from typing import Protocol
 
 import torch
 
-from pagoda_runtime.layers.attention import AttentionHeads
 from pagoda_runtime.layers.step_input import StepInput
 from pagoda_runtime.quantization.parameter import Shard
 
 
 class Model(Protocol):
     """Token ids to hidden states, and hidden states to logits."""
-
-    heads: AttentionHeads
-    """Of each layer, as this rank has them."""
-
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """Tokens that each layer sees, itself included; 0: all."""
-
-    @property
-    def attention_scale(self) -> float:
-        """Factor on q·k."""
 
     def weights(self) -> Mapping[str, Shard]:
         """What has to be loaded: each name in the checkpoint with what it fills."""
@@ -40,7 +28,7 @@ class Model(Protocol):
         """Let the bits of a token's result not depend on how many tokens a step has; slower."""
 
     def add_screen(self) -> None:
-        """Let `likeliest` work, if it can; afterwards `can_screen` tells."""
+        """Let `argmax` work, if it can; afterwards `can_screen` tells."""
 
     def set_max_model_len(self, max_model_len: int) -> None:
         """Say how long a sequence may become: the frequencies of some rope types depend on it."""
@@ -65,7 +53,7 @@ class Model(Protocol):
 
     @property
     def can_screen(self) -> bool:
-        """Whether `likeliest` works."""
+        """Whether `argmax` works."""
 
-    def likeliest(self, hidden: torch.Tensor) -> torch.Tensor:
+    def argmax(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows] int64: the token of each row's largest logit, found faster than all logits."""

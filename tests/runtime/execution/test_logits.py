@@ -32,7 +32,7 @@ def make_row(params, *, prompt=(), output=()):
 
 def process(logits, *, prompt=(), output=(), **params):
     row = make_row(SamplingParams(**params), prompt=prompt, output=output)
-    return process_logits(torch.tensor(logits), row, EOS).tolist()
+    return process_logits(torch.tensor([logits]), [row], EOS)[0].tolist()
 
 
 def plainly_processed(logits, params, prompt, output):
@@ -87,14 +87,30 @@ every_params = st.builds(
     output=st.lists(token_id, max_size=6),
 )
 def test_logits_are_processed_as_a_plain_loop_would(logits, params, prompt, output):
-    given_logits = torch.tensor(logits)
+    given_logits = torch.tensor([logits])
     row = make_row(params, prompt=prompt, output=output)
-    processed = process_logits(given_logits, row, EOS)
-    expected = torch.tensor(plainly_processed(logits, params, prompt, output))
+    processed = process_logits(given_logits, [row], EOS)
+    expected = torch.tensor([plainly_processed(logits, params, prompt, output)])
     torch.testing.assert_close(processed, expected, atol=1e-4, rtol=1e-5)
-    assert given_logits.tolist() == logits
+    assert given_logits.tolist() == [logits]
     if not is_processed(row):
-        assert processed.tolist() == logits
+        assert processed.tolist() == [logits]
+
+
+@settings(deadline=None)
+@given(
+    of_rows=st.lists(
+        st.tuples(every_params, st.lists(token_id, max_size=6), st.lists(token_id, max_size=6)),
+        min_size=2,
+        max_size=5,
+    )
+)
+def test_rows_are_processed_together_as_they_are_alone(of_rows):
+    logits = torch.linspace(-9, 9, len(of_rows) * VOCAB_SIZE).view(len(of_rows), VOCAB_SIZE)
+    rows = [make_row(params, prompt=prompt, output=output) for params, prompt, output in of_rows]
+    together = process_logits(logits, rows, EOS)
+    for index, row in enumerate(rows):
+        assert torch.equal(together[index, None], process_logits(logits[index, None], [row], EOS))
 
 
 def test_only_allowed_tokens_are_left():
@@ -136,7 +152,7 @@ def test_the_penalty_of_repetition_is_that_of_transformers():
     logits, said = torch.randn(50), torch.randint(0, 50, (30,))
     row = make_row(SamplingParams(repetition_penalty=1.3), prompt=said.tolist())
     expected = RepetitionPenaltyLogitsProcessor(1.3)(said[None], logits[None].clone())[0]
-    assert torch.equal(process_logits(logits, row, EOS), expected)
+    assert torch.equal(process_logits(logits[None], [row], EOS)[0], expected)
 
 
 def test_a_bias_is_added_before_penalties():
@@ -148,6 +164,6 @@ def test_a_bias_is_added_before_penalties():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_out_of_range_become_numbers(dtype, wrong):
     row = make_row(SamplingParams())
-    processed = process_logits(torch.tensor([wrong, -INF, 2.0], dtype=dtype), row, EOS)
+    (processed,) = process_logits(torch.tensor([[wrong, -INF, 2.0]], dtype=dtype), [row], EOS)
     assert processed.isfinite().all()
     assert processed[2] == 2.0

@@ -7,6 +7,7 @@ import pytest
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.runner import ModelRunner
+from pagoda_runtime.execution.testing import generate
 from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
@@ -99,3 +100,14 @@ def test_rows_that_sample_nothing_return_nothing(folder):
     ]
     assert [len(output.token_ids) for output in runner.execute(rows)] == [0, 1, 0]
     assert runner.execute(rows[:1])[0].token_ids == []
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_greedy_tokens_are_the_same_with_logprobs(tmp_path, is_tied):
+    folder = make_tiny_checkpoint(tmp_path, tie_word_embeddings=is_tied)
+    runner = make_runner(folder, dtype="bfloat16")
+    prompts = [[3 + index, 40, 200 - index] for index in range(6)]
+    expected = generate(runner, prompts, 40)
+    for asked in ({"logprobs": 2}, {"best_of": 2}):
+        params = [SamplingParams(temperature=0.0, **asked)] * len(prompts)
+        assert generate(runner, prompts, 40, params=params) == expected

@@ -11,6 +11,7 @@ import torch
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.execution.testing import generate
+from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.tokenizer.tokenizer import load_tokenizer
 
 NUM_TOKENS = 24
@@ -75,6 +76,17 @@ def test_greedy_tokens_of_20_prompts_equal_those_of_transformers(gemma):
         EngineConfig(model=str(gemma), dtype="float32", kv_cache_memory_bytes=1 << 28)
     )
     assert generate(runner, prompts, NUM_TOKENS) == transformers_tokens(gemma, prompts)
+
+
+@pytest.mark.model
+def test_greedy_tokens_are_the_same_with_logprobs(gemma):
+    tokenizer = load_tokenizer(gemma)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS[:4]]
+    runner = ModelRunner(EngineConfig(model=str(gemma), kv_cache_memory_bytes=1 << 28))
+    expected = generate(runner, prompts, 64)
+    for asked in ({"logprobs": 2}, {"best_of": 2}):
+        params = [SamplingParams(temperature=0.0, **asked)] * len(prompts)
+        assert generate(runner, prompts, 64, params=params) == expected
 
 
 @pytest.mark.model
