@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from aiohttp import web
+from prometheus_client.aiohttp import make_aiohttp_handler
 
 from pagoda_operator.telemetry import Telemetry
 
@@ -31,14 +32,10 @@ async def serve_health(
     async def readyz(_: web.Request) -> web.Response:
         return _answer(hindrance())
 
-    async def metrics(_: web.Request) -> web.Response:
-        content_type = "text/plain; version=0.0.4; charset=utf-8"
-        return web.Response(body=telemetry.render(), headers={"Content-Type": content_type})
-
     app = web.Application()
     app.router.add_get("/livez", livez)
     app.router.add_get("/readyz", readyz)
-    app.router.add_get("/metrics", metrics)
+    app.router.add_get("/metrics", make_aiohttp_handler(telemetry.registry))
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
     await web.TCPSite(runner, port=port).start()
