@@ -97,7 +97,16 @@ class Reconciler:
         except SpecError as error:
             await self._reject(key, manifest, str(error))
             return None
-        previous: Manifest = manifest.get("status", {})
+        return await self._converge(service, manifest)
+
+    def forget(self, key: Key) -> None:
+        """The LLMService is gone."""
+        self._memories.pop(key, None)
+        self._poller.forget(key)
+
+    async def _converge(self, service: LLMService, manifest: Manifest) -> float | None:
+        """The pass of a spec that is understood."""
+        key, previous = service.key, manifest.get("status", {})
         wanted = render_children(
             service, engine_image=self._engine_image, operator_namespace=self._operator_namespace
         )
@@ -138,11 +147,6 @@ class Reconciler:
             memory.contests.seconds_to_next_look(outcome.held, now),
         ]
         return min((seconds for seconds in looks if seconds), default=None)
-
-    def forget(self, key: Key) -> None:
-        """The LLMService is gone."""
-        self._memories.pop(key, None)
-        self._poller.forget(key)
 
     async def _look(
         self, service: LLMService, manifest: Manifest, wanted: Collection[ChildRef]

@@ -12,6 +12,7 @@ from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.models.check import verify_max_model_len
 from pagoda_runtime.models.config import ModelConfig
+from pagoda_runtime.models.model import Model
 from pagoda_runtime.platforms import MemoryBudget, Platform
 
 logger = logging.getLogger(__name__)
@@ -31,17 +32,17 @@ class KvCacheSize:
 
 
 def make_attention(
-    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, platform: Platform
+    config: EngineConfig, model: Model, dtype: torch.dtype, platform: Platform
 ) -> AttentionBackend:
     """What the model's layers attend with; nothing is allocated yet."""
     assert config.block_size is not None
     return make_backend(
         AttentionSpec(
-            num_heads=model_config.num_heads,
-            num_kv_heads=model_config.num_kv_heads,
-            head_dim=model_config.head_dim,
-            windows=model_config.sliding_windows,
-            scale=model_config.attention_scale or model_config.head_dim**-0.5,
+            num_heads=model.heads.num_heads,
+            num_kv_heads=model.heads.num_kv_heads,
+            head_dim=model.heads.head_dim,
+            windows=model.windows,
+            scale=model.attention_scale,
             dtype=dtype,
             kv_dtype=dtype,
             block_size=config.block_size,

@@ -47,7 +47,7 @@ class ModelRunner:
         loaded = load_model(config, platform, on_progress)
         self.model, self.model_config, self.dtype = loaded.model, loaded.config, loaded.dtype
         self.samples_in_batch = platform.samples_in_batch
-        self.attention = make_attention(config, self.model_config, self.dtype, platform)
+        self.attention = make_attention(config, self.model, self.dtype, platform)
         size = fit_kv_cache(config, self.model_config, self.attention, platform)
         self.num_blocks, self.block_size = size.num_blocks, size.block_size
         self.max_model_len = size.max_model_len
@@ -58,7 +58,7 @@ class ModelRunner:
         with timed("Warming up"):
             self._warm_up()
         on_progress("warmup", 100.0, 0.0)
-        windows = self.model_config.sliding_windows
+        windows = self.model.windows
         self.ready_facts = EngineReady(
             max_model_len=size.max_model_len,
             block_size=size.block_size,

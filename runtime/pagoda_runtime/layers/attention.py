@@ -12,16 +12,21 @@ from pagoda_runtime.layers.module import Module
 from pagoda_runtime.layers.norm import folded_weight, norm_floor
 from pagoda_runtime.layers.step_input import StepInput
 from pagoda_runtime.quantization.base import Placement
-from pagoda_runtime.quantization.parameter import OUTPUT, Axis, Layout, Part
+from pagoda_runtime.quantization.parameter import OUTPUT, Axis, Layout, Part, TensorParallel
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionHeads:
-    """The heads of a layer, as all ranks together have them."""
+    """The heads of a layer."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+    def share(self, parallel: TensorParallel) -> AttentionHeads:
+        """A rank's."""
+        own, own_kv = parallel.share(self.num_heads), parallel.share(self.num_kv_heads)
+        return AttentionHeads(len(own), len(own_kv), self.head_dim)
 
     def qkv_parts(self) -> list[Part]:
         """Of q, k and v, which are cut between heads."""
@@ -73,8 +78,8 @@ class SelfAttention(Module):
         self.qk_norm = qk_norm
         if sees_all:
             # q·k, and the sum of v.
-            num_heads = len(placement.parallel.share(heads.num_heads))
-            self.multiplications_per_earlier_token = 2 * num_heads * heads.head_dim
+            own = heads.share(placement.parallel)
+            self.multiplications_per_earlier_token = 2 * own.num_heads * own.head_dim
 
     def __call__(self, x: torch.Tensor, rotary: Rotary, step: StepInput) -> torch.Tensor:
         """x: [num_tokens, hidden_size]"""
@@ -91,13 +96,13 @@ class QKNorm(Module):
     ) -> None:
         super().__init__()
         self.weight_offset = weight_offset
-        share = placement.parallel.share
-        self.counts = [len(share(heads.num_heads)), len(share(heads.num_kv_heads))]
+        self.heads = heads.share(placement.parallel)
         layout = Layout([Part("q_norm", heads.head_dim), Part("k_norm", heads.head_dim)])
         self.parameters["weight"] = placement.parameter(layout, OUTPUT)
         self.floor = norm_floor(eps, heads.head_dim, placement.device)
 
     def use_parameters(self) -> None:
         q_and_k = self.parameters["weight"].data.view(2, -1)
-        rows = q_and_k.repeat_interleave(torch.tensor(self.counts, device=q_and_k.device), 0)
-        self.norm = HeadNorm(folded_weight(rows, self.weight_offset), self.floor)
+        q_norm, k_norm = folded_weight(q_and_k, self.weight_offset)
+        rows = [q_norm] * self.heads.num_heads + [k_norm] * self.heads.num_kv_heads
+        self.norm = HeadNorm(torch.stack(rows), self.floor)

@@ -31,3 +31,5 @@ class RopeConfig:
     """longrope: divisors of the frequencies if no sequence outgrows the original context."""
     long_factors: tuple[float, ...] = ()
     """longrope: divisors if some sequence may."""
+    partial_rotary_factor: float = 1.0
+    """Share of a head's dimensions that are rotated, the first ones."""

@@ -11,16 +11,16 @@ from pagoda_runtime.layers.rope_config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> torch.Tensor:
-    """[head_dim / 2] fp32: radians per position of each pair of dimensions.
+    """[rotary_dim / 2] fp32: radians per position of each pair of dimensions that are rotated.
 
     They are the same for all positions and all sequences, because rotated keys stay in the cache
     and are shared. Types that depend on the length (dynamic, longrope) take max_model_len, the
     longest sequence that the engine serves: docs/decisions/0005-rope-by-longest-sequence.md.
     """
-    theta = rope.theta
+    theta, rotary_dim = rope.theta, int(head_dim * rope.partial_rotary_factor)
     if rope.rope_type == "dynamic":
-        theta = _dynamic_theta(rope, head_dim, max_model_len)
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        theta = _dynamic_theta(rope, rotary_dim, max_model_len)
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
     frequencies = 1.0 / theta**exponents
     match rope.rope_type:
         case "linear":
@@ -35,14 +35,14 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> 
     return frequencies
 
 
-def _dynamic_theta(rope: RopeConfig, head_dim: int, max_model_len: int) -> float:
+def _dynamic_theta(rope: RopeConfig, rotary_dim: int, max_model_len: int) -> float:
     """The base that stretches the longest wave over max_model_len, and the shortest not at all.
 
     Source: "Dynamically Scaled RoPE" (NTK-aware), by emozilla and bloc97, 2023.
     """
     growth = max(1.0, max_model_len / rope.original_max_position_embeddings)
     stretch = rope.factor * growth - (rope.factor - 1.0)
-    return rope.theta * stretch ** (head_dim / (head_dim - 2))
+    return rope.theta * stretch ** (rotary_dim / (rotary_dim - 2))
 
 
 def _llama3_frequencies(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:

@@ -46,8 +46,6 @@ class ModelConfig:
     """Last parts of the names of what some checkpoints carry and every engine computes itself."""
     norm: str = "rms"
     """rms or layer"""
-    rotary_dim: int | None = None
-    """The first dimensions of a head, which are rotated; None: all."""
     is_gated: bool = True
     """Whether the feed-forward layers have a gate."""
     qkv_bias: bool = False

@@ -24,7 +24,7 @@ class DecoderLayer(Module):
 
     def __init__(self, config: ModelConfig, layer: int, placement: Placement) -> None:
         super().__init__()
-        heads = AttentionHeads(config.num_heads, config.num_kv_heads, config.head_dim)
+        heads = heads_of(config)
         qk_norm = None
         if config.qk_norm:
             qk_norm = QKNorm(
@@ -69,6 +69,7 @@ class Decoder(Module):
         super().__init__()
         self.config = config
         self.device = placement.device
+        self.heads = heads_of(config).share(placement.parallel)
         self.embed_tokens = Embedding(
             config.vocab_size,
             config.hidden_size,
@@ -96,6 +97,14 @@ class Decoder(Module):
         return computed
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        return self.config.sliding_windows
+
+    @property
+    def attention_scale(self) -> float:
+        return self.config.attention_scale or self.config.head_dim**-0.5
+
+    @property
     def step_bytes(self) -> int:
         return sum(module.bytes_per_step for module in self.modules())
 
@@ -112,9 +121,9 @@ class Decoder(Module):
         return sum(module.multiplications_per_token for module in modules) // earlier
 
     def set_max_model_len(self, max_model_len: int) -> None:
-        rotary_dim = self.config.rotary_dim or self.config.head_dim
+        head_dim = self.config.head_dim
         self.frequencies = {
-            rope: inverse_frequencies(rope, rotary_dim, max_model_len).to(self.device)
+            rope: inverse_frequencies(rope, head_dim, max_model_len).to(self.device)
             for rope in self.config.rope
         }
 
@@ -149,6 +158,10 @@ def _add(hidden: torch.Tensor, part: torch.Tensor, norm: Norm | None) -> None:
         hidden.add_(part)
     else:
         norm.add_to(hidden, part)
+
+
+def heads_of(config: ModelConfig) -> AttentionHeads:
+    return AttentionHeads(config.num_heads, config.num_kv_heads, config.head_dim)
 
 
 def make_norm(config: ModelConfig, placement: Placement) -> Norm:

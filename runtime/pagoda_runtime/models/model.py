@@ -7,12 +7,24 @@ from typing import Protocol
 
 import torch
 
+from pagoda_runtime.layers.attention import AttentionHeads
 from pagoda_runtime.layers.step_input import StepInput
 from pagoda_runtime.quantization.parameter import Shard
 
 
 class Model(Protocol):
     """Token ids to hidden states, and hidden states to logits."""
+
+    heads: AttentionHeads
+    """Of each layer, as this rank has them."""
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Tokens that each layer sees, itself included; 0: all."""
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on q·k."""
 
     def weights(self) -> Mapping[str, Shard]:
         """What has to be loaded: each name in the checkpoint with what it fills."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,11 +19,15 @@ def read_rope(
     layer_type: str = "full_attention",
     *,
     default_theta: float = 10_000.0,
+    is_partial: bool = False,
 ) -> RopeConfig:
     """The rope of one layer type.
 
     Both spellings are read: `rope_parameters` (one for all layers or one for each layer type), and
     the older `rope_theta` with `rope_scaling`.
+
+    Args:
+        is_partial: whether the family heeds `partial_rotary_factor`.
     """
     parameters = dict(file.mapping("rope_parameters"))
     key = "rope_parameters"
@@ -41,11 +46,12 @@ def read_rope(
             f"{file.path}: {key} has the rope type {rope_type!r}, which this engine does not "
             f"support. Supported: {', '.join(ROPE_TYPES)}. Serve a checkpoint with one of these.",
         )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise file.invalid(
-            f"{key}.partial_rotary_factor", parameters["partial_rotary_factor"], "1.0 or absent"
-        )
-    return ROPE_TYPES[rope_type](_Parameters(file, key, parameters, head_dim))
+    factor = parameters.get("partial_rotary_factor", 1.0)
+    if factor != 1.0 and not (is_partial and is_positive(factor) and factor < 1.0):
+        expected = "above 0 and at most 1" if is_partial else "1.0 or absent"
+        raise file.invalid(f"{key}.partial_rotary_factor", factor, expected)
+    rope = ROPE_TYPES[rope_type](_Parameters(file, key, parameters, int(head_dim * factor)))
+    return replace(rope, partial_rotary_factor=factor)
 
 
 def max_positions(file: ConfigFile, rope: RopeConfig) -> int:
@@ -64,12 +70,12 @@ class _Parameters(ConfigFile):
     """One rope's object in config.json; errors name file, key and value."""
 
     def __init__(
-        self, file: ConfigFile, key: str, values: Mapping[str, Any], head_dim: int
+        self, file: ConfigFile, key: str, values: Mapping[str, Any], rotary_dim: int
     ) -> None:
         super().__init__(file.path, values)
         self.file = file
         self.key = key
-        self.head_dim = head_dim
+        self.rotary_dim = rotary_dim
 
     def invalid(self, key: str, value: object, expected: str) -> FatalError:
         return super().invalid(f"{self.key}.{key}", value, expected)
@@ -90,9 +96,9 @@ class _Parameters(ConfigFile):
         return int(original)
 
     def divisors(self, name: str) -> tuple[float, ...]:
-        """A positive number for each pair of dimensions of a head."""
+        """A positive number for each pair of dimensions that are rotated."""
         values: Any = self.values.get(name)
-        count = self.head_dim // 2
+        count = self.rotary_dim // 2
         fits = isinstance(values, list) and len(values) == count and all(map(is_positive, values))
         if not fits:
             raise self.invalid(name, values, f"a list of {count} positive numbers")

@@ -1,4 +1,4 @@
-"""The outermost layer of a server: ids of requests, and a line in the log for each."""
+"""The outermost layer of a server: ids of requests, the load, metrics, and a line in the log."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Collection
 
+import msgspec
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagoda_runtime.logs import request_id
+from pagoda_runtime.server.state import ServerState
 
 logger = logging.getLogger("pagoda.access")
 
-REQUEST_ID_HEADER = "x-request-id"
+REQUEST_ID_HEADER, LOAD_HEADER = "x-request-id", "x-pagoda-load"
+KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+OTHER = "other"
 # Where a stream finds the server's own `send`: its chunks need nothing of what stands between.
 RAW_SEND = "pagoda.send"
 # What may stand in a log line and a header as it is.
@@ -23,6 +29,30 @@ MAX_LOGGED_TARGET_BYTES = 500
 PROBES = frozenset({"/startup", "/health", "/ready", "/load", "/metrics"})
 
 
+class LoadObserver:
+    """Tells the load with every answer and counts it; closes connections while the server drains.
+
+    Paths are told apart in metrics; all others are one.
+    """
+
+    def __init__(self, state: ServerState, paths: Collection[str]) -> None:
+        self.state = state
+        self.paths = frozenset(paths)
+
+    def add_headers(self, headers: MutableHeaders) -> None:
+        headers[LOAD_HEADER] = msgspec.json.encode(self.state.load()).decode()
+        if self.state.is_draining:
+            headers["connection"] = "close"
+
+    def observe(self, scope: Scope, status: int, elapsed_seconds: float) -> None:
+        # Labels come from fixed sets: a client must not be able to make new series.
+        method, path = scope["method"], scope["path"]
+        if path not in self.paths:
+            path = "/v1/models/{model}" if path.startswith("/v1/models/") else OTHER
+        method = method if method in KNOWN_METHODS else OTHER
+        self.state.metrics.observe_http(method, status, path, elapsed_seconds)
+
+
 class Access:
     """Gives a request its id, for the answer and for every log line about it, and logs its end.
 
@@ -30,9 +60,12 @@ class Access:
     new one. Probes are logged at the level debug.
     """
 
-    def __init__(self, app: ASGIApp, *, is_logged: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, *, is_logged: bool, observer: LoadObserver | None = None
+    ) -> None:
         self.app = app
         self.is_logged = is_logged
+        self.observer = observer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -44,8 +77,10 @@ class Access:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                header = (REQUEST_ID_HEADER.encode(), name.encode())
-                message["headers"] = [*message.get("headers", ()), header]
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = name
+                if self.observer is not None:
+                    self.observer.add_headers(headers)
             await send(message)
 
         # It stays set, for what the server logs of an exception that leaves here; each request is
@@ -54,8 +89,11 @@ class Access:
         try:
             await self.app(scope, receive, send_with_id)
         finally:
+            elapsed = time.perf_counter() - started
+            if self.observer is not None:
+                self.observer.observe(scope, status, elapsed)
             if self.is_logged:
-                _log(scope, status, time.perf_counter() - started)
+                _log(scope, status, elapsed)
 
 
 def read_request_id(scope: Scope) -> str:

@@ -9,10 +9,10 @@ from starlette.types import ASGIApp
 from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.server import health, openai, openapi
-from pagoda_runtime.server.access import REQUEST_ID_HEADER, Access
+from pagoda_runtime.server.access import LOAD_HEADER, REQUEST_ID_HEADER, Access, LoadObserver
 from pagoda_runtime.server.errors import add_error_handlers
 from pagoda_runtime.server.framing import ReadHead
-from pagoda_runtime.server.middleware import LOAD_HEADER, Authenticate, LimitBody, Observe
+from pagoda_runtime.server.middleware import Authenticate, LimitBody
 from pagoda_runtime.server.openapi import DOCUMENTED
 from pagoda_runtime.server.state import Engine, ServerState
 
@@ -44,8 +44,11 @@ def create_app(state: ServerState) -> ASGIApp:
     add_error_handlers(app)
     paths = [route.split(" ")[1] for route in ROUTES]
     inner = _allow_origins(Authenticate(LimitBody(app, state), state.keys), state.config)
-    observed = Observe(ReadHead(inner, paths), state, paths)
-    return Access(observed, is_logged=not state.config.disable_access_log)
+    return Access(
+        ReadHead(inner, paths),
+        is_logged=not state.config.disable_access_log,
+        observer=LoadObserver(state, paths),
+    )
 
 
 def _allow_origins(app: ASGIApp, config: ServerConfig) -> ASGIApp:

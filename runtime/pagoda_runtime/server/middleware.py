@@ -1,15 +1,10 @@
-"""Raw ASGI around the routes: key, size of bodies, load header, HTTP metrics.
+"""Raw ASGI around the routes: key and size of bodies.
 
 Every scope is of HTTP: the server is run without websockets and lifespan.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection
-
-import msgspec
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagoda_runtime.errors import QueueFull
@@ -17,49 +12,6 @@ from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.server.body import MAX_HELD_BYTES
 from pagoda_runtime.server.errors import ApiError
 from pagoda_runtime.server.state import ServerState
-
-LOAD_HEADER = "x-pagoda-load"
-KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-OTHER = "other"
-
-
-class Observe:
-    """Adds the load to every answer and counts it; closes connections while the server drains.
-
-    Paths are told apart in metrics; all others are one.
-    """
-
-    def __init__(self, app: ASGIApp, state: ServerState, paths: Collection[str]) -> None:
-        self.app = app
-        self.state = state
-        self.paths = frozenset(paths)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = time.perf_counter()
-        status = 500
-
-        async def send_observed(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers[LOAD_HEADER] = msgspec.json.encode(self.state.load()).decode()
-                if self.state.is_draining:
-                    headers["connection"] = "close"
-            await send(message)
-
-        try:
-            await self.app(scope, receive, send_observed)
-        finally:
-            # Labels come from fixed sets: a client must not be able to make new series.
-            method = scope["method"] if scope["method"] in KNOWN_METHODS else OTHER
-            elapsed = time.perf_counter() - started
-            self.state.metrics.observe_http(method, status, self._handler(scope["path"]), elapsed)
-
-    def _handler(self, path: str) -> str:
-        if path in self.paths:
-            return path
-        return "/v1/models/{model}" if path.startswith("/v1/models/") else OTHER
 
 
 class Authenticate:

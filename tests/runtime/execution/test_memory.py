@@ -8,7 +8,10 @@ from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.memory import allocate, make_attention, size_kv_cache
 from pagoda_runtime.layers.rope_config import RopeConfig
 from pagoda_runtime.models.config import ModelConfig
+from pagoda_runtime.models.registry import make_model
 from pagoda_runtime.platforms import PLATFORMS, MemoryBudget
+from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.unquantized import UnquantizedLinear
 
 # 2 (key, value) * 2 layers * 1 head * 8 dimensions * 2 bytes = 64 bytes for a token.
 CONFIG = ModelConfig(
@@ -90,7 +93,9 @@ def test_a_length_beyond_the_models_positions_is_an_invalid_flag():
 
 def test_each_layer_has_a_cache_with_the_padding_block_on_top():
     config = EngineConfig(model="", block_size=16)
-    attention = make_attention(config, CONFIG, torch.bfloat16, PLATFORMS["cpu"])
+    placement = Placement(torch.bfloat16, torch.device("cpu"), UnquantizedLinear)
+    model = make_model(CONFIG, placement)
+    attention = make_attention(config, model, torch.bfloat16, PLATFORMS["cpu"])
     assert attention.block_bytes == BLOCK_BYTES
     allocate(attention, size(20), PLATFORMS["cpu"])
     assert [cache.shape for cache in attention.kv_caches] == [(20, 16, 2, 1, 8)] * 2
