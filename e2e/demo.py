@@ -18,7 +18,7 @@ from typing import TypeVar
 import model
 import openai
 import stack
-from kube import Kubectl, KubectlError, TimedOut, condition, is_ready, wait_until
+from kube import Kubectl, KubectlError, TimedOut, condition, is_ready, show_services, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "gemma-cpu.yaml"
@@ -69,7 +69,7 @@ def start_engine(kubectl: Kubectl) -> None:
         f"LLMService {SERVICE} Ready",
         settled,
         timeout_seconds=900,
-        on_timeout=lambda: kubectl.run("get", "llms,pods,events"),
+        on_timeout=lambda: show_services(kubectl),
     )
 
 

@@ -107,3 +107,18 @@ def is_ready(service: dict[str, Any] | None) -> bool:
     return observed == service["metadata"]["generation"] and (
         condition(service, "Ready").get("status") == "True"
     )
+
+
+def show_services(kubectl: Kubectl) -> str:
+    """How services and their pods stand, for a wait that was in vain."""
+    return kubectl.run("get", "llms,pods,events", "-o", "wide")
+
+
+def wait_ready(kubectl: Kubectl, name: str, timeout_seconds: float = 240) -> None:
+    """Wait until the LLMService is Ready. Raises TimedOut."""
+    wait_until(
+        f"{name} Ready",
+        lambda: is_ready(kubectl.get("llmservice", name)),
+        timeout_seconds=timeout_seconds,
+        on_timeout=lambda: show_services(kubectl),
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 import stack
-from kube import Kubectl, condition, is_ready, wait_until
+from kube import Kubectl, condition, show_services, wait_ready, wait_until
 from llmservices import manifest
 
 NAMESPACE = "e2e-pods"
@@ -59,15 +59,10 @@ def kubectl(target: stack.Target, images: dict[str, str]) -> Iterator[Kubectl]:
             "the missing Secret in the status",
             lambda: reason(kubectl) == "SecretMissing",
             timeout_seconds=60,
-            on_timeout=lambda: kubectl.run("get", "llms,pods,events", "-o", "wide"),
+            on_timeout=lambda: show_services(kubectl),
         )
         kubectl.run("create", "secret", "generic", "keys", "--from-literal=alice=first-key")
-        wait_until(
-            f"{NAME} Ready",
-            lambda: is_ready(kubectl.get("llmservice", NAME)),
-            timeout_seconds=240,
-            on_timeout=lambda: kubectl.run("get", "llms,pods,events", "-o", "wide"),
-        )
+        wait_ready(kubectl, NAME)
         yield kubectl
 
 
@@ -126,15 +121,11 @@ def test_a_pod_that_fills_its_cache_is_evicted_explained_and_replaced(kubectl: K
         lambda: reason(kubectl) == "Evicted",
         timeout_seconds=180,
         interval_seconds=0.1,
-        on_timeout=lambda: kubectl.run("get", "llms,pods,events", "-o", "wide"),
+        on_timeout=lambda: show_services(kubectl),
     )
     said = condition(kubectl.json("get", "llmservice", NAME), "Ready")["message"]
     assert "The node ended the pod (Evicted)" in said
-    wait_until(
-        f"{NAME} Ready again",
-        lambda: is_ready(kubectl.get("llmservice", NAME)),
-        timeout_seconds=120,
-    )
+    wait_ready(kubectl, NAME, timeout_seconds=120)
 
 
 def test_an_engine_killed_for_its_memory_is_told_as_out_of_memory(kubectl: Kubectl) -> None:
@@ -149,7 +140,7 @@ def test_an_engine_killed_for_its_memory_is_told_as_out_of_memory(kubectl: Kubec
         "the cause in the status",
         lambda: reason(kubectl, "small") == "OutOfMemory",
         timeout_seconds=120,
-        on_timeout=lambda: kubectl.run("get", "llms,pods,events", "-o", "wide"),
+        on_timeout=lambda: show_services(kubectl),
     )
     service = kubectl.json("get", "llmservice", "small")
     assert condition(service, "Stalled")["status"] == "True"

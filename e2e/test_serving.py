@@ -21,7 +21,7 @@ import httpx
 import openai
 import pytest
 import stack
-from kube import Kubectl, condition, is_ready, wait_until
+from kube import Kubectl, condition, wait_ready, wait_until
 from llmservices import manifest
 
 NAMESPACE = "e2e-serving"
@@ -75,16 +75,7 @@ def url(kubectl: Kubectl, serving: None) -> str:
 
 def apply_and_wait(kubectl: Kubectl, service: dict[str, Any], seconds: float = 240) -> None:
     kubectl.apply(service)
-    wait_ready(kubectl, seconds)
-
-
-def wait_ready(kubectl: Kubectl, seconds: float = 240) -> None:
-    wait_until(
-        f"{NAME} Ready",
-        lambda: is_ready(kubectl.get("llmservice", NAME)),
-        timeout_seconds=seconds,
-        on_timeout=lambda: kubectl.run("get", "llms,pods,events", "-o", "wide"),
-    )
+    wait_ready(kubectl, NAME, seconds)
 
 
 def complete(url: str, *, max_tokens: int = 4, timeout: float = 120) -> str:
@@ -192,7 +183,7 @@ def test_forty_requests_make_two_replicas_and_silence_makes_one(kubectl: Kubectl
         for request in requests:
             assert request.result()
     wait_until("one replica again", lambda: replicas(kubectl) == 1, timeout_seconds=120)
-    wait_ready(kubectl)
+    wait_ready(kubectl, NAME)
 
 
 @pytest.mark.parametrize("kind", ["service", "serviceaccount"])
@@ -208,7 +199,7 @@ def test_a_deleted_child_comes_back_within_two_seconds(
         return found is not None and found["metadata"]["uid"] != child["uid"]
 
     wait_until(f"{kind} back", is_new, timeout_seconds=deadline - time.monotonic())
-    wait_ready(kubectl)
+    wait_ready(kubectl, NAME)
 
 
 def test_an_edited_child_is_corrected_within_two_seconds(kubectl: Kubectl, url: str) -> None:
@@ -271,7 +262,7 @@ def test_a_missing_model_is_named_and_a_corrected_spec_recovers(kubectl: Kubectl
 def test_a_steady_state_writes_nothing_for_two_minutes(
     target: stack.Target, kubectl: Kubectl, url: str
 ) -> None:
-    wait_ready(kubectl)
+    wait_ready(kubectl, NAME)
     time.sleep(15)
     log = audit.AuditLog(Path(stack.cluster_paths()["audit_log"]))
     time.sleep(120)
