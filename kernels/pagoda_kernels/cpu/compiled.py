@@ -18,6 +18,7 @@ import torch
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
+from torch import Tensor
 
 # Before anything is compiled.
 import pagoda_kernels.cpu.targets  # noqa: F401
@@ -77,8 +78,8 @@ class Kernel:
         """Compile it, or find it in a file."""
         self.dispatcher.compile(self._signature)
 
-    def __call__(self, *arguments: int | float | bool | torch.Tensor) -> object:
-        return self.dispatcher(*[a.data_ptr() if type(a) is torch.Tensor else a for a in arguments])
+    def __call__(self, *arguments: int | float | bool | Tensor) -> object:
+        return self.dispatcher(*[a.data_ptr() if type(a) is Tensor else a for a in arguments])
 
 
 def _make_pointer(_context: Any, address: Any, dtype: Any) -> Any:
@@ -154,6 +155,14 @@ def int64s(address: int, shape: Any) -> Array:
 def address_of(numbers: Array) -> Any:
     """Signed, like the addresses of a task: a variable that may be either would become a float."""
     return np.int64(numbers.ctypes.data)
+
+
+@compiled
+def row_of(matrix: Array, index: int) -> Array:
+    """matrix[index], whose memory is not the kernel's own: no reference to it is counted."""
+    num_columns = matrix.shape[1]
+    at = address_of(matrix) + index * num_columns * matrix.itemsize
+    return carray(_pointer(at, matrix.dtype), (num_columns,))
 
 
 @compiled

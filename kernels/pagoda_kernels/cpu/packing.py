@@ -39,7 +39,7 @@ def pack(matrix: torch.Tensor, numbers: Numbers) -> torch.Tensor:
     matrix = matrix.contiguous()
     panels = torch.empty(num_groups, num_steps, GROUP_SIZE, per_step, dtype=dtype)
     pack_groups = _pack_coded if is_coded else _pack
-    pack_groups(matrix.data_ptr(), out_features, num_steps, panels.data_ptr())
+    pack_groups(matrix, out_features, num_steps, panels)
     return panels
 
 

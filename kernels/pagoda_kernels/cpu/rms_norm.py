@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from pagoda_kernels.cpu.compiled import (
     Array,
@@ -19,24 +18,10 @@ from pagoda_kernels.cpu.compiled import (
 )
 
 
-def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
-    """See `pagoda_kernels.rms_norm.rms_norm`; the result is bf16."""
-    out = torch.empty(x.shape, dtype=torch.bfloat16)
-    num_rows, size = x.shape
-    _norm(x.data_ptr(), weight.data_ptr(), floor.data_ptr(), out.data_ptr(), num_rows, size)
-    return out
-
-
-def add_rms_norm_cpu(
-    total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor
-) -> None:
-    """See `pagoda_kernels.rms_norm.add_rms_norm`; x is bf16."""
-    num_rows, size = x.shape
-    _add_norm(total.data_ptr(), x.data_ptr(), weight.data_ptr(), floor.data_ptr(), num_rows, size)
-
-
 @Kernel
-def _norm(x_at: int, weight_at: int, floor_at: int, out_at: int, num_rows: int, size: int) -> None:
+def rms_norm_cpu(
+    x_at: int, weight_at: int, floor_at: int, out_at: int, num_rows: int, size: int
+) -> None:
     x, weight = floats(x_at, (num_rows, size)), floats(weight_at, (size,))
     floor, out = floats(floor_at, (1,))[0], bf16_bits(out_at, (num_rows, size))
     for row in range(num_rows):
@@ -51,7 +36,7 @@ def _norm_row(x: Array, weight: Array, floor: Any, out: Array) -> None:
 
 
 @Kernel
-def _add_norm(
+def add_rms_norm_cpu(
     total_at: int, x_at: int, weight_at: int, floor_at: int, num_rows: int, size: int
 ) -> None:
     total, weight = floats(total_at, (num_rows, size)), floats(weight_at, (size,))

@@ -28,7 +28,9 @@ def rms_norm(
     """
     _check(x, weight)
     if x.device.type == "cpu" and dtype is torch.bfloat16:
-        return rms_norm_cpu(x, weight, floor)
+        out = torch.empty(x.shape, dtype=dtype)
+        rms_norm_cpu(x, weight, floor, out, *x.shape)
+        return out
     return rms_norm_reference(x, weight, floor, dtype)
 
 
@@ -47,7 +49,7 @@ def add_rms_norm(
     if total.shape != x.shape or not total.is_contiguous():
         raise ValueError(f"total must be contiguous and have the shape {list(x.shape)} of x.")
     if x.device.type == "cpu" and x.dtype is torch.bfloat16:
-        add_rms_norm_cpu(total, x, weight, floor)
+        add_rms_norm_cpu(total, x, weight, floor, *x.shape)
     else:
         add_rms_norm_reference(total, x, weight, floor)
 

@@ -139,17 +139,6 @@ class _Scratch(NamedTuple):
     """[GROUP_SIZE] int64, of keys."""
 
 
-class _Sums(NamedTuple):
-    """What the rows of a part have seen so far."""
-
-    values: int
-    """Address of [head_dim / GROUP_SIZE, num_rows, GROUP_SIZE] fp32: values times weights."""
-    largest: Array
-    """[num_rows] fp32: scores."""
-    totals: Array
-    """[num_rows] fp32: weights."""
-
-
 def _attend_parts(task: Task) -> None:
     """A part of the work is a Part of the plan for one key head."""
     a = _arguments(task)
@@ -194,7 +183,8 @@ def _attend_part(a: Any, part: Any, head: int, slots: Array, scratch: Any, sums_
             copy(q[i], scratch.queries[token * group + i])
     state = sums_at + 4 * num_rows * a.head_dim
     largest, totals = floats(state, (num_rows,)), floats(state + 4 * num_rows, (num_rows,))
-    sums = _Sums(sums_at, largest, totals)
+    # Taken out of the tuple once: each time counts a reference.
+    scores, weights, factors = scratch.scores, scratch.weights, scratch.factors
     _fill(floats(sums_at, (num_rows * a.head_dim,)), _ZERO)
     _fill(largest, np.float32(-np.inf))
     _fill(totals, _ZERO)
@@ -209,8 +199,19 @@ def _attend_part(a: Any, part: Any, head: int, slots: Array, scratch: Any, sums_
             # Keys of this block that the row sees.
             end = part.position + row // group + 1 - first
             begin = max(end - a.window, 0) if a.window > 0 else 0
-            width = num_groups * GROUP_SIZE
-            _weigh(scratch, row, num_rows, width, begin, min(end, count), np.float32(a.scale), sums)
+            _weigh(
+                scores,
+                row,
+                num_rows,
+                num_groups * GROUP_SIZE,
+                begin,
+                min(end, count),
+                np.float32(a.scale),
+                weights,
+                factors,
+                largest,
+                totals,
+            )
         _add_values(scratch, num_groups, num_rows, sums_at, a.head_dim)
     if part.partial < 0:
         for row in range(num_rows):
@@ -236,17 +237,18 @@ def _score(
     num_groups: int,
 ) -> None:
     """Scores of some keys; and their values, packed."""
-    head_dim = scratch.queries.shape[1]
+    keys, values, zeros = scratch.keys, scratch.values, scratch.zeros
+    queries, scores, addresses = scratch.queries, scratch.scores, scratch.addresses
+    head_dim = queries.shape[1]
     row_bytes = 2 * head_dim
-    keys, addresses = address_of(scratch.keys), scratch.addresses
     values_stride = num_groups * GROUP_SIZE // 2 * STEP_BYTES
     for group in range(num_groups):
         begin = first + group * GROUP_SIZE
         for i in range(GROUP_SIZE):
             # Past the end the last key is repeated: slots that nobody wrote are never read.
             addresses[i] = keys_at + stride * slots[min(begin + i, slots.size - 1)]
-        _pack_keys(addresses, head_dim, keys)
-        values_at = address_of(scratch.values) + group * GROUP_SIZE // 2 * STEP_BYTES
+        _pack_keys(addresses, head_dim, address_of(keys))
+        values_at = address_of(values) + group * GROUP_SIZE // 2 * STEP_BYTES
         _pack_values(addresses, stride // 2, head_dim, values_at, values_stride)
         wanted, following = begin + GROUP_SIZE, min(begin + 2 * GROUP_SIZE, slots.size)
         row = 0
@@ -259,14 +261,14 @@ def _score(
                 prefetch(key_at + stride // 2, row_bytes)
                 wanted += 1
             row += _dot(
-                keys,
-                address_of(scratch.queries) + row * row_bytes,
+                address_of(keys),
+                address_of(queries) + row * row_bytes,
                 row_bytes,
                 num_rows - row,
-                address_of(scratch.zeros),
+                address_of(zeros),
                 0,
-                address_of(scratch.scores) + 4 * (group * num_rows + row) * GROUP_SIZE,
-                keys,
+                address_of(scores) + 4 * (group * num_rows + row) * GROUP_SIZE,
+                address_of(keys),
                 0,
             )
 
@@ -296,24 +298,33 @@ def _pack_values(addresses: Array, offset: int, head_dim: int, to: int, stride: 
 
 @compiled
 def _weigh(
-    scratch: Any, row: int, num_rows: int, width: int, begin: int, end: int, scale: Any, sums: Any
+    scores: Array,
+    row: int,
+    num_rows: int,
+    width: int,
+    begin: int,
+    end: int,
+    scale: Any,
+    weights: Array,
+    factors: Array,
+    largest: Array,
+    totals: Array,
 ) -> None:
     """A row's scores of keys begin … end - 1 as weights in bf16, zero for all other keys.
 
     The row's largest score, its total of weights and its factor are updated.
     """
-    scores = scratch.scores
-    weights_at = address_of(scratch.weights) + 2 * row * width
+    weights_at = address_of(weights) + 2 * row * width
     stride, first = num_rows * GROUP_SIZE, row * GROUP_SIZE
     if begin >= end:
         _fill(bf16_bits(weights_at, (width,)), np.uint16(0))
-        scratch.factors[row] = _ONE
+        factors[row] = _ONE
         return
     for i in range(begin):
         scores[first + i // GROUP_SIZE * stride + i % GROUP_SIZE] = np.float32(-np.inf)
     for i in range(end, width):
         scores[first + i // GROUP_SIZE * stride + i % GROUP_SIZE] = np.float32(-np.inf)
-    before = sums.largest[row]
+    before = largest[row]
     most = before
     for group in range(width // GROUP_SIZE):
         some = scores[first + group * stride : first + group * stride + GROUP_SIZE]
@@ -327,27 +338,28 @@ def _weigh(
             total += some[i]
         _narrow_group(address_of(some), weights_at + 2 * group * GROUP_SIZE)
     factor = exp2((before - most) * scale)
-    sums.largest[row], scratch.factors[row] = most, factor
-    sums.totals[row] = sums.totals[row] * factor + total
+    largest[row], factors[row] = most, factor
+    totals[row] = totals[row] * factor + total
 
 
 @compiled
 def _add_values(scratch: Any, num_groups: int, num_rows: int, sums_at: int, head_dim: int) -> None:
     """sums = sums * factors + weights @ values"""
+    values, weights, factors = scratch.values, scratch.weights, scratch.factors
     width = num_groups * GROUP_SIZE
     for column in range(head_dim // GROUP_SIZE):
-        panels = address_of(scratch.values) + column * (width // 2 * STEP_BYTES)
+        panels = address_of(values) + column * (width // 2 * STEP_BYTES)
         begin = sums_at + 4 * column * num_rows * GROUP_SIZE
         sums = floats(begin, (num_rows, GROUP_SIZE))
         for row in range(num_rows):
             for i in range(GROUP_SIZE):
-                sums[row, i] *= scratch.factors[row]
+                sums[row, i] *= factors[row]
         row = 0
         while row < num_rows:
             at = begin + 4 * row * GROUP_SIZE
             row += _dot(
                 panels,
-                address_of(scratch.weights) + 2 * row * width,
+                address_of(weights) + 2 * row * width,
                 2 * width,
                 num_rows - row,
                 at,

@@ -23,6 +23,7 @@ from pagoda_kernels.cpu.compiled import (
     int64s,
     narrow,
     prefetch,
+    row_of,
     widen,
     widened,
 )
@@ -94,8 +95,9 @@ def _make_kernel(dtype: torch.dtype) -> ThreadedKernel:
         """A part is a key head of a row."""
         a = _arguments(task)
         slots = int64s(a.slots, (a.num_keys,))
-        # Of each slot first its keys, then its values.
-        cache = view(a.kv_cache, (a.num_slots, 2 * a.num_kv_heads, a.head_dim))
+        # A head's key or value in each row: of each slot all keys, then all values.
+        stride = 2 * a.num_kv_heads
+        cache = view(a.kv_cache, (a.num_slots * stride, a.head_dim))
         group = a.num_heads // a.num_kv_heads
         queries = np.empty((group, a.head_dim), np.float32)
         sums = np.empty((group, a.head_dim), np.float32)
@@ -108,10 +110,10 @@ def _make_kernel(dtype: torch.dtype) -> ThreadedKernel:
             q = view(a.q + num_bytes * (row.token * a.q_stride + offset), (group, a.head_dim))
             for i in range(group):
                 widen(q[i], queries[i])
-            _score(queries, cache, head, seen, scores)
+            _score(queries, cache, stride, head, seen, scores)
             for i in range(group):
                 _softmax(scores[i], np.float32(a.scale))
-            _weigh(scores, cache, a.num_kv_heads + head, seen, sums)
+            _weigh(scores, cache, stride, a.num_kv_heads + head, seen, sums)
             at = row.token * a.num_heads * a.head_dim + offset
             out = view(a.out + num_bytes * at, (group, a.head_dim))
             for i in range(group):
@@ -131,13 +133,15 @@ def _ask_for(numbers: Array) -> None:
 
 
 @compiled
-def _score(queries: Array, cache: Array, head: int, slots: Array, scores: Array) -> None:
+def _score(
+    queries: Array, cache: Array, stride: int, head: int, slots: Array, scores: Array
+) -> None:
     """scores[query, key] = query · key"""
     group = len(queries)
     for index in range(slots.size):
         if index + _AHEAD < slots.size:
-            _ask_for(cache[slots[index + _AHEAD], head])
-        key = cache[slots[index], head]
+            _ask_for(row_of(cache, slots[index + _AHEAD] * stride + head))
+        key = row_of(cache, slots[index] * stride + head)
         first = 0
         while first + 4 <= group:
             _score_four(queries[first : first + 4], key, scores[first : first + 4, index])
@@ -182,7 +186,7 @@ def _softmax(scores: Array, scale: Any) -> None:
 
 
 @compiled
-def _weigh(weights: Array, cache: Array, head: int, slots: Array, sums: Array) -> None:
+def _weigh(weights: Array, cache: Array, stride: int, head: int, slots: Array, sums: Array) -> None:
     """sums[query] = sum over keys of weights[query, key] * value"""
     group, head_dim = sums.shape
     for i in range(group):
@@ -190,8 +194,11 @@ def _weigh(weights: Array, cache: Array, head: int, slots: Array, sums: Array) -
             sums[i, j] = np.float32(0)
     for index in range(0, slots.size - 1, 2):
         for ahead in range(index + _AHEAD, min(index + _AHEAD + 2, slots.size)):
-            _ask_for(cache[slots[ahead], head])
-        value, next_value = cache[slots[index], head], cache[slots[index + 1], head]
+            _ask_for(row_of(cache, slots[ahead] * stride + head))
+        value, next_value = (
+            row_of(cache, slots[index] * stride + head),
+            row_of(cache, slots[index + 1] * stride + head),
+        )
         first = 0
         while first + 2 <= group:
             some = weights[first : first + 2, index : index + 2]
@@ -201,7 +208,7 @@ def _weigh(weights: Array, cache: Array, head: int, slots: Array, sums: Array) -
             _weigh_one(weights[first, index], value, sums[first])
             _weigh_one(weights[first, index + 1], next_value, sums[first])
     if slots.size % 2:
-        value = cache[slots[slots.size - 1], head]
+        value = row_of(cache, slots[slots.size - 1] * stride + head)
         for i in range(group):
             _weigh_one(weights[i, slots.size - 1], value, sums[i])
 

@@ -130,15 +130,15 @@ def _multiply(x: torch.Tensor, matrix: _Panels, gate: int, out_features: int) ->
     x = x.contiguous()
     out = torch.empty(num_rows, out_features, dtype=torch.bfloat16)
     kernel.multiply(
-        matrix.panels.data_ptr(),
+        matrix.panels,
         num_groups,
-        x.data_ptr(),
+        x,
         num_rows,
         in_features,
-        matrix.bias.data_ptr(),
-        kernel.NO_SCALES if matrix.scales is None else matrix.scales.data_ptr(),
+        matrix.bias,
+        kernel.NO_SCALES if matrix.scales is None else matrix.scales,
         gate,
-        out.data_ptr(),
+        out,
         out_features,
     )
     return out

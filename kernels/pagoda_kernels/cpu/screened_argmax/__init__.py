@@ -47,9 +47,9 @@ def quantize_rows(
     integers = torch.empty(num_rows, size, dtype=torch.uint8)
     deviations = torch.empty(num_rows)
     quantize(
-        hidden.data_ptr(),
-        integers.data_ptr(),
-        deviations.data_ptr(),
+        hidden,
+        integers,
+        deviations,
         num_rows,
         size,
         rotation_size,
@@ -87,11 +87,11 @@ def quantize_table(table: torch.Tensor, rotation_size: int) -> tuple[RoundedTabl
     scales, sums = torch.empty(vocab_size), torch.empty(vocab_size, dtype=torch.int32)
     worst = torch.empty(-(-vocab_size // PART_ROWS), 2)
     quantize_weights(
-        table.data_ptr(),
-        integers.data_ptr(),
-        scales.data_ptr(),
-        sums.data_ptr(),
-        worst.data_ptr(),
+        table,
+        integers,
+        scales,
+        sums,
+        worst,
         vocab_size,
         size,
         rotation_size,
@@ -129,14 +129,14 @@ class Int8Table:
             )
         largest = torch.empty(num_rows, -(-num_groups // CHUNK_GROUPS), GROUP_SIZE)
         find_largest(
-            self._panels.data_ptr(),
+            self._panels,
             num_groups,
-            rows.data_ptr(),
+            rows,
             num_rows,
             size,
-            self._offsets.data_ptr(),
-            self._scales.data_ptr(),
-            largest.data_ptr(),
+            self._offsets,
+            self._scales,
+            largest,
         )
         return largest
 
@@ -171,11 +171,11 @@ def choose_tokens(
         raise ValueError(f"errors is {list(errors.shape)}; there are {num_rows} rows.")
     tokens = torch.empty(num_rows, dtype=torch.int64)
     choose(
-        hidden.data_ptr(),
-        table.data_ptr(),
-        largest.data_ptr(),
-        errors.data_ptr(),
-        tokens.data_ptr(),
+        hidden,
+        table,
+        largest,
+        errors,
+        tokens,
         num_rows,
         size,
         len(table),
