@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,17 +26,8 @@ from pagoda_runtime.quantization.base import Placement
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model in the form it computes with, and what is known about it."""
-
-    model: Model
-    config: ModelConfig
-    dtype: torch.dtype
-
-
-def load_model(config: EngineConfig, platform: Platform, on_progress: OnProgress) -> LoadedModel:
-    """Find, check and load the model. Raises: FatalError."""
+def load_model(config: EngineConfig, platform: Platform, on_progress: OnProgress) -> Model:
+    """Find, check and load the model, in the form it computes with. Raises: FatalError."""
     with timed("Finding the model"):
         folder = resolve_model(config.model, config.revision, on_progress)
     model_config = load_model_config(
@@ -63,7 +53,7 @@ def load_model(config: EngineConfig, platform: Platform, on_progress: OnProgress
             "Use a smaller model or a larger device.",
         ) from error
     _log_prediction(model.step_bytes, platform)
-    return LoadedModel(model, model_config, dtype)
+    return model
 
 
 def _load_weights(

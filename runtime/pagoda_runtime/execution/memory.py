@@ -31,9 +31,7 @@ class KvCacheSize:
     total_bytes: int
 
 
-def make_attention(
-    config: EngineConfig, model: Model, dtype: torch.dtype, platform: Platform
-) -> AttentionBackend:
+def make_attention(config: EngineConfig, model: Model) -> AttentionBackend:
     """What the model's layers attend with; nothing is allocated yet."""
     assert config.block_size is not None
     return make_backend(
@@ -43,10 +41,10 @@ def make_attention(
             head_dim=model.heads.head_dim,
             windows=model.windows,
             scale=model.attention_scale,
-            dtype=dtype,
-            kv_dtype=dtype,
+            dtype=model.placement.dtype,
+            kv_dtype=model.placement.dtype,
             block_size=config.block_size,
-            device=platform.device(),
+            device=model.placement.device,
             is_deterministic=config.deterministic,
         )
     )

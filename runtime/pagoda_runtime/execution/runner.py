@@ -44,10 +44,10 @@ class ModelRunner:
         platform.verify(config)
         platform.configure(config.num_threads)
         config = platform.complete(config)
-        loaded = load_model(config, platform, on_progress)
-        self.model, self.model_config, self.dtype = loaded.model, loaded.config, loaded.dtype
+        self.model = load_model(config, platform, on_progress)
+        self.model_config = self.model.config
         self.samples_in_batch = platform.samples_in_batch
-        self.attention = make_attention(config, self.model, self.dtype, platform)
+        self.attention = make_attention(config, self.model)
         size = fit_kv_cache(config, self.model_config, self.attention, platform)
         self.num_blocks, self.block_size = size.num_blocks, size.block_size
         self.max_model_len = size.max_model_len
@@ -67,7 +67,7 @@ class ModelRunner:
             sliding_window=0 if 0 in windows else max(windows),
             doubling_depth=self.model.doubling_depth,
             eos_token_ids=list(self.model_config.eos_token_ids),
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=str(self.model.placement.dtype).removeprefix("torch."),
             device=platform.name,
             default_sampling=dict(self.model_config.default_sampling),
         )

@@ -42,7 +42,7 @@ class Module:
         """What has to be loaded: each name with what it fills."""
         parent = path[: path.rfind(".") + 1]
         for name, parameter in self.parameters.items():
-            for part, shard in parameter.shards().items():
+            for part, shard in parameter.shards():
                 yield f"{parent + part if part else path}.{name}", shard
         for name, child in self.children():
             yield from child.shards(f"{path}.{name}" if path else name)

@@ -13,10 +13,8 @@ from pagoda_runtime.layers.norm import LayerNorm, Norm, RMSNorm
 from pagoda_runtime.layers.rotary import inverse_frequencies, rotary_of
 from pagoda_runtime.layers.step_input import StepInput
 from pagoda_runtime.models.config import ModelConfig
+from pagoda_runtime.models.model import Model
 from pagoda_runtime.quantization.base import Placement
-from pagoda_runtime.quantization.parameter import Shard
-
-_NEVER = 1 << 60
 
 
 class DecoderLayer(Module):
@@ -24,7 +22,7 @@ class DecoderLayer(Module):
 
     def __init__(self, config: ModelConfig, layer: int, placement: Placement) -> None:
         super().__init__()
-        heads = heads_of(config)
+        heads = AttentionHeads(config.num_heads, config.num_kv_heads, config.head_dim)
         qk_norm = None
         if config.qk_norm:
             qk_norm = QKNorm(
@@ -62,14 +60,11 @@ class DecoderLayer(Module):
         _add(hidden, self.mlp(self.mlp_norm(hidden), step), self.after_mlp_norm)
 
 
-class Decoder(Module):
-    """A `Model`."""
+class Decoder(Model):
+    """Embedding, layers, norm and head."""
 
     def __init__(self, config: ModelConfig, placement: Placement) -> None:
-        super().__init__()
-        self.config = config
-        self.device = placement.device
-        self.heads = heads_of(config).share(placement.parallel)
+        super().__init__(config, placement)
         self.embed_tokens = Embedding(
             config.vocab_size,
             config.hidden_size,
@@ -86,44 +81,14 @@ class Decoder(Module):
         )
         self.set_max_model_len(config.max_position_embeddings)
 
-    def weights(self) -> dict[str, Shard]:
-        return {self.config.stored_name(name): shard for name, shard in self.shards()}
-
-    @property
-    def unused_weights(self) -> tuple[str, ...]:
-        computed = self.config.computed_weights
-        if self.config.tie_word_embeddings:
-            return (*computed, self.config.stored_name("lm_head.weight"))
-        return computed
-
-    @property
-    def windows(self) -> tuple[int, ...]:
-        return self.config.sliding_windows
-
-    @property
-    def attention_scale(self) -> float:
-        return self.config.attention_scale or self.config.head_dim**-0.5
-
-    @property
-    def step_bytes(self) -> int:
-        return sum(module.bytes_per_step for module in self.modules())
-
     @property
     def vocabulary_copies(self) -> dict[str, int]:
         return self.lm_head.copies
 
-    @property
-    def doubling_depth(self) -> int:
-        modules = list(self.modules())
-        earlier = sum(module.multiplications_per_earlier_token for module in modules)
-        if not earlier:
-            return _NEVER
-        return sum(module.multiplications_per_token for module in modules) // earlier
-
     def set_max_model_len(self, max_model_len: int) -> None:
         head_dim = self.config.head_dim
         self.frequencies = {
-            rope: inverse_frequencies(rope, head_dim, max_model_len).to(self.device)
+            rope: inverse_frequencies(rope, head_dim, max_model_len).to(self.placement.device)
             for rope in self.config.rope
         }
 
@@ -158,10 +123,6 @@ def _add(hidden: torch.Tensor, part: torch.Tensor, norm: Norm | None) -> None:
         hidden.add_(part)
     else:
         norm.add_to(hidden, part)
-
-
-def heads_of(config: ModelConfig) -> AttentionHeads:
-    return AttentionHeads(config.num_heads, config.num_kv_heads, config.head_dim)
 
 
 def make_norm(config: ModelConfig, placement: Placement) -> Norm:

@@ -2,70 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 
 from pagoda_runtime.layers.attention import AttentionHeads
+from pagoda_runtime.layers.module import Module
 from pagoda_runtime.layers.step_input import StepInput
+from pagoda_runtime.models.config import ModelConfig
+from pagoda_runtime.quantization.base import Placement
 from pagoda_runtime.quantization.parameter import Shard
 
+_NEVER = 1 << 60
 
-class Model(Protocol):
+
+class Model(Module, ABC):
     """Token ids to hidden states, and hidden states to logits."""
 
-    heads: AttentionHeads
-    """Of each layer, as this rank has them."""
+    def __init__(self, config: ModelConfig, placement: Placement) -> None:
+        super().__init__()
+        self.config, self.placement = config, placement
+
+    @property
+    def heads(self) -> AttentionHeads:
+        """Of each layer, as this rank has them."""
+        config = self.config
+        heads = AttentionHeads(config.num_heads, config.num_kv_heads, config.head_dim)
+        return heads.share(self.placement.parallel)
 
     @property
     def windows(self) -> tuple[int, ...]:
         """Tokens that each layer sees, itself included; 0: all."""
+        return self.config.sliding_windows
 
     @property
     def attention_scale(self) -> float:
         """Factor on q·k."""
+        return self.config.attention_scale or self.config.head_dim**-0.5
 
-    def weights(self) -> Mapping[str, Shard]:
+    def weights(self) -> dict[str, Shard]:
         """What has to be loaded: each name in the checkpoint with what it fills."""
+        return {self.config.stored_name(name): shard for name, shard in self.shards()}
 
     @property
-    def unused_weights(self) -> Sequence[str]:
+    def unused_weights(self) -> tuple[str, ...]:
         """Last parts of the names of what a checkpoint may carry and the model does not take."""
-
-    def after_loading(self) -> None:
-        """Bring every layer into the form it computes with."""
-
-    def fix_rows(self) -> None:
-        """Let the bits of a token's result not depend on how many tokens a step has; slower."""
-
-    def add_screen(self) -> None:
-        """Let `argmax` work, if it can; afterwards `can_screen` tells."""
-
-    def set_max_model_len(self, max_model_len: int) -> None:
-        """Say how long a sequence may become: the frequencies of some rope types depend on it."""
+        computed = self.config.computed_weights
+        if self.config.tie_word_embeddings:
+            return (*computed, self.config.stored_name("lm_head.weight"))
+        return computed
 
     @property
     def step_bytes(self) -> int:
         """Bytes of weights that a decode step reads."""
-
-    @property
-    def vocabulary_copies(self) -> Mapping[str, int]:
-        """In what other forms the table of a tied vocabulary is held, with the bytes of each."""
+        return sum(module.bytes_per_step for module in self.modules())
 
     @property
     def doubling_depth(self) -> int:
         """Position whose token takes twice the multiplications of the first one."""
+        modules = list(self.modules())
+        earlier = sum(module.multiplications_per_earlier_token for module in modules)
+        if not earlier:
+            return _NEVER
+        return sum(module.multiplications_per_token for module in modules) // earlier
 
+    @property
+    @abstractmethod
+    def vocabulary_copies(self) -> Mapping[str, int]:
+        """In what other forms the table of a tied vocabulary is held, with the bytes of each."""
+
+    @abstractmethod
+    def add_screen(self) -> None:
+        """Let `argmax` work, if it can; afterwards `can_screen` tells."""
+
+    @abstractmethod
+    def set_max_model_len(self, max_model_len: int) -> None:
+        """Say how long a sequence may become: the frequencies of some rope types depend on it."""
+
+    @abstractmethod
     def __call__(self, step: StepInput) -> torch.Tensor:
         """Hidden states before the last norm, [num_tokens, hidden_size] fp32."""
 
+    @abstractmethod
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows, vocab_size], for the rows of `__call__`'s result that are sampled."""
 
     @property
+    @abstractmethod
     def can_screen(self) -> bool:
         """Whether `argmax` works."""
 
+    @abstractmethod
     def argmax(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows] int64: the token of each row's largest logit, found faster than all logits."""

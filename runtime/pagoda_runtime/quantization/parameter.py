@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -65,16 +65,16 @@ class Layout:
     in_features: int = 0
     cut: Axis | None = None
 
-    def whole(self, axis: Axis, part: Part) -> range:
-        return range(part.size if axis is Axis.OUTPUT else self.in_features)
+    def size(self, axis: Axis, part: Part) -> int:
+        return part.size if axis is Axis.OUTPUT else self.in_features
 
     def own(self, axis: Axis, part: Part, parallel: TensorParallel) -> range:
         """The outputs or inputs of a part that a rank holds."""
-        whole = self.whole(axis, part)
+        size = self.size(axis, part)
         if axis is not self.cut:
-            return whole
-        num_heads = (part.num_heads if axis is Axis.OUTPUT else 0) or len(whole)
-        heads, head_size = parallel.share(num_heads), len(whole) // num_heads
+            return range(size)
+        num_heads = (part.num_heads if axis is Axis.OUTPUT else 0) or size
+        heads, head_size = parallel.share(num_heads), size // num_heads
         return range(heads.start * head_size, heads.stop * head_size)
 
 
@@ -94,30 +94,29 @@ class Parameter:
         device: torch.device,
         parallel: TensorParallel,
     ) -> None:
-        self._slots: dict[str, _Slot] = {}
-        first = dict.fromkeys(Axis, 0)
-        for part in layout.parts:
+        self._layout, self._dims, self._parallel = layout, dims, parallel
+        # The last part ends where the tensor does.
+        *_, (_, last) = self.shards()
+        shape = [piece.stop for piece in last.target]
+        self.data = torch.empty(shape, dtype=dtype, device=device)
+
+    def shards(self) -> Iterator[tuple[str, Shard]]:
+        """The name of each part, and what it fills. Not kept: they would keep the parameter."""
+        num_outputs = 0
+        for part in self._layout.parts:
             shape, source, target = [], [], []
-            for dim in dims:
-                own = layout.own(dim.axis, part, parallel)
-                size = len(own) // dim.per
-                start = own.start // dim.per
-                begin = first[dim.axis] if dim.axis is Axis.OUTPUT else 0
-                shape.append(len(layout.whole(dim.axis, part)) // dim.per)
-                source.append(slice(start, start + size))
-                target.append(slice(begin, begin + size))
-                first[dim.axis] = begin + size
-            self._slots[part.name] = _Slot(tuple(shape), tuple(source), tuple(target))
-        self.data = torch.empty([first[dim.axis] for dim in dims], dtype=dtype, device=device)
+            for dim in self._dims:
+                own = self._layout.own(dim.axis, part, self._parallel)
+                first = num_outputs if dim.axis is Axis.OUTPUT else 0
+                shape.append(self._layout.size(dim.axis, part) // dim.per)
+                source.append(slice(own.start // dim.per, own.stop // dim.per))
+                target.append(slice(first // dim.per, (first + len(own)) // dim.per))
+            num_outputs += len(self._layout.own(Axis.OUTPUT, part, self._parallel))
+            yield part.name, Shard(self, tuple(shape), tuple(source), tuple(target))
 
     @property
     def num_bytes(self) -> int:
         return self.data.nbytes
-
-    def shards(self) -> dict[str, Shard]:
-        """By name of the part: what fills which part of this."""
-        # Not kept: they hold the parameter, which must go when its last user does.
-        return {name: Shard(self, slot) for name, slot in self._slots.items()}
 
     def store(self, target: tuple[slice, ...], tensor: torch.Tensor) -> None:
         """Take over a part; here, and not later, what is stored otherwise is converted."""
@@ -125,26 +124,16 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
+class Shard:
+    """The part of a parameter that one of the checkpoint's tensors fills."""
+
+    parameter: Parameter
     shape: tuple[int, ...]
     """Of the checkpoint's tensor."""
     source: tuple[slice, ...]
     """Which part of it this rank holds."""
     target: tuple[slice, ...]
 
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """The part of a parameter that one of the checkpoint's tensors fills."""
-
-    parameter: Parameter
-    slot: _Slot
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the checkpoint's tensor."""
-        return self.slot.shape
-
     def load(self, tensor: torch.Tensor) -> None:
         """Args: tensor: whole; mapped from its file, only this rank's part of it is read."""
-        self.parameter.store(self.slot.target, tensor[self.slot.source])
+        self.parameter.store(self.target, tensor[self.source])

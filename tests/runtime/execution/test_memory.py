@@ -95,7 +95,7 @@ def test_each_layer_has_a_cache_with_the_padding_block_on_top():
     config = EngineConfig(model="", block_size=16)
     placement = Placement(torch.bfloat16, torch.device("cpu"), UnquantizedLinear)
     model = make_model(CONFIG, placement)
-    attention = make_attention(config, model, torch.bfloat16, PLATFORMS["cpu"])
+    attention = make_attention(config, model)
     assert attention.block_bytes == BLOCK_BYTES
     allocate(attention, size(20), PLATFORMS["cpu"])
     assert [cache.shape for cache in attention.kv_caches] == [(20, 16, 2, 1, 8)] * 2

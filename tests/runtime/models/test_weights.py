@@ -153,4 +153,4 @@ def test_without_a_dtype_in_the_config_the_weights_own_is_taken(llama, dtype):
     runner = ModelRunner(
         EngineConfig(model=str(llama), num_threads=1, kv_cache_memory_bytes=1 << 22)
     )
-    assert runner.dtype == runner.model.embed_tokens.table.dtype == dtype
+    assert runner.model.placement.dtype == runner.model.embed_tokens.table.dtype == dtype

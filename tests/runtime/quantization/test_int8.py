@@ -21,8 +21,8 @@ def test_a_matrix_is_rounded_as_it_is_loaded_and_nothing_is_held_in_bf16():
     one, other = (torch.randn(100, 64) * 3).bfloat16(), torch.randn(40, 64).bfloat16()
     one[7] = 0.0
     weight = create(Layout([Part("one", 100), Part("other", 40)], 64))
-    weight.shards()["one"].load(one)
-    weight.shards()["other"].load(other)
+    dict(weight.shards())["one"].load(one)
+    dict(weight.shards())["other"].load(other)
     assert weight.data.dtype is torch.int8
     assert weight.num_bytes == 140 * (64 + 4)
     widened = weight.data.float() * weight.scales[:, None]
@@ -39,7 +39,7 @@ def test_a_rank_rounds_its_share(cut):
     shares = []
     for rank in range(2):
         weight = create(Layout([Part("a", 32)], 64, cut), rank, 2)
-        weight.shards()["a"].load(matrix)
+        dict(weight.shards())["a"].load(matrix)
         shares.append(weight.data.float() * weight.scales[:, None])
     whole = torch.cat(shares, 0 if cut is Axis.OUTPUT else 1)
     torch.testing.assert_close(whole, matrix, atol=0.02, rtol=0.0)
@@ -56,8 +56,8 @@ def test_the_product_is_that_of_the_rounded_matrix(activation):
     torch.manual_seed(0)
     matrix, x = torch.randn(96, 64).bfloat16(), torch.randn(5, 64).bfloat16()
     weight = create(Layout([Part("gate", 48), Part("up", 48)], 64))
-    weight.shards()["gate"].load(matrix[:48])
-    weight.shards()["up"].load(matrix[48:])
+    dict(weight.shards())["gate"].load(matrix[:48])
+    dict(weight.shards())["up"].load(matrix[48:])
     method = Int8Linear(activation)
     method.after_loading({"weight": weight})
     expected = x.double() @ (weight.data.double() * weight.scales.double()[:, None]).T

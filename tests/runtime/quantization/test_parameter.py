@@ -22,8 +22,8 @@ def load(layout, dims, tensors, parallel):
         layout, dims, dtype=torch.int32, device=torch.device("cpu"), parallel=parallel
     )
     for name, tensor in tensors.items():
-        assert parameter.shards()[name].shape == tensor.shape
-        parameter.shards()[name].load(tensor)
+        assert dict(parameter.shards())[name].shape == tensor.shape
+        dict(parameter.shards())[name].load(tensor)
     return parameter.data
 
 
