@@ -12,6 +12,14 @@ from pagoda_kernels.cpu.screened_argmax import (
     quantize_table,
 )
 from pagoda_kernels.cpu.screened_argmax.kernel import CHUNK_GROUPS
+from pagoda_kernels.cpu.screened_argmax.reference import (
+    choose_tokens_reference,
+    find_largest_reference,
+    largest_of_columns,
+    quantize_rows_reference,
+    quantize_table_reference,
+    rotate,
+)
 
 CHUNK = CHUNK_GROUPS * GROUP_SIZE
 
@@ -20,19 +28,12 @@ needs_panels = pytest.mark.skipif(
 )
 
 
-def largest_of(logits):
-    """What `Int8Table.find_largest` gives, of logits that are known."""
-    missing = -logits.shape[1] % CHUNK
-    padded = torch.nn.functional.pad(logits.float(), (0, missing), value=-torch.inf)
-    return padded.view(len(logits), -1, CHUNK_GROUPS, GROUP_SIZE).amax(2)
-
-
 def int8_table(integers, scales):
     return Int8Table(RoundedTable(integers, scales, integers.sum(1, dtype=torch.int32)))
 
 
 def choose(hidden, table, logits, errors, most=CHUNK):
-    return choose_tokens(hidden, table, largest_of(logits), errors, most)
+    return choose_tokens(hidden, table, largest_of_columns(logits), errors, most)
 
 
 @pytest.mark.parametrize("vocab_size", [64, 512, 700])
@@ -77,8 +78,10 @@ def test_the_largest_logits_are_those_of_the_whole_numbers(rows, vocab_size):
     scales = torch.rand(vocab_size) + 0.1
     x = torch.randint(1, 256, (rows, 24), dtype=torch.uint8)
     logits = (x.double() - 128) @ integers.double().T * scales.double()
-    expected = largest_of(logits)
-    largest = int8_table(integers, scales).find_largest(x)
+    expected = largest_of_columns(logits)
+    table = RoundedTable(integers, scales, integers.sum(1, dtype=torch.int32))
+    torch.testing.assert_close(find_largest_reference(x, table), expected)
+    largest = Int8Table(table).find_largest(x)
     is_padding = expected == -torch.inf
     assert torch.all(largest[is_padding] < logits.min() * 10)
     torch.testing.assert_close(largest[~is_padding], expected[~is_padding])
@@ -90,14 +93,40 @@ def test_quantized_rows_give_rotated_products_within_their_deviation():
     hidden[0] = 0.0
     hidden[1, 5] = 200.0
     integers, deviations = quantize_rows(hidden, 32, 0.0, 1.0)
-    matrix = torch.tensor([[1.0]])
-    while len(matrix) < 32:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
-    rotated = (hidden.float().view(-1, 32) @ matrix).view(30, 96)
+    rotated = rotate(hidden, 32)
     scaled = rotated * (127 / rotated.abs().amax(-1, keepdim=True).clamp(min=1e-30))
     errors = scaled - (integers.float() - 128)
     assert errors.abs().max() <= 0.501
     torch.testing.assert_close(deviations, errors.square().sum(-1).sqrt(), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("rotation_size", [1, 8, 32])
+def test_rows_and_tables_are_rounded_as_the_specification_says(rotation_size):
+    torch.manual_seed(0)
+    hidden, table = torch.randn(30, 96).bfloat16(), torch.randn(500, 96).bfloat16()
+    rows, deviations = quantize_rows(hidden, rotation_size, 0.1, 2.0)
+    expected, expected_deviations = quantize_rows_reference(hidden, rotation_size, 0.1, 2.0)
+    # A number halfway between two may be rounded to either: sums are made in another order.
+    assert (rows.int() - expected.int()).abs().max() <= 1
+    assert (rows != expected).float().mean() < 0.01
+    torch.testing.assert_close(deviations, expected_deviations, atol=1e-2, rtol=1e-2)
+    ours, *factors = quantize_table(table, rotation_size)
+    theirs, *expected_factors = quantize_table_reference(table, rotation_size)
+    assert (ours.integers.int() - theirs.integers.int()).abs().max() <= 1
+    assert (ours.integers != theirs.integers).float().mean() < 0.01
+    torch.testing.assert_close(ours.scales, theirs.scales)
+    assert factors == pytest.approx(expected_factors, rel=1e-2)
+
+
+@pytest.mark.parametrize("most", [1, 40, 1000])
+def test_tokens_are_chosen_as_the_specification_says(most):
+    torch.manual_seed(0)
+    table, hidden = torch.randn(700, 8).bfloat16(), torch.randn(40, 8).bfloat16()
+    logits = hidden.float() @ table.float().T + torch.randn(40, 700)
+    logits[7] = torch.nan
+    errors = torch.rand(40) * 3
+    case = (hidden, table, largest_of_columns(logits), errors, most)
+    assert torch.equal(choose_tokens(*case), choose_tokens_reference(*case))
 
 
 def test_products_of_rotated_and_rounded_factors_are_as_exact_as_they_say():

@@ -5,8 +5,6 @@ See `pagoda_runtime.layers.screen`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from pagoda_kernels.cpu.packing import pack
@@ -19,11 +17,9 @@ from pagoda_kernels.cpu.screened_argmax.kernel import (
     quantize,
     quantize_weights,
 )
+from pagoda_kernels.cpu.screened_argmax.reference import ROW_OFFSET, RoundedTable
 
 __all__ = ["Int8Table", "RoundedTable", "choose_tokens", "quantize_rows", "quantize_table"]
-
-ROW_OFFSET = 128
-"""What is added to a row's whole numbers: the processor multiplies unsigned by signed bytes."""
 
 
 def quantize_rows(
@@ -57,17 +53,6 @@ def quantize_rows(
         power,
     )
     return integers, deviations
-
-
-class RoundedTable(NamedTuple):
-    """A table in whole numbers, each row with a scale of its own."""
-
-    integers: torch.Tensor
-    """[vocab_size, hidden_size] int8."""
-    scales: torch.Tensor
-    """[vocab_size] fp32."""
-    sums: torch.Tensor
-    """[vocab_size] int32, of each row of integers."""
 
 
 def quantize_table(table: torch.Tensor, rotation_size: int) -> tuple[RoundedTable, float, float]:

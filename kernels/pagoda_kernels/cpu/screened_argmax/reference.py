@@ -1,0 +1,86 @@
+"""The specification of `pagoda_kernels.cpu.screened_argmax` in plain torch; nothing is checked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from pagoda_kernels.cpu.panels import GROUP_SIZE
+from pagoda_kernels.cpu.screened_argmax.kernel import CHUNK_GROUPS
+
+ROW_OFFSET = 128
+"""What is added to a row's whole numbers: the processor multiplies unsigned by signed bytes."""
+
+
+class RoundedTable(NamedTuple):
+    """A table in whole numbers, each row with a scale of its own."""
+
+    integers: torch.Tensor
+    """[vocab_size, hidden_size] int8."""
+    scales: torch.Tensor
+    """[vocab_size] fp32."""
+    sums: torch.Tensor
+    """[vocab_size] int32, of each row of integers."""
+
+
+def rotate(x: torch.Tensor, rotation_size: int) -> torch.Tensor:
+    """[num_rows, size]: x, each rotation_size numbers multiplied by Hadamard's matrix."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < rotation_size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return (x.float().view(len(x), -1, rotation_size) @ matrix).flatten(1)
+
+
+def quantize_rows_reference(
+    hidden: torch.Tensor, rotation_size: int, error: float, power: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    numbers = rotate(hidden, rotation_size)
+    numbers *= 127 / numbers.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    whole = numbers.round()
+    rounding, total = (numbers - whole).square().sum(-1), numbers.square().sum(-1)
+    return (whole + ROW_OFFSET).to(torch.uint8), (error * total + power * rounding).sqrt()
+
+
+def quantize_table_reference(
+    table: torch.Tensor, rotation_size: int
+) -> tuple[RoundedTable, float, float]:
+    # The rotation makes numbers larger by the square root of its size.
+    weights = rotate(table, rotation_size) * rotation_size**-0.5
+    scales = weights.abs().amax(-1) / 127
+    whole = (weights / scales[:, None]).round()
+    rounded = RoundedTable(whole.to(torch.int8), scales, whole.sum(-1).int())
+    errors = (weights - whole * scales[:, None]).square().mean(-1)
+    return rounded, float(errors.max()), float((whole * scales[:, None]).square().mean(-1).max())
+
+
+def find_largest_reference(rows: torch.Tensor, table: RoundedTable) -> torch.Tensor:
+    """Columns without a token have -inf; the kernel gives them less than any logit."""
+    logits = (rows.double() - ROW_OFFSET) @ table.integers.double().T * table.scales.double()
+    return largest_of_columns(logits)
+
+
+def largest_of_columns(logits: torch.Tensor) -> torch.Tensor:
+    """[num_rows, num_chunks, GROUP_SIZE] fp32: of [num_rows, vocab_size] logits."""
+    missing = -logits.shape[1] % (CHUNK_GROUPS * GROUP_SIZE)
+    padded = torch.nn.functional.pad(logits.float(), (0, missing), value=-torch.inf)
+    return padded.view(len(logits), -1, CHUNK_GROUPS, GROUP_SIZE).amax(2)
+
+
+def choose_tokens_reference(
+    hidden: torch.Tensor,
+    table: torch.Tensor,
+    largest: torch.Tensor,
+    errors: torch.Tensor,
+    most_candidates: int,
+) -> torch.Tensor:
+    best = largest.flatten(1).amax(1)
+    may_be = largest >= (best - 2 * errors)[:, None, None]
+    candidates = may_be[:, :, None].expand(-1, -1, CHUNK_GROUPS, -1).flatten(1)[:, : len(table)]
+    exact = (hidden.float() @ table.float().T).masked_fill(~candidates, -torch.inf)
+    counts = candidates.sum(1)
+    tokens = exact.argmax(1)
+    # Not a number: there is no largest.
+    tokens[counts == 0] = len(table) - 1
+    tokens[counts > most_candidates] = -1
+    return tokens
