@@ -60,7 +60,7 @@ class ModelConfig:
     attention_scale: float | None = None
     """Factor on q·k; None: head_dim ** -0.5."""
     quantization: str | None = None
-    """What the layers' matrices are rounded to when they are loaded: int8, or nothing."""
+    """What the layers' matrices are made when they are loaded; None: nothing else."""
     eos_token_ids: tuple[int, ...] = ()
     default_sampling: Mapping[str, float | int] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()

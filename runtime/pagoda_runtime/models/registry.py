@@ -48,8 +48,7 @@ def load_model_config(
     """Read config.json and, if there is one, generation_config.json.
 
     Args:
-        quantization: what the flag --quantization says: None, "none", or one of
-            ONLINE.
+        quantization: what the flag --quantization says: None, "none", or one of ONLINE.
         generation_config: what the flag --generation-config says: auto or none.
     Raises: FatalError: ModelNotFound, ModelAccessDenied, InvalidModelConfig,
         UnsupportedArchitecture or QuantizationMismatch.

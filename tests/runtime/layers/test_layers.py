@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -92,6 +94,18 @@ def test_the_parts_of_a_module_are_found_in_attributes_and_lists():
     model.after_loading()
     assert not list(model.shards())
     assert [module.weight_bytes for module in model.modules()] == [0, 32, 32, 32]
+
+
+def test_a_loaded_tensor_is_dropped_as_soon_as_it_is_used():
+    """Without the garbage collector's help: a model would be held twice until it came."""
+    gc.disable()
+    try:
+        norm = RMSNorm(8, eps=1e-6, placement=place())
+        tensor = weakref.ref(norm.parameters["weight"].data)
+        load(norm, {".weight": torch.ones(8)})
+        assert tensor() is None
+    finally:
+        gc.enable()
 
 
 def test_heads_norms_are_repeated_for_each_head():
