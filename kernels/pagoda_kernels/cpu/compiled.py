@@ -267,6 +267,12 @@ def narrow(source: Array, target: Array) -> None:
 
 
 @compiled
+def fill(numbers: Array, number: Any) -> None:
+    for i in range(numbers.size):
+        numbers[i] = number
+
+
+@compiled
 def copy(source: Array, target: Array) -> None:
     """As a loop: what a slice is assigned is checked, and compiling that takes two seconds."""
     for i in range(source.size):

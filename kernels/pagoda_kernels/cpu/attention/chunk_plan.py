@@ -59,6 +59,30 @@ class ChunkPlan(NamedTuple):
     window: int
 
 
+class Arguments(NamedTuple):
+    """Addresses and numbers of both kernels: see `chunks.attend_chunks`."""
+
+    q: int
+    q_stride: int
+    kv_cache: int
+    slots: int
+    num_slots: int
+    partials: int
+    partial_size: int
+    out: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    """Of powers of two."""
+    window: int
+    most_rows: int
+    parts: int
+    num_parts: int
+    merges: int
+    num_merges: int
+
+
 def can_pack_keys(head_dim: int, dtype: torch.dtype) -> bool:
     """Whether prefill chunks are attended to by the processor's dot products of bf16.
 

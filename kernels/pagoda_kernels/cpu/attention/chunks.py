@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pagoda_kernels.cpu.attention.chunk_plan import KEY_BLOCK, ChunkPlan, Merge, Part
+from pagoda_kernels.cpu.attention.chunk_merge import merge_parts, narrow_group, write_row
+from pagoda_kernels.cpu.attention.chunk_plan import KEY_BLOCK, Arguments, ChunkPlan, Part
 from pagoda_kernels.cpu.compiled import (
     LOG2_E,
     Array,
@@ -26,6 +27,7 @@ from pagoda_kernels.cpu.compiled import (
     compiled,
     copy,
     exp2,
+    fill,
     floats,
     int64s,
     prefetch,
@@ -40,7 +42,6 @@ from pagoda_kernels.cpu.panels import (
     empty_panels,
     interleave_group,
     make_dot,
-    narrow_panel,
     transpose_panel,
 )
 from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim, make_reader
@@ -48,33 +49,9 @@ from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim, make_reader
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
-class Arguments(NamedTuple):
-    """Addresses and numbers of both kernels: see `attend_chunks`."""
-
-    q: int
-    q_stride: int
-    kv_cache: int
-    slots: int
-    num_slots: int
-    partials: int
-    partial_size: int
-    out: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    """Of powers of two."""
-    window: int
-    most_rows: int
-    parts: int
-    num_parts: int
-    merges: int
-    num_merges: int
-
-
 _dot = make_dot(BF16)
-_arguments, _part, _merge_of = make_reader(Arguments), make_reader(Part), make_reader(Merge)
-_PART_BYTES, _MERGE_BYTES = 8 * len(Part._fields), 8 * len(Merge._fields)
+_arguments, _part = make_reader(Arguments), make_reader(Part)
+_PART_BYTES = 8 * len(Part._fields)
 
 
 def attend_chunks(
@@ -114,9 +91,9 @@ def attend_chunks(
         len(plan.merges),
     )
     _attend(*arguments)
-    if len(plan.merges) or not _merge.is_compiled:
+    if len(plan.merges) or not merge_parts.is_compiled:
         # With nothing to merge too the first time, so that no later step waits for the compiler.
-        _merge(*arguments)
+        merge_parts(*arguments)
 
 
 class _Scratch(NamedTuple):
@@ -185,9 +162,9 @@ def _attend_part(a: Any, part: Any, head: int, slots: Array, scratch: Any, sums_
     largest, totals = floats(state, (num_rows,)), floats(state + 4 * num_rows, (num_rows,))
     # Taken out of the tuple once: each time counts a reference.
     scores, weights, factors = scratch.scores, scratch.weights, scratch.factors
-    _fill(floats(sums_at, (num_rows * a.head_dim,)), _ZERO)
-    _fill(largest, np.float32(-np.inf))
-    _fill(totals, _ZERO)
+    fill(floats(sums_at, (num_rows * a.head_dim,)), _ZERO)
+    fill(largest, np.float32(-np.inf))
+    fill(totals, _ZERO)
     # Bytes from one slot to the next, of which the second half are values.
     stride = 4 * a.num_kv_heads * a.head_dim
     keys_at = a.kv_cache + 2 * head * a.head_dim
@@ -217,13 +194,7 @@ def _attend_part(a: Any, part: Any, head: int, slots: Array, scratch: Any, sums_
         for row in range(num_rows):
             token, i = part.first_token + row // group, head * group + row % group
             to = a.out + 2 * (token * a.num_heads + i) * a.head_dim
-            _write_row(sums_at + 4 * row * GROUP_SIZE, num_rows, a.head_dim, totals[row], to)
-
-
-@compiled
-def _fill(numbers: Array, number: Any) -> None:
-    for i in range(numbers.size):
-        numbers[i] = number
+            write_row(sums_at + 4 * row * GROUP_SIZE, num_rows, a.head_dim, totals[row], to)
 
 
 @compiled
@@ -317,7 +288,7 @@ def _weigh(
     weights_at = address_of(weights) + 2 * row * width
     stride, first = num_rows * GROUP_SIZE, row * GROUP_SIZE
     if begin >= end:
-        _fill(bf16_bits(weights_at, (width,)), np.uint16(0))
+        fill(bf16_bits(weights_at, (width,)), np.uint16(0))
         factors[row] = _ONE
         return
     for i in range(begin):
@@ -336,7 +307,7 @@ def _weigh(
         for i in range(GROUP_SIZE):
             some[i] = exp2((some[i] - most) * scale)
             total += some[i]
-        _narrow_group(address_of(some), weights_at + 2 * group * GROUP_SIZE)
+        narrow_group(address_of(some), weights_at + 2 * group * GROUP_SIZE)
     factor = exp2((before - most) * scale)
     largest[row], factors[row] = most, factor
     totals[row] = totals[row] * factor + total
@@ -368,60 +339,3 @@ def _add_values(scratch: Any, num_groups: int, num_rows: int, sums_at: int, head
                 panels,
                 0,
             )
-
-
-@compiled
-def _write_row(sums_at: int, num_rows: int, head_dim: int, total: Any, to: int) -> None:
-    """A row's sums divided by its total of weights, in bf16; the sums are overwritten."""
-    for column in range(head_dim // GROUP_SIZE):
-        at = sums_at + 4 * column * num_rows * GROUP_SIZE
-        sums = floats(at, (GROUP_SIZE,))
-        for i in range(GROUP_SIZE):
-            sums[i] /= total
-        _narrow_group(at, to + 2 * column * GROUP_SIZE)
-
-
-@compiled
-def _narrow_group(numbers_at: int, to: int) -> None:
-    narrow_panel(numbers_at, to)
-    narrow_panel(numbers_at + VECTOR_BYTES, to + VECTOR_BYTES // 2)
-
-
-def _merge_parts(task: Task) -> None:
-    """A part of the work is a Merge of the plan for GROUP_SIZE dimensions of one key head."""
-    a = _arguments(task)
-    num_columns = a.head_dim // GROUP_SIZE
-    own = np.empty(GROUP_SIZE, np.float32)
-    part = claim(task)
-    while part < a.num_merges * a.num_kv_heads * num_columns:
-        column, head = part % num_columns, part // num_columns % a.num_kv_heads
-        merge = _merge_of(a.merges + part // (num_columns * a.num_kv_heads) * _MERGE_BYTES)
-        _merge_columns(a, merge, head, column, own)
-        part = claim(task)
-
-
-_merge = ThreadedKernel(_merge_parts, needs=BF16.features)
-
-
-@compiled
-def _merge_columns(a: Any, merge: Any, head: int, column: int, sums: Array) -> None:
-    scale, group = np.float32(a.scale), a.num_heads // a.num_kv_heads
-    num_rows = merge.num_tokens * group
-    stride = 4 * a.partial_size * a.num_kv_heads
-    begin = a.partials + stride * merge.first_partial + 4 * a.partial_size * head
-    for row in range(num_rows):
-        state = begin + 4 * (num_rows * a.head_dim + row)
-        most, total = np.float32(-np.inf), _ZERO
-        for i in range(merge.num_partials):
-            most = max(most, floats(state + i * stride, (1,))[0])
-        _fill(sums, _ZERO)
-        for i in range(merge.num_partials):
-            factor = exp2((floats(state + i * stride, (1,))[0] - most) * scale)
-            total += factor * floats(state + i * stride + 4 * num_rows, (1,))[0]
-            at = begin + i * stride + 4 * (column * num_rows + row) * GROUP_SIZE
-            others = floats(at, (GROUP_SIZE,))
-            for j in range(GROUP_SIZE):
-                sums[j] += factor * others[j]
-        token, i = merge.first_token + row // group, head * group + row % group
-        to = a.out + 2 * ((token * a.num_heads + i) * a.head_dim + column * GROUP_SIZE)
-        _write_row(address_of(sums), 1, GROUP_SIZE, total, to)
