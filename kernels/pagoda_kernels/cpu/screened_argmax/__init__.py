@@ -42,16 +42,7 @@ def quantize_rows(
         raise ValueError(f"rotation_size is {rotation_size}; it must divide {size}.")
     integers = torch.empty(num_rows, size, dtype=torch.uint8)
     deviations = torch.empty(num_rows)
-    quantize(
-        hidden,
-        integers,
-        deviations,
-        num_rows,
-        size,
-        rotation_size,
-        error,
-        power,
-    )
+    quantize(hidden, integers, deviations, num_rows, size, rotation_size, error, power)
     return integers, deviations
 
 
@@ -71,16 +62,7 @@ def quantize_table(table: torch.Tensor, rotation_size: int) -> tuple[RoundedTabl
     integers = torch.empty(vocab_size, size, dtype=torch.int8)
     scales, sums = torch.empty(vocab_size), torch.empty(vocab_size, dtype=torch.int32)
     worst = torch.empty(-(-vocab_size // PART_ROWS), 2)
-    quantize_weights(
-        table,
-        integers,
-        scales,
-        sums,
-        worst,
-        vocab_size,
-        size,
-        rotation_size,
-    )
+    quantize_weights(table, integers, scales, sums, worst, vocab_size, size, rotation_size)
     error, power = worst.amax(0).tolist()
     return RoundedTable(integers, scales, sums), error, power
 
@@ -114,14 +96,7 @@ class Int8Table:
             )
         largest = torch.empty(num_rows, -(-num_groups // CHUNK_GROUPS), GROUP_SIZE)
         find_largest(
-            self._panels,
-            num_groups,
-            rows,
-            num_rows,
-            size,
-            self._offsets,
-            self._scales,
-            largest,
+            self._panels, num_groups, rows, num_rows, size, self._offsets, self._scales, largest
         )
         return largest
 
