@@ -130,6 +130,6 @@ def _locate(entries: _Entries, logits: torch.Tensor) -> tuple[torch.Tensor, torc
     for row, token_ids, amounts in entries:
         some = np.fromiter(token_ids, np.int64, len(token_ids)) + row * logits.shape[1]
         places.append(some)
-        numbers.append(np.broadcast_to(np.asarray(amounts, np.float32), some.shape))
+        numbers.append(np.full(some.shape, amounts, np.float32))
     both = torch.from_numpy(np.concatenate(places)), torch.from_numpy(np.concatenate(numbers))
     return both[0].to(logits.device), both[1].to(logits.device)

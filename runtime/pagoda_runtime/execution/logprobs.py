@@ -50,8 +50,9 @@ def _find_largest(values: torch.Tensor, indices: torch.Tensor, k: int) -> torch.
     """[num_rows, k] int64: the indices of the k largest, best first, the lower of equals first."""
     # topk leaves equals in any order, so make a whole number of value and index, in their order.
     bits = (values + 0.0).view(torch.int32)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return indices.gather(1, ((bits.long() << 32) - indices).topk(k).indices)
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    order = bits.long().bitwise_left_shift_(32).sub_(indices).topk(k).indices
+    return indices.gather(1, order)
 
 
 def describe_tokens(

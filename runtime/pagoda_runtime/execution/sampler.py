@@ -232,14 +232,13 @@ def _draw(logits: torch.Tensor, rows: Sequence[ScheduledRow], in_batch: bool) ->
     numbers = [(some.temperature, some.top_k, some.min_p) for some in params]
     columns = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
     temperature, most, min_p = columns.T[:, :, None]
-    logits.div_(temperature.float())
     token_ids = None
     if 0 < params[0].top_k < logits.shape[1]:
         k = max(some.top_k for some in params)
         logits, token_ids = top_k(logits, min(k + -k % _TOP_K_STEP, logits.shape[1]))
         places = torch.arange(logits.shape[1], device=logits.device)
         logits.masked_fill_(places >= most, -torch.inf)
-    weights = logits.softmax(-1)
+    weights = logits.div_(temperature.float()).softmax(-1)
     # min_p and top-k each leave the largest, so either may come first.
     if any(some.min_p > 0.0 for some in params):
         least = (min_p * weights.amax(-1, keepdim=True)).float()
