@@ -15,6 +15,7 @@ import msgspec
 
 from pagoda_runtime.batch.lines import BadLine, Line
 from pagoda_runtime.errors import FatalError
+from pagoda_runtime.server.answers import Error, ErrorDetails
 
 # With it every line begins, so that a line cut off is known from a file of another kind.
 _HEAD = b'{"id":"batch_req_'
@@ -49,20 +50,9 @@ class _Identity(msgspec.Struct):
     id: str = ""
 
 
-class ErrorMessage(msgspec.Struct):
-    """An error as the server tells it."""
-
-    message: str
-    code: str | None = None
-
-
-class _ErrorBody(msgspec.Struct):
-    error: ErrorMessage
-
-
-def read_error(body: bytes) -> ErrorMessage:
+def read_error(body: bytes) -> ErrorDetails:
     """The error of an answer whose status is 400 or more."""
-    return msgspec.json.decode(body, type=_ErrorBody).error
+    return msgspec.json.decode(body, type=Error).error
 
 
 def make_result(line: Line, status: int, body: bytes) -> Result:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from pagoda_runtime.ipc.messages import RequestDelta, TokenLogprobs
+from pagoda_runtime.ipc.messages import FinishReason, RequestDelta, TokenLogprobs
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.tokenizer.detokenizer import Decoder, IncrementalDetokenizer
 
@@ -49,7 +49,7 @@ class TextDelta(msgspec.Struct, frozen=True):
     """Of token_ids."""
     shown: list[ShownToken]
     """The tokens of the text, if they are shown."""
-    finish_reason: str | None
+    finish_reason: FinishReason | None
     stop_reason: int | str | None
     """The stop string or stop token id that ended it."""
     cumulative_logprob: float | None
@@ -63,24 +63,24 @@ class WholeChoice:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     shown: list[ShownToken] = field(default_factory=list)
-    last: TextDelta | None = None
-    _texts: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+    stop_reason: int | str | None = None
+    cumulative_logprob: float | None = None
 
     def take(self, delta: TextDelta) -> None:
-        self._texts.append(delta.text)
+        self.texts.append(delta.text)
         self.token_ids += delta.token_ids
         if delta.logprobs is not None:
             self.logprobs += delta.logprobs
         self.shown += delta.shown
-        self.last = delta
+        self.cumulative_logprob = delta.cumulative_logprob
+        if delta.finish_reason is not None:
+            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
     @property
     def text(self) -> str:
-        return "".join(self._texts)
-
-    @property
-    def cumulative_logprob(self) -> float | None:
-        return None if self.last is None else self.last.cumulative_logprob
+        return "".join(self.texts)
 
     @property
     def mean_logprob(self) -> float:
@@ -89,7 +89,7 @@ class WholeChoice:
 
 def pick_best(choices: Sequence[WholeChoice], most: int) -> list[WholeChoice]:
     """The likeliest choices, by mean logprob of a token, best first; all in order if all fit."""
-    begun = [choice for choice in choices if choice.last is not None]
+    begun = [choice for choice in choices if choice.texts]
     if len(begun) <= most:
         return begun
     return sorted(begun, key=lambda choice: choice.mean_logprob, reverse=True)[:most]
@@ -194,7 +194,7 @@ class _Choice:
     def __init__(
         self, detokenizer: IncrementalDetokenizer, shows_tokens: bool, echo: Echo | None
     ) -> None:
-        self.finish_reason: str | None = None
+        self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self._detokenizer = detokenizer
         self._shows_tokens = shows_tokens

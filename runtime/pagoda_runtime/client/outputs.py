@@ -61,22 +61,18 @@ def make_outputs(
     tokenizer: Tokenizer, params: SamplingParams, choices: Sequence[WholeChoice]
 ) -> list[CompletionOutput]:
     """The n choices that are returned, once all have ended."""
-    outputs = []
-    for index, choice in enumerate(pick_best(choices, params.n)):
-        assert choice.last is not None
-        logprobs = None if params.logprobs is None else describe(tokenizer, choice.logprobs)
-        outputs.append(
-            CompletionOutput(
-                index=index,
-                text=choice.text,
-                token_ids=choice.token_ids,
-                finish_reason=choice.last.finish_reason or "length",
-                stop_reason=choice.last.stop_reason,
-                cumulative_logprob=choice.cumulative_logprob,
-                logprobs=logprobs,
-            )
+    return [
+        CompletionOutput(
+            index=index,
+            text=choice.text,
+            token_ids=choice.token_ids,
+            finish_reason=choice.finish_reason,
+            stop_reason=choice.stop_reason,
+            cumulative_logprob=choice.cumulative_logprob,
+            logprobs=None if params.logprobs is None else describe(tokenizer, choice.logprobs),
         )
-    return outputs
+        for index, choice in enumerate(pick_best(choices, params.n))
+    ]
 
 
 def describe(tokenizer: Tokenizer, tokens: Sequence[TokenLogprobs]) -> list[dict[int, Logprob]]:

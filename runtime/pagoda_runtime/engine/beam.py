@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from pagoda_runtime.ipc.messages import FinishReason
 from pagoda_runtime.sampling_params import SamplingParams
 
 
@@ -26,7 +27,7 @@ class Hypothesis:
     cumulative_logprob: float
     score: float
     """cumulative_logprob / len(token_ids) ** length_penalty"""
-    finish_reason: str
+    finish_reason: FinishReason
     stop_reason: int | None
 
 

@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 from pagoda_runtime.engine.beam import BeamSearch
-from pagoda_runtime.ipc.messages import TokenLogprobs
+from pagoda_runtime.ipc.messages import FinishReason, TokenLogprobs
 from pagoda_runtime.sampling_params import SamplingParams
 
 # One step of priority is worth this many places in the order of arrival. So a stream of urgent
@@ -107,7 +107,7 @@ class Sequence:
     num_registered_blocks: int = 0
     """Blocks of the table that the prefix cache was told of."""
     cumulative_logprob: float = 0.0
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     stop_reason: int | None = None
 
     @property

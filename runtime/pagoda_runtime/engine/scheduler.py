@@ -12,7 +12,7 @@ from pagoda_runtime.engine.block_tables import BlockTables
 from pagoda_runtime.engine.request import Request, Sequence, Status
 from pagoda_runtime.engine.rows import make_row
 from pagoda_runtime.ipc.limits import most_tokens, verify_fits, verify_queue_has_room
-from pagoda_runtime.ipc.messages import BlockCopy, EngineReady, ScheduledRow
+from pagoda_runtime.ipc.messages import BlockCopy, EngineReady, FinishReason, ScheduledRow
 
 # Share of the blocks that admission leaves free for the growth of running requests. Without it
 # every admission soon costs a preemption.
@@ -133,7 +133,7 @@ class Scheduler:
                 for sequence in list(request.sequences):
                     self.finish(sequence, "abort")
 
-    def finish(self, sequence: Sequence, reason: str) -> None:
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence and free its blocks; with its last one the request ends."""
         self._leave(sequence)
         sequence.finish_reason = reason

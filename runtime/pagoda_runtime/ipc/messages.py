@@ -5,6 +5,8 @@ Plain data only, so that a step can be broadcast to other ranks and a message se
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from pagoda_runtime.config import EngineConfig
@@ -14,6 +16,9 @@ from pagoda_runtime.sampling_params import SamplingParams
 NEVER = 1 << 60
 # In the place of a token that is still being computed; no model has it.
 PLACEHOLDER_TOKEN_ID = -1
+
+FinishReason = Literal["stop", "length", "abort"]
+"""stop: an end token, a stop id or a stop string."""
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,8 +141,8 @@ class RequestDelta(msgspec.Struct, frozen=True, kw_only=True):
     """One for each new token, if they were asked for."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """For the prompt's second and later tokens, with the first delta of choice 0."""
-    finish_reason: str | None = None
-    """stop (end token or stop id), length, abort, or None while it runs."""
+    finish_reason: FinishReason | None = None
+    """None while it runs."""
     stop_reason: int | str | None = None
     """The stop token id that ended it; None for the model's own end token."""
     cumulative_logprob: float | None = None

@@ -5,14 +5,30 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
 
-from pagoda_runtime.client.output_processor import ShownToken, WholeChoice, pick_best
+from msgspec import UNSET
+from msgspec.json import encode
+
+from pagoda_runtime.client.output_processor import TextDelta, WholeChoice, pick_best
 from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.server.answers import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionChunkChoice,
+    Delta,
+    PromptLogprobs,
+    PromptTokensDetails,
+    Usage,
+)
 from pagoda_runtime.server.generation import Generation, close_all, merge
 from pagoda_runtime.server.logprobs import LogprobsWriter
 from pagoda_runtime.server.protocol import ChatCompletionRequest, GenerationRequest
-from pagoda_runtime.server.streaming import ChunkWriter
 
 
 @dataclass(slots=True)
@@ -33,47 +49,66 @@ class Answer:
     def is_chat(self) -> bool:
         return isinstance(self.request, ChatCompletionRequest)
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> Usage:
         """Tokens so far, over all choices, those included that are not shown."""
         prompt, completion = self.num_prompt_tokens, self.num_tokens
         cached = sum(generation.outputs.num_cached_tokens for generation in self.generations)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
-
-    def render_logprobs(self, tokens: list[ShownToken]) -> dict[str, Any] | None:
-        """None if none were asked for."""
-        if self.request.num_logprobs is None:
-            return None
-        return self.logprobs.chat(tokens) if self.is_chat else self.logprobs.completion(tokens)
+        return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
 
 
 async def stream(answer: Answer) -> AsyncGenerator[bytes, None]:
     """The chunks of an answer, as server-sent events."""
-    request = answer.request
-    kind = "chat.completion.chunk" if answer.is_chat else "text_completion"
-    writer = ChunkWriter(kind, answer.id, answer.model, answer.created, request.includes_usage)
+    request, write = answer.request, ChunkWriter(answer).write
     has_usage = request.has_continuous_usage
+    make_choice = _chat_choice if answer.is_chat else _text_choice
     if answer.is_chat:
         for index in range(len(answer.generations) * answer.params.n):
-            yield writer.write_role(index, answer.usage() if has_usage else None)
+            first = ChatChunkChoice(index, Delta("assistant", ""), None, None)
+            yield write(first, answer.usage() if has_usage else None)
     async with aclosing(merge(answer.generations)) as deltas:
         async for delta in deltas:
             answer.num_tokens += len(delta.token_ids)
             if delta.text or delta.finish_reason is not None or has_usage or delta.shown:
-                yield writer.write_text(
-                    delta,
-                    answer.render_logprobs(delta.shown),
-                    answer.usage() if has_usage else None,
-                )
+                choice = make_choice(delta, answer.logprobs)
+                yield write(choice, answer.usage() if has_usage else None)
     if request.includes_usage:
-        yield writer.write_usage(answer.usage())
+        yield write(None, answer.usage())
 
 
-async def collect(answer: Answer) -> dict[str, Any]:
+class ChunkWriter:
+    """Writes the chunks of one answer as events; what they have in common is encoded once."""
+
+    def __init__(self, answer: Answer) -> None:
+        chunk_class = ChatCompletionChunk if answer.is_chat else CompletionChunk
+        chunk = chunk_class(answer.id, answer.created, answer.model, choices=[])
+        self._head = b"data: " + encode(chunk).removesuffix(b"]}")
+        # As OpenAI has it: null in every chunk but the last, where usage was asked for.
+        self._no_usage = b',"usage":null' if answer.request.includes_usage else b""
+
+    def write(
+        self, choice: ChatChunkChoice | CompletionChunkChoice | None, usage: Usage | None
+    ) -> bytes:
+        """A chunk; None for the choice: the last one, which has none."""
+        return b"%s%s]%s}\n\n" % (
+            self._head,
+            b"" if choice is None else encode(choice),
+            self._no_usage if usage is None else b',"usage":' + encode(usage),
+        )
+
+
+def _chat_choice(delta: TextDelta, logprobs: LogprobsWriter) -> ChatChunkChoice:
+    content, reason = Delta(UNSET, delta.text or UNSET), delta.finish_reason
+    stop_reason = UNSET if reason is None else delta.stop_reason
+    return ChatChunkChoice(delta.index, content, logprobs.chat(delta.shown), reason, stop_reason)
+
+
+def _text_choice(delta: TextDelta, logprobs: LogprobsWriter) -> CompletionChunkChoice:
+    of_text, reason = logprobs.completion(delta.shown), delta.finish_reason
+    stop_reason = UNSET if reason is None else delta.stop_reason
+    return CompletionChunkChoice(delta.index, delta.text, of_text, reason, stop_reason)
+
+
+async def collect(answer: Answer) -> ChatCompletion | Completion:
     """The answer in one piece, once all choices have ended."""
     num_choices = answer.params.num_choices
     choices = [WholeChoice() for _ in range(len(answer.generations) * num_choices)]
@@ -84,46 +119,39 @@ async def collect(answer: Answer) -> dict[str, Any]:
                 choices[delta.index].take(delta)
     finally:
         await close_all(answer.generations)
-    shown: list[dict[str, Any]] = []
-    for number, generation in enumerate(answer.generations):
-        first = number * num_choices
-        for choice in pick_best(choices[first : first + num_choices], answer.params.n):
-            rendered = _render_choice(answer, len(shown), choice)
-            if not answer.is_chat:
-                rendered |= _prompt_logprobs(answer, generation)
-            shown.append(rendered)
-    body = {
-        "id": answer.id,
-        "object": "chat.completion" if answer.is_chat else "text_completion",
-        "created": answer.created,
-        "model": answer.model,
-        "choices": shown,
-        "usage": answer.usage(),
-    }
+    best = [
+        (generation, choice)
+        for number, generation in enumerate(answer.generations)
+        for choice in pick_best(choices[number * num_choices :][:num_choices], answer.params.n)
+    ]
+    head, logprobs = (answer.id, answer.created, answer.model), answer.logprobs
     if answer.is_chat:
-        body |= _prompt_logprobs(answer, answer.generations[0])
-    return body
+        messages = [
+            ChatChoice(
+                index,
+                AssistantMessage(choice.text, None),
+                logprobs.chat(choice.shown),
+                choice.finish_reason,
+                choice.stop_reason,
+            )
+            for index, (_, choice) in enumerate(best)
+        ]
+        of_prompt = _prompt_logprobs(answer, answer.generations[0])
+        return ChatCompletion(*head, messages, answer.usage(), of_prompt)
+    texts = [
+        CompletionChoice(
+            index,
+            choice.text,
+            logprobs.completion(choice.shown),
+            choice.finish_reason,
+            choice.stop_reason,
+            _prompt_logprobs(answer, generation),
+        )
+        for index, (generation, choice) in enumerate(best)
+    ]
+    return Completion(*head, texts, answer.usage())
 
 
-def _prompt_logprobs(answer: Answer, generation: Generation) -> dict[str, Any]:
-    asked = answer.request.prompt_logprobs
-    found = generation.outputs.prompt_logprobs or ()
-    return {"prompt_logprobs": None if asked is None else answer.logprobs.prompt(found, asked)}
-
-
-def _render_choice(answer: Answer, index: int, choice: WholeChoice) -> dict[str, Any]:
-    text, last = choice.text, choice.last
-    assert last is not None
-    if answer.is_chat:
-        content: dict[str, Any] = {
-            "message": {"role": "assistant", "content": text, "refusal": None}
-        }
-    else:
-        content = {"text": text}
-    return {
-        "index": index,
-        **content,
-        "logprobs": answer.render_logprobs(choice.shown),
-        "finish_reason": last.finish_reason,
-        "stop_reason": last.stop_reason,
-    }
+def _prompt_logprobs(answer: Answer, generation: Generation) -> PromptLogprobs | None:
+    asked, found = answer.request.prompt_logprobs, generation.outputs.prompt_logprobs or ()
+    return None if asked is None else answer.logprobs.prompt(found, asked)

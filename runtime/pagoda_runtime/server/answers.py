@@ -1,23 +1,24 @@
-"""The bodies of answers, as /openapi.json shows them.
+"""The bodies of answers: what is written, and what /openapi.json shows.
 
-They are written by `answer`, `streaming` and `logprobs` without these classes, which would cost a
-stream its speed; a test compares the two.
+A field that is UNSET is left out.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel
+from msgspec import UNSET, Struct, UnsetType
+
+from pagoda_runtime.ipc.messages import FinishReason
 
 
-class PromptTokensDetails(BaseModel):
+class PromptTokensDetails(Struct, frozen=True):
     """Where the tokens of a prompt came from."""
 
     cached_tokens: int
 
 
-class Usage(BaseModel):
+class Usage(Struct, frozen=True):
     """Tokens of all choices, those included that are not shown."""
 
     prompt_tokens: int
@@ -26,7 +27,7 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
-class CompletionLogprobs(BaseModel):
+class CompletionLogprobs(Struct, frozen=True):
     """One entry for each token; null for the first one of a prompt."""
 
     tokens: list[str]
@@ -35,7 +36,7 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
-class TokenLogprob(BaseModel):
+class TokenLogprob(Struct, frozen=True):
     """A token and its logprob; bytes are those of its text in UTF-8."""
 
     token: str
@@ -43,20 +44,20 @@ class TokenLogprob(BaseModel):
     bytes: list[int]
 
 
-class ShownTokenLogprobs(TokenLogprob):
+class ShownTokenLogprobs(TokenLogprob, frozen=True):
     """A token of the text, with the likeliest ones in its place."""
 
     top_logprobs: list[TokenLogprob]
 
 
-class ChatLogprobs(BaseModel):
+class ChatLogprobs(Struct, frozen=True):
     """One entry for each token of the message."""
 
     content: list[ShownTokenLogprobs]
     refusal: None
 
 
-class PromptLogprob(BaseModel):
+class PromptLogprob(Struct, frozen=True):
     """A token in the place of one of the prompt."""
 
     logprob: float
@@ -65,10 +66,17 @@ class PromptLogprob(BaseModel):
 
 
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
-FinishReason = Literal["stop", "length", "abort"]
 
 
-class CompletionChoice(BaseModel):
+class Head(Struct, frozen=True):
+    """What every answer with tokens, and every event of a stream, begins with."""
+
+    id: str
+    created: int
+    model: str
+
+
+class CompletionChoice(Struct, frozen=True):
     """prompt_logprobs, by token id, are null unless they were asked for."""
 
     index: int
@@ -76,50 +84,41 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
     stop_reason: int | str | None
-    prompt_logprobs: PromptLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None
 
 
-class Completion(BaseModel):
+class Completion(Head, frozen=True, tag_field="object", tag="text_completion"):
     """The answer of POST /v1/completions in one piece."""
 
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[CompletionChoice]
     usage: Usage
 
 
-class CompletionChunkChoice(BaseModel):
+class CompletionChunkChoice(Struct, frozen=True):
     """stop_reason comes with finish_reason, in the last chunk of a choice."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
-    stop_reason: int | str | None = None
+    stop_reason: int | str | UnsetType | None = UNSET
 
 
-class CompletionChunk(BaseModel):
+class CompletionChunk(Head, frozen=True, tag_field="object", tag="text_completion"):
     """An event of a streamed completion. choices is empty in the last one, which has the usage."""
 
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[CompletionChunkChoice]
-    usage: Usage | None = None
+    usage: Usage | UnsetType | None = UNSET
 
 
-class AssistantMessage(BaseModel):
+class AssistantMessage(Struct, frozen=True, tag_field="role", tag="assistant"):
     """What the model said."""
 
-    role: Literal["assistant"]
     content: str
     refusal: None
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(Struct, frozen=True):
     """One of the n messages."""
 
     index: int
@@ -129,51 +128,42 @@ class ChatChoice(BaseModel):
     stop_reason: int | str | None
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(Head, frozen=True, tag_field="object", tag="chat.completion"):
     """The answer of POST /v1/chat/completions in one piece."""
 
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
-    prompt_logprobs: PromptLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None
 
 
-class Delta(BaseModel):
+class Delta(Struct, frozen=True):
     """What a chunk adds to a message; the first one of a choice has the role."""
 
-    role: Literal["assistant"] | None = None
-    content: str | None = None
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
 
 
-class ChatChunkChoice(BaseModel):
+class ChatChunkChoice(Struct, frozen=True):
     """stop_reason comes with finish_reason, in the last chunk of a choice."""
 
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
-    stop_reason: int | str | None = None
+    stop_reason: int | str | UnsetType | None = UNSET
 
 
-class ChatCompletionChunk(BaseModel):
+class ChatCompletionChunk(Head, frozen=True, tag_field="object", tag="chat.completion.chunk"):
     """An event of a streamed chat. choices is empty in the last one, which has the usage."""
 
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
+    usage: Usage | UnsetType | None = UNSET
 
 
-class Model(BaseModel):
+class Model(Struct, frozen=True, tag_field="object", tag="model"):
     """A name that requests may use; root is the model as it was given to the server."""
 
     id: str
-    object: Literal["model"]
     created: int
     owned_by: str
     root: str
@@ -181,14 +171,13 @@ class Model(BaseModel):
     max_model_len: int
 
 
-class ModelList(BaseModel):
+class ModelList(Struct, frozen=True, tag_field="object", tag="list"):
     """All names; answers show the first."""
 
-    object: Literal["list"]
     data: list[Model]
 
 
-class ErrorDetails(BaseModel):
+class ErrorDetails(Struct, frozen=True):
     """What was wrong; param is the field that is to blame, if one is."""
 
     message: str
@@ -197,13 +186,13 @@ class ErrorDetails(BaseModel):
     code: str | None
 
 
-class Error(BaseModel):
+class Error(Struct, frozen=True):
     """The body of every answer from status 400 on, but for probes."""
 
     error: ErrorDetails
 
 
-class Startup(BaseModel):
+class Startup(Struct, frozen=True):
     """How far the model is loaded."""
 
     phase: str
@@ -211,13 +200,13 @@ class Startup(BaseModel):
     bytes_per_second: float
 
 
-class Status(BaseModel):
+class Status(Struct, frozen=True):
     """`ok` or `ready`, else the reason against it."""
 
     status: str
 
 
-class Load(BaseModel):
+class Load(Struct, frozen=True):
     """running counts sequences, as slots do; waiting every accepted request that does not run."""
 
     running: int
@@ -228,7 +217,7 @@ class Load(BaseModel):
     finished_total: int
 
 
-class Version(BaseModel):
+class Version(Struct, frozen=True):
     """Of Pagoda."""
 
     version: str

@@ -22,6 +22,7 @@ from pagoda_runtime.errors import (
     Unavailable,
     shown,
 )
+from pagoda_runtime.server.answers import Error, ErrorDetails
 
 BAD_REQUEST_TYPE = "invalid_request_error"
 MAX_SHOWN_PROBLEMS = 3
@@ -53,7 +54,7 @@ class ApiError(PagodaError):
         super().__init__(message)
         self.status = status
         self.headers = headers
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body = Error(ErrorDetails(message, kind, param, code))
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self.body)

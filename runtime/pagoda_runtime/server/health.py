@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import Response
 
 from pagoda_runtime.metrics import CONTENT_TYPE
+from pagoda_runtime.server.answers import Startup, Status, Version
 from pagoda_runtime.server.errors import json_response
 from pagoda_runtime.server.state import LOADING_RETRY_SECONDS, ServerState
 
@@ -19,27 +19,25 @@ def make_router(state: ServerState) -> APIRouter:
     router = APIRouter()
 
     async def startup() -> Response:
+        if state.is_loaded:
+            return json_response(Startup("ready", 100.0, 0.0))
         progress = state.engine.progress
-        body = {
-            "phase": "ready" if state.is_loaded else progress.phase,
-            "percent": 100.0 if state.is_loaded else progress.percent,
-            "bytes_per_second": 0.0 if state.is_loaded else progress.bytes_per_second,
-        }
-        return _json(body, ok=state.is_loaded)
+        body = Startup(progress.phase, progress.percent, progress.bytes_per_second)
+        return _json(body, ok=False)
 
     async def health() -> Response:
         problem = find_problem(state, time.monotonic())
-        return _json({"status": problem or "ok"}, ok=problem is None)
+        return _json(Status(problem or "ok"), ok=problem is None)
 
     async def ready() -> Response:
         obstacle = find_obstacle(state)
-        return _json({"status": obstacle or "ready"}, ok=obstacle is None)
+        return _json(Status(obstacle or "ready"), ok=obstacle is None)
 
     async def load() -> Response:
-        return _json(state.load())
+        return json_response(state.load())
 
     async def show_version() -> Response:
-        return _json({"version": version("pagoda-serve")})
+        return json_response(Version(version("pagoda-serve")))
 
     async def metrics() -> Response:
         return Response(state.metrics.render(), headers={"content-type": CONTENT_TYPE})
@@ -79,6 +77,6 @@ def find_obstacle(state: ServerState) -> str | None:
     return None if state.is_loaded else "loading"
 
 
-def _json(value: dict[str, Any], *, ok: bool = True) -> Response:
+def _json(value: Startup | Status, *, ok: bool) -> Response:
     headers = {} if ok else {"retry-after": str(LOADING_RETRY_SECONDS)}
     return json_response(value, 200 if ok else 503, headers)

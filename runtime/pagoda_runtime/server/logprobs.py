@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from pagoda_runtime.client.output_processor import ShownToken
 from pagoda_runtime.ipc.messages import TokenLogprobs
+from pagoda_runtime.server.answers import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+    ShownTokenLogprobs,
+    TokenLogprob,
+)
 from pagoda_runtime.server.state import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -19,57 +26,51 @@ class LogprobsWriter:
 
     Args:
         tokenizer: knows the text of a token.
-        num_top: the likeliest tokens that are shown beside each.
+        num_top: the likeliest tokens that are shown beside each; None: no logprobs are shown.
         as_token_ids: tokens are `token_id:42` and not their text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, num_top: int, as_token_ids: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, num_top: int | None, as_token_ids: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._num_top = num_top
         self._as_token_ids = as_token_ids
         self._texts: dict[int, str] = {}
 
-    def completion(self, tokens: Sequence[ShownToken]) -> dict[str, Any]:
+    def completion(self, tokens: Sequence[ShownToken]) -> CompletionLogprobs | None:
         """The object `logprobs` of a choice of /v1/completions."""
-        return {
-            "tokens": [self._text(token.token_id) for token in tokens],
-            "token_logprobs": [
-                None if token.logprobs is None else clamp(token.logprobs.logprob)
-                for token in tokens
-            ],
-            "top_logprobs": [self._top(token.logprobs) for token in tokens],
-            "text_offset": [token.offset for token in tokens],
-        }
+        if self._num_top is None:
+            return None
+        of_tokens = [token.logprobs for token in tokens]
+        return CompletionLogprobs(
+            tokens=[self._text(token.token_id) for token in tokens],
+            token_logprobs=[None if own is None else clamp(own.logprob) for own in of_tokens],
+            top_logprobs=[self._top(own) for own in of_tokens],
+            text_offset=[token.offset for token in tokens],
+        )
 
-    def chat(self, tokens: Sequence[ShownToken]) -> dict[str, Any]:
+    def chat(self, tokens: Sequence[ShownToken]) -> ChatLogprobs | None:
         """The object `logprobs` of a choice of /v1/chat/completions."""
+        if self._num_top is None:
+            return None
         content = []
         for token in tokens:
-            assert token.logprobs is not None, "a chat shows no token of its prompt"
-            top = token.logprobs.top[: self._num_top]
-            content.append(
-                {
-                    **self._entry(token.token_id, token.logprobs.logprob),
-                    "top_logprobs": [self._entry(*likely) for likely in top],
-                }
-            )
-        return {"content": content, "refusal": None}
+            own = token.logprobs
+            assert own is not None, "a chat shows no token of its prompt"
+            top = [TokenLogprob(*self._entry(*other)) for other in own.top[: self._num_top]]
+            content.append(ShownTokenLogprobs(*self._entry(own.token_id, own.logprob), top))
+        return ChatLogprobs(content, None)
 
-    def prompt(
-        self, logprobs: Sequence[TokenLogprobs], num_top: int
-    ) -> list[dict[str, dict[str, Any]] | None]:
-        """prompt_logprobs: for each token of the prompt itself and the likeliest, by token id."""
-        shown: list[dict[str, dict[str, Any]] | None] = [None]
+    def prompt(self, logprobs: Sequence[TokenLogprobs], num_top: int) -> PromptLogprobs:
+        """For each token of the prompt itself and the likeliest in its place, by token id."""
+        shown: PromptLogprobs = [None]
         for token in logprobs:
             ranked = [(token.token_id, token.logprob, token.rank)]
             ranked += [(i, logprob, rank) for rank, (i, logprob) in enumerate(token.top, start=1)]
             shown.append(
                 {
-                    str(token_id): {
-                        "logprob": clamp(logprob),
-                        "rank": rank,
-                        "decoded_token": self._decode(token_id),
-                    }
+                    str(token_id): PromptLogprob(clamp(logprob), rank, self._decode(token_id))
                     for token_id, logprob, rank in ranked[: num_top + 1]
                 }
             )
@@ -88,15 +89,12 @@ class LogprobsWriter:
             top.setdefault(self._text(token_id), clamp(logprob))
         return top
 
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+    def _entry(self, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
+        """The fields of a TokenLogprob."""
         text = self._decode(token_id)
         is_part = REPLACEMENT in text
         token_bytes = self._tokenizer.token_bytes(token_id) if is_part else text.encode()
-        return {
-            "token": self._text(token_id),
-            "logprob": clamp(logprob),
-            "bytes": list(token_bytes),
-        }
+        return self._text(token_id), clamp(logprob), list(token_bytes)
 
     def _text(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._as_token_ids else self._decode(token_id)

@@ -6,7 +6,6 @@ import logging
 import time
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter
 from pydantic import ValidationError
@@ -15,6 +14,7 @@ from starlette.responses import Response
 
 from pagoda_runtime.errors import ModelNotServed, shown
 from pagoda_runtime.server.answer import collect, stream
+from pagoda_runtime.server.answers import Model, ModelList
 from pagoda_runtime.server.body import verify_shape
 from pagoda_runtime.server.errors import describe_validation, json_response
 from pagoda_runtime.server.generation import close_all
@@ -39,7 +39,7 @@ def make_router(state: ServerState) -> APIRouter:
 
     async def list_models() -> Response:
         models = [_describe_model(state, name) for name in state.model_names]
-        return json_response({"object": "list", "data": models})
+        return json_response(ModelList(models))
 
     async def show_model(model: str) -> Response:
         _verify_model(state, model)
@@ -112,14 +112,7 @@ def _verify_model(state: ServerState, model: str) -> None:
         raise ModelNotServed(f"There is no model {shown(model)} here; this server has: {served}.")
 
 
-def _describe_model(state: ServerState, name: str) -> dict[str, Any]:
+def _describe_model(state: ServerState, name: str) -> Model:
     ready, _ = state.loaded()
-    return {
-        "id": name,
-        "object": "model",
-        "created": state.created,
-        "owned_by": "pagoda",
-        "root": state.config.engine.model,
-        "parent": None,
-        "max_model_len": ready.max_model_len,
-    }
+    root = state.config.engine.model
+    return Model(name, state.created, "pagoda", root, None, ready.max_model_len)

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter
+from msgspec import Struct
+from msgspec.json import schema_components
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
@@ -36,9 +38,9 @@ class Route:
     method: str
     path: str
     summary: str
-    answer: type[BaseModel] | None
+    answer: type[Struct] | None
     body: type[BaseModel] | None = None
-    chunk: type[BaseModel] | None = None
+    chunk: type[Struct] | None = None
     """An event of the stream that the body may ask for."""
     errors: tuple[int, ...] = ()
     """Statuses that are answered with `Error`."""
@@ -102,14 +104,13 @@ def make_router(*, are_keys_asked: bool) -> APIRouter:
 @cache
 def build_document(*, are_keys_asked: bool) -> Json:
     """The OpenAPI document of a server."""
-    models = {
-        model: None
-        for route in DOCUMENTED
-        for model in (route.answer, route.body, route.chunk, answers.Error)
-        if model is not None
+    written = {
+        r: None for route in DOCUMENTED for r in (route.answer, route.chunk) if r is not None
     }
-    _, definitions = models_json_schema(
-        [(model, "validation") for model in models], ref_template=_SCHEMAS + "{model}"
+    _, schemas = schema_components([*written, answers.Error], ref_template=_SCHEMAS + "{name}")
+    _, bodies = models_json_schema(
+        [(route.body, "validation") for route in DOCUMENTED if route.body is not None],
+        ref_template=_SCHEMAS + "{model}",
     )
     paths: dict[str, Json] = {}
     for route in DOCUMENTED:
@@ -120,7 +121,7 @@ def build_document(*, are_keys_asked: bool) -> Json:
         "info": {"title": "Pagoda", "version": version("pagoda-serve")},
         "paths": paths,
         "components": {
-            "schemas": definitions["$defs"],
+            "schemas": {**schemas, **bodies["$defs"]},
             "headers": {
                 name: {"description": text, "schema": {"type": "string"}}
                 for name, text in _HEADERS.items()
@@ -184,5 +185,5 @@ def _describe_answer(status: int, content: Json) -> Json:
     return {"description": HTTPStatus(status).phrase, "headers": headers, "content": content}
 
 
-def _json_of(model: type[BaseModel]) -> Json:
+def _json_of(model: type[BaseModel | Struct]) -> Json:
     return {"application/json": {"schema": {"$ref": _SCHEMAS + model.__name__}}}

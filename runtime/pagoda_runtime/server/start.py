@@ -86,7 +86,7 @@ def _make_answer(
         created=int(time.time()),
         logprobs=LogprobsWriter(
             tokenizer,
-            num_top=body.num_logprobs or 0,
+            num_top=body.num_logprobs,
             as_token_ids=bool(body.return_tokens_as_token_ids),
         ),
     )

@@ -25,6 +25,7 @@ from pagoda_runtime.ipc.messages import (
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.metrics import Metrics
 from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.server.answers import Load
 from pagoda_runtime.server.body import default_max_body_bytes
 from pagoda_runtime.tokenizer.detokenizer import Decoder
 
@@ -167,17 +168,17 @@ class ServerState:
             return stats
         return msgspec.structs.replace(stats, waiting=stats.waiting + self.num_tokenizing)
 
-    def load(self) -> dict[str, int | float]:
+    def load(self) -> Load:
         """The load as `/load` and the header x-pagoda-load show it."""
         counts = self.engine_counts()
-        return {
-            "running": counts.running,
-            "waiting": counts.waiting,
-            "slots": counts.slots or self.config.engine.max_num_seqs,
-            "kv_usage": round(counts.kv_usage, 6),
-            "preemptions_total": counts.preemptions_total,
-            "finished_total": counts.finished_total,
-        }
+        return Load(
+            running=counts.running,
+            waiting=counts.waiting,
+            slots=counts.slots or self.config.engine.max_num_seqs,
+            kv_usage=round(counts.kv_usage, 6),
+            preemptions_total=counts.preemptions_total,
+            finished_total=counts.finished_total,
+        )
 
     def loaded(self) -> tuple[EngineReady, Tokenizer]:
         """What a request needs. Raises EngineDead, or Unavailable while loading."""

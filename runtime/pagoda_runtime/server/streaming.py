@@ -1,4 +1,4 @@
-"""Server-sent events, built by hand: a chunk costs one string, no model and no dictionary."""
+"""Server-sent events, for as long as a client listens."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
-import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from pagoda_runtime.client.output_processor import TextDelta
 from pagoda_runtime.server.access import RAW_SEND
 from pagoda_runtime.server.errors import to_api_error
 from pagoda_runtime.server.tasks import running
@@ -94,49 +91,3 @@ class EventStream(Response):
                 logger.error("A stream failed.", exc_info=error)
             last = b"data: " + api_error.encode() + b"\n\n" + DONE
         await send_body({"type": "http.response.body", "body": last})
-
-
-class ChunkWriter:
-    """Writes the chunks of one answer; `kind` is text_completion or chat.completion.chunk."""
-
-    def __init__(self, kind: str, answer_id: str, model: str, created: int, usage: bool) -> None:
-        self.is_chat = kind == "chat.completion.chunk"
-        head = {"id": answer_id, "object": kind, "created": created, "model": model}
-        self._head = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
-        # As OpenAI has it: null in every chunk but the last, where usage was asked for.
-        self._no_usage = b',"usage":null' if usage else b""
-
-    def write_text(
-        self,
-        delta: TextDelta,
-        logprobs: dict[str, Any] | None = None,
-        usage: dict[str, Any] | None = None,
-    ) -> bytes:
-        """A chunk with text of one choice; in a chat the reason comes with the same chunk."""
-        encode, finish_reason = msgspec.json.encode, delta.finish_reason
-        content = encode(delta.text)
-        if self.is_chat:
-            content = b'"delta":{"content":' + content + b"}" if delta.text else b'"delta":{}'
-        else:
-            content = b'"text":' + content
-        return b'%s{"index":%d,%s,"logprobs":%s,"finish_reason":%s%s}]%s}\n\n' % (
-            self._head,
-            delta.index,
-            content,
-            b"null" if logprobs is None else encode(logprobs),
-            encode(finish_reason),
-            b"" if finish_reason is None else b',"stop_reason":' + encode(delta.stop_reason),
-            self._no_usage if usage is None else b',"usage":' + encode(usage),
-        )
-
-    def write_role(self, index: int, usage: dict[str, Any] | None = None) -> bytes:
-        """The first chunk of a choice in a chat."""
-        shown_usage = b',"usage":' + msgspec.json.encode(usage) if usage else self._no_usage
-        return (
-            b'%s{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
-            b'"finish_reason":null}]%s}\n\n' % (self._head, index, shown_usage)
-        )
-
-    def write_usage(self, usage: dict[str, Any]) -> bytes:
-        """The last chunk, without choices."""
-        return self._head + b'],"usage":' + msgspec.json.encode(usage) + b"}\n\n"

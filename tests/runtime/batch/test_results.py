@@ -13,7 +13,9 @@ from pagoda_runtime.errors import FatalError
 
 LINE = Line(7, "a", "/v1/completions", b"{}")
 ANSWER = b'{"id":"cmpl-1","choices":[]}'
-ERROR = b'{"error":{"message":"top_p is 2.","type":"invalid_request_error","code":null}}'
+ERROR = (
+    b'{"error":{"message":"top_p is 2.","type":"invalid_request_error","param":null,"code":null}}'
+)
 
 
 @pytest.fixture
