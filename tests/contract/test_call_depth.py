@@ -26,7 +26,7 @@ from pagoda_runtime.server.testing import FAKE_ENGINE_COMMAND, make_config, make
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "concepts" / "engine.md"
 MOST_CALLS = 11
 # A product of matrices goes through its layer, its format, and the form its weights are packed in.
-MOST_MORE_OF_PRODUCTS = 3
+MOST_MORE_OF_PRODUCTS = 2
 
 
 def listed(heading: str) -> list[str]:

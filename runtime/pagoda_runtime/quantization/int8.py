@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from pagoda_kernels.cpu.packed_linear import PackedGate, PackedMatrix
+from pagoda_kernels.cpu.packed_linear import PackedLinear
 from pagoda_kernels.cpu.panels import INT8_AS_BF16, has_panels
 from pagoda_runtime.quantization.base import LinearMethod, Placement
 from pagoda_runtime.quantization.parameter import INPUT, OUTPUT, Layout, Parameter
@@ -37,14 +37,7 @@ class Int8Linear(LinearMethod):
         weight = weights["weight"]
         assert isinstance(weight, RoundedParameter)
         bias = weights["bias"].data if "bias" in weights else None
-        self.product: PackedMatrix | PackedGate
-        if self.activation is None:
-            self.product = PackedMatrix(weight.data, bias, weight.scales)
-        else:
-            gate, up = weight.data.chunk(2)
-            biases = (None, None) if bias is None else bias.chunk(2)
-            scales = weight.scales.chunk(2)
-            self.product = PackedGate(gate, up, self.activation, *biases, scales=scales)
+        self.product = PackedLinear(weight.data, bias, self.activation, scales=weight.scales)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch.nn.functional import linear
 
-from pagoda_kernels.cpu.packed_linear import PackedGate, PackedMatrix, can_pack
+from pagoda_kernels.cpu.packed_linear import PackedLinear, can_pack
 from pagoda_kernels.gated_activation import gated_activation
 from pagoda_runtime.quantization.base import LinearMethod, Placement, Product, fix_rows
 from pagoda_runtime.quantization.parameter import INPUT, OUTPUT, Layout, Parameter
@@ -34,13 +34,13 @@ class UnquantizedLinear(LinearMethod):
 
     def fix_rows(self) -> None:
         # Pagoda's own products do so anyway.
-        if not isinstance(self.product, PackedMatrix | PackedGate):
+        if not isinstance(self.product, PackedLinear):
             self.product = fix_rows(self.product)
 
     @property
     def is_packed(self) -> bool:
         """Whether it holds the weight in a layout of its own, which cannot serve as a table."""
-        return isinstance(self.product, PackedMatrix | PackedGate | PrepackedLinear | PrepackedGate)
+        return isinstance(self.product, PackedLinear | PrepackedLinear)
 
 
 def make_product(
@@ -55,68 +55,46 @@ def make_product(
     Args:
         activation: of a weight that stacks gate and up; the product is activation(gate) * up.
     """
-    is_prepacked = weight.dtype is torch.bfloat16 and has_amx(weight.device)
-    if not is_prepacked and not can_pack(weight):
-        product = partial(linear, weight=weight, bias=bias)
-        if activation is None:
-            return product
-        return lambda x: gated_activation(product(x), activation)
+    if weight.dtype is torch.bfloat16 and has_amx(weight.device):
+        return PrepackedLinear(weight, bias, activation)
+    if can_pack(weight):
+        return PackedLinear(weight, bias, activation)
+    product = partial(linear, weight=weight, bias=bias)
     if activation is None:
-        return PrepackedLinear(weight, bias) if is_prepacked else PackedMatrix(weight, bias)
-    gate, up = weight.chunk(2)
-    biases = (None, None) if bias is None else bias.chunk(2)
-    return (PrepackedGate if is_prepacked else PackedGate)(gate, up, activation, *biases)
+        return product
+    return lambda x: gated_activation(product(x), activation)
 
 
 class PrepackedLinear:
     """oneDNN's linear with a weight in oneDNN's own layout, for bf16 on a CPU with AMX.
 
     Args:
-        activation: applied to the product, in fp32 before it is rounded; a name of ACTIVATIONS.
-            Not together with a factor.
+        activation: see `make_product`; oneDNN's products activate and multiply by themselves.
     """
 
     def __init__(
         self,
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
-        *,
         activation: str | None = None,
     ) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self.bias = bias
+        num_parts = 1 if activation is None else 2
+        biases = [None] * num_parts if bias is None else bias.chunk(num_parts)
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        self.parts = [
+            (reorder(part, None), part_bias)
+            for part, part_bias in zip(weight.chunk(num_parts), biases, strict=True)
+        ]
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
         self._multiply_with = torch.ops.mkldnn._linear_pointwise.binary
         self._post_op = _POST_OPS[activation]
 
-    def __call__(self, x: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
-        """Args: factor: what the result is multiplied by, of its shape and dtype."""
-        product: torch.Tensor
-        if factor is None:
-            name, algorithm = self._post_op
-            product = self._multiply(x, self.packed, self.bias, name, [], algorithm)
-        else:
-            assert self._post_op[0] == "none"
-            product = self._multiply_with(x, factor, self.packed, self.bias, "mul")
-        return product
-
-
-class PrepackedGate:
-    """activation(gate(x)) * up(x), activated and multiplied in oneDNN's products."""
-
-    def __init__(
-        self,
-        gate: torch.Tensor,
-        up: torch.Tensor,
-        activation: str,
-        gate_bias: torch.Tensor | None = None,
-        up_bias: torch.Tensor | None = None,
-    ) -> None:
-        self.gate = PrepackedLinear(gate, gate_bias, activation=activation)
-        self.up = PrepackedLinear(up, up_bias)
-
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(x, self.gate(x))
+        name, algorithm = self._post_op
+        result: torch.Tensor = self._multiply(x, *self.parts[0], name, [], algorithm)
+        for part in self.parts[1:]:
+            result = self._multiply_with(x, result, *part, "mul")
+        return result
 
 
 _POST_OPS: dict[str | None, tuple[str, str]] = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu, silu
 
-from pagoda_kernels.cpu.packed_linear import GATES, PackedGate, PackedMatrix, can_pack
+from pagoda_kernels.cpu.packed_linear import GATES, PackedLinear, can_pack
 from pagoda_kernels.cpu.panels import BF16, INT8_AS_BF16, has_panels
 
 pytestmark = pytest.mark.skipif(
@@ -32,18 +32,18 @@ def assert_rounded_once(result, exact, slack=2.0**-8):
 def test_a_product_is_exact_but_for_one_rounding(rows, out_features):
     matrix, bias, x = make(out_features, 66), make(out_features), make(rows, 66)
     exact = x.double() @ matrix.double().T + bias.double()
-    assert_rounded_once(PackedMatrix(matrix, bias)(x), exact)
+    assert_rounded_once(PackedLinear(matrix, bias)(x), exact)
 
 
 def test_a_row_has_the_same_bits_whatever_its_neighbours():
-    product, x = PackedMatrix(make(160, 640)), make(45, 640)
+    product, x = PackedLinear(make(160, 640)), make(45, 640)
     together = product(x)
     for first, last in ((0, 1), (3, 10), (8, 45), (20, 22)):
         assert torch.equal(product(x[first:last]), together[first:last])
 
 
 def test_the_bits_do_not_depend_on_the_number_of_threads():
-    product, x = PackedMatrix(make(2048, 640)), make(16, 640)
+    product, x = PackedLinear(make(2048, 640)), make(16, 640)
     expected = product(x)
     num_threads = torch.get_num_threads()
     try:
@@ -68,13 +68,15 @@ def test_a_gate_activates_and_multiplies_before_it_rounds(activation, size):
     exact = function(x.double() @ gate.double().T + gate_bias.double()) * (
         x.double() @ up.double().T
     )
-    result = PackedGate(gate, up, activation, gate_bias)(x)
+    result = PackedLinear(
+        torch.cat([gate, up]), torch.cat([gate_bias, torch.zeros(size)]), activation
+    )(x)
     assert_rounded_once(result, exact, slack=2.0**-7)
 
 
 @pytest.mark.parametrize("activation", GATES)
 def test_a_gate_keeps_what_is_not_a_number_in_its_row(activation):
-    gate = PackedGate(make(64, 64), make(64, 64), activation)
+    gate = PackedLinear(make(128, 64), None, activation)
     x = make(3, 64)
     expected = gate(x)
     x[1, 7] = torch.nan
@@ -108,7 +110,7 @@ def test_an_int8_product_is_exact_but_for_the_matrix_and_one_rounding(rows, out_
     matrix[5] *= 1000
     exact = x.double() @ rounded_to_int8(matrix).T + bias.double()
     integers, scales = round_to_int8(matrix)
-    product = PackedMatrix(integers, bias, scales)
+    product = PackedLinear(integers, bias, scales=scales)
     assert_rounded_once(product(x), exact, slack=2.0**-7)
     assert torch.equal(product(x[:1]), product(x)[:1])
 
@@ -117,29 +119,27 @@ def test_an_int8_product_is_exact_but_for_the_matrix_and_one_rounding(rows, out_
 @pytest.mark.parametrize("activation", GATES)
 def test_an_int8_gate_has_scales_for_both_of_its_matrices(activation):
     gate, up, x = make(40, 64, scale=0.01), make(40, 64, scale=10.0), make(9, 64)
-    biases = make(40), make(40)
-    wide = PackedGate(
-        rounded_to_int8(gate).bfloat16(), rounded_to_int8(up).bfloat16(), activation, *biases
-    )
-    (gate, gate_scales), (up, up_scales) = round_to_int8(gate), round_to_int8(up)
-    result = PackedGate(gate, up, activation, *biases, scales=(gate_scales, up_scales))(x)
+    matrix, bias = torch.cat([gate, up]), make(80)
+    wide = PackedLinear(rounded_to_int8(matrix).bfloat16(), bias, activation)
+    integers, scales = round_to_int8(matrix)
+    result = PackedLinear(integers, bias, activation, scales=scales)(x)
     torch.testing.assert_close(result, wide(x), rtol=0.02, atol=0.2)
 
 
 def test_rows_need_not_lie_next_to_each_other():
-    product, x = PackedMatrix(make(64, 64)), make(6, 128)
+    product, x = PackedLinear(make(64, 64)), make(6, 128)
     assert torch.equal(product(x[:, :64]), product(x[:, :64].contiguous()))
 
 
 def test_no_rows_give_no_rows():
-    assert PackedMatrix(make(64, 64))(make(0, 64)).shape == (0, 64)
+    assert PackedLinear(make(64, 64))(make(0, 64)).shape == (0, 64)
 
 
 def test_a_matrix_or_rows_that_do_not_fit_are_refused():
     assert not can_pack(torch.zeros(32, 8))
     assert not can_pack(make(32, 7))
     with pytest.raises(ValueError, match="in_features is 7"):
-        PackedMatrix(make(32, 7))
+        PackedLinear(make(32, 7))
     for x in (make(2, 10), torch.zeros(2, 8)):
         with pytest.raises(ValueError, match="the matrix has 8 columns"):
-            PackedMatrix(make(32, 8))(x)
+            PackedLinear(make(32, 8))(x)

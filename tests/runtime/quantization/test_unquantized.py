@@ -5,12 +5,11 @@ from functools import partial
 import pytest
 import torch
 
-from pagoda_kernels.cpu.packed_linear import PackedGate, PackedMatrix, can_pack
+from pagoda_kernels.cpu.packed_linear import PackedLinear, can_pack
 from pagoda_kernels.cpu.panels import BF16, has_panels
 from pagoda_kernels.gated_activation import ACTIVATIONS, gated_activation
 from pagoda_runtime.quantization import unquantized
 from pagoda_runtime.quantization.unquantized import (
-    PrepackedGate,
     PrepackedLinear,
     UnquantizedLinear,
     make_product,
@@ -19,8 +18,7 @@ from pagoda_runtime.quantization.unquantized import (
 needs_panels = pytest.mark.skipif(
     not has_panels(BF16), reason="this processor does not multiply bf16 itself"
 )
-METHODS = [PackedMatrix, PrepackedLinear]
-GATES = [PackedGate, PrepackedGate]
+METHODS = [PackedLinear, PrepackedLinear]
 
 
 def make_bf16(*size):
@@ -41,12 +39,12 @@ def test_fp32_is_multiplied_by_torch():
 def test_bf16_is_packed_where_the_processor_multiplies_it(monkeypatch):
     weight = make_bf16(8, 4)
     monkeypatch.setattr(unquantized, "has_amx", lambda device: False)
-    assert isinstance(make_product(weight), PackedMatrix if can_pack(weight) else partial)
+    assert isinstance(make_product(weight), PackedLinear if can_pack(weight) else partial)
     if can_pack(weight):
-        assert isinstance(make_product(weight, None, "silu"), PackedGate)
+        assert isinstance(make_product(weight, None, "silu"), PackedLinear)
     monkeypatch.setattr(unquantized, "has_amx", lambda device: True)
     assert isinstance(make_product(weight), PrepackedLinear)
-    assert isinstance(make_product(weight, None, "silu"), PrepackedGate)
+    assert isinstance(make_product(weight, None, "silu"), PrepackedLinear)
 
 
 @needs_panels
@@ -65,15 +63,14 @@ def test_a_packed_product_equals_torchs(method, rows, has_bias):
 @needs_panels
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", METHODS)
 def test_a_packed_gate_equals_the_merged_one(gate, activation, has_bias):
     torch.manual_seed(0)
     weight = (torch.randn(192, 64) * 0.2).bfloat16()
-    biases = [(torch.randn(96) * 0.2).bfloat16() for _ in range(2)] if has_bias else [None, None]
+    bias = (torch.randn(192) * 0.2).bfloat16() if has_bias else None
     x = make_bf16(5, 64)
-    bias = torch.cat(biases) if has_bias else None
     expected = gated_activation(torch.nn.functional.linear(x, weight, bias), activation)
-    result = gate(*weight.chunk(2), activation, *biases)(x)
+    result = gate(weight, bias, activation)(x)
     torch.testing.assert_close(result, expected, atol=0.03, rtol=0.02)
 
 
@@ -95,10 +92,10 @@ def test_with_fixed_rows_a_result_does_not_depend_on_other_rows(method):
 
 
 @needs_panels
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", METHODS)
 def test_with_fixed_rows_a_gates_result_does_not_depend_on_other_rows(gate):
     torch.manual_seed(0)
     weight = (torch.randn(192, 640) * 0.05).bfloat16()
-    product, x = fix_rows(gate(*weight.chunk(2), "silu")), make_bf16(21, 640)
+    product, x = fix_rows(gate(weight, None, "silu")), make_bf16(21, 640)
     together = product(x)
     assert all(torch.equal(product(x[i : i + 1]), together[i : i + 1]) for i in range(21))

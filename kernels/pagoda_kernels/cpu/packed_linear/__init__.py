@@ -1,10 +1,9 @@
-"""Products with a matrix packed in panels, alone or as a gated layer: see `panels`."""
+"""Products with a matrix packed in panels, alone or as gate and up of a layer: see `panels`."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
+from torch.nn.functional import pad
 
 from pagoda_kernels.cpu.packed_linear import kernel
 from pagoda_kernels.cpu.packing import pack
@@ -13,11 +12,10 @@ from pagoda_kernels.cpu.panels import (
     BYTES_PER_STEP,
     GROUP_SIZE,
     INT8_AS_BF16,
-    PANEL_SIZE,
     has_panels,
 )
 
-__all__ = ["GATES", "PackedGate", "PackedMatrix", "can_pack"]
+__all__ = ["GATES", "PackedLinear", "can_pack"]
 
 GATES = {"silu": kernel.SILU, "gelu": kernel.GELU, "gelu_pytorch_tanh": kernel.GELU_TANH}
 """The activations that a gate can have."""
@@ -31,128 +29,67 @@ def can_pack(matrix: torch.Tensor) -> bool:
     return whole_steps and has_panels(BF16)
 
 
-class _Panels(NamedTuple):
-    """A matrix as the kernel takes it."""
-
-    panels: torch.Tensor
-    bias: torch.Tensor
-    """[num_groups * GROUP_SIZE] fp32, what sums begin with."""
-    scales: torch.Tensor | None
-    """[num_groups * GROUP_SIZE] fp32, what sums are multiplied by, if the numbers are int8."""
-
-    @classmethod
-    def make(cls, matrix: torch.Tensor, bias: torch.Tensor, scales: torch.Tensor | None) -> _Panels:
-        """Args: matrix: [whole groups, in_features]; bias, scales: [whole groups] fp32."""
-        if scales is None:
-            return cls(pack(matrix, BF16), bias, None)
-        return cls(pack(matrix, INT8_AS_BF16), bias / scales, scales)
-
-
-class PackedMatrix:
-    """x @ matrix.T + bias, computed in fp32 and rounded once.
+class PackedLinear:
+    """x @ weight.T + bias; with an activation, of a weight that stacks gate and up,
+    activation(gate) * up. Computed in fp32 and rounded once.
 
     Args:
-        matrix: [out_features, in_features] bf16 for which `can_pack`, copied; or with scales int8
+        weight: [out_features, in_features] bf16 for which `can_pack`, copied; or with scales int8
             between -127 and 127, widened to bf16, exactly, on the way to the product.
         bias: [out_features], or none.
-        scales: [out_features] fp32, what each row of an int8 matrix is multiplied by.
+        activation: a name of GATES.
+        scales: [out_features] fp32, what each row of an int8 weight is multiplied by.
     """
 
     def __init__(
         self,
-        matrix: torch.Tensor,
+        weight: torch.Tensor,
         bias: torch.Tensor | None = None,
+        activation: str | None = None,
+        *,
         scales: torch.Tensor | None = None,
     ) -> None:
-        self.out_features = len(matrix)
-        size = self.out_features + -self.out_features % GROUP_SIZE
-        self._panels = _Panels.make(
-            _padded(matrix, size),
-            _padded_numbers(bias, size),
-            None if scales is None else _padded_numbers(scales, size, fill=1.0),
-        )
+        num_parts = 1 if activation is None else 2
+        self._gate = kernel.NO_GATE if activation is None else GATES[activation]
+        self.out_features, self._in_features = len(weight) // num_parts, weight.shape[1]
+        # A group has rows of each part: with an activation a panel of the gate, and one of up.
+        num_rows = GROUP_SIZE // num_parts
+        missing = -self.out_features % num_rows
+
+        def in_groups(rows: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+            parts = torch.unflatten(rows, 0, (num_parts, -1))
+            if missing:
+                parts = pad(parts, (0, 0) * (rows.dim() - 1) + (0, missing), value=fill)
+            return torch.unflatten(parts, 1, (-1, num_rows)).transpose(0, 1).flatten(0, 2)
+
+        # What sums begin with, before they are multiplied by scales.
+        begin = torch.zeros(len(weight)) if bias is None else bias.float()
+        self._scales: torch.Tensor | int = kernel.NO_SCALES
+        if scales is not None:
+            self._scales, begin = in_groups(scales, 1.0), begin / scales
+        self._bias = in_groups(begin)
+        self._panels = pack(in_groups(weight), BF16 if scales is None else INT8_AS_BF16)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[num_rows, out_features] bf16 of x, [num_rows, in_features] bf16."""
-        return _multiply(x, self._panels, kernel.NO_GATE, self.out_features)
-
-
-class PackedGate:
-    """activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias), in fp32 and rounded once.
-
-    Args:
-        gate, up: [out_features, in_features], as for `PackedMatrix`.
-        activation: a name of GATES.
-        gate_bias, up_bias: [out_features], or none.
-        scales: of gate and of up, if they are int8.
-    """
-
-    def __init__(
-        self,
-        gate: torch.Tensor,
-        up: torch.Tensor,
-        activation: str,
-        gate_bias: torch.Tensor | None = None,
-        up_bias: torch.Tensor | None = None,
-        *,
-        scales: tuple[torch.Tensor, ...] | None = None,
-    ) -> None:
-        self.out_features, in_features = gate.shape
-        size = self.out_features + -self.out_features % PANEL_SIZE
-
-        # A group is a panel of the gate and one of up.
-        def by_panel(*pair: torch.Tensor) -> torch.Tensor:
-            return torch.stack([part.view(-1, PANEL_SIZE) for part in pair], 1).view(-1)
-
-        rows = [_padded(part, size).view(-1, PANEL_SIZE, in_features) for part in (gate, up)]
-        self._panels = _Panels.make(
-            torch.cat(rows, 1).view(-1, in_features),
-            by_panel(*(_padded_numbers(bias, size) for bias in (gate_bias, up_bias))),
-            None
-            if scales is None
-            else by_panel(*(_padded_numbers(part, size, fill=1.0) for part in scales)),
+        """[num_rows, outputs] bf16 of x, [num_rows, in_features] bf16."""
+        num_rows, in_features = x.shape
+        if x.dtype is not torch.bfloat16 or in_features != self._in_features:
+            raise ValueError(
+                f"x is {list(x.shape)} in {x.dtype}; the matrix has {self._in_features} columns in "
+                "bf16."
+            )
+        x = x.contiguous()
+        out = torch.empty(num_rows, self.out_features, dtype=torch.bfloat16)
+        kernel.multiply(
+            self._panels,
+            len(self._panels),
+            x,
+            num_rows,
+            in_features,
+            self._bias,
+            self._scales,
+            self._gate,
+            out,
+            self.out_features,
         )
-        self._gate = GATES[activation]
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[num_rows, out_features] bf16 of x, [num_rows, in_features] bf16."""
-        return _multiply(x, self._panels, self._gate, self.out_features)
-
-
-def _multiply(x: torch.Tensor, matrix: _Panels, gate: int, out_features: int) -> torch.Tensor:
-    num_rows, in_features = x.shape
-    num_groups, num_steps, _, numbers = matrix.panels.shape
-    if x.dtype is not torch.bfloat16 or in_features != num_steps * numbers:
-        raise ValueError(
-            f"x is {list(x.shape)} in {x.dtype}; the matrix has {num_steps * numbers} columns in "
-            "bf16."
-        )
-    x = x.contiguous()
-    out = torch.empty(num_rows, out_features, dtype=torch.bfloat16)
-    kernel.multiply(
-        matrix.panels,
-        num_groups,
-        x,
-        num_rows,
-        in_features,
-        matrix.bias,
-        kernel.NO_SCALES if matrix.scales is None else matrix.scales,
-        gate,
-        out,
-        out_features,
-    )
-    return out
-
-
-def _padded(matrix: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """With rows of zeros at the end."""
-    missing = num_rows - len(matrix)
-    return torch.nn.functional.pad(matrix, (0, 0, 0, missing)) if missing else matrix
-
-
-def _padded_numbers(numbers: torch.Tensor | None, size: int, fill: float = 0.0) -> torch.Tensor:
-    """[size] fp32: filled up where there are none."""
-    padded = torch.full((size,), fill)
-    if numbers is not None:
-        padded[: len(numbers)] = numbers
-    return padded
+        return out
