@@ -143,16 +143,16 @@ class ApiServer:
         path = f"{_path_of(manifest)}/status"
         return await self._apply(path, manifest, manager=manager, force=True)
 
-    async def delete(self, kind: str, namespace: str, name: str, *, uid: str) -> None:
-        """Delete the object if it has the uid; it is no error if there is none."""
+    async def delete(self, live: Manifest) -> None:
+        """Delete the object with exactly this uid; it is no error if there is none."""
         body = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
-            "preconditions": {"uid": uid},
+            "preconditions": {"uid": live["metadata"]["uid"]},
             "propagationPolicy": "Background",
         }
         with contextlib.suppress(NotFound):
-            await self._request("DELETE", _path(kind, namespace, name), body=body)
+            await self._request("DELETE", _path_of(live), body=body)
 
     async def _apply(self, path: str, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
         query = {"fieldManager": manager, "force": "true" if force else "false"}

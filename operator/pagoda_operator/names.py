@@ -47,6 +47,10 @@ class ChildRef:
     kind: str
     name: str
 
+    @classmethod
+    def of(cls, manifest: Manifest) -> ChildRef:
+        return cls(manifest["kind"], manifest["metadata"]["name"])
+
     def __str__(self) -> str:
         return f"{self.kind} {self.name}"
 

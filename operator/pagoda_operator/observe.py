@@ -55,11 +55,7 @@ async def observe(
     lists = await asyncio.gather(*(cluster.list(kind, namespace, selector) for kind in kinds))
     listed = dict(zip(kinds, lists, strict=True))
     pods = listed.pop("Pod", [])
-    children = {
-        ChildRef(kind, item["metadata"]["name"]): item
-        for kind, items in listed.items()
-        for item in items
-    }
+    children = {ChildRef.of(item): item for items in listed.values() for item in items}
     unseen = [ref for ref in named if ref not in children]
     found = await asyncio.gather(*(cluster.get(ref.kind, namespace, ref.name) for ref in unseen))
     children |= {ref: item for ref, item in zip(unseen, found, strict=True) if item is not None}

@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from pagoda_operator.contest import Edit
-from pagoda_operator.names import KIND, ChildRef, Manifest, is_leaving, same_object
-from pagoda_operator.ownership import describe_rivals, is_made_by_us, is_scaled_by_us, take_over
+from pagoda_operator.contest import Contests, Edit
+from pagoda_operator.names import (
+    KIND,
+    MANAGER,
+    SCALING_MANAGER,
+    ChildRef,
+    Manifest,
+    is_leaving,
+    same_object,
+)
+from pagoda_operator.ownership import (
+    describe_rivals,
+    describe_scaler,
+    is_made_by_us,
+    is_scaled_by_us,
+)
 from pagoda_operator.spec import LLMService
 
 WAIT_FOR_DELETION_SECONDS = 1.0
@@ -32,40 +45,30 @@ class Applied:
     result: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observed:
-    """What the API server holds for one LLMService."""
+@dataclass(slots=True)
+class Memory:
+    """What the passes of one service remember; losing it costs a few writes."""
 
-    children: Mapping[ChildRef, Manifest]
-    """Objects with the label of the service, and objects that have the name of a child."""
-    applied: Mapping[ChildRef, Applied]
-    waits: Mapping[Edit, float] = field(default_factory=dict)
-    """Seconds before an edit of others may be undone; see `contest`."""
+    applied: dict[ChildRef, Applied] = field(default_factory=dict)
+    contests: Contests = field(default_factory=Contests)
+    scaled: int | None = None
+    """The replicas that the Deployment last had as it should."""
+    is_swept: bool = False
+    """Whether children that are not wanted any more were looked for and deleted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Apply:
-    """A server-side apply; `creates` if nothing of that name was there.
+    """A server-side apply of one of our managers.
 
-    taken_over: resourceVersion and managedFields to write before; see `ownership.take_over`.
-    undoes: the edit, if this puts back what was applied before.
-    found: digest of what is there.
+    live: what has the name now. undoes: the edit, if this puts back what was there before.
     """
 
     ref: ChildRef
     manifest: Manifest
-    creates: bool
-    taken_over: Manifest | None = None
+    live: Manifest | None
+    manager: str = MANAGER
     undoes: Edit | None = None
-    found: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delete:
-    """A deletion of the object with exactly this uid."""
-
-    ref: ChildRef
-    uid: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +80,7 @@ class Plan:
     """
 
     applies: tuple[Apply, ...] = ()
-    deletes: tuple[Delete, ...] = ()
+    deletes: tuple[Manifest, ...] = ()
     conflicts: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
     held: tuple[Edit, ...] = ()
@@ -87,33 +90,39 @@ class Plan:
 def make_plan(
     service: LLMService,
     wanted: Mapping[ChildRef, Manifest],
-    observed: Observed,
+    children: Mapping[ChildRef, Manifest],
+    memory: Memory,
     *,
     target_replicas: int,
+    now: float,
 ) -> Plan:
     """The plan for one LLMService.
 
     Args:
         wanted: its children, as `render_children` has them.
-        target_replicas: with how many replicas a new Deployment begins; see `plan_scale`.
+        children: objects with the label of the service, and those that have the name of a child.
+        target_replicas: how many replicas the Deployment should have.
+        now: seconds of a monotonic clock.
     """
     applies: list[Apply] = []
     held: list[Edit] = []
     conflicts, waiting = [], []
+    waits = memory.contests.waits(now)
     for ref, manifest in wanted.items():
-        live = observed.children.get(ref)
+        live = children.get(ref)
         if live is not None and _is_strangers(live, service):
             conflicts.append(_describe_conflict(ref, live))
         elif live is not None and (is_leaving(live) or not is_ours(live, service)):
             waiting.append(_describe_deletion(ref, live))
-        elif (apply := _plan_apply(ref, manifest, observed, target_replicas)) is not None:
-            if apply.undoes is not None and apply.undoes in observed.waits:
-                held.append(apply.undoes)
-            else:
-                applies.append(apply)
+        else:
+            for apply in _plan_applies(ref, manifest, live, memory, target_replicas):
+                if apply.undoes is not None and apply.undoes in waits:
+                    held.append(apply.undoes)
+                else:
+                    applies.append(apply)
     deletes = [
-        Delete(ref=ref, uid=live["metadata"]["uid"])
-        for ref, live in sorted(observed.children.items())
+        live
+        for ref, live in sorted(children.items())
         if ref not in wanted and is_ours(live, service) and not is_leaving(live)
     ]
     if conflicts:
@@ -125,13 +134,6 @@ def make_plan(
         held=tuple(held),
         requeue_seconds=WAIT_FOR_DELETION_SECONDS if waiting else None,
     )
-
-
-def plan_scale(deployment: Manifest, target_replicas: int) -> Manifest | None:
-    """The manifest by which the scaling manager sets the replicas; None if they are right."""
-    if deployment["spec"].get("replicas", 1) == target_replicas:
-        return None
-    return same_object(deployment, spec={"replicas": target_replicas})
 
 
 def digest(manifest: Manifest) -> str:
@@ -152,23 +154,29 @@ def digest(manifest: Manifest) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _plan_apply(
-    ref: ChildRef, manifest: Manifest, observed: Observed, target_replicas: int
-) -> Apply | None:
-    """The apply that makes the child what it should be; None if it is."""
-    live, applied, intent = observed.children.get(ref), observed.applied.get(ref), digest(manifest)
-    found = "" if live is None else digest(live)
-    if applied == Applied(intent, found):
-        return None
-    is_correction = applied is not None and applied.intent == intent
-    return Apply(
-        ref=ref,
-        manifest=_with_replicas(manifest, live, target_replicas),
-        creates=live is None,
-        taken_over=None if live is None else take_over(live),
-        undoes=Edit(ref, describe_rivals(live)) if is_correction else None,
-        found=found,
-    )
+def _plan_applies(
+    ref: ChildRef, manifest: Manifest, live: Manifest | None, memory: Memory, target_replicas: int
+) -> Iterator[Apply]:
+    """What makes the child as it should be: the rest of it, and the replicas of a Deployment."""
+    applied, intent = memory.applied.get(ref), digest(manifest)
+    if live is None or applied != Applied(intent, digest(live)):
+        is_correction = applied is not None and applied.intent == intent
+        yield Apply(
+            ref=ref,
+            manifest=_with_replicas(manifest, live, target_replicas),
+            live=live,
+            undoes=Edit(ref, describe_rivals(live)) if is_correction else None,
+        )
+    if live is None or ref.kind != "Deployment":
+        return
+    if live["spec"].get("replicas", 1) != target_replicas:
+        yield Apply(
+            ref=ref,
+            manifest=same_object(live, spec={"replicas": target_replicas}),
+            live=live,
+            manager=SCALING_MANAGER,
+            undoes=Edit(ref, describe_scaler(live)) if memory.scaled == target_replicas else None,
+        )
 
 
 def _with_replicas(manifest: Manifest, live: Manifest | None, target_replicas: int) -> Manifest:

@@ -24,7 +24,7 @@ from pagoda_operator.causes import (
     steady,
 )
 from pagoda_operator.cluster import ApiError, ApiServer, NotFound, Refused, Unavailable
-from pagoda_operator.execute import Memory, Outcome, execute
+from pagoda_operator.execute import execute
 from pagoda_operator.names import (
     CHILD_KINDS,
     KIND,
@@ -38,7 +38,7 @@ from pagoda_operator.names import (
 )
 from pagoda_operator.observe import World, observe, seconds_to_next_look
 from pagoda_operator.ownership import replicas_owner
-from pagoda_operator.plan import Observed, Plan, is_controlled_by, make_plan
+from pagoda_operator.plan import Memory, Plan, is_controlled_by, make_plan
 from pagoda_operator.poll import Poller
 from pagoda_operator.render import render_children, revision_of
 from pagoda_operator.spec import LLMService, SpecError, parse
@@ -114,24 +114,21 @@ class Reconciler:
         deployment = world.own(service, ChildRef("Deployment", engine_name(key.name)))
         target = self._poller.target(service, previous, deployment)
         memory, now = self._memories.setdefault(key, Memory()), self._clock()
-        observed = Observed(
-            children=world.children, applied=memory.applied, waits=memory.contests.waits(now)
-        )
-        plan = make_plan(service, wanted, observed, target_replicas=target)
+        plan = make_plan(service, wanted, world.children, memory, target_replicas=target, now=now)
         failure: Refused | Unavailable | None = None
-        outcome = Outcome(deployment)
         try:
-            outcome = await execute(self._cluster, key, plan, deployment, memory, target, now)
+            deployment = await execute(self._cluster, key, plan, memory, now) or deployment
+            memory.scaled = target
         except (Refused, Unavailable) as error:
             failure = error
-        is_complete = world.is_listed or all(apply.creates for apply in plan.applies)
+        is_complete = world.is_listed or all(apply.live is None for apply in plan.applies)
         memory.is_swept |= is_complete and failure is None and not plan.conflicts
         if failure is None and plan.applies and not is_seen(previous):
             return FIRST_STATUS_SECONDS
-        hindrance = _find_hindrance(plan, failure) or memory.contests.find_cause(outcome.held, now)
+        hindrance = _find_hindrance(plan, failure) or memory.contests.find_cause(plan.held, now)
         # The queue tells of the first trouble, and tries the status again as well.
         with contextlib.suppress(*([ApiError] if isinstance(failure, Unavailable) else [])):
-            await self._report(manifest, service, world, outcome.deployment, target, hindrance)
+            await self._report(manifest, service, world, deployment, target, hindrance)
         if isinstance(failure, Unavailable):
             raise failure
         if failure is not None:
@@ -144,7 +141,7 @@ class Reconciler:
         looks = [
             plan.requeue_seconds,
             seconds_to_next_look(world.pods, self._now()),
-            memory.contests.seconds_to_next_look(outcome.held, now),
+            memory.contests.seconds_to_next_look(plan.held, now),
         ]
         return min((seconds for seconds in looks if seconds), default=None)
 
@@ -172,9 +169,8 @@ class Reconciler:
         """Delete pods that their node ended, except the last few: nobody else does."""
         with contextlib.suppress(Refused):
             for pod in failed_pods(pods)[CRASHES_UNTIL_STALLED:]:
-                metadata = pod["metadata"]
-                name = metadata["name"]
-                await self._cluster.delete("Pod", key.namespace, name, uid=metadata["uid"])
+                await self._cluster.delete(pod)
+                name = pod["metadata"]["name"]
                 logger.info("%s: deleted the pod %s, which its node ended", key, name)
 
     async def _reject(self, key: Key, manifest: Manifest, message: str) -> None:

@@ -48,7 +48,7 @@ def render_children(
     if service.spec.network_policy.enabled:
         children.append(render_network_policy(service, operator_namespace))
     children.append(render_deployment(service, engine_image=engine_image))
-    return {ChildRef(child["kind"], child["metadata"]["name"]): child for child in children}
+    return {ChildRef.of(child): child for child in children}
 
 
 def render_service_account(service: LLMService) -> Manifest:

@@ -150,12 +150,13 @@ class MemoryCluster(ApiServer):
         self.objects[key]["status"] = copy.deepcopy(manifest["status"])
         return copy.deepcopy(self.objects[key])
 
-    async def delete(self, kind: str, namespace: str, name: str, *, uid: str) -> None:
-        live = self.objects.get((kind, name))
-        if live is not None and live["metadata"]["uid"] != uid:
+    async def delete(self, live: Manifest) -> None:
+        key = (live["kind"], live["metadata"]["name"])
+        stored = self.objects.get(key)
+        if stored is not None and stored["metadata"]["uid"] != live["metadata"]["uid"]:
             raise Conflict(409, "uid mismatch")
-        self.writes.append(("delete", kind, name))
-        self.objects.pop((kind, name), None)
+        self.writes.append(("delete", *key))
+        self.objects.pop(key, None)
 
     def _note_owner(self, stored: Manifest, manifest: Manifest, manager: str) -> None:
         """managedFields, as far as `spec.replicas` goes: the last one to set it owns it."""

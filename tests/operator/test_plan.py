@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pagoda_operator.names import ChildRef, Manifest
 from pagoda_operator.ownership import take_over
-from pagoda_operator.plan import Applied, Observed, Plan, digest, make_plan, plan_scale
+from pagoda_operator.plan import Applied, Memory, Plan, digest, make_plan
 from pagoda_operator.render import render_children
 from pagoda_operator.spec import LLMService
 from pagoda_operator.testing import make_service
@@ -19,9 +19,16 @@ DEPLOYMENT = ChildRef("Deployment", "chat-engine")
 SERVICE = ChildRef("Service", "chat")
 
 
+class Observed(NamedTuple):
+    """What the API server holds, and what the operator remembers to have applied."""
+
+    children: dict[ChildRef, Manifest]
+    applied: dict[ChildRef, Applied]
+
+
 def plan(service: LLMService, observed: Observed, target: int = 1) -> Plan:
-    wanted = render_children(service, engine_image="engine:1")
-    return make_plan(service, wanted, observed, target_replicas=target)
+    wanted, memory = render_children(service, engine_image="engine:1"), Memory(observed.applied)
+    return make_plan(service, wanted, observed.children, memory, target_replicas=target, now=0.0)
 
 
 def nothing() -> Observed:
@@ -38,8 +45,8 @@ def carry_out(made: Plan, observed: Observed) -> Observed:
         live["status"] = {"replicas": 1}
         children[apply.ref] = live
         applied[apply.ref] = Applied(digest(apply.manifest), digest(live))
-    for delete in made.deletes:
-        del children[delete.ref]
+    for live in made.deletes:
+        del children[ChildRef.of(live)]
     return Observed(children=children, applied=applied)
 
 
@@ -56,7 +63,7 @@ def edited(observed: Observed, ref: ChildRef, **metadata: Any) -> tuple[Observed
 def test_a_new_service_gets_all_children_with_the_target_replicas() -> None:
     made = plan(make_service(), nothing(), target=3)
     assert [apply.ref.kind for apply in made.applies] == ["ServiceAccount", "Service", "Deployment"]
-    assert all(apply.creates for apply in made.applies)
+    assert all(apply.live is None for apply in made.applies)
     assert made.applies[-1].manifest["spec"]["replicas"] == 3
 
 
@@ -81,7 +88,7 @@ def test_status_and_replicas_of_a_child_are_no_drift() -> None:
     observed, live = edited(steady(), DEPLOYMENT)
     live["status"] = {"replicas": 5}
     live["spec"]["replicas"] = 5
-    assert plan(make_service(), observed) == Plan()
+    assert plan(make_service(), observed, target=5) == Plan()
 
 
 def test_secrets_of_a_service_account_are_no_drift() -> None:
@@ -102,7 +109,7 @@ def test_a_restarted_operator_applies_once_what_it_does_not_remember() -> None:
     observed = Observed(children=steady().children, applied={})
     made = plan(make_service(), observed)
     assert len(made.applies) == 3
-    assert not any(apply.creates for apply in made.applies)
+    assert not any(apply.live is None for apply in made.applies)
 
 
 def test_replicas_are_sent_as_they_are_until_the_scaling_manager_owns_them() -> None:
@@ -116,12 +123,13 @@ def test_replicas_are_sent_as_they_are_until_the_scaling_manager_owns_them() -> 
 
 
 def test_scaling_names_the_uid_and_says_nothing_when_the_number_is_right() -> None:
-    live = steady().children[DEPLOYMENT]
-    assert plan_scale(live, 1) is None
-    scale = plan_scale(live, 2)
-    assert scale is not None
-    assert scale["metadata"]["uid"] == live["metadata"]["uid"]
-    assert scale["spec"] == {"replicas": 2}
+    observed = steady()
+    assert plan(make_service(), observed, target=1).applies == ()
+    (scale,) = plan(make_service(), observed, target=2).applies
+    live = observed.children[DEPLOYMENT]
+    assert scale.manager == "pagoda-scaling"
+    assert scale.manifest["metadata"]["uid"] == live["metadata"]["uid"]
+    assert scale.manifest["spec"] == {"replicas": 2}
 
 
 def test_a_strangers_child_is_a_conflict_and_nothing_is_written() -> None:
@@ -139,7 +147,7 @@ def test_a_child_that_lost_its_owner_is_adopted_and_a_strangers_with_our_labels_
     assert plan(make_service(), observed).conflicts
     live["metadata"]["managedFields"] = [entry("pagoda", {"f:spec": {}}, operation="Apply")]
     made = plan(make_service(), observed)
-    assert [(apply.ref, apply.creates) for apply in made.applies] == [(SERVICE, False)]
+    assert [(apply.ref, apply.live is None) for apply in made.applies] == [(SERVICE, False)]
     assert made.applies[0].manifest["metadata"]["ownerReferences"][0]["uid"] == "uid-of-chat"
     live["metadata"]["labels"]["pagoda.dev/service"] = "another"
     assert plan(make_service(), observed).conflicts
@@ -168,7 +176,7 @@ def test_a_child_of_ours_that_is_not_wanted_is_deleted_by_its_uid() -> None:
     ref = ChildRef("Service", "chat-old")
     both = Observed(children={**observed.children, ref: extra}, applied=observed.applied)
     (delete,) = plan(make_service(), both).deletes
-    assert (delete.ref, delete.uid) == (ref, "uid-old")
+    assert (ChildRef.of(delete), delete["metadata"]["uid"]) == (ref, "uid-old")
     extra["metadata"]["ownerReferences"] = []
     assert plan(make_service(), both).deletes == ()
 
@@ -182,7 +190,7 @@ def test_what_was_left_behind_and_is_not_wanted_any_more_goes_too() -> None:
     observed = Observed(children={ref: live}, applied={})
     assert plan(make_service(), observed).deletes == ()
     live["metadata"]["managedFields"] = [entry("pagoda", {"f:spec": {}}, operation="Apply")]
-    assert [delete.ref for delete in plan(make_service(), observed).deletes] == [ref]
+    assert [ChildRef.of(live) for live in plan(make_service(), observed).deletes] == [ref]
 
 
 def test_rendering_is_what_is_applied() -> None:
