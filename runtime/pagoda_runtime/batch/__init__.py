@@ -1,7 +1,7 @@
 """`pagoda run-batch -i in.jsonl -o out.jsonl MODEL`: OpenAI's batch format, without a server.
 
-`lines` reads the input, `results` keeps the output and knows what is done, `job` sends the lines
-through the server's own application (`asgi`), so that every field means what it means over HTTP.
+`lines` reads the input, `results` keeps the output and knows what is done, `job` answers the lines
+as the server's own routes do, so that every field means what it means over HTTP.
 """
 
 from __future__ import annotations

@@ -7,28 +7,26 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from starlette.types import ASGIApp
-
-from pagoda_runtime.batch.asgi import post
 from pagoda_runtime.batch.lines import BadLine, Line, pending, read_lines
-from pagoda_runtime.batch.results import ResultFile, make_bad_result, make_result, read_error
+from pagoda_runtime.batch.results import ResultFile, make_bad_result, make_result
 from pagoda_runtime.client.engine_client import ENGINE_COMMAND, EngineClient
 from pagoda_runtime.config import ServerConfig
-from pagoda_runtime.errors import EngineDead, FatalError, PagodaError
-from pagoda_runtime.server.app import ROUTES, create_app, create_state
+from pagoda_runtime.errors import EngineDead, FatalError, PagodaError, QueueFull
+from pagoda_runtime.server.answers import ChatCompletion, Completion
+from pagoda_runtime.server.app import create_state
+from pagoda_runtime.server.errors import ApiError, to_api_error
+from pagoda_runtime.server.openai import BODIES, complete
 from pagoda_runtime.server.run import load_from_folder, read_chat_template
+from pagoda_runtime.server.state import ServerState
 
 logger = logging.getLogger("pagoda.batch")
 
-URLS = tuple(route.removeprefix("POST ") for route in ROUTES if route.startswith("POST /v1/"))
 # A file is its owner's own; it is read line by line.
-MAX_BODY_BYTES = 32 * 1024 * 1024
-# A body of the largest size, and room for the other fields.
-MAX_LINE_BYTES = MAX_BODY_BYTES + 65536
+MAX_LINE_BYTES = 32 * 1024 * 1024
 SYNC_SECONDS = 1.0
 PROGRESS_SECONDS = 10.0
 QUEUE_FULL_SECONDS = 0.1
@@ -65,16 +63,18 @@ async def run_batch(
     try:
         with open(source, "rb") as file:
             lines = pending(
-                read_lines(file, URLS, MAX_LINE_BYTES), results.custom_ids, results.line_numbers
+                read_lines(file, tuple(BODIES), MAX_LINE_BYTES),
+                results.custom_ids,
+                results.line_numbers,
             )
             first = next(lines, None)
             if first is None:
                 return progress
-            async with _running_app(config, chat_template, engine_command) as app:
+            async with _running_state(config, chat_template, engine_command) as state:
                 reporter = asyncio.create_task(_report(progress, results))
                 try:
                     num_at_once = _num_at_once(config)
-                    await answer_all(app, chain([first], lines), results, progress, num_at_once)
+                    await answer_all(state, chain([first], lines), results, progress, num_at_once)
                 finally:
                     reporter.cancel()
     finally:
@@ -83,7 +83,7 @@ async def run_batch(
 
 
 async def answer_all(
-    app: ASGIApp,
+    state: ServerState,
     lines: Iterator[Line | BadLine],
     results: ResultFile,
     progress: Progress,
@@ -98,7 +98,7 @@ async def answer_all(
                 result = make_bad_result(line)
                 await asyncio.sleep(0)  # a long run of bad lines must not stop the others
             else:
-                result = make_result(line, *await _answer(app, line))
+                result = make_result(line, await _answer(state, line))
             results.write(result)
             progress.count(is_error=result.error is not None)
 
@@ -115,16 +115,21 @@ async def answer_all(
         raise failures[0]
 
 
-async def _answer(app: ASGIApp, line: Line) -> tuple[int, bytes]:
+async def _answer(state: ServerState, line: Line) -> ChatCompletion | Completion | ApiError:
     """Raises EngineDead, since later lines would fail as this one did."""
     while True:
-        status, body = await post(app, line.url, line.body)
-        if status == 503:
-            raise EngineDead(read_error(body).message)
-        if status != 429:
-            return status, body
-        # Lines with several prompts or choices filled the queue; it empties as they end.
-        await asyncio.sleep(QUEUE_FULL_SECONDS)
+        try:
+            return await complete(state, BODIES[line.url], line.body)
+        except EngineDead:
+            raise
+        except QueueFull:
+            # Lines with several prompts or choices filled the queue; it empties as they end.
+            await asyncio.sleep(QUEUE_FULL_SECONDS)
+        except Exception as error:
+            api_error = to_api_error(error)
+            if api_error.status == 500:
+                logger.exception("A request failed.")
+            return api_error
 
 
 def _num_at_once(config: ServerConfig) -> int:
@@ -147,21 +152,20 @@ def _refuse_same_file(source: Path, destination: Path) -> None:
 
 
 @asynccontextmanager
-async def _running_app(
+async def _running_state(
     config: ServerConfig, chat_template: str | None, engine_command: Sequence[str]
-) -> AsyncIterator[ASGIApp]:
-    """The server's application over an engine process, without HTTP."""
+) -> AsyncIterator[ServerState]:
+    """A server over an engine process, without HTTP."""
     started = time.monotonic()
     engine = await EngineClient.start(
         config.engine, command=engine_command, log_level=config.log_level
     )
     try:
-        config = replace(config, max_body_bytes=MAX_BODY_BYTES)
         state = create_state(config, engine, chat_template)
         await engine.wait_ready()
         state.tokenizer = await load_from_folder(config.engine)(engine)
         logger.info("Loaded %s in %.1f s", config.engine.model, time.monotonic() - started)
-        yield create_app(state)
+        yield state
     finally:
         await engine.shutdown()
 

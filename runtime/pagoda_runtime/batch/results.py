@@ -15,7 +15,8 @@ import msgspec
 
 from pagoda_runtime.batch.lines import BadLine, Line
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.server.answers import Error, ErrorDetails
+from pagoda_runtime.server.answers import ChatCompletion, Completion
+from pagoda_runtime.server.errors import ApiError
 
 # With it every line begins, so that a line cut off is known from a file of another kind.
 _HEAD = b'{"id":"batch_req_'
@@ -46,30 +47,22 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     error: Problem | None
 
 
-class _Identity(msgspec.Struct):
-    id: str = ""
-
-
-def read_error(body: bytes) -> ErrorDetails:
-    """The error of an answer whose status is 400 or more."""
-    return msgspec.json.decode(body, type=Error).error
-
-
-def make_result(line: Line, status: int, body: bytes) -> Result:
-    """The result of an answer; body is JSON without line breaks. From 400 it is an error too."""
+def make_result(line: Line, answer: ChatCompletion | Completion | ApiError) -> Result:
+    """The result of a request: from status 400 on it is an error too."""
     result_id = f"batch_req_{line.number}"
-    problem = None
-    if status >= 400:
-        error = read_error(body)
-        problem = Problem(
-            code=error.code or ("invalid_request" if status < 500 else "server_error"),
-            message=f"Line {line.number}: {error.message}",
-            line=line.number,
+    if not isinstance(answer, ApiError):
+        response = Response(
+            status_code=200, request_id=answer.id, body=msgspec.Raw(msgspec.json.encode(answer))
         )
+        return Result(id=result_id, custom_id=line.custom_id, response=response, error=None)
+    error = answer.body.error
+    problem = Problem(
+        code=error.code or ("invalid_request" if answer.status < 500 else "server_error"),
+        message=f"Line {line.number}: {error.message}",
+        line=line.number,
+    )
     response = Response(
-        status_code=status,
-        request_id=msgspec.json.decode(body, type=_Identity).id or result_id,
-        body=msgspec.Raw(body),
+        status_code=answer.status, request_id=result_id, body=msgspec.Raw(answer.encode())
     )
     return Result(id=result_id, custom_id=line.custom_id, response=response, error=problem)
 

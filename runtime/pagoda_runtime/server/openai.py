@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from pagoda_runtime.errors import ModelNotServed, shown
 from pagoda_runtime.server.answer import collect, stream
-from pagoda_runtime.server.answers import Model, ModelList
+from pagoda_runtime.server.answers import ChatCompletion, Completion, Model, ModelList
 from pagoda_runtime.server.body import verify_shape
 from pagoda_runtime.server.errors import describe_validation, json_response
 from pagoda_runtime.server.generation import close_all
@@ -31,11 +31,15 @@ from pagoda_runtime.server.unsupported import verify_supported
 logger = logging.getLogger("pagoda.server")
 
 CLIENT_CLOSED_REQUEST = 499
+BODIES: dict[str, type[GenerationRequest]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+}
 
 
 def make_router(state: ServerState) -> APIRouter:
     """The routes under /v1."""
-    router = APIRouter(prefix="/v1")
+    router = APIRouter()
 
     async def list_models() -> Response:
         models = [_describe_model(state, name) for name in state.model_names]
@@ -45,13 +49,10 @@ def make_router(state: ServerState) -> APIRouter:
         _verify_model(state, model)
         return json_response(_describe_model(state, model))
 
-    for path, body_class in (
-        ("/completions", CompletionRequest),
-        ("/chat/completions", ChatCompletionRequest),
-    ):
+    for path, body_class in BODIES.items():
         router.add_api_route(path, partial(create_completion, state, body_class), methods=["POST"])
-    router.add_api_route("/models", list_models, methods=["GET"])
-    router.add_api_route("/models/{model:path}", show_model, methods=["GET"])
+    router.add_api_route("/v1/models", list_models, methods=["GET"])
+    router.add_api_route("/v1/models/{model:path}", show_model, methods=["GET"])
     return router
 
 
@@ -65,13 +66,12 @@ async def create_completion(
         raw = b"".join([chunk async for chunk in request.stream()])
     except ClientDisconnect:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    ready, _ = state.loaded()
+    state.loaded()
     # Until the last chunk is sent, the drain waits for this request.
     with ExitStack() as open_request:
         open_request.enter_context(state.admit())
-        body = await state.parse(len(raw), partial(_parse, raw, body_class, ready.max_model_len))
+        body = await _read(state, body_class, raw)
         del raw
-        _verify(state, body)
         try:
             async with while_connected(request.receive):
                 answer = await start(state, body, arrival)
@@ -88,6 +88,28 @@ async def create_completion(
     return EventStream(stream(answer), close)
 
 
+async def complete(
+    state: ServerState, body_class: type[GenerationRequest], raw: bytes
+) -> ChatCompletion | Completion:
+    """The answer to a body that asks for no stream. Raises what `errors.to_api_error` takes."""
+    with state.admit():
+        body = await _read(state, body_class, raw)
+        return await collect(await start(state, body, time.monotonic()))
+
+
+async def _read(
+    state: ServerState, body_class: type[GenerationRequest], raw: bytes
+) -> GenerationRequest:
+    ready, _ = state.loaded()
+    body = await state.parse(len(raw), partial(_parse, raw, body_class, ready.max_model_len))
+    for name in verify_supported(body):
+        if state.is_first_warning(name):
+            logger.warning("Unknown field in a request, ignored: %.100r", name)
+    if body.model is not None:
+        _verify_model(state, body.model)
+    return body
+
+
 def _parse(
     raw: bytes, body_class: type[GenerationRequest], max_model_len: int
 ) -> GenerationRequest:
@@ -96,14 +118,6 @@ def _parse(
         return body_class.model_validate_json(raw)
     except ValidationError as error:
         raise describe_validation(error) from None
-
-
-def _verify(state: ServerState, body: GenerationRequest) -> None:
-    for name in verify_supported(body):
-        if state.is_first_warning(name):
-            logger.warning("Unknown field in a request, ignored: %.100r", name)
-    if body.model is not None:
-        _verify_model(state, body.model)
 
 
 def _verify_model(state: ServerState, model: str) -> None:

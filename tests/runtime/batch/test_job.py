@@ -1,4 +1,4 @@
-"""Lines through the server's application, with a fake engine behind it."""
+"""Lines through the server's routes, with a fake engine behind them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import json
 
 import pytest
 
-from pagoda_runtime.batch.asgi import post
-from pagoda_runtime.batch.job import URLS, Progress, answer_all, run_batch
+from pagoda_runtime.batch.job import Progress, answer_all, run_batch
 from pagoda_runtime.batch.lines import pending, read_lines
 from pagoda_runtime.batch.results import ResultFile
 from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.errors import EngineDead, FatalError
 from pagoda_runtime.ipc.messages import EngineFailed
-from pagoda_runtime.server.app import create_app
+from pagoda_runtime.server.openai import BODIES
 from pagoda_runtime.server.testing import FakeEngine, make_config, make_state
+
+URLS = tuple(BODIES)
 
 
 def request_line(custom_id, url="/v1/completions", **body):
@@ -28,13 +29,13 @@ def request_line(custom_id, url="/v1/completions", **body):
 
 
 class Batch:
-    """The files of a batch, and a server's application over a fake engine."""
+    """The files of a batch, and a server over a fake engine."""
 
     def __init__(self, folder, *flags, **engine):
         self.source, self.destination = folder / "in.jsonl", folder / "out.jsonl"
         config = make_config(*flags)
         self.engine = FakeEngine(config.engine, **engine)
-        self.app = create_app(make_state(self.engine, config))
+        self.state = make_state(self.engine, config)
         self.progress = Progress()
 
     async def run(self, num_at_once=4):
@@ -43,7 +44,7 @@ class Batch:
             with self.source.open("rb") as file:
                 lines = read_lines(file, URLS, 10_000)
                 left = pending(lines, results.custom_ids, results.line_numbers)
-                await answer_all(self.app, left, results, self.progress, num_at_once)
+                await answer_all(self.state, left, results, self.progress, num_at_once)
         finally:
             results.close()
 
@@ -94,19 +95,16 @@ async def test_a_second_run_does_nothing(tmp_path):
 async def test_no_more_lines_are_at_work_than_was_asked_for(tmp_path):
     batch = Batch(tmp_path)
     batch.source.write_text("".join(request_line(str(i)) for i in range(20)))
-    num_open = most = 0
+    generate, nums_open = batch.engine.generate, []
 
-    async def watched(scope, receive, send):
-        nonlocal num_open, most
-        num_open += 1
-        most = max(most, num_open)
-        await app(scope, receive, send)
-        num_open -= 1
+    def watched(request):
+        nums_open.append(batch.state.num_requests)
+        return generate(request)
 
-    app, batch.app = batch.app, watched
+    batch.engine.generate = watched
     await batch.run(num_at_once=3)
     assert len(batch.results()) == 20
-    assert most == 3
+    assert max(nums_open) == 3
 
 
 async def test_a_full_queue_is_waited_for(tmp_path):
@@ -136,14 +134,6 @@ async def test_a_crash_of_a_route_is_an_error_of_its_line(tmp_path, caplog):
     assert result["response"]["status_code"] == 500
     assert result["error"]["code"] == "server_error"
     assert "A request failed" in caplog.text
-
-
-async def test_an_application_that_answers_nothing_is_a_bug_of_ours():
-    async def broken(scope, receive, send):
-        raise ValueError("no answer")
-
-    with pytest.raises(ValueError, match="no answer"):
-        await post(broken, "/", b"{}")
 
 
 async def test_files_are_checked_before_an_engine_is_started(tmp_path):
