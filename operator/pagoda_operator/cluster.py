@@ -20,7 +20,7 @@ from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config.config_exception import ConfigException
 
-from pagoda_operator.names import API_VERSION, PLURAL, RESOURCES, Manifest, api_version
+from pagoda_operator.names import API_VERSION, RESOURCES, VERSION, Manifest, api_version
 from pagoda_operator.telemetry import Telemetry
 
 REQUEST_TIMEOUT_SECONDS = 15.0
@@ -29,11 +29,6 @@ _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 class ApiError(Exception):
     """The API server refused a request; the message is its own."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
 
 
 class NotFound(ApiError):
@@ -51,13 +46,13 @@ class Refused(ApiError):
 class Unavailable(ApiError):
     """429, 5xx or no answer: the same request may succeed later."""
 
-    def __init__(self, status: int, message: str, retry_after_seconds: float = 0.0) -> None:
-        super().__init__(status, message)
+    def __init__(self, message: str, retry_after_seconds: float = 0.0) -> None:
+        super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
 
 
-class ClusterConfigError(Exception):
-    """There is no way to the API server: neither a pod's account nor a usable kubeconfig."""
+class StartError(Exception):
+    """The operator cannot start; the message says why and what helps."""
 
 
 class ApiServer:
@@ -72,7 +67,7 @@ class ApiServer:
         """Take the credentials of the pod or of the kubeconfig; sends no request.
 
         Raises:
-            ClusterConfigError: there are none.
+            StartError: there are none.
         """
         configuration = Configuration()
         try:
@@ -81,7 +76,7 @@ class ApiServer:
             else:
                 await config.load_kube_config(client_configuration=configuration)
         except (ConfigException, OSError, ValueError) as error:
-            raise ClusterConfigError(
+            raise StartError(
                 f"no access to a Kubernetes API server: {error}. "
                 "Run the operator in a pod, or set KUBECONFIG."
             ) from error
@@ -94,11 +89,11 @@ class ApiServer:
 
     async def serves_llmservices(self) -> bool:
         """Whether the CRD is installed and served."""
-        try:
-            found = await self._request("GET", f"/apis/{API_VERSION}")
-        except NotFound:
-            return False
-        return any(resource["name"] == PLURAL for resource in found.get("resources", []))
+        # Of a group that it does not serve, the API server says so in no JSON.
+        groups = (await self._request("GET", "/apis"))["groups"]
+        return any(
+            {"groupVersion": API_VERSION, "version": VERSION} in it["versions"] for it in groups
+        )
 
     async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
         """The object, or None if there is none."""
@@ -188,7 +183,7 @@ class ApiServer:
             # ValueError: half an answer, or the page of a proxy in between.
             self._telemetry.requests.labels(code="0", method=method).inc()
             what = str(error) or type(error).__name__
-            raise Unavailable(0, f"{method} {path}: no answer: {what}") from error
+            raise Unavailable(f"{method} {path}: no answer: {what}") from error
         self._telemetry.requests.labels(code=str(response.status), method=method).inc()
         if response.status >= 300:
             raise _error(response.status, f"{method} {path}", answer, response.headers)
@@ -219,13 +214,11 @@ def _error(status: int, request: str, answer: object, headers: Mapping[str, str]
     words = answer.get("message") if isinstance(answer, dict) else None
     message = f"{request}: {words or status}"
     if status == 404:
-        return NotFound(status, message)
+        return NotFound(message)
     if status == 409:
-        return Conflict(status, message)
+        return Conflict(message)
     if status in (400, 403, 413, 422):
-        return Refused(status, message)
-    try:
-        retry_after = float(headers.get("Retry-After", 0))
-    except ValueError:
-        retry_after = 0.0
-    return Unavailable(status, message, retry_after)
+        return Refused(message)
+    retry_after = headers.get("Retry-After", "")
+    # It may be a date as well, which no API server sends.
+    return Unavailable(message, float(retry_after) if retry_after.isdecimal() else 0.0)

@@ -134,15 +134,12 @@ class Lease:
 
     async def release(self) -> None:
         """Let the next operator begin at once."""
-        if self._lease is not None and self.is_held and not self._is_unguarded:
+        if self.is_held:
             with contextlib.suppress(ApiError):
-                try:
+                # Read again: a renewal may have been cut off before its answer.
+                self._lease = await self._api.get("Lease", self._namespace, self._name)
+                if self._is_ours(self._lease):
                     await self._write(None, "renewTime")
-                except Conflict:
-                    # By a renewal that was cut off before its answer, most likely.
-                    self._lease = await self._api.get("Lease", self._namespace, self._name)
-                    if self._is_ours(self._lease):
-                        await self._write(None, "renewTime")
             self._renewed = -float("inf")
 
     async def other_holder(self, namespace: str) -> str | None:
@@ -157,7 +154,7 @@ class Lease:
         except Refused as error:
             # Rights of somebody's own making, to the Lease of this operator alone.
             if not self._is_blind:
-                logger.warning("operators of namespaces are not noticed: %s", error.message)
+                logger.warning("operators of namespaces are not noticed: %s", error)
             self._is_blind = True
             return None
         found = self._sightings.holder(lease, self._clock())
@@ -189,10 +186,10 @@ class Lease:
         except Refused as error:
             # Without the right to Leases, to work is better than not to.
             if not self._is_unguarded:
-                logger.warning("a second operator would not be noticed: %s", error.message)
+                logger.warning("a second operator would not be noticed: %s", error)
             self._is_unguarded = True
         except ApiError as error:
-            logger.warning("the Lease %s cannot be had now: %s", self._name, error.message)
+            logger.warning("the Lease %s cannot be had now: %s", self._name, error)
 
     def _is_ours(self, lease: Manifest | None) -> bool:
         return bool(lease and lease.get("spec", {}).get("holderIdentity") == self._identity)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pagoda_operator.cluster import (
     ApiError,
     ApiServer,
-    ClusterConfigError,
+    StartError,
     Unavailable,
     own_namespace,
 )
@@ -41,10 +41,6 @@ CRD_WAIT_SECONDS = 30.0
 FOREIGN_RETRY_SECONDS = 10.0
 # The API server did not answer for so long that another operator may have begun.
 UNSURE_RETRY_SECONDS = 1.0
-
-
-class StartError(Exception):
-    """The operator cannot start; the message says why and what helps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +136,7 @@ class Operator:
             except Unavailable as error:
                 failures += 1
                 deadline = self._clock() + CRD_WAIT_SECONDS
-                logger.warning("the API server does not answer: %s", error.message)
+                logger.warning("the API server does not answer: %s", error)
             if self._clock() > deadline:
                 raise StartError(
                     "the CustomResourceDefinition llmservices.pagoda.dev (v1alpha1) is not "
@@ -172,7 +168,7 @@ class Operator:
         except ApiError as error:
             at_least = error.retry_after_seconds if isinstance(error, Unavailable) else 0.0
             delay = self._queue.failed(key, at_least_seconds=at_least)
-            logger.warning("%s: again in %.1f s: %s", key, delay, error.message)
+            logger.warning("%s: again in %.1f s: %s", key, delay, error)
             return "retry"
         except Exception:
             # Our bug: the other services go on, and this one is tried again.
@@ -243,7 +239,7 @@ async def run(options: Options) -> None:
     """Run the operator with these options.
 
     Raises:
-        StartError, ClusterConfigError: it cannot start.
+        StartError: it cannot start.
     """
     telemetry = Telemetry()
     api = await ApiServer.connect(telemetry)
@@ -265,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLogger().level))
     try:
         asyncio.run(run(options))
-    except (StartError, ClusterConfigError, ApiError) as error:
+    except (StartError, ApiError) as error:
         print(f"pagoda-operator: {error}", file=sys.stderr)
         sys.exit(1)
 

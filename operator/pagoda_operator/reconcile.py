@@ -237,7 +237,7 @@ def _find_hindrance(plan: Plan, failure: ApiError | None) -> Cause | None:
 
 
 def _cause_of_error(error: ApiError) -> Cause:
-    message = steady(error.message)
+    message = steady(str(error))
     if isinstance(error, Refused):
         return cause_of_refusal("Refused", message)
     return Cause("ApiServerError", f"The API server fails, and is asked again: {message}", False)

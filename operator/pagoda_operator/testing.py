@@ -112,9 +112,9 @@ class MemoryCluster(ApiServer):
         kind, metadata = manifest["kind"], manifest["metadata"]
         live = self.objects.get((kind, metadata["name"]))
         if live is None and "uid" in metadata:
-            raise Conflict(409, "uid mismatch")
+            raise Conflict("uid mismatch")
         if live is not None and not force:
-            raise Conflict(409, "conflict")
+            raise Conflict("conflict")
         self.writes.append(("apply", kind, metadata["name"]))
         stored = live or {"metadata": {}}
         before = copy.deepcopy(stored.get("spec"))
@@ -139,13 +139,13 @@ class MemoryCluster(ApiServer):
     async def set_managed_fields(self, manifest: Manifest, metadata: Manifest) -> None:
         stored = self.find(manifest["kind"], manifest["metadata"]["name"])["metadata"]
         if stored["resourceVersion"] != metadata["resourceVersion"]:
-            raise Conflict(409, "resourceVersion mismatch")
+            raise Conflict("resourceVersion mismatch")
         stored["managedFields"] = copy.deepcopy(metadata["managedFields"])
 
     async def apply_status(self, manifest: Manifest, *, manager: str) -> Manifest:
         key = (manifest["kind"], manifest["metadata"]["name"])
         if key not in self.objects:
-            raise NotFound(404, "not found")
+            raise NotFound("not found")
         self.writes.append(("status", *key))
         self.objects[key]["status"] = copy.deepcopy(manifest["status"])
         return copy.deepcopy(self.objects[key])
@@ -154,7 +154,7 @@ class MemoryCluster(ApiServer):
         key = (live["kind"], live["metadata"]["name"])
         stored = self.objects.get(key)
         if stored is not None and stored["metadata"]["uid"] != live["metadata"]["uid"]:
-            raise Conflict(409, "uid mismatch")
+            raise Conflict("uid mismatch")
         self.writes.append(("delete", *key))
         self.objects.pop(key, None)
 

@@ -40,7 +40,7 @@ class Api:
             raise self.trouble
         place = (manifest["metadata"]["namespace"], manifest["metadata"]["name"])
         if self.leases.get(place, {"metadata": {}})["metadata"].get("resourceVersion") != version:
-            raise Conflict(409, "another one was faster")
+            raise Conflict("another one was faster")
         self._version += 1
         stored = copy.deepcopy(manifest)
         stored["metadata"]["resourceVersion"] = str(self._version)
@@ -145,7 +145,7 @@ async def test_an_outage_ends_nothing_and_the_lease_is_held_again_after_it() -> 
     mine = Lease(api, "team", clock, "first_x")
     await mine.acquire()
     renewing = asyncio.create_task(mine.renew())
-    api.trouble = Unavailable(0, "no answer")
+    api.trouble = Unavailable("no answer")
     clock.now += 60
     await turns()
     assert not mine.is_held
@@ -160,7 +160,7 @@ async def test_without_the_right_to_leases_the_operator_works_and_says_what_is_m
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     api = Api()
-    api.trouble = Refused(403, "leases is forbidden")
+    api.trouble = Refused("leases is forbidden")
     mine = Lease(api, "team", Clock(), "first_x")
     await mine.acquire()
     assert mine.is_held
@@ -171,7 +171,7 @@ async def test_without_the_right_to_leases_the_operator_works_and_says_what_is_m
     api.trouble = None
     await turns()
     assert api.holder() == "first_x"
-    api.trouble = Refused(403, "leases is forbidden")
+    api.trouble = Refused("leases is forbidden")
     await turns()
     assert mine.is_held
     renewing.cancel()
@@ -198,7 +198,7 @@ async def test_rights_to_the_own_lease_alone_keep_a_cluster_wide_operator_from_n
     api = Api()
     wide = Lease(api, None, Clock(), "wide_x")
     await wide.acquire()
-    api.trouble = Refused(403, "may not get leases in team")
+    api.trouble = Refused("may not get leases in team")
     assert await wide.other_holder("team") is None
     assert await wide.other_holder("another") is None
     assert caplog.text.count("operators of namespaces are not noticed: may not get leases") == 1

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from pagoda_operator import main
+from pagoda_operator.cluster import ApiServer, StartError
 from pagoda_operator.main import Operator, Options, parse_options
 from pagoda_operator.telemetry import Telemetry
+
+OPTIONS = Options(namespace=None, engine_image="e:1", log_level="info", health_port=0)
 
 
 @pytest.mark.parametrize("flags", [[], ["--namespace="], ["--namespace", ""]])
@@ -38,12 +41,35 @@ async def test_an_answer_that_is_no_list_does_not_end_the_resync(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(main, "backoff_seconds", lambda failures, jitter: 0.0)
-    options = Options(namespace=None, engine_image="e:1", log_level="info", health_port=0)
     api: Any = Listing()
-    operator = Operator(options, api, Telemetry())
+    operator = Operator(OPTIONS, api, Telemetry())
     resync = asyncio.create_task(operator._resync_forever())
     while api.lists:
         await asyncio.sleep(0.001)
     assert operator._find_hindrance() != "the LLMServices are not listed yet"
     assert not resync.done()
     resync.cancel()
+
+
+class Discovery(ApiServer):
+    """An API server that serves these versions of groups."""
+
+    def __init__(self, *served: str) -> None:
+        super().__init__(client=None, telemetry=Telemetry())
+        versions = [{"groupVersion": it, "version": it.split("/")[1]} for it in served]
+        self._groups = [{"name": it["groupVersion"], "versions": [it]} for it in versions]
+
+    async def _request(self, method: str, path: str, **_: Any) -> dict[str, Any]:
+        assert (method, path) == ("GET", "/apis")
+        return {"groups": self._groups}
+
+
+async def test_an_operator_without_the_crd_ends_and_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(main, "CRD_WAIT_SECONDS", -1.0)
+    await Operator(
+        OPTIONS, Discovery("apps/v1", "pagoda.dev/v1alpha1"), Telemetry()
+    )._wait_for_crd()
+    with pytest.raises(StartError, match=r"llmservices\.pagoda\.dev .* is not installed"):
+        await Operator(OPTIONS, Discovery("pagoda.dev/v1"), Telemetry())._wait_for_crd()

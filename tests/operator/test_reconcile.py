@@ -226,7 +226,7 @@ async def test_a_refusal_of_the_api_server_is_shown_in_its_words(
 ) -> None:
     class FullCluster(MemoryCluster):
         async def apply(self, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
-            raise Refused(403, "exceeded quota: team")
+            raise Refused("exceeded quota: team")
 
     cluster = FullCluster()
     cluster.put(make_manifest())
@@ -237,7 +237,7 @@ async def test_a_refusal_of_the_api_server_is_shown_in_its_words(
 async def test_an_outage_is_left_to_the_queue(poller: Poller) -> None:
     class DeadCluster(MemoryCluster):
         async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
-            raise Unavailable(0, "no answer")
+            raise Unavailable("no answer")
 
     with pytest.raises(Unavailable):
         await make_reconciler(DeadCluster(), poller).reconcile(KEY)

@@ -91,7 +91,7 @@ async def test_an_error_of_the_api_server_is_told_and_left_to_the_queue(
     serving: tuple[FailingCluster, Reconciler],
 ) -> None:
     cluster, reconciler = serving
-    cluster.on_apply = Unavailable(500, "failed calling webhook policy.team.dev")
+    cluster.on_apply = Unavailable("failed calling webhook policy.team.dev")
     edit(cluster, {"engine": {"maxNumSeqs": 8}}, 2)
     with pytest.raises(Unavailable):
         await reconciler.reconcile(KEY)
@@ -113,7 +113,6 @@ async def test_what_differs_between_two_equal_errors_is_no_news(
     writes = []
     for port, identifier in ((40102, "a1"), (51234, "b2")):
         cluster.on_apply = kind(
-            500,
             f"read tcp 10.0.0.1:{port}->10.0.0.9:443: reset at 2026-11-21T10:00:{port % 60}Z "
             f"(request 6f1c2d3e-0000-4000-8000-0000000000{identifier})",
         )
@@ -133,7 +132,7 @@ async def test_what_is_not_wanted_goes_also_where_the_first_pass_of_an_operator_
     assert ("NetworkPolicy", "chat-engine") in cluster.objects
     edit(cluster, {}, 3)
     restarted = Reconciler(cluster, poller, engine_image="engine:1", now=lambda: NOW)
-    cluster.on_apply = Unavailable(500, "failed calling webhook policy.team.dev")
+    cluster.on_apply = Unavailable("failed calling webhook policy.team.dev")
     with pytest.raises(Unavailable):
         await restarted.reconcile(KEY)
     cluster.on_apply = None
@@ -147,10 +146,10 @@ async def test_a_status_that_cannot_be_written_either_does_not_hide_the_first_er
     cluster, reconciler = serving
 
     async def refuse(manifest: Manifest, *, manager: str) -> Manifest:
-        raise Unavailable(500, "status")
+        raise Unavailable("status")
 
     monkeypatch.setattr(cluster, "apply_status", refuse)
-    cluster.on_apply = Unavailable(500, "the first")
+    cluster.on_apply = Unavailable("the first")
     edit(cluster, {"engine": {"maxNumSeqs": 8}}, 2)
     with pytest.raises(Unavailable, match="the first"):
         await reconciler.reconcile(KEY)
@@ -159,9 +158,9 @@ async def test_a_status_that_cannot_be_written_either_does_not_hide_the_first_er
 @pytest.mark.parametrize(
     ("error", "generation", "told"),
     [
-        (Unavailable(500, "etcd is away"), 1, "Serving"),
-        (Unavailable(500, "etcd is away"), 2, "ApiServerError"),
-        (Refused(403, "may not list pods"), 1, "Refused"),
+        (Unavailable("etcd is away"), 1, "Serving"),
+        (Unavailable("etcd is away"), 2, "ApiServerError"),
+        (Refused("may not list pods"), 1, "Refused"),
     ],
 )
 async def test_a_read_that_fails_once_unsays_nothing(
@@ -182,7 +181,7 @@ async def test_pods_that_go_while_nothing_can_be_written_are_not_available(
     cluster, reconciler = serving
     edit(cluster, {"router": {}} if how == "invalid" else {"engine": {"maxNumSeqs": 8}}, 2)
     if how == "refused":
-        cluster.on_apply = Refused(403, "a policy says no")
+        cluster.on_apply = Refused("a policy says no")
     if how == "conflict":
         cluster.find("ServiceAccount", "chat-engine")["metadata"]["ownerReferences"] = []
     await reconciler.reconcile(KEY)
