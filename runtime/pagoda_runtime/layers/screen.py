@@ -6,10 +6,10 @@ import torch
 
 from pagoda_kernels.cpu.panels import BYTES_PER_STEP, INT8, has_panels
 from pagoda_kernels.cpu.screened_argmax import (
+    ROW_OFFSET,
     Int8Table,
     choose_tokens,
-    quantize_rows,
-    quantize_table,
+    quantize,
 )
 from pagoda_runtime.quantization.base import Product
 
@@ -44,8 +44,12 @@ class Screen:
     def __init__(self, table: torch.Tensor, product: Product) -> None:
         self.table, self.product = table, product
         self.rotation_size = min(_LARGEST_ROTATION, _power_of_two_in(table.shape[1]))
-        rounded, self.error, self.power = quantize_table(table, self.rotation_size)
+        rounded = quantize(table, self.rotation_size)
         self.int8_table = Int8Table(rounded)
+        # A product is off by the roundings of a row's numbers, each times a weight, and by those of
+        # the weights, each times a number: at most by those of the worst of all weights.
+        variances = rounded.squares * (rounded.scales.square() / table.shape[1])[:, None]
+        self.variances = variances.amax(0).flip(0) * _DEVIATIONS**2
 
     def argmax(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows] int64: the token of each row's largest logit, the first of equals.
@@ -54,9 +58,9 @@ class Screen:
             hidden: [num_rows, hidden_size] bf16, normalized.
         """
         hidden = hidden.contiguous()
-        rows, deviations = quantize_rows(hidden, self.rotation_size, self.error, self.power)
-        largest = self.int8_table.find_largest(rows)
-        errors = deviations.mul_(_DEVIATIONS)
+        rows = quantize(hidden, self.rotation_size, ROW_OFFSET)
+        largest = self.int8_table.find_largest(rows.integers)
+        errors = torch.mv(rows.squares, self.variances).sqrt_()
         tokens = choose_tokens(hidden, self.table, largest, errors, _MOST_CANDIDATES)
         is_hard = tokens < 0
         if bool(is_hard.any()):

@@ -5,19 +5,18 @@ import torch
 
 from pagoda_kernels.cpu.panels import GROUP_SIZE, INT8, has_panels
 from pagoda_kernels.cpu.screened_argmax import (
+    ROW_OFFSET,
     Int8Table,
-    RoundedTable,
+    Quantized,
     choose_tokens,
-    quantize_rows,
-    quantize_table,
+    quantize,
 )
 from pagoda_kernels.cpu.screened_argmax.kernel import CHUNK_GROUPS
 from pagoda_kernels.cpu.screened_argmax.reference import (
     choose_tokens_reference,
     find_largest_reference,
     largest_of_columns,
-    quantize_rows_reference,
-    quantize_table_reference,
+    quantize_reference,
     rotate,
 )
 
@@ -29,7 +28,12 @@ needs_panels = pytest.mark.skipif(
 
 
 def int8_table(integers, scales):
-    return Int8Table(RoundedTable(integers, scales, integers.sum(1, dtype=torch.int32)))
+    return Int8Table(quantized(integers, scales))
+
+
+def quantized(integers, scales):
+    sums = integers.sum(1, dtype=torch.int32)
+    return Quantized(integers, scales, sums, torch.empty(len(integers), 2))
 
 
 def choose(hidden, table, logits, errors, most=CHUNK):
@@ -79,7 +83,7 @@ def test_the_largest_logits_are_those_of_the_whole_numbers(rows, vocab_size):
     x = torch.randint(1, 256, (rows, 24), dtype=torch.uint8)
     logits = (x.double() - 128) @ integers.double().T * scales.double()
     expected = largest_of_columns(logits)
-    table = RoundedTable(integers, scales, integers.sum(1, dtype=torch.int32))
+    table = quantized(integers, scales)
     torch.testing.assert_close(find_largest_reference(x, table), expected)
     largest = Int8Table(table).find_largest(x)
     is_padding = expected == -torch.inf
@@ -92,30 +96,30 @@ def test_quantized_rows_give_rotated_products_within_their_deviation():
     hidden = torch.randn(30, 96).bfloat16()
     hidden[0] = 0.0
     hidden[1, 5] = 200.0
-    integers, deviations = quantize_rows(hidden, 32, 0.0, 1.0)
+    integers, _, sums, squares = quantize(hidden, 32, ROW_OFFSET)
     rotated = rotate(hidden, 32)
     scaled = rotated * (127 / rotated.abs().amax(-1, keepdim=True).clamp(min=1e-30))
     errors = scaled - (integers.float() - 128)
     assert errors.abs().max() <= 0.501
-    torch.testing.assert_close(deviations, errors.square().sum(-1).sqrt(), atol=1e-2, rtol=1e-2)
+    assert torch.equal(sums, (integers.int() - 128).sum(-1, dtype=torch.int32))
+    torch.testing.assert_close(
+        squares[:, 0].sqrt(), errors.square().sum(-1).sqrt(), atol=1e-2, rtol=1e-2
+    )
 
 
+@pytest.mark.parametrize("offset", [0, ROW_OFFSET])
 @pytest.mark.parametrize("rotation_size", [1, 8, 32])
-def test_rows_and_tables_are_rounded_as_the_specification_says(rotation_size):
+def test_rows_and_tables_are_rounded_as_the_specification_says(rotation_size, offset):
     torch.manual_seed(0)
-    hidden, table = torch.randn(30, 96).bfloat16(), torch.randn(500, 96).bfloat16()
-    rows, deviations = quantize_rows(hidden, rotation_size, 0.1, 2.0)
-    expected, expected_deviations = quantize_rows_reference(hidden, rotation_size, 0.1, 2.0)
+    table = torch.randn(500, 96).bfloat16()
+    ours = quantize(table, rotation_size, offset)
+    theirs = quantize_reference(table, rotation_size, offset)
     # A number halfway between two may be rounded to either: sums are made in another order.
-    assert (rows.int() - expected.int()).abs().max() <= 1
-    assert (rows != expected).float().mean() < 0.01
-    torch.testing.assert_close(deviations, expected_deviations, atol=1e-2, rtol=1e-2)
-    ours, *factors = quantize_table(table, rotation_size)
-    theirs, *expected_factors = quantize_table_reference(table, rotation_size)
+    assert ours.integers.dtype is theirs.integers.dtype
     assert (ours.integers.int() - theirs.integers.int()).abs().max() <= 1
     assert (ours.integers != theirs.integers).float().mean() < 0.01
     torch.testing.assert_close(ours.scales, theirs.scales)
-    assert factors == pytest.approx(expected_factors, rel=1e-2)
+    torch.testing.assert_close(ours.squares.sqrt(), theirs.squares.sqrt(), atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("most", [1, 40, 1000])
@@ -133,10 +137,12 @@ def test_products_of_rotated_and_rounded_factors_are_as_exact_as_they_say():
     torch.manual_seed(0)
     table, hidden = torch.randn(500, 96).bfloat16(), torch.randn(40, 96).bfloat16()
     hidden[:, 7] *= 50
-    (integers, scales, sums), error, power = quantize_table(table, 32)
+    integers, scales, sums, squares = quantize(table, 32)
     assert torch.equal(sums, integers.sum(1, dtype=torch.int32))
-    rows, deviations = quantize_rows(hidden, 32, error, power)
-    products = (rows.double() - 128) @ (integers.double() * scales.double()[:, None]).T
+    error, power = (squares * scales.square()[:, None] / 96).amax(0)
+    rows = quantize(hidden, 32, ROW_OFFSET)
+    deviations = (rows.squares @ torch.stack([power, error])).sqrt()
+    products = (rows.integers.double() - 128) @ (integers.double() * scales.double()[:, None]).T
     exact = hidden.double() @ table.double().T
     units = (products * exact).sum(-1) / exact.square().sum(-1)
     off = (products - exact * units[:, None]) / deviations[:, None]
@@ -148,9 +154,9 @@ def test_products_of_rotated_and_rounded_factors_are_as_exact_as_they_say():
 def test_tensors_that_do_not_fit_are_refused():
     hidden, table = torch.zeros(2, 8).bfloat16(), torch.zeros(64, 8).bfloat16()
     with pytest.raises(ValueError, match="rotation_size"):
-        quantize_rows(hidden, 16, 0.0, 0.0)
+        quantize(hidden, 16)
     with pytest.raises(ValueError, match="bf16"):
-        quantize_rows(hidden.float(), 8, 0.0, 0.0)
+        quantize(hidden.float(), 8)
     with pytest.raises(ValueError, match="largest"):
         choose(hidden, table, torch.zeros(2, 1024), torch.zeros(2))
     with pytest.raises(ValueError, match="errors"):

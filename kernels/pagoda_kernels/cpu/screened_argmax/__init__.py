@@ -11,66 +11,43 @@ from pagoda_kernels.cpu.packing import pack
 from pagoda_kernels.cpu.panels import GROUP_SIZE, INT8
 from pagoda_kernels.cpu.screened_argmax.kernel import (
     CHUNK_GROUPS,
-    PART_ROWS,
     choose,
     find_largest,
-    quantize,
-    quantize_weights,
+    quantize_rows,
 )
-from pagoda_kernels.cpu.screened_argmax.reference import ROW_OFFSET, RoundedTable
+from pagoda_kernels.cpu.screened_argmax.reference import ROW_OFFSET, Quantized
 
-__all__ = ["Int8Table", "RoundedTable", "choose_tokens", "quantize_rows", "quantize_table"]
+__all__ = ["ROW_OFFSET", "Int8Table", "Quantized", "choose_tokens", "quantize"]
 
 
-def quantize_rows(
-    hidden: torch.Tensor, rotation_size: int, error: float, power: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate rows and round them to whole numbers between -127 and 127.
+def quantize(matrix: torch.Tensor, rotation_size: int, offset: int = 0) -> Quantized:
+    """Rotate rows and round them to whole numbers, each row by a scale of its own.
 
     Args:
-        hidden: [num_rows, hidden_size] bf16 on a CPU, contiguous.
-        rotation_size: a power of two that divides hidden_size: so many numbers at a time are
-            multiplied by a Hadamard matrix.
-        error, power: the mean square of the roundings of a weight, and of a rounded weight.
-    Returns: [num_rows, hidden_size] uint8, whole numbers plus 128; and [num_rows] fp32, the
-        standard deviation of their products with a row of weights, in units of the row's own scale.
+        matrix: [num_rows, size] bf16 on a CPU, contiguous.
+        rotation_size: a power of two that divides size: so many numbers at a time are multiplied by
+            a Hadamard matrix.
+        offset: what is added to the whole numbers: 0, or ROW_OFFSET, which makes them unsigned.
     """
-    if hidden.dtype is not torch.bfloat16 or not hidden.is_contiguous():
-        raise ValueError("hidden must be bf16 and contiguous.")
-    num_rows, size = hidden.shape
+    if matrix.dtype is not torch.bfloat16 or not matrix.is_contiguous():
+        raise ValueError("matrix must be bf16 and contiguous.")
+    num_rows, size = matrix.shape
     if size % rotation_size:
         raise ValueError(f"rotation_size is {rotation_size}; it must divide {size}.")
-    integers = torch.empty(num_rows, size, dtype=torch.uint8)
-    deviations = torch.empty(num_rows)
-    quantize(hidden, integers, deviations, num_rows, size, rotation_size, error, power)
-    return integers, deviations
-
-
-def quantize_table(table: torch.Tensor, rotation_size: int) -> tuple[RoundedTable, float, float]:
-    """Rotate a table's rows as `quantize_rows` does, and round them, each by a scale of its own.
-
-    Args:
-        table: [vocab_size, hidden_size] bf16 on a CPU, contiguous.
-    Returns: the rounded table, and of all rows the largest mean square of the roundings, and of
-        the rounded weights.
-    """
-    if table.dtype is not torch.bfloat16 or not table.is_contiguous():
-        raise ValueError("table must be bf16 and contiguous.")
-    vocab_size, size = table.shape
-    if size % rotation_size:
-        raise ValueError(f"rotation_size is {rotation_size}; it must divide {size}.")
-    integers = torch.empty(vocab_size, size, dtype=torch.int8)
-    scales, sums = torch.empty(vocab_size), torch.empty(vocab_size, dtype=torch.int32)
-    worst = torch.empty(-(-vocab_size // PART_ROWS), 2)
-    quantize_weights(table, integers, scales, sums, worst, vocab_size, size, rotation_size)
-    error, power = worst.amax(0).tolist()
-    return RoundedTable(integers, scales, sums), error, power
+    rounded = Quantized(
+        torch.empty(num_rows, size, dtype=torch.uint8 if offset else torch.int8),
+        torch.empty(num_rows),
+        torch.empty(num_rows, dtype=torch.int32),
+        torch.empty(num_rows, 2),
+    )
+    quantize_rows(matrix, offset, *rounded, num_rows, size, rotation_size)
+    return rounded
 
 
 class Int8Table:
     """A rounded table in panels, for products with rounded rows; the table is copied."""
 
-    def __init__(self, table: RoundedTable) -> None:
+    def __init__(self, table: Quantized) -> None:
         self._panels = pack(table.integers, INT8)
         size = len(self._panels) * GROUP_SIZE
         # Rows are whole numbers plus 128. What fills the last group is less than any product.
@@ -85,7 +62,7 @@ class Int8Table:
         Column c of a chunk that begins with token t has the tokens t + c, t + c + GROUP_SIZE, …
 
         Args:
-            rows: [num_rows, hidden_size] uint8, of `quantize_rows`.
+            rows: [num_rows, hidden_size] uint8, of `quantize` with ROW_OFFSET.
         """
         num_rows, size = rows.shape
         num_groups, num_steps, _, numbers = self._panels.shape

@@ -37,80 +37,52 @@ CHUNK_GROUPS = 16
 """Groups of panels whose largest logits are kept together, column by column."""
 
 PART_ROWS = 256
-"""Rows of a table that a thread rounds at a time."""
+"""Rows that a thread rounds at a time."""
 
 _INT8_MAX = np.float32(127)
 
 _dot = make_dot(INT8)
 
 
-@Kernel
-def quantize(
-    hidden_at: int,
-    integers_at: int,
-    deviations_at: int,
-    num_rows: int,
-    size: int,
-    rotation_size: int,
-    error: float,
-    power: float,
-) -> None:
-    """See `pagoda_kernels.cpu.screened_argmax.quantize_rows`."""
-    hidden = bf16_bits(hidden_at, (num_rows, size))
-    integers = uint8s(integers_at, (num_rows, size))
-    deviations = floats(deviations_at, (num_rows,))
-    x = np.empty(size, np.float32)
-    for row in range(num_rows):
-        widen(hidden[row], x)
-        _rotate(x, rotation_size)
-        rounding, total = _round(x, integers[row])
-        deviations[row] = np.sqrt(np.float32(error) * total + np.float32(power) * rounding)
+def _quantize_rows(task: Task) -> None:
+    """Arguments: matrix, offset, integers, scales, sums, squares, num_rows, size, rotation_size.
 
-
-def _quantize_parts(task: Task) -> None:
-    """Arguments: table, integers, scales, sums, worst, num_rows, size, rotation_size. A part is
-    PART_ROWS rows. See `pagoda_kernels.cpu.screened_argmax.quantize_table`.
+    A part is PART_ROWS rows. See `pagoda_kernels.cpu.screened_argmax.quantize`.
     """
-    num_rows, size, rotation_size = task[6], task[7], task[8]
-    num_parts = (num_rows + PART_ROWS - 1) // PART_ROWS
-    table, integers = bf16_bits(task[1], (num_rows, size)), uint8s(task[2], (num_rows, size))
-    scales, sums = floats(task[3], (num_rows,)), int32s(task[4], (num_rows,))
-    worst, x = floats(task[5], (num_parts, 2)), np.empty(size, np.float32)
+    offset, num_rows, size, rotation_size = task[2], task[7], task[8], task[9]
+    matrix, integers = bf16_bits(task[1], (num_rows, size)), uint8s(task[3], (num_rows, size))
+    scales, sums = floats(task[4], (num_rows,)), int32s(task[5], (num_rows,))
+    squares, x = floats(task[6], (num_rows, 2)), np.empty(size, np.float32)
     # The transform makes numbers larger by the square root of its size.
     shrink = np.float32(1) / np.sqrt(np.float32(rotation_size))
-    part = claim(task)
-    while part < num_parts:
-        error = power = np.float32(0)
-        for row in range(part * PART_ROWS, min((part + 1) * PART_ROWS, num_rows)):
-            widen(table[row], x)
+    first = claim(task) * PART_ROWS
+    while first < num_rows:
+        for row in range(first, min(first + PART_ROWS, num_rows)):
+            widen(matrix[row], x)
             _rotate(x, rotation_size)
             largest = np.float32(1e-30)
             for i in range(size):
                 largest = max(largest, abs(x[i]))
             scales[row] = largest * shrink / _INT8_MAX
-            rounding, total, sums[row] = _round_weights(x, _INT8_MAX / largest, integers[row])
-            square = scales[row] * scales[row] / np.float32(size)
-            error, power = max(error, rounding * square), max(power, total * square)
-        worst[part, 0], worst[part, 1] = error, power
-        part = claim(task)
+            squares[row, 0], squares[row, 1], sums[row] = _round(
+                x, _INT8_MAX / largest, np.int32(offset), integers[row]
+            )
+        first = claim(task) * PART_ROWS
 
 
-quantize_weights = ThreadedKernel(_quantize_parts)
+quantize_rows = ThreadedKernel(_quantize_rows)
 
 
 @compiled
-def _round_weights(x: Array, factor: Any, integers: Array) -> Any:
-    """The sums of squares of the roundings and of the rounded numbers, and their sum.
-
-    integers get int8 bits.
-    """
+def _round(x: Array, factor: Any, offset: Any, integers: Array) -> Any:
+    """The sums of squares of the roundings and of the rounded numbers, and their sum."""
     rounding = total = np.float32(0)
     all_of_them = np.int32(0)
     for i in range(x.size):
         number = x[i] * factor
         whole = np.rint(number)
         integer = np.int32(whole)
-        integers[i] = np.uint8(integer & np.int32(255))
+        integers[i] = np.uint8((integer + offset) & np.int32(255))
         total += whole * whole
         rounding += (number - whole) * (number - whole)
         all_of_them += integer
@@ -153,23 +125,6 @@ def _rotate(x: Array, rotation_size: int) -> None:
                 x[i] = above + below
                 x[i + half] = above - below
         half *= 2
-
-
-@compiled
-def _round(x: Array, integers: Array) -> Any:
-    """The sums of squares of the roundings, and of the numbers, where the largest is 127."""
-    largest = np.float32(1e-30)
-    for i in range(x.size):
-        largest = max(largest, abs(x[i]))
-    factor = _INT8_MAX / largest
-    rounding = total = np.float32(0)
-    for i in range(x.size):
-        number = x[i] * factor
-        whole = np.rint(number)
-        integers[i] = np.uint8(np.int32(whole) + np.int32(128))
-        total += number * number
-        rounding += (number - whole) * (number - whole)
-    return rounding, total
 
 
 def _find_largest(task: Task) -> None:

@@ -13,15 +13,17 @@ ROW_OFFSET = 128
 """What is added to a row's whole numbers: the processor multiplies unsigned by signed bytes."""
 
 
-class RoundedTable(NamedTuple):
-    """A table in whole numbers, each row with a scale of its own."""
+class Quantized(NamedTuple):
+    """A matrix in whole numbers between -127 and 127, each row with a scale of its own."""
 
     integers: torch.Tensor
-    """[vocab_size, hidden_size] int8."""
+    """[num_rows, size] int8, or uint8 with ROW_OFFSET added."""
     scales: torch.Tensor
-    """[vocab_size] fp32."""
+    """[num_rows] fp32."""
     sums: torch.Tensor
-    """[vocab_size] int32, of each row of integers."""
+    """[num_rows] int32, of each row's whole numbers."""
+    squares: torch.Tensor
+    """[num_rows, 2] fp32: sums of squares of the roundings, and of the whole numbers."""
 
 
 def rotate(x: torch.Tensor, rotation_size: int) -> torch.Tensor:
@@ -32,29 +34,18 @@ def rotate(x: torch.Tensor, rotation_size: int) -> torch.Tensor:
     return (x.float().view(len(x), -1, rotation_size) @ matrix).flatten(1)
 
 
-def quantize_rows_reference(
-    hidden: torch.Tensor, rotation_size: int, error: float, power: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    numbers = rotate(hidden, rotation_size)
-    numbers *= 127 / numbers.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    whole = numbers.round()
-    rounding, total = (numbers - whole).square().sum(-1), numbers.square().sum(-1)
-    return (whole + ROW_OFFSET).to(torch.uint8), (error * total + power * rounding).sqrt()
-
-
-def quantize_table_reference(
-    table: torch.Tensor, rotation_size: int
-) -> tuple[RoundedTable, float, float]:
+def quantize_reference(matrix: torch.Tensor, rotation_size: int, offset: int = 0) -> Quantized:
     # The rotation makes numbers larger by the square root of its size.
-    weights = rotate(table, rotation_size) * rotation_size**-0.5
-    scales = weights.abs().amax(-1) / 127
-    whole = (weights / scales[:, None]).round()
-    rounded = RoundedTable(whole.to(torch.int8), scales, whole.sum(-1).int())
-    errors = (weights - whole * scales[:, None]).square().mean(-1)
-    return rounded, float(errors.max()), float((whole * scales[:, None]).square().mean(-1).max())
+    numbers = rotate(matrix, rotation_size) * rotation_size**-0.5
+    scales = numbers.abs().amax(-1).clamp(min=1e-30) / 127
+    numbers /= scales[:, None]
+    whole = numbers.round()
+    squares = torch.stack([(numbers - whole).square().sum(-1), whole.square().sum(-1)], -1)
+    dtype = torch.uint8 if offset else torch.int8
+    return Quantized((whole + offset).to(dtype), scales, whole.sum(-1).int(), squares)
 
 
-def find_largest_reference(rows: torch.Tensor, table: RoundedTable) -> torch.Tensor:
+def find_largest_reference(rows: torch.Tensor, table: Quantized) -> torch.Tensor:
     """Columns without a token have -inf; the kernel gives them less than any logit."""
     logits = (rows.double() - ROW_OFFSET) @ table.integers.double().T * table.scales.double()
     return largest_of_columns(logits)
