@@ -9,7 +9,8 @@ import msgspec
 
 from pagoda_runtime.ipc.messages import FinishReason, RequestDelta, TokenLogprobs
 from pagoda_runtime.sampling_params import SamplingParams
-from pagoda_runtime.tokenizer.detokenizer import Decoder, IncrementalDetokenizer
+from pagoda_runtime.tokenizer.detokenizer import IncrementalDetokenizer
+from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 
 class ShownToken(msgspec.Struct, frozen=True):
@@ -118,7 +119,7 @@ class OutputProcessor:
 
     def __init__(
         self,
-        tokenizer: Decoder,
+        tokenizer: Tokenizer,
         params: SamplingParams,
         prompt_token_ids: Sequence[int],
         *,

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from pagoda_runtime.client.engine_client import EngineClient
 from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.server import health, openai, openapi
@@ -14,7 +15,7 @@ from pagoda_runtime.server.errors import add_error_handlers
 from pagoda_runtime.server.framing import ReadHead
 from pagoda_runtime.server.middleware import Authenticate, LimitBody
 from pagoda_runtime.server.openapi import DOCUMENTED
-from pagoda_runtime.server.state import Engine, ServerState
+from pagoda_runtime.server.state import ServerState
 
 ROUTES = (
     *(f"{route.method} {route.path}" for route in DOCUMENTED),
@@ -25,7 +26,7 @@ ROUTES = (
 
 def create_state(
     config: ServerConfig,
-    engine: Engine,
+    engine: EngineClient,
     chat_template: str | None = None,
     keys: ApiKeys | None = None,
 ) -> ServerState:

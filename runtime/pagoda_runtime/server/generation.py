@@ -9,10 +9,10 @@ from contextlib import aclosing
 import msgspec
 
 from pagoda_runtime.client.output_processor import OutputProcessor, TextDelta
+from pagoda_runtime.client.stream import RequestStream
 from pagoda_runtime.errors import PagodaError
 from pagoda_runtime.ipc.messages import RequestDelta
 from pagoda_runtime.metrics import RequestClock
-from pagoda_runtime.server.state import TokenStream
 from pagoda_runtime.server.tasks import running
 
 
@@ -25,7 +25,7 @@ class Generation:
 
     def __init__(
         self,
-        stream: TokenStream,
+        stream: RequestStream,
         outputs: OutputProcessor,
         clock: RequestClock,
         *,

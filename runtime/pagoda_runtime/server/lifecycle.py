@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
+from pagoda_runtime.client.engine_client import EngineClient
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.server.state import Engine, ServerState, Tokenizer
+from pagoda_runtime.server.state import ServerState
 from pagoda_runtime.server.tasks import running
+from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("pagoda.server")
 
 POLL_SECONDS = 0.05
 
-LoadTokenizer = Callable[[Engine], Coroutine[Any, Any, Tokenizer]]
+LoadTokenizer = Callable[[EngineClient], Coroutine[Any, Any, Tokenizer]]
 
 
 class StopSignals:
@@ -111,7 +113,7 @@ async def _load(state: ServerState, load_tokenizer: LoadTokenizer) -> None:
     )
 
 
-async def _report_phases(engine: Engine) -> None:
+async def _report_phases(engine: EngineClient) -> None:
     """Log each phase of the engine's start with its seconds."""
     phase, started = engine.progress.phase, time.monotonic()
     while True:
@@ -122,7 +124,7 @@ async def _report_phases(engine: Engine) -> None:
             phase, started = engine.progress.phase, now
 
 
-async def _wait_for_failure(engine: Engine) -> None:
+async def _wait_for_failure(engine: EngineClient) -> None:
     """Raise FatalError with the engine's last words, whenever it comes to them."""
     while engine.failure is None:
         await asyncio.sleep(POLL_SECONDS)

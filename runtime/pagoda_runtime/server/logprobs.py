@@ -14,7 +14,7 @@ from pagoda_runtime.server.answers import (
     ShownTokenLogprobs,
     TokenLogprob,
 )
-from pagoda_runtime.server.state import Tokenizer
+from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # JSON has no infinity; it stands for a probability of 0.

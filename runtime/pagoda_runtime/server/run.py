@@ -12,6 +12,7 @@ from pathlib import Path
 
 import uvicorn
 import uvloop
+from jinja2 import TemplateSyntaxError
 from starlette.types import ASGIApp
 
 from pagoda_runtime.client.engine_client import ENGINE_COMMAND, EngineClient
@@ -19,6 +20,7 @@ from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.logs import configure_logging
+from pagoda_runtime.models.source import resolve_model
 from pagoda_runtime.server.admin import create_admin_app
 from pagoda_runtime.server.app import create_app, create_state
 from pagoda_runtime.server.connections import (
@@ -29,7 +31,8 @@ from pagoda_runtime.server.connections import (
     share_files,
 )
 from pagoda_runtime.server.lifecycle import LoadTokenizer, StopSignals, live
-from pagoda_runtime.server.state import Engine, Tokenizer
+from pagoda_runtime.tokenizer.chat_template import ChatTemplate
+from pagoda_runtime.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("pagoda.server")
 
@@ -159,10 +162,6 @@ def read_chat_template(path: str | None) -> str | None:
     """The template's text. Raises FatalError InvalidFlags if it cannot be read or is no Jinja."""
     if path is None:
         return None
-    from jinja2 import TemplateSyntaxError
-
-    from pagoda_runtime.tokenizer.chat_template import ChatTemplate
-
     try:
         text = Path(path).read_text(encoding="utf-8")
         ChatTemplate(text)
@@ -178,13 +177,10 @@ def load_from_folder(config: EngineConfig) -> LoadTokenizer:
     """Loads the model's tokenizer in a thread, beside the engine if the folder is local."""
 
     def load() -> Tokenizer:
-        from pagoda_runtime.models.source import resolve_model
-        from pagoda_runtime.tokenizer.tokenizer import load_tokenizer
-
         folder = resolve_model(config.model, config.revision, lambda phase, percent, rate: None)
         return load_tokenizer(folder)
 
-    async def load_in_thread(engine: Engine) -> Tokenizer:
+    async def load_in_thread(engine: EngineClient) -> Tokenizer:
         if not Path(config.model).expanduser().is_dir():
             # The engine downloads or converts; when it is ready the files are here.
             await engine.wait_ready()

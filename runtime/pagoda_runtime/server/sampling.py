@@ -15,8 +15,7 @@ from pagoda_runtime.server.protocol import (
     CompletionRequest,
     GenerationRequest,
 )
-from pagoda_runtime.server.state import Tokenizer
-from pagoda_runtime.tokenizer.tokenizer import tokenize_bad_words
+from pagoda_runtime.tokenizer.tokenizer import Tokenizer, tokenize_bad_words
 
 
 def to_sampling_params(

@@ -23,7 +23,8 @@ from pagoda_runtime.server.protocol import (
     GenerationRequest,
 )
 from pagoda_runtime.server.sampling import is_echo, to_sampling_params
-from pagoda_runtime.server.state import ServerState, Tokenizer
+from pagoda_runtime.server.state import ServerState
+from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 # OpenAI's default for completions; a chat may use the rest of the context. The model's comes first.
 DEFAULT_COMPLETION_TOKENS = 16

@@ -1,33 +1,25 @@
-"""What the routes of one server share, and the two faces it sees: engine and tokenizer."""
+"""What the routes of one server share."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import msgspec
 
+from pagoda_runtime.client.engine_client import EngineClient
 from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.errors import EngineDead, QueueFull, Unavailable
-from pagoda_runtime.ipc.messages import (
-    EngineFailed,
-    EngineReady,
-    EngineRequest,
-    EngineStats,
-    LoadProgress,
-    RequestDelta,
-    StepOutput,
-)
+from pagoda_runtime.ipc.messages import EngineReady, EngineStats
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.metrics import Metrics
-from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.answers import Load
 from pagoda_runtime.server.body import default_max_body_bytes
-from pagoda_runtime.tokenizer.detokenizer import Decoder
+from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -44,80 +36,13 @@ MAX_WARNED_FIELDS = 1000
 MAX_WARNED_CHARACTERS = 100
 
 
-class TokenStream(Protocol):
-    """The deltas of one request; closing it aborts the request in the engine."""
-
-    def __aiter__(self) -> AsyncIterator[RequestDelta]: ...
-
-    def finish(self, index: int) -> None: ...
-
-    async def aclose(self) -> None: ...
-
-
-class Engine(Protocol):
-    """The part of `client.engine_client.EngineClient` that the server uses."""
-
-    ready: EngineReady | None
-    progress: LoadProgress
-    failure: EngineFailed | None
-    last_step_seconds: float
-    on_stats: Callable[[StepOutput], None] | None
-
-    @property
-    def stats(self) -> EngineStats: ...
-
-    async def wait_ready(self) -> EngineReady: ...
-
-    @property
-    def num_open(self) -> int: ...
-
-    def make_request(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        sampling_params: SamplingParams,
-        *,
-        priority: int = 0,
-        cache_salt: str = "",
-    ) -> EngineRequest: ...
-
-    def generate(self, request: EngineRequest) -> TokenStream: ...
-
-    async def reset_prefix_cache(self) -> int: ...
-
-    async def shutdown(self, timeout_seconds: float) -> None: ...
-
-
-class Tokenizer(Decoder, Protocol):
-    """The part of `tokenizer.tokenizer.Tokenizer` that the server uses."""
-
-    @property
-    def longest_token(self) -> int: ...
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-
-    def text_offsets(self, text: str) -> list[int]: ...
-
-    def token_text(self, token_id: int) -> str: ...
-
-    def token_bytes(self, token_id: int) -> bytes: ...
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        template: str | None = None,
-        add_generation_prompt: bool = True,
-    ) -> str: ...
-
-
 class ServerState:
     """Belongs to one event loop. `tokenizer` is None until the model is loaded."""
 
     def __init__(
         self,
         config: ServerConfig,
-        engine: Engine,
+        engine: EngineClient,
         *,
         chat_template: str | None = None,
         keys: ApiKeys | None = None,

@@ -19,11 +19,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import uvicorn
 
+from pagoda_runtime.client.engine_client import EngineClient
 from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.errors import EngineDead, FatalError, exit_status
 from pagoda_runtime.ipc.limits import verify_fits, verify_queue_has_room
@@ -43,7 +44,8 @@ from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.app import create_app, create_state
 from pagoda_runtime.server.flags import parse_serve_args
 from pagoda_runtime.server.run import http_config, serve_async
-from pagoda_runtime.server.state import Engine, ServerState
+from pagoda_runtime.server.state import ServerState
+from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 FAKE_ENGINE_COMMAND = (sys.executable, "-m", "pagoda_runtime.testing")
 VOCAB_SIZE = 256
@@ -294,8 +296,8 @@ def make_state(
     engine: FakeEngine, config: ServerConfig, template: str | None = None
 ) -> ServerState:
     """The state of a server whose model is loaded."""
-    state = create_state(config, engine, template)
-    state.tokenizer = ByteTokenizer()
+    state = create_state(config, cast(EngineClient, engine), template)
+    state.tokenizer = cast(Tokenizer, ByteTokenizer())
     return state
 
 
@@ -371,8 +373,8 @@ class ServerProcess:
 def main(argv: Sequence[str]) -> int:
     """`pagoda serve` with fakes in place of model and tokenizer."""
 
-    async def load(engine: Engine) -> ByteTokenizer:
-        return ByteTokenizer()
+    async def load(engine: EngineClient) -> Tokenizer:
+        return cast(Tokenizer, ByteTokenizer())
 
     try:
         config = parse_serve_args(argv)

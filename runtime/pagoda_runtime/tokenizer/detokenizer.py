@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
 
 from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Prompt tokens that the first new token is decoded with, so that it keeps its leading space.
@@ -19,19 +19,6 @@ MAX_UNDECODED_TOKENS = 16
 
 
 NO_IDS: frozenset[int] = frozenset()
-
-
-class Decoder(Protocol):
-    """What is asked of a tokenizer (`tokenizer.tokenizer.Tokenizer`)."""
-
-    @property
-    def all_special_ids(self) -> frozenset[int]: ...
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
-
-    def piece(self, token_id: int, /) -> str | None:
-        """The text of a token behind a whole character, if it depends on nothing else."""
-        ...
 
 
 @lru_cache(16)
@@ -67,7 +54,7 @@ class IncrementalDetokenizer:
 
     def __init__(
         self,
-        tokenizer: Decoder,
+        tokenizer: Tokenizer,
         sampling_params: SamplingParams,
         *,
         prompt_token_ids: Sequence[int] = (),

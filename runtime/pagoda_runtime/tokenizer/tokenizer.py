@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 from tokenizers import AddedToken, Encoding
@@ -167,13 +167,7 @@ class Tokenizer:
         return token_id
 
 
-class Encoder(Protocol):
-    """What `tokenize_bad_words` asks of a tokenizer."""
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
-
-
-def tokenize_bad_words(tokenizer: Encoder, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+def tokenize_bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """The token sequences that write one of the words, each once.
 
     A word has one sequence at the start of a text or within a word, and mostly another after a
