@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pagoda_operator.flags import model_claim
 from pagoda_operator.last_words import TRANSIENT_REASONS, parse_last_words, say_as_user
 from pagoda_operator.names import LABEL_REVISION, Manifest, find_condition, is_leaving
-from pagoda_operator.spec import LLMServiceSpec, RolloutStrategy
+from pagoda_operator.spec import LLMServiceSpec
 
 IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 # Warnings that keep a container from being created; the pod's own status says nothing of them.
@@ -171,7 +171,7 @@ def _cause_of_unscheduled(spec: LLMServiceSpec, message: str, older: Sequence[Ma
     if claim and f'persistentvolumeclaim "{claim}" not found' in message:
         text = f"The PersistentVolumeClaim {claim} of spec.model.uri does not exist in this "
         return Cause("ModelNotFound", text + "namespace; create it, or correct the uri.", True)
-    if older and "Insufficient" in message and spec.rollout_strategy is RolloutStrategy.SURGE:
+    if older and "Insufficient" in message and spec.rollout_strategy == "Surge":
         names = ", ".join(str(pod["metadata"]["name"]) for pod in older)
         text = (
             f"There is no room for a new engine beside {names}, which holds its own until the new "

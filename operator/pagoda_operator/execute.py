@@ -7,7 +7,7 @@ import logging
 from pagoda_operator.cluster import ApiServer
 from pagoda_operator.names import SCALING_MANAGER, ChildRef, Key, Manifest
 from pagoda_operator.ownership import take_over
-from pagoda_operator.plan import Applied, Apply, Memory, Plan, digest
+from pagoda_operator.plan import Applied, Apply, Memory, Plan, applied_digest
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +46,15 @@ async def _apply(
     # A name that was free a moment ago is taken without force: never from a stranger.
     live = await cluster.apply(apply.manifest, manager=apply.manager, force=found is not None)
     if not is_scaling:
-        memory.applied[apply.ref] = Applied(digest(apply.manifest), digest(live))
+        memory.applied[apply.ref] = Applied(applied_digest(apply.manifest), applied_digest(live))
     what, why = f"applied {apply.ref}", ""
     if is_scaling and found is not None:
         before, after = (it["spec"].get("replicas") for it in (found, live))
         what = f"scaled from {before} to {after} replicas"
     # What stays as it was found, as the annotation of `kubectl rollout restart`, is no fight.
-    if apply.undoes is not None and (is_scaling or found is None or digest(live) != digest(found)):
+    if apply.undoes is not None and (
+        is_scaling or found is None or applied_digest(live) != applied_digest(found)
+    ):
         memory.contests.note(apply.undoes, now)
         why = f", since {apply.undoes.rival} of it"
     logger.info("%s: %s%s", key, what, why)

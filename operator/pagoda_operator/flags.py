@@ -5,9 +5,9 @@ A contract with the runtime, whose command line parses what is rendered here (`t
 
 from __future__ import annotations
 
-from enum import StrEnum
+import re
 
-from pagoda_operator.spec import DType, KvCacheDtype, LLMService, Quantization
+from pagoda_operator.spec import LLMService
 
 PORT = 8000
 MODELS_PATH = "/models"
@@ -27,11 +27,11 @@ def engine_args(service: LLMService) -> list[str]:
     # Named, not detected: an engine that finds no GPU fails rather than crawls on the CPU.
     args += ["--device", "cuda" if spec.num_gpus else "cpu"]
     args += ["--tensor-parallel-size", str(engine.tensor_parallel_size)]
-    if engine.dtype is not DType.AUTO:
+    if engine.dtype != "Auto":
         args += ["--dtype", flag_value(engine.dtype)]
-    if engine.quantization is not Quantization.AUTO:
+    if engine.quantization != "Auto":
         args += ["--quantization", flag_value(engine.quantization)]
-    if engine.kv_cache_dtype is not KvCacheDtype.AUTO:
+    if engine.kv_cache_dtype != "Auto":
         args += ["--kv-cache-dtype", flag_value(engine.kv_cache_dtype)]
     if engine.max_model_len is not None:
         args += ["--max-model-len", str(engine.max_model_len)]
@@ -45,11 +45,12 @@ def engine_args(service: LLMService) -> list[str]:
     return [*args, *engine.extra_args]
 
 
-def flag_value(choice: StrEnum) -> str:
-    """The word that a flag has for a value of the CRD: FP8E4M3, here FP8_E4M3, is fp8_e4m3."""
-    # A dash joins words, but not the parts of a number format.
-    name = choice.name.lower()
-    return name.replace("_", "-") if isinstance(choice, Quantization) else name
+def flag_value(choice: str) -> str:
+    """The word that a flag has for a value of the CRD.
+
+    FP8E4M3 is fp8_e4m3, and CompressedTensors compressed-tensors.
+    """
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", choice.replace("FP8E", "FP8_E")).lower()
 
 
 def model_claim(uri: str) -> str | None:

@@ -5,6 +5,8 @@ Changing one of the names orphans what an older operator made.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +76,12 @@ def api_version(kind: str) -> str:
     """What manifests of the kind have as apiVersion."""
     group, version, _ = RESOURCES[kind]
     return f"{group}/{version}" if group else version
+
+
+def digest(content: Manifest) -> str:
+    """Another one for other content, whatever the order of its keys."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def same_object(live: Manifest, **content: Any) -> Manifest:

@@ -6,8 +6,6 @@ state, in which the operator writes nothing.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +16,7 @@ from pagoda_operator.names import (
     SCALING_MANAGER,
     ChildRef,
     Manifest,
+    digest,
     is_leaving,
     same_object,
 )
@@ -30,7 +29,7 @@ from pagoda_operator.ownership import (
 from pagoda_operator.spec import LLMService
 
 WAIT_FOR_DELETION_SECONDS = 1.0
-# Of the metadata, `digest` takes what matters.
+# Of the metadata, `applied_digest` takes what matters.
 _NOT_OURS = ("metadata", "status", "apiVersion", "kind", "secrets", "imagePullSecrets")
 
 
@@ -136,7 +135,7 @@ def make_plan(
     )
 
 
-def digest(manifest: Manifest) -> str:
+def applied_digest(manifest: Manifest) -> str:
     """A digest of what an apply can set: not status, not what the server counts, not replicas,
     not the Secrets of a ServiceAccount.
 
@@ -150,16 +149,15 @@ def digest(manifest: Manifest) -> str:
     }
     if "replicas" in content.get("spec", {}):
         content["spec"] = {key: v for key, v in content["spec"].items() if key != "replicas"}
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return digest(content)
 
 
 def _plan_applies(
     ref: ChildRef, manifest: Manifest, live: Manifest | None, memory: Memory, target_replicas: int
 ) -> Iterator[Apply]:
     """What makes the child as it should be: the rest of it, and the replicas of a Deployment."""
-    applied, intent = memory.applied.get(ref), digest(manifest)
-    if live is None or applied != Applied(intent, digest(live)):
+    applied, intent = memory.applied.get(ref), applied_digest(manifest)
+    if live is None or applied != Applied(intent, applied_digest(live)):
         is_correction = applied is not None and applied.intent == intent
         yield Apply(
             ref=ref,

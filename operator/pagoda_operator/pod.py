@@ -18,7 +18,7 @@ from pagoda_operator.flags import (
     model_claim,
 )
 from pagoda_operator.names import Manifest, common_labels, engine_name, selector_labels
-from pagoda_operator.spec import LLMService, PodTemplate, SecurityContext, UserFrom
+from pagoda_operator.spec import LLMService, PodTemplate, SecurityContext
 
 STARTUP_SECONDS = 3600
 # What the engine needs to end after its drain, before the kubelet kills it.
@@ -55,7 +55,7 @@ def render_pod_template(service: LLMService, engine_image: str) -> Manifest:
 
 def _render_security_context(security: SecurityContext) -> Manifest:
     context: Manifest = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
-    if security.user_from is UserFrom.IMAGE:
+    if security.user_from == "Image":
         context["runAsUser"] = security.run_as_user or USER_ID
         context["runAsGroup"] = security.run_as_group or USER_ID
     if security.fs_group is not None:

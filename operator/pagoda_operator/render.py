@@ -6,8 +6,6 @@ template would restart every engine when the operator is upgraded.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from pagoda_operator.flags import PORT
@@ -19,11 +17,12 @@ from pagoda_operator.names import (
     Manifest,
     api_version,
     common_labels,
+    digest,
     engine_name,
     selector_labels,
 )
 from pagoda_operator.pod import STARTUP_SECONDS, render_pod_template
-from pagoda_operator.spec import LLMService, RolloutStrategy
+from pagoda_operator.spec import LLMService
 
 # A pod may load for STARTUP_SECONDS; only then has the rollout failed.
 PROGRESS_DEADLINE_SECONDS = STARTUP_SECONDS + 300
@@ -84,7 +83,7 @@ def render_network_policy(service: LLMService, operator_namespace: str | None = 
 def render_deployment(service: LLMService, *, engine_image: str) -> Manifest:
     """The engines."""
     template = render_pod_template(service, engine_image)
-    template["metadata"]["labels"][LABEL_REVISION] = _digest(template)
+    template["metadata"]["labels"][LABEL_REVISION] = digest(template)[:10]
     spec = {
         "selector": {"matchLabels": selector_labels(service.key.name)},
         "strategy": _render_strategy(service),
@@ -124,13 +123,8 @@ def _child(service: LLMService, kind: str, **content: Any) -> Manifest:
 
 def _render_strategy(service: LLMService) -> Manifest:
     strategy = service.spec.rollout_strategy
-    if strategy is RolloutStrategy.RECREATE:
+    if strategy == "Recreate":
         return {"type": "Recreate"}
-    surge = int(strategy is RolloutStrategy.SURGE)
+    surge = int(strategy == "Surge")
     rolling = {"maxSurge": surge, "maxUnavailable": 1 - surge}
     return {"type": "RollingUpdate", "rollingUpdate": rolling}
-
-
-def _digest(template: Manifest) -> str:
-    canonical = json.dumps(template, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:10]

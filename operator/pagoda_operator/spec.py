@@ -12,8 +12,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pagoda_operator.names import Key
 
@@ -25,43 +24,13 @@ class SpecError(Exception):
     """A field of the spec cannot be understood; the message begins with its path."""
 
 
-class DType(StrEnum):
-    AUTO = "Auto"
-    BFLOAT16 = "BFloat16"
-    FLOAT16 = "Float16"
-    FLOAT32 = "Float32"
-
-
-class Quantization(StrEnum):
-    AUTO = "Auto"
-    NONE = "None"
-    AWQ = "AWQ"
-    GPTQ = "GPTQ"
-    FP8 = "FP8"
-    INT8 = "INT8"
-    INT4 = "INT4"
-    EXL2 = "EXL2"
-    COMPRESSED_TENSORS = "CompressedTensors"
-
-
-class KvCacheDtype(StrEnum):
-    AUTO = "Auto"
-    FP8 = "FP8"
-    FP8_E4M3 = "FP8E4M3"
-    FP8_E5M2 = "FP8E5M2"
-    INT8 = "INT8"
-
-
-class RolloutStrategy(StrEnum):
-    AUTO = "Auto"
-    SURGE = "Surge"
-    IN_PLACE = "InPlace"
-    RECREATE = "Recreate"
-
-
-class UserFrom(StrEnum):
-    IMAGE = "Image"
-    PLATFORM = "Platform"
+DType = Literal["Auto", "BFloat16", "Float16", "Float32"]
+Quantization = Literal[
+    "Auto", "None", "AWQ", "GPTQ", "FP8", "INT8", "INT4", "EXL2", "CompressedTensors"
+]
+KvCacheDtype = Literal["Auto", "FP8", "FP8E4M3", "FP8E5M2", "INT8"]
+RolloutStrategy = Literal["Auto", "Surge", "InPlace", "Recreate"]
+UserFrom = Literal["Image", "Platform"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +49,10 @@ class Model:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     image: str | None = None
-    dtype: DType = DType.AUTO
+    dtype: DType = "Auto"
     tensor_parallel_size: int = 1
-    quantization: Quantization = Quantization.AUTO
-    kv_cache_dtype: KvCacheDtype = KvCacheDtype.AUTO
+    quantization: Quantization = "Auto"
+    kv_cache_dtype: KvCacheDtype = "Auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
     gpu_memory_percent: int = 90
@@ -123,7 +92,7 @@ class Autoscaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    strategy: RolloutStrategy = RolloutStrategy.AUTO
+    strategy: RolloutStrategy = "Auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +113,7 @@ class NetworkPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SecurityContext:
-    user_from: UserFrom = UserFrom.IMAGE
+    user_from: UserFrom = "Image"
     run_as_user: int | None = None
     run_as_group: int | None = None
     fs_group: int | None = None
@@ -194,10 +163,10 @@ class LLMServiceSpec:
 
     @property
     def rollout_strategy(self) -> RolloutStrategy:
-        """Never AUTO: a surge needs a second set of GPUs, and may wait for it for ever."""
-        if self.rollout.strategy is not RolloutStrategy.AUTO:
+        """Never Auto: a surge needs a second set of GPUs, and may wait for it for ever."""
+        if self.rollout.strategy != "Auto":
             return self.rollout.strategy
-        return RolloutStrategy.RECREATE if self.num_gpus else RolloutStrategy.SURGE
+        return "Recreate" if self.num_gpus else "Surge"
 
     @property
     def min_replicas(self) -> int:
@@ -270,8 +239,11 @@ def _convert(hint: Any, value: object, path: str) -> Any:
     for option in options:
         if is_dataclass(option):
             return _build(typing.cast(type[Any], option), value, path)
-        if isinstance(option, type) and issubclass(option, StrEnum):
-            return _convert_enum(option, value, path)
+        if typing.get_origin(option) is Literal:
+            words = typing.get_args(option)
+            if value not in words:
+                raise SpecError(f"{path}: {value!r} is none of {', '.join(words)}")
+            return value
         if typing.get_origin(option) is tuple:
             if isinstance(value, list):
                 (item_hint, _) = typing.get_args(option)
@@ -287,10 +259,3 @@ def _convert(hint: Any, value: object, path: str) -> Any:
             return value
     wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
     raise SpecError(f"{path}: {wanted} is needed, not {value!r}")
-
-
-def _convert_enum(enum: type[StrEnum], value: object, path: str) -> StrEnum:
-    try:
-        return enum(str(value))
-    except ValueError:
-        raise SpecError(f"{path}: {value!r} is none of {', '.join(enum)}") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 import typing
 from dataclasses import MISSING, Field, fields, is_dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,8 @@ def test_a_field_has_one_type_one_default_and_bounds(
     assert node.get("default") == (None if default in (None, MISSING, (), {}) else default)
     if "type" not in node:
         assert {int, str} <= set(kind_options(path))
-    elif issubclass(typing.get_origin(kind) or kind, StrEnum):
-        assert node["enum"] == [str(item) for item in kind]
+    elif typing.get_origin(kind) is typing.Literal:
+        assert (node["type"], node["enum"]) == ("string", list(typing.get_args(kind)))
     else:
         assert node["type"] == JSON_TYPES[typing.get_origin(kind) or kind]
 

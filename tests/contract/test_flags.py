@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -127,15 +127,15 @@ def test_every_share_of_gpu_memory_is_exact(percent: int) -> None:
 
 
 def test_every_value_of_an_enum_is_one_of_its_flag() -> None:
-    assert {*map(flag_value, DType)} == set(engine_flags.DTYPES)
-    assert {*map(flag_value, Quantization)} == {*engine_flags.QUANTIZATIONS, "auto"}
-    assert {*map(flag_value, KvCacheDtype)} == set(engine_flags.KV_CACHE_DTYPES)
+    assert {*map(flag_value, get_args(DType))} == set(engine_flags.DTYPES)
+    assert {*map(flag_value, get_args(Quantization))} == {*engine_flags.QUANTIZATIONS, "auto"}
+    assert {*map(flag_value, get_args(KvCacheDtype))} == set(engine_flags.KV_CACHE_DTYPES)
 
 
 @given(
-    dtype=st.sampled_from([str(item) for item in DType]),
-    quantization=st.sampled_from([str(item) for item in Quantization]),
-    kv_cache_dtype=st.sampled_from([str(item) for item in KvCacheDtype]),
+    dtype=st.sampled_from(get_args(DType)),
+    quantization=st.sampled_from(get_args(Quantization)),
+    kv_cache_dtype=st.sampled_from(get_args(KvCacheDtype)),
     max_num_seqs=st.integers(1, 65536),
     max_model_len=st.integers(2, 16777216),
 )

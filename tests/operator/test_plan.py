@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pagoda_operator.names import ChildRef, Manifest
 from pagoda_operator.ownership import take_over
-from pagoda_operator.plan import Applied, Memory, Plan, digest, make_plan
+from pagoda_operator.plan import Applied, Memory, Plan, applied_digest, make_plan
 from pagoda_operator.render import render_children
 from pagoda_operator.spec import LLMService
 from pagoda_operator.testing import make_service
@@ -44,7 +44,7 @@ def carry_out(made: Plan, observed: Observed) -> Observed:
         live.setdefault("spec", {})["addedByTheServer"] = True
         live["status"] = {"replicas": 1}
         children[apply.ref] = live
-        applied[apply.ref] = Applied(digest(apply.manifest), digest(live))
+        applied[apply.ref] = Applied(applied_digest(apply.manifest), applied_digest(live))
     for live in made.deletes:
         del children[ChildRef.of(live)]
     return Observed(children=children, applied=applied)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -199,9 +199,9 @@ def test_the_revision_of_an_unchanged_spec_survives_an_upgrade(
 engines = st.fixed_dictionaries(
     {},
     optional={
-        "dtype": st.sampled_from([str(item) for item in DType]),
-        "quantization": st.sampled_from([str(item) for item in Quantization]),
-        "kvCacheDtype": st.sampled_from([str(item) for item in KvCacheDtype]),
+        "dtype": st.sampled_from(get_args(DType)),
+        "quantization": st.sampled_from(get_args(Quantization)),
+        "kvCacheDtype": st.sampled_from(get_args(KvCacheDtype)),
         "maxModelLen": st.integers(2, 10**6),
         "tensorParallelSize": st.sampled_from([1, 2, 4, 8]),
         "prefixCaching": st.booleans(),

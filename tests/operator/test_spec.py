@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pagoda_operator.spec import KvCacheDtype, Quantization, SpecError, camel_case
+from pagoda_operator.spec import SpecError, camel_case
 from pagoda_operator.testing import make_service
 
 
@@ -19,10 +19,7 @@ def test_fields_are_read_from_their_names_in_the_crd() -> None:
         }
     )
     engine = service.spec.engine
-    assert (engine.quantization, engine.kv_cache_dtype) == (
-        Quantization.AWQ,
-        KvCacheDtype.FP8_E4M3,
-    )
+    assert (engine.quantization, engine.kv_cache_dtype) == ("AWQ", "FP8E4M3")
     assert engine.extra_args == ("--a",)
     assert (service.spec.resources.cpu, service.spec.resources.memory) == (2, "4Gi")
     assert service.spec.autoscaling is not None
