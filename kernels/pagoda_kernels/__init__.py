@@ -2,7 +2,6 @@
 
 paged_attention: the contract of attention backends, which own keys and values, and the reference.
 rotate_and_store: norms and rotation of heads, and their keys and values into the cache.
-write_kv_cache, copy_blocks: the cache alone.
 rms_norm: by itself, or added to a sum.
 cpu: what numba compiles for a CPU; its attention backend, its products with packed matrices, its
 search for the largest logit, and what compiles, keeps and runs such kernels.

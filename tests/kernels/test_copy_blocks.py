@@ -3,7 +3,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pagoda_kernels.copy_blocks import copy_blocks
+from pagoda_kernels.paged_attention import AttentionSpec
+from pagoda_kernels.paged_attention.reference import ReferenceAttention
+
+
+def copy_blocks(caches, sources, targets):
+    backend = ReferenceAttention(
+        AttentionSpec(
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=4,
+            windows=(0,) * len(caches),
+            scale=1.0,
+            dtype=torch.float32,
+            kv_dtype=torch.float32,
+            block_size=2,
+            device=torch.device("cpu"),
+        )
+    )
+    backend.kv_caches = caches
+    backend.copy_blocks(sources, targets)
 
 
 def make_caches(num_layers: int = 2, num_blocks: int = 5) -> list[torch.Tensor]:

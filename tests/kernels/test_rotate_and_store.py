@@ -80,3 +80,34 @@ def test_a_slot_outside_the_cache_is_refused(slot):
 def test_tensors_that_do_not_fit_are_refused(name, value, message):
     with pytest.raises(ValueError, match=message):
         rotate_and_store(**(make_case() | {name: value}))
+
+
+def no_rotation(num_tokens, head_dim=8):
+    shape = (num_tokens, 1, head_dim)
+    return torch.ones(shape), torch.zeros(shape)
+
+
+@pytest.mark.parametrize("store", [rotate_and_store, rotate_and_store_reference])
+def test_each_token_goes_to_its_slot_and_nothing_else_changes(store):
+    cache = torch.full((5, 4, 2, 3, 8), torch.nan)
+    qkv = torch.randn(3, 9, 8)
+    kv = qkv[:, 3:].clone().view(3, 2, 3, 8)
+    store(qkv, *no_rotation(3), cache, torch.tensor([17, 4, 6]), None, None)
+    torch.testing.assert_close(cache[4, 1], kv[0])
+    torch.testing.assert_close(cache[1, 0], kv[1])
+    torch.testing.assert_close(cache[1, 2], kv[2])
+    assert int(cache.isnan().sum()) == (5 * 4 - 3) * 2 * 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("qkv", "slots", "message"),
+    [
+        (torch.zeros(1, 9, 10), torch.tensor([4]), "must agree"),
+        (torch.zeros(1, 9, 8).half(), torch.tensor([4]), "must agree"),
+        (torch.zeros(1, 9, 8), torch.tensor([4, 5]), "must be int64"),
+        (torch.zeros(1, 9, 8), torch.tensor([4], dtype=torch.int32), "must be int64"),
+    ],
+)
+def test_wrong_shapes_and_dtypes_are_refused(qkv, slots, message):
+    with pytest.raises(ValueError, match=message):
+        rotate_and_store(qkv, *no_rotation(1), torch.zeros(5, 4, 2, 3, 8), slots)

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pagoda_kernels.copy_blocks import copy_blocks
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
@@ -149,5 +147,20 @@ class AttentionBackend(ABC):
         """
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """See `pagoda_kernels.copy_blocks.copy_blocks`."""
-        copy_blocks(self.kv_caches, sources=sources, targets=targets)
+        """Copy block sources[i] to block targets[i] in every layer, for sequences that part.
+
+        All blocks are read before any is written, so a target may be the source of another copy.
+        Raises: ValueError: the lengths differ, a target repeats, or a block does not exist.
+        """
+        if len(sources) != len(targets):
+            raise ValueError(f"There are {len(sources)} sources and {len(targets)} targets.")
+        if len(set(targets)) != len(targets):
+            raise ValueError(f"targets {list(targets)} repeat a block.")
+        num_blocks = len(self.kv_caches[0])
+        for block in (*sources, *targets):
+            if not 0 <= block < num_blocks:
+                raise ValueError(f"Block {block} does not exist; the cache has {num_blocks}.")
+        from_blocks = torch.tensor(sources, device=self.spec.device)
+        to_blocks = torch.tensor(targets, device=self.spec.device)
+        for kv_cache in self.kv_caches:
+            kv_cache.index_copy_(0, to_blocks, kv_cache.index_select(0, from_blocks))

@@ -26,7 +26,9 @@ def rotate_and_store(
             of v. What is left in the heads of k is not defined.
         cos, sin: [num_tokens, 1, rotary_dim] fp32, contiguous; sin is negated in its first half.
             What a head has beyond rotary_dim dimensions is not rotated.
-        kv_cache, slot_mapping: see `pagoda_kernels.write_kv_cache.write_kv_cache`.
+        kv_cache: [num_blocks, block_size, 2, num_kv_heads, head_dim], contiguous, dtype of qkv.
+        slot_mapping: [num_tokens] int64: a token goes to block slot // block_size, to its place
+            slot % block_size. Slots are distinct, except in block 0, which nobody reads.
         norm_weight: [num_heads + num_kv_heads, head_dim] fp32; None: no norm.
         norm_floor: [] fp32; see `pagoda_kernels.rms_norm.rms_norm`.
     Raises: ValueError: shapes, dtypes or layouts do not agree. IndexError: a slot is outside.

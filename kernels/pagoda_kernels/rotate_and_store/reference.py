@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from pagoda_kernels.rms_norm import to_unit_norm
-from pagoda_kernels.write_kv_cache import write_kv_cache
 
 
 def rotate_and_store_reference(
@@ -27,7 +26,7 @@ def rotate_and_store_reference(
     qkv[:, : num_heads + num_kv_heads] = qk
     qkv[:, : num_heads + num_kv_heads, :rotary_dim] = apply_rotary(qk[..., :rotary_dim], cos, sin)
     kv = qkv[:, num_heads:].view(len(qkv), 2, num_kv_heads, qkv.shape[2])
-    write_kv_cache(kv, kv_cache, slot_mapping)
+    kv_cache.flatten(0, 1).index_copy_(0, slot_mapping, kv)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
