@@ -47,7 +47,7 @@ def render_pod_template(service: LLMService, engine_image: str) -> Manifest:
             ),
             "securityContext": _render_security_context(added.security_context),
             "containers": [_render_container(service, engine_image)],
-            "volumes": _render_volumes(service),
+            "volumes": [*(volume for _, volume in _own_volumes(service)), *added.volumes],
             **_render_placement(service.key.name, added),
         },
     }
@@ -84,6 +84,12 @@ def _render_placement(service_name: str, added: PodTemplate) -> Manifest:
 
 
 def _render_container(service: LLMService, engine_image: str) -> Manifest:
+    mounts = [
+        {"name": volume["name"], "mountPath": path}
+        # Only what is made for the pod is written to.
+        | ({} if "emptyDir" in volume else {"readOnly": True})
+        for path, volume in _own_volumes(service)
+    ]
     container: Manifest = {
         "name": "engine",
         "image": service.spec.engine.image or engine_image,
@@ -101,7 +107,7 @@ def _render_container(service: LLMService, engine_image: str) -> Manifest:
         # Longer than readiness: a busy engine leaves the Service before it is restarted.
         "livenessProbe": _render_probe("/health", period=10, failures=6),
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": _render_mounts(service),
+        "volumeMounts": [*mounts, *service.spec.pod_template.volume_mounts],
     }
     if service.spec.pod_template.env_from:
         container["envFrom"] = list(service.spec.pod_template.env_from)
@@ -118,20 +124,6 @@ def _render_env(service: LLMService) -> list[Manifest]:
         source = {"secretKeyRef": {"name": secret.name, "key": HUB_TOKEN}}
         env.append({"name": HUB_TOKEN, "valueFrom": source})
     return [*env, *service.spec.pod_template.env]
-
-
-def _render_mounts(service: LLMService) -> list[Manifest]:
-    mounts: list[Manifest] = [
-        {"name": "tmp", "mountPath": "/tmp"},
-        {"name": "cache", "mountPath": "/cache"},
-        {"name": "shm", "mountPath": "/dev/shm"},
-    ]
-    if model_claim(service.spec.model.uri) is not None:
-        mounts.append({"name": "models", "mountPath": MODELS_PATH, "readOnly": True})
-    if service.spec.auth.api_keys_secret_ref is not None:
-        # The folder, not a file of it: only then does the kubelet bring a changed Secret in.
-        mounts.append({"name": "api-keys", "mountPath": API_KEYS_PATH, "readOnly": True})
-    return [*mounts, *service.spec.pod_template.volume_mounts]
 
 
 def _render_probe(path: str, *, period: int, failures: int) -> Manifest:
@@ -166,19 +158,25 @@ def _quantities(amounts: Mapping[str, int | float | str | None]) -> dict[str, st
     }
 
 
-def _render_volumes(service: LLMService) -> list[Manifest]:
+def _own_volumes(service: LLMService) -> list[tuple[str, Manifest]]:
+    """(path in the container, volume) of every volume that is not the user's own."""
     tensor_parallel_size = service.spec.engine.tensor_parallel_size
     # NCCL exchanges data between ranks through /dev/shm; its default of 64 MiB is too small.
     shm_mebibytes = 1024 * tensor_parallel_size if tensor_parallel_size > 1 else 256
-    volumes: list[Manifest] = [
-        {"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE_LIMIT}},
-        {"name": "cache", "emptyDir": {"sizeLimit": str(service.spec.cache.size_limit)}},
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shm_mebibytes}Mi"}},
+    shm = {"medium": "Memory", "sizeLimit": f"{shm_mebibytes}Mi"}
+    volumes: list[tuple[str, Manifest]] = [
+        ("/tmp", {"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE_LIMIT}}),
+        (
+            "/cache",
+            {"name": "cache", "emptyDir": {"sizeLimit": str(service.spec.cache.size_limit)}},
+        ),
+        ("/dev/shm", {"name": "shm", "emptyDir": shm}),
     ]
-    claim = model_claim(service.spec.model.uri)
-    if claim is not None:
+    if (claim := model_claim(service.spec.model.uri)) is not None:
         source = {"claimName": claim, "readOnly": True}
-        volumes.append({"name": "models", "persistentVolumeClaim": source})
+        volumes.append((MODELS_PATH, {"name": "models", "persistentVolumeClaim": source}))
     if (secret := service.spec.auth.api_keys_secret_ref) is not None:
-        volumes.append({"name": "api-keys", "secret": {"secretName": secret.name}})
-    return [*volumes, *service.spec.pod_template.volumes]
+        # The folder, not a file of it: only then does the kubelet bring a changed Secret in.
+        keys = {"name": "api-keys", "secret": {"secretName": secret.name}}
+        volumes.append((API_KEYS_PATH, keys))
+    return volumes

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 
-from pagoda_operator.autoscaling import autoscaling_condition
 from pagoda_operator.causes import (
     CRASHES_UNTIL_STALLED,
     Cause,
@@ -45,6 +44,7 @@ from pagoda_operator.spec import LLMService, SpecError, parse
 from pagoda_operator.status import (
     Conditions,
     Counts,
+    autoscaling_condition,
     failed_status,
     is_seen,
     make_status,

@@ -7,7 +7,7 @@ Four conditions, all of them always there:
     Reconciling  work is under way (kstatus: in progress)
     Stalled      a person has to act (kstatus: failed)
 
-and with spec.autoscaling a fifth, AutoscalingActive (see `autoscaling`).
+and with spec.autoscaling a fifth, AutoscalingActive: the replicas follow the demand.
 
 Nothing in it moves by itself: the same world gives the same status, so that a steady state is not
 written again.
@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from pagoda_operator.causes import Cause
+from pagoda_operator.flags import PORT
 from pagoda_operator.names import Manifest, find_condition, selector_labels
 from pagoda_operator.render import revision_of
-from pagoda_operator.spec import LLMService
+from pagoda_operator.scaling import ScalingPolicy
+from pagoda_operator.spec import LLMService, LLMServiceSpec
 
 Condition = tuple[bool | None, str, str]
 """(status, reason, message); None is Unknown."""
@@ -30,6 +32,7 @@ Conditions = dict[str, Condition]
 
 MAX_MESSAGE = 1024
 STARTING = Cause("Progressing", "The engines are being started.", False)
+STOPPING = Cause("ScalingDown", "The replicas are being stopped.", False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,22 +132,14 @@ def stamp(
 
     Args:
         generation: of the spec that the status is about.
-        now: in UTC; the time of the conditions that change with this status.
+        now: in UTC; the transition time of the conditions whose own status differs.
     """
-    merged = _merge_conditions(conditions, previous, generation, now)
-    return {**fields, "observedGeneration": generation, "conditions": merged}
-
-
-def _merge_conditions(
-    conditions: Conditions, previous: Manifest, generation: int, now: datetime
-) -> list[Manifest]:
-    """Conditions as the API has them; the transition time moves only with the status."""
-    merged = []
+    stamped = []
     for kind, (is_true, reason, message) in conditions.items():
         text = {True: "True", False: "False", None: "Unknown"}[is_true]
         before = find_condition(previous, kind)
         since = before.get("lastTransitionTime") if before.get("status") == text else None
-        merged.append(
+        stamped.append(
             {
                 "type": kind,
                 "status": text,
@@ -154,7 +149,30 @@ def _merge_conditions(
                 "lastTransitionTime": since or now.strftime("%Y-%m-%dT%H:%M:%SZ"),
             }
         )
-    return merged
+    return {**fields, "observedGeneration": generation, "conditions": stamped}
+
+
+def autoscaling_condition(
+    spec: LLMServiceSpec, *, replicas_owner: str | None, blindness: str | None
+) -> Conditions:
+    """The condition of a service with `spec.autoscaling`; of another one, none.
+
+    Args:
+        replicas_owner: who set `spec.replicas`; see `ownership.replicas_owner`.
+        blindness: why the load is not known; see `Poller.blindness`.
+    """
+    if spec.autoscaling is None:
+        return {}
+    ignored = ""
+    if replicas_owner is not None:
+        ignored = (
+            f" spec.replicas: {spec.replicas}, set by {replicas_owner}, has no effect beside "
+            "spec.autoscaling; remove one of them."
+        )
+    is_active, reason, message = _describe_scaling(spec, blindness)
+    if is_active and ignored:
+        reason = "ReplicasIgnored"
+    return {"AutoscalingActive": (is_active, reason, message + ignored)}
 
 
 def _one_line(text: str) -> str:
@@ -170,7 +188,7 @@ def _conditions(
     if needed == 0:
         # Nothing runs because nothing should: there is nothing that could be wrong.
         if counts.total:
-            return _in_progress(available, "ScalingDown", "The replicas are being stopped.")
+            return _hindered(available, STOPPING)
         reason = "Suspended" if service.spec.suspend else "ScaledToZero"
         return _settled(available, reason, "No replica runs, as the spec asks.")
     is_in_force = (
@@ -212,20 +230,30 @@ def _settled(
 
 
 def _hindered(available: Condition, cause: Cause) -> Conditions:
-    if not cause.is_stalled:
-        return _in_progress(available, cause.reason, cause.message)
+    why = (cause.reason, cause.message)
+    reconciling: Condition = (True, *why)
+    stalled: Condition = (False, "Progressing", "Work is under way; see Reconciling.")
+    if cause.is_stalled:
+        reconciling = (False, "Stalled", "Nothing is done until the cause is gone.")
+        stalled = (True, *why)
     return {
-        "Ready": (False, cause.reason, cause.message),
+        "Ready": (False, *why),
         "Available": available,
-        "Reconciling": (False, "Stalled", "Nothing is done until the cause is gone."),
-        "Stalled": (True, cause.reason, cause.message),
+        "Reconciling": reconciling,
+        "Stalled": stalled,
     }
 
 
-def _in_progress(available: Condition, reason: str, message: str) -> Conditions:
-    return {
-        "Ready": (False, reason, message),
-        "Available": available,
-        "Reconciling": (True, reason, message),
-        "Stalled": (False, "Progressing", "Work is under way; see Reconciling."),
-    }
+def _describe_scaling(spec: LLMServiceSpec, blindness: str | None) -> tuple[bool, str, str]:
+    if spec.suspend:
+        return False, "Suspended", "The service is suspended."
+    if ScalingPolicy.of(spec) is None:
+        return False, "Fixed", "minReplicas is maxReplicas: the number of replicas is fixed."
+    if blindness is not None:
+        text = (
+            f"Scaling is blind: {blindness}. Replicas are kept, and added only for the load that "
+            "is known. Where a NetworkPolicy guards the pods, let the operator's pod reach their "
+            f"port {PORT}."
+        )
+        return False, "LoadUnknown", text
+    return True, "Active", "The replicas follow the demand."

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pagoda_operator.autoscaling import autoscaling_condition
 from pagoda_operator.names import Manifest
 from pagoda_operator.ownership import replicas_owner
+from pagoda_operator.status import autoscaling_condition
 from pagoda_operator.testing import make_manifest, make_service
 
 SCALED = {"autoscaling": {"maxReplicas": 3}}
