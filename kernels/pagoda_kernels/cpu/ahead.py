@@ -55,9 +55,9 @@ def compile_all() -> None:
     """Compile what this process's target can run, or find it in files."""
     for module in pkgutil.walk_packages(pagoda_kernels.__path__, "pagoda_kernels."):
         importlib.import_module(module.name)
-    for kernel in KERNELS:
-        if kernel.needs <= features():
-            kernel.prepare()
+    for needs, prepare in KERNELS:
+        if needs <= features():
+            prepare()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ an array takes longer than many of them run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -38,18 +38,9 @@ OPTIONS: dict[str, Any] = {"fastmath": _FAST_MATH, "error_model": "numpy"}
 _TYPES = {"int": types.int64, "float": types.float64, "bool": types.boolean}
 
 
-class Compiled(NamedTuple):
-    """A kernel that others can have compiled before it is called."""
-
-    name: str
-    needs: frozenset[str]
-    """Features of the processor, as LLVM names them."""
-    prepare: Callable[[], Any]
-    """Compile it, or find it in a file."""
-
-
-KERNELS: list[Compiled] = []
-"""All that were imported so far."""
+KERNELS: list[tuple[frozenset[str], Callable[[], None]]] = []
+"""Of each kernel that was imported the features of the processor that it needs, as LLVM names them,
+and what compiles it before it is called, or finds it in a file."""
 
 
 def compiled(function: Function) -> Function:
@@ -71,8 +62,7 @@ class Kernel:
         self._signature = tuple(
             _TYPES[name] for key, name in function.__annotations__.items() if key != "return"
         )
-        name = f"{function.__module__}.{function.__qualname__}{variant}"
-        KERNELS.append(Compiled(name, frozenset(), self.prepare))
+        KERNELS.append((frozenset(), self.prepare))
 
     def prepare(self) -> None:
         """Compile it, or find it in a file."""
@@ -110,45 +100,25 @@ _prefetch = cast(Any, intrinsic(_make_prefetch))
 """Ask for the 64 bytes at an address, to be read soon."""
 
 
-@compiled
-def floats(address: int, shape: Any) -> Array:
-    """The fp32 numbers at an address."""
-    return carray(_pointer(address, np.float32), shape)
+def _make_view(dtype: Any) -> Any:
+    @compiled
+    def view(address: int, shape: Any) -> Array:
+        return carray(_pointer(address, dtype), shape)
+
+    return view
 
 
-@compiled
-def bf16_bits(address: int, shape: Any) -> Array:
-    """The bf16 numbers at an address; numba does not know them, so these are their bits."""
-    return carray(_pointer(address, np.uint16), shape)
-
-
-@compiled
-def fp16_bits(address: int, shape: Any) -> Array:
-    """The fp16 numbers at an address, as bits too; signed, which tells them from bf16."""
-    return carray(_pointer(address, np.int16), shape)
-
-
+# Numbers at an address.
+floats, uint8s = _make_view(np.float32), _make_view(np.uint8)
+int32s, int64s = _make_view(np.int32), _make_view(np.int64)
+# numba does not know these, so they are seen as bits; those of fp16 signed, which tells them apart.
+bf16_bits, fp16_bits = _make_view(np.uint16), _make_view(np.int16)
 VIEWS: dict[torch.dtype, Any] = {
     torch.bfloat16: bf16_bits,
     torch.float16: fp16_bits,
     torch.float32: floats,
 }
 """How a kernel sees numbers of a dtype; `widened`, `widen` and `narrow` know what it sees."""
-
-
-@compiled
-def uint8s(address: int, shape: Any) -> Array:
-    return carray(_pointer(address, np.uint8), shape)
-
-
-@compiled
-def int32s(address: int, shape: Any) -> Array:
-    return carray(_pointer(address, np.int32), shape)
-
-
-@compiled
-def int64s(address: int, shape: Any) -> Array:
-    return carray(_pointer(address, np.int64), shape)
 
 
 @compiled

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from pagoda_kernels.cpu.cache import KernelCache
-from pagoda_kernels.cpu.compiled import KERNELS, OPTIONS, Compiled
+from pagoda_kernels.cpu.compiled import KERNELS, OPTIONS
 
 Task = Any
 """What a kernel gets: a C array of int64, the number of claimed parts and then its arguments."""
@@ -53,11 +53,7 @@ class ThreadedKernel:
         """
         self._function, self._cache = function, KernelCache(function, variant)
         self._compiled: Any = None
-        KERNELS.append(Compiled(function.__qualname__ + variant, needs, self.prepare))
-
-    @property
-    def is_compiled(self) -> bool:
-        return self._compiled is not None
+        KERNELS.append((needs, self.prepare))
 
     def prepare(self) -> None:
         """Compile it, or find it in a file."""

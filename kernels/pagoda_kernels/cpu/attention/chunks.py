@@ -91,9 +91,8 @@ def attend_chunks(
         len(plan.merges),
     )
     _attend(*arguments)
-    if len(plan.merges) or not merge_parts.is_compiled:
-        # With nothing to merge too the first time, so that no later step waits for the compiler.
-        merge_parts(*arguments)
+    # With nothing to merge too, so that no later step waits for the compiler.
+    merge_parts(*arguments)
 
 
 class _Scratch(NamedTuple):
