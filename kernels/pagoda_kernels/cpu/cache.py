@@ -59,6 +59,10 @@ class KernelCache:
         """variant: tells functions of the same name apart, which close over different things."""
         self._function, self._variant = function, variant
 
+    @property
+    def cache_path(self) -> str:
+        return str(cache_folder())
+
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         """The function as it was compiled for these types; None if it has to be compiled."""
         target_context.refresh()
