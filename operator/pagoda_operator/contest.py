@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from pagoda_operator.causes import Cause
 from pagoda_operator.names import ChildRef
+from pagoda_operator.queue import backoff_seconds
 
 FIRST_DELAY_SECONDS = 1.0
 MAX_DELAY_SECONDS = 300.0
@@ -41,9 +42,8 @@ class Contest:
     @property
     def next_due(self) -> float:
         """When the next correction is due."""
-        # The exponent is bounded: a fight of months would overflow a float.
-        delay = FIRST_DELAY_SECONDS * 2.0 ** min(self.corrections - 1, 20)
-        return self.last + min(delay, MAX_DELAY_SECONDS)
+        delay = backoff_seconds(self.corrections, 1.0, FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS)
+        return self.last + delay
 
 
 @dataclass(slots=True)

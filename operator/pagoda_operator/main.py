@@ -26,7 +26,7 @@ from pagoda_operator.health import serve_health
 from pagoda_operator.lease import Lease
 from pagoda_operator.names import Key
 from pagoda_operator.poll import Poller
-from pagoda_operator.queue import QueueClosed, WorkQueue, backoff_seconds
+from pagoda_operator.queue import WorkQueue, backoff_seconds
 from pagoda_operator.reconcile import Reconciler
 from pagoda_operator.telemetry import Telemetry
 from pagoda_operator.watch import watch
@@ -146,11 +146,7 @@ class Operator:
 
     async def _work(self) -> None:
         """Take keys and reconcile them, one after the other."""
-        while True:
-            try:
-                key = await self._queue.take()
-            except QueueClosed:
-                return
+        while (key := await self._queue.take()) is not None:
             with self._telemetry.reconcile_seconds.labels(controller="llmservice").time():
                 result = await self._reconcile(key)
             self._telemetry.reconciles.labels(controller="llmservice", result=result).inc()

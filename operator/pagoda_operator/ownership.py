@@ -7,9 +7,8 @@ lets them count as its own; the apply, which does not send them, then removes th
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pagoda_operator.names import (
@@ -23,6 +22,8 @@ from pagoda_operator.names import (
 
 Fields = dict[str, Any]
 """A tree of fields as in fieldsV1."""
+Path = tuple[str, ...]
+"""A leaf of such a tree; one that ends in "." is the mark of the object around it."""
 
 MAX_PATHS_SHOWN = 3
 # Annotations are left to whoever sets them: `kubectl rollout restart` works through one.
@@ -78,23 +79,19 @@ def take_over(live: Manifest) -> Manifest | None:
     """
     kept: list[Manifest] = []
     ours: Manifest | None = None
-    taken: list[Fields] = []
+    taken: set[Path] = set()
     for entry in _entries(live):
         if _is_our_apply(entry):
-            ours = copy.deepcopy(entry)
-            continue
-        if entry.get("manager") == SCALING_MANAGER or entry.get("subresource"):
+            ours = entry
+        elif foreign := _foreign(entry):
+            taken |= foreign
+            if rest := set(_leaves(entry["fieldsV1"])) - foreign:
+                kept.append({**entry, "fieldsV1": _tree(rest)})
+        else:
             kept.append(entry)
-            continue
-        foreign, rest = _split(entry.get("fieldsV1", {}))
-        if foreign:
-            taken.append(foreign)
-        if rest:
-            kept.append({**entry, "fieldsV1": rest} if foreign else entry)
     if ours is None or not taken:
         return None
-    for foreign in taken:
-        _merge(ours["fieldsV1"], foreign)
+    ours = {**ours, "fieldsV1": _tree(taken.union(_leaves(ours["fieldsV1"])))}
     version = live["metadata"]["resourceVersion"]
     return {"resourceVersion": version, "managedFields": [*kept, ours]}
 
@@ -105,11 +102,9 @@ def describe_rivals(live: Manifest | None) -> str:
         return "somebody deletes the whole"
     told = []
     for entry in _entries(live):
-        is_ours = _is_our_apply(entry) or entry.get("manager") == SCALING_MANAGER
-        if is_ours or entry.get("subresource") == "status":
-            continue
-        paths = sorted(_paths(_split(entry.get("fieldsV1", {}))[0]))
-        if paths:
+        if foreign := _foreign(entry):
+            fields = [path for path in foreign if path[-1] != "."]
+            paths = sorted({_describe(path) for path in fields or foreign})
             shown = ", ".join(paths[:MAX_PATHS_SHOWN])
             more = f" and {len(paths) - MAX_PATHS_SHOWN} more" * (len(paths) > MAX_PATHS_SHOWN)
             told.append(f"{entry.get('manager')} sets {shown}{more}")
@@ -126,18 +121,16 @@ def describe_scaler(deployment: Manifest) -> str:
     return f"{' and '.join(managers) or 'somebody'} sets spec.replicas"
 
 
-def _paths(fields: Fields, prefix: str = "") -> Iterable[str]:
-    """Paths of the leaves of a tree of fields, as a person writes them."""
-    for name, inner in fields.items():
+def _describe(path: Path) -> str:
+    """A path as a person writes it."""
+    text = ""
+    for name in path:
         kind, _, value = name.partition(":")
         if kind == "f":
-            path = f"{prefix}.{value}" if prefix else value
+            text += f".{value}"
         elif kind == "k":
-            path = f"{prefix}[{','.join(str(part) for part in json.loads(value).values())}]"
-        else:
-            continue
-        below = list(_paths(inner, path))
-        yield from below or [path]
+            text += f"[{','.join(str(part) for part in json.loads(value).values())}]"
+    return text.removeprefix(".")
 
 
 def _is_our_apply(entry: Manifest) -> bool:
@@ -153,30 +146,32 @@ def _entries(manifest: Manifest) -> Iterable[Manifest]:
     return entries
 
 
-def _split(fields: Fields) -> tuple[Fields, Fields]:
-    """Fields that are ours to decide, and the others."""
-    foreign, rest = copy.deepcopy(fields), Fields()
-    for path in _LEFT_ALONE:
-        _move(foreign, rest, path)
-    return foreign, rest
+def _foreign(entry: Manifest) -> set[Path]:
+    """What another manager than ours set of the fields that are ours to decide."""
+    is_ours = _is_our_apply(entry) or entry.get("manager") == SCALING_MANAGER
+    if is_ours or entry.get("subresource"):
+        return set()
+    return {path for path in _leaves(entry.get("fieldsV1", {})) if not _is_left_alone(path)}
 
 
-def _move(source: Fields, target: Fields, path: tuple[str, ...]) -> None:
-    head, *tail = path
-    if head not in source:
-        return
-    if not tail:
-        target[head] = source.pop(head)
-        return
-    inner = target.get(head, Fields())
-    _move(source[head], inner, tuple(tail))
-    if inner:
-        target[head] = inner
-        # What is left is only the mark of the object itself, which is no field to remove.
-        if not set(source[head]) - {"."}:
-            del source[head]
+def _is_left_alone(path: Path) -> bool:
+    # The mark of an object that has such fields is no field to remove.
+    is_mark, parent = path[-1] == ".", path[:-1]
+    return any(
+        path[: len(left)] == left or (is_mark and left[: len(parent)] == parent)
+        for left in _LEFT_ALONE
+    )
 
 
-def _merge(into: Fields, fields: Fields) -> None:
+def _leaves(fields: Fields, path: Path = ()) -> Iterator[Path]:
     for name, inner in fields.items():
-        _merge(into.setdefault(name, {}), inner)
+        yield from _leaves(inner, (*path, name)) if inner else [(*path, name)]
+
+
+def _tree(leaves: Iterable[Path]) -> Fields:
+    tree = Fields()
+    for path in leaves:
+        node = tree
+        for name in path:
+            node = node.setdefault(name, {})
+    return tree

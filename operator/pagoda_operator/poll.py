@@ -144,7 +144,7 @@ class Poller:
             except Exception:
                 # Our bug: this service is asked again, and the others never notice.
                 logger.exception("%s: its pods cannot be asked", key)
-                self._count_failures([Silence.ERROR])
+                self._telemetry.poll_failures.labels(reason="error").inc()
                 is_busy = False
             interval = BUSY_SECONDS if is_busy else min(interval * IDLE_FACTOR, IDLE_SECONDS)
 
@@ -167,7 +167,8 @@ class Poller:
         self, key: Key, watched: _Watched, answers: Sequence[PodLoad | Silence]
     ) -> None:
         silences = [answer for answer in answers if isinstance(answer, Silence)]
-        self._count_failures(silences)
+        for silence in silences:
+            self._telemetry.poll_failures.labels(reason=silence.name.lower()).inc()
         words = None
         if silences:
             # The most frequent reason, and no numbers: the words are part of the status.
@@ -183,10 +184,6 @@ class Poller:
         else:
             logger.warning("%s: scaling is blind: %s", key, watched.blindness)
         self._on_change(key)
-
-    def _count_failures(self, silences: Sequence[Silence]) -> None:
-        for silence in silences:
-            self._telemetry.poll_failures.labels(reason=silence.name.lower()).inc()
 
     async def _ask(self, address: str, watched: _Watched) -> PodLoad | Silence:
         """The load of one pod, or why it is not known."""

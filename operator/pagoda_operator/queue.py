@@ -17,19 +17,19 @@ BACKOFF_FIRST_SECONDS = 0.2
 BACKOFF_MAX_SECONDS = 60.0
 
 
-def backoff_seconds(num_failures: int, jitter: float) -> float:
-    """How long a key waits after so many failures in a row.
+def backoff_seconds(
+    num_failures: int,
+    jitter: float,
+    first: float = BACKOFF_FIRST_SECONDS,
+    longest: float = BACKOFF_MAX_SECONDS,
+) -> float:
+    """How long to wait after so many failures in a row.
 
     Args:
-        jitter: 0 … 1; spreads the keys that failed together over half of the time.
+        jitter: 0 … 1; spreads what failed together over half of the time.
     """
     # The exponent is bounded: an outage of days would overflow a float.
-    full = min(BACKOFF_FIRST_SECONDS * 2.0 ** min(num_failures - 1, 20), BACKOFF_MAX_SECONDS)
-    return full * (0.5 + 0.5 * jitter)
-
-
-class QueueClosed(Exception):
-    """No more keys are given out: the operator ends."""
+    return min(first * 2.0 ** min(num_failures - 1, 20), longest) * (0.5 + 0.5 * jitter)
 
 
 class WorkQueue:
@@ -52,11 +52,10 @@ class WorkQueue:
         self._due[key] = min(at, self._due.get(key, at))
         self._changed.set()
 
-    async def take(self) -> Key:
+    async def take(self) -> Key | None:
         """Wait for the key that is due for longest; the caller has to end with `done` or `failed`.
 
-        Raises:
-            QueueClosed: the queue was closed.
+        None once the queue is closed.
         """
         while not self._is_closed:
             due = [(at, key) for key, at in self._due.items() if key not in self._held]
@@ -71,7 +70,7 @@ class WorkQueue:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if key is None else pause):
                     await self._changed.wait()
-        raise QueueClosed
+        return None
 
     def done(self, key: Key, *, requeue_seconds: float | None = None) -> None:
         """The key was reconciled; let it come again after a while if asked to."""

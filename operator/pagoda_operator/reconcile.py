@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 
 from pagoda_operator.causes import (
@@ -60,26 +61,18 @@ FIRST_STATUS_SECONDS = 0.3
 CONFLICT_RETRY_SECONDS = 10.0
 
 
+@dataclass(slots=True)
 class Reconciler:
     """Reconciles any LLMService; at most one pass per key at a time."""
 
-    def __init__(
-        self,
-        cluster: ApiServer,
-        poller: Poller,
-        *,
-        engine_image: str,
-        operator_namespace: str | None = None,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._cluster = cluster
-        self._poller = poller
-        self._engine_image = engine_image
-        self._operator_namespace = operator_namespace
-        self._now = now
-        self._clock = clock
-        self._memories: dict[Key, Memory] = {}
+    cluster: ApiServer
+    poller: Poller
+    _: KW_ONLY
+    engine_image: str
+    operator_namespace: str | None = None
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    clock: Callable[[], float] = time.monotonic
+    _memories: dict[Key, Memory] = field(default_factory=dict, init=False)
 
     async def reconcile(self, key: Key) -> float | None:
         """One pass. Returns after how many seconds to come again, None if only upon a change.
@@ -87,7 +80,7 @@ class Reconciler:
         Raises:
             ApiError: the API server refused or did not answer; come again later.
         """
-        manifest = await self._cluster.get(KIND, key.namespace, key.name)
+        manifest = await self.cluster.get(KIND, key.namespace, key.name)
         if manifest is None or is_leaving(manifest):
             # The garbage collector deletes the children: they name their owner.
             self.forget(key)
@@ -102,22 +95,22 @@ class Reconciler:
     def forget(self, key: Key) -> None:
         """The LLMService is gone."""
         self._memories.pop(key, None)
-        self._poller.forget(key)
+        self.poller.forget(key)
 
     async def _converge(self, service: LLMService, manifest: Manifest) -> float | None:
         """The pass of a spec that is understood."""
         key, previous = service.key, manifest.get("status", {})
         wanted = render_children(
-            service, engine_image=self._engine_image, operator_namespace=self._operator_namespace
+            service, engine_image=self.engine_image, operator_namespace=self.operator_namespace
         )
         world = await self._look(service, manifest, wanted)
         deployment = world.own(service, ChildRef("Deployment", engine_name(key.name)))
-        target = self._poller.target(service, previous, deployment)
-        memory, now = self._memories.setdefault(key, Memory()), self._clock()
+        target = self.poller.target(service, previous, deployment)
+        memory, now = self._memories.setdefault(key, Memory()), self.clock()
         plan = make_plan(service, wanted, world.children, memory, target_replicas=target, now=now)
         failure: Refused | Unavailable | None = None
         try:
-            deployment = await execute(self._cluster, key, plan, memory, now) or deployment
+            deployment = await execute(self.cluster, key, plan, memory, now) or deployment
             memory.scaled = target
         except (Refused, Unavailable) as error:
             failure = error
@@ -134,13 +127,13 @@ class Reconciler:
         if failure is not None:
             return REFUSED_RETRY_SECONDS
         if plan.conflicts:
-            self._poller.forget(key)
+            self.poller.forget(key)
             return CONFLICT_RETRY_SECONDS
-        self._poller.watch(service, target, world.pods)
+        self.poller.watch(service, target, world.pods)
         await self._clean_up(key, world.pods)
         looks = [
             plan.requeue_seconds,
-            seconds_to_next_look(world.pods, self._now()),
+            seconds_to_next_look(world.pods, self.now()),
             memory.contests.seconds_to_next_look(plan.held, now),
         ]
         return min((seconds for seconds in looks if seconds), default=None)
@@ -155,7 +148,7 @@ class Reconciler:
         named = {**dict.fromkeys(wanted), **memory.applied}
         kinds = ("Pod",) if memory.is_swept else (*CHILD_KINDS, "Pod")
         try:
-            return await observe(self._cluster, key, named, () if is_new else kinds, self._now())
+            return await observe(self.cluster, key, named, () if is_new else kinds, self.now())
         except (Refused, Unavailable) as error:
             # One read that fails says nothing of what is in force already.
             is_in_force = previous.get("observedGeneration") == service.generation
@@ -169,14 +162,14 @@ class Reconciler:
         """Delete pods that their node ended, except the last few: nobody else does."""
         with contextlib.suppress(Refused):
             for pod in failed_pods(pods)[CRASHES_UNTIL_STALLED:]:
-                await self._cluster.delete(pod)
+                await self.cluster.delete(pod)
                 name = pod["metadata"]["name"]
                 logger.info("%s: deleted the pod %s, which its node ended", key, name)
 
     async def _reject(self, key: Key, manifest: Manifest, message: str) -> None:
         """Say that the spec is not understood, and what becomes of the pods meanwhile."""
-        self._poller.forget(key)
-        live = await self._cluster.get("Deployment", key.namespace, engine_name(key.name))
+        self.poller.forget(key)
+        live = await self.cluster.get("Deployment", key.namespace, engine_name(key.name))
         if live is not None and not is_controlled_by(live, manifest["metadata"]["uid"]):
             live = None
         cause = Cause("InvalidSpec", message, True)
@@ -208,7 +201,7 @@ class Reconciler:
         conditions |= autoscaling_condition(
             service.spec,
             replicas_owner=replicas_owner(manifest),
-            blindness=self._poller.blindness(service.key),
+            blindness=self.poller.blindness(service.key),
         )
         await self._write_status(manifest, status, conditions)
 
@@ -216,11 +209,11 @@ class Reconciler:
         self, manifest: Manifest, fields: Manifest, conditions: Conditions
     ) -> None:
         previous, generation = manifest.get("status", {}), manifest["metadata"]["generation"]
-        status = stamp(fields, conditions, previous, generation, self._now())
+        status = stamp(fields, conditions, previous, generation, self.now())
         if status == previous:
             return
         try:
-            await self._cluster.apply_status(same_object(manifest, status=status), manager=MANAGER)
+            await self.cluster.apply_status(same_object(manifest, status=status), manager=MANAGER)
         except NotFound:
             logger.info("%s is gone", manifest["metadata"]["name"])
 

@@ -9,6 +9,7 @@ of `main` finds those.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -24,6 +25,7 @@ from pagoda_operator.names import (
     RESOURCES,
     Key,
 )
+from pagoda_operator.queue import backoff_seconds
 
 CHILDREN = tuple(RESOURCES[kind] for kind in (*CHILD_KINDS, "Pod"))
 OUTAGE_PAUSE_MAX_SECONDS = 10.0
@@ -35,10 +37,8 @@ class EndlessBackoff:
     """Pauses between attempts to reach the API server: an outage must not end the operator."""
 
     def __iter__(self) -> Iterator[float]:
-        pause = 1.0
-        while True:
-            yield pause * random.uniform(0.5, 1.0)
-            pause = min(pause * 2, OUTAGE_PAUSE_MAX_SECONDS)
+        for attempt in itertools.count(1):
+            yield backoff_seconds(attempt, random.random(), 1.0, OUTAGE_PAUSE_MAX_SECONDS)
 
 
 async def watch(

@@ -230,6 +230,11 @@ def test_annotations_status_and_replicas_of_others_are_left_alone() -> None:
     assert take_over(managed(entry("kcm", {"f:status": {"f:x": {}}}, subresource="status"))) is None
 
 
+def test_the_mark_of_an_object_that_holds_what_is_left_alone_is_no_field_to_take() -> None:
+    marked = {"f:metadata": {".": {}, "f:annotations": {"f:x": {}}}}
+    assert take_over(managed(entry("someone", marked))) is None
+
+
 def test_of_one_manager_only_what_is_ours_to_decide_is_taken() -> None:
     fields = {"f:spec": {"f:replicas": {}, "f:paused": {}}}
     taken = take_over(managed(entry("kubectl-edit", fields)))
