@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
@@ -216,25 +217,20 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+@dataclass(slots=True)
 class RequestClock:
     """Measures one engine request; `finish` must be called once, whatever its end was."""
 
-    def __init__(
-        self,
-        metrics: Metrics,
-        arrival: float,
-        *,
-        num_prompt_tokens: int,
-        max_tokens: int,
-    ) -> None:
-        self.metrics = metrics
-        self.arrival = arrival
-        self.num_prompt_tokens = num_prompt_tokens
-        self.max_tokens = max_tokens
-        self.num_tokens = 0
-        self._queue_seconds = 0.0
-        self._first = self._last = arrival
-        self._last_of_choice: dict[int, float] = {}
+    metrics: Metrics
+    arrival: float
+    """time.monotonic()"""
+    num_prompt_tokens: int
+    max_tokens: int
+    num_tokens: int = 0
+    _queue_seconds: float = 0.0
+    _first: float = 0.0
+    _last: float = 0.0
+    _last_of_choice: dict[int, float] = field(default_factory=dict)
 
     def observe(self, delta: RequestDelta, num_counted: int) -> None:
         """Take a delta that just came; num_counted of its tokens are part of the answer."""

@@ -11,9 +11,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
 
 from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.engine_flags import (
@@ -27,8 +25,6 @@ from pagoda_runtime.flags import Flags
 from pagoda_runtime.logs import configure_logging
 from pagoda_runtime.models.check import verify_start
 from pagoda_runtime.server.flags import add_request_flags
-
-T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +65,7 @@ def run(args: argparse.Namespace) -> int:
         config = _make_config(args)
         verify_start(config.engine)
         configure_logging(config.log_level)
-        work = job.run_batch(config, args.input_file, args.output_file)
-        outcome = asyncio.run(_until_signal(work))
+        outcome = asyncio.run(job.run_until_signal(config, args.input_file, args.output_file))
     except PagodaError as error:
         print(f"pagoda run-batch: {error}", file=sys.stderr)
         return exit_status(error)
@@ -93,22 +88,3 @@ def _make_config(args: argparse.Namespace) -> ServerConfig:
         log_level=args.log_level,
         disable_access_log=True,
     )
-
-
-async def _until_signal(work: Coroutine[Any, Any, T]) -> T | signal.Signals:
-    """The result of `work`, or the signal SIGINT or SIGTERM that cancelled it."""
-    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
-    taken: list[signal.Signals] = []
-
-    def stop(number: signal.Signals) -> None:
-        taken.append(number)
-        task.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
-    try:
-        return await task
-    except asyncio.CancelledError:
-        if not taken:
-            raise
-        return taken[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -19,9 +20,11 @@ from pagoda_runtime.errors import EngineDead, FatalError, PagodaError, QueueFull
 from pagoda_runtime.server.answers import ChatCompletion, Completion
 from pagoda_runtime.server.app import create_state
 from pagoda_runtime.server.errors import ApiError, to_api_error
+from pagoda_runtime.server.lifecycle import StopSignals
 from pagoda_runtime.server.openai import BODIES, complete
 from pagoda_runtime.server.run import load_from_folder, read_chat_template
 from pagoda_runtime.server.state import ServerState
+from pagoda_runtime.server.tasks import running
 
 logger = logging.getLogger("pagoda.batch")
 
@@ -42,6 +45,22 @@ class Progress:
     def count(self, *, is_error: bool) -> None:
         self.num_errors += is_error
         self.num_answers += not is_error
+
+
+async def run_until_signal(
+    config: ServerConfig, source: Path, destination: Path
+) -> Progress | signal.Signals:
+    """`run_batch`, or the signal that cancelled it."""
+    stop = StopSignals()
+    work = run_batch(config, source, destination)
+    with stop.installed():
+        async with running(work, stop.asked.wait()) as (answering, asked):
+            await asyncio.wait((answering, asked), return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                progress: Progress = answering.result()
+                return progress
+            assert stop.first is not None
+            return stop.first
 
 
 async def run_batch(

@@ -10,11 +10,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, TypeVar
-
-import msgspec
 
 from pagoda_runtime.client.engine_client import ENGINE_COMMAND, EngineClient
 from pagoda_runtime.client.output_processor import OutputProcessor, WholeChoice, engine_params
@@ -24,7 +20,7 @@ from pagoda_runtime.errors import RequestError
 from pagoda_runtime.ipc.messages import EngineRequest
 from pagoda_runtime.models.source import resolve_model
 from pagoda_runtime.sampling_params import SamplingParams
-from pagoda_runtime.tokenizer.tokenizer import Tokenizer, load_tokenizer, tokenize_bad_words
+from pagoda_runtime.tokenizer.tokenizer import add_bad_words, load_tokenizer
 
 Prompt = str | dict[str, Any]
 EncodedPrompt = tuple[str | None, list[int]]
@@ -70,7 +66,9 @@ class LLM:
         try:
             self._client = self._run(EngineClient.start(self.config, command=engine_command))
             self.facts = self._run(self._client.wait_ready())
-            self._tokenizer = self._load_tokenizer()
+            # The engine has downloaded the model by now; this only finds it.
+            folder = resolve_model(model, self.config.revision)
+            self._tokenizer = load_tokenizer(folder)
         except BaseException:
             self.shutdown()
             raise
@@ -183,12 +181,7 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.shutdown()
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -205,11 +198,6 @@ class LLM:
             raise RuntimeError("This LLM was shut down.")
         return self._client
 
-    def _load_tokenizer(self) -> Tokenizer:
-        # The engine has downloaded the model by now; this only finds it.
-        folder: Path = resolve_model(self.config.model, self.config.revision, lambda *_: None)
-        return load_tokenizer(folder)
-
     def _encode(self, prompt: Prompt) -> EncodedPrompt:
         if isinstance(prompt, str):
             return prompt, self._tokenizer.encode(prompt)
@@ -223,13 +211,6 @@ class LLM:
             param="prompt",
         )
 
-    def _complete_params(self, params: SamplingParams) -> SamplingParams:
-        """With what only a tokenizer can fill in."""
-        if not params.bad_words:
-            return params
-        token_ids = tokenize_bad_words(self._tokenizer, params.bad_words)
-        return msgspec.structs.replace(params, bad_words_token_ids=token_ids)
-
     def _generate_all(
         self,
         prompts: Sequence[EncodedPrompt],
@@ -242,9 +223,9 @@ class LLM:
         if sampling_params is None:
             sampling_params = SamplingParams(**self.facts.default_sampling)  # type: ignore[arg-type]
         if isinstance(sampling_params, SamplingParams):
-            sampling_params = [self._complete_params(sampling_params)] * len(prompts)
+            sampling_params = [add_bad_words(self._tokenizer, sampling_params)] * len(prompts)
         else:
-            sampling_params = [self._complete_params(params) for params in sampling_params]
+            sampling_params = [add_bad_words(self._tokenizer, params) for params in sampling_params]
         priorities = [priority] * len(prompts) if isinstance(priority, int) else list(priority)
         for name, values in (("sampling parameters", sampling_params), ("priorities", priorities)):
             if len(values) != len(prompts):

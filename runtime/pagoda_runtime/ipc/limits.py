@@ -17,7 +17,7 @@ def verify_fits(
     sampling_params.verify_token_ids(facts.vocab_size)
     num_prompt_tokens = len(prompt_token_ids)
     _verify_prompt_fits(num_prompt_tokens, facts)
-    _verify_max_tokens_fit(num_prompt_tokens, sampling_params.max_tokens, facts)
+    verify_max_tokens_fit(num_prompt_tokens, sampling_params.max_tokens, facts)
     _verify_num_sequences(sampling_params, facts)
     _verify_beams_fit(num_prompt_tokens, sampling_params, facts)
 
@@ -89,17 +89,17 @@ def _verify_prompt_fits(num_prompt_tokens: int, facts: EngineReady) -> None:
         )
 
 
-def _verify_max_tokens_fit(
-    num_prompt_tokens: int, max_tokens: int | None, facts: EngineReady
+def verify_max_tokens_fit(
+    num_prompt_tokens: int, max_tokens: int | None, facts: EngineReady, name: str = "max_tokens"
 ) -> None:
-    """Raise PromptTooLong if prompt and max_tokens together exceed the context."""
+    """Raise PromptTooLong if prompt and max_tokens, or its other name, exceed the context."""
     max_model_len = facts.max_model_len
     if max_tokens is not None and num_prompt_tokens + max_tokens > max_model_len:
         raise PromptTooLong(
-            f"The prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together "
-            f"{num_prompt_tokens + max_tokens}; max_model_len is {max_model_len}. Lower max_tokens "
-            f"to at most {max_model_len - num_prompt_tokens}, or shorten the prompt.",
-            param="max_tokens",
+            f"The prompt has {num_prompt_tokens} tokens and {name} is {max_tokens}, together "
+            f"{num_prompt_tokens + max_tokens}; max_model_len is {max_model_len}. Lower {name} to "
+            f"at most {max_model_len - num_prompt_tokens}, or shorten the prompt.",
+            param=name,
         )
 
 
@@ -116,14 +116,17 @@ def _verify_token_ids(prompt_token_ids: Sequence[int], facts: EngineReady) -> No
             )
 
 
-def verify_queue_has_room(num_open: int, *, max_num_seqs: int, max_num_waiting: int) -> None:
-    """Raise QueueFull if every slot and every place in the waiting queue is taken.
+def verify_queue_has_room(
+    num_open: int, num_new: int = 1, *, max_num_seqs: int, max_num_waiting: int
+) -> None:
+    """Raise QueueFull if num_new requests are more than the free slots and places in the queue.
 
     Slots count as room even before the engine has filled them, so that a burst on an idle engine
     is not refused.
     """
-    if num_open >= max_num_seqs + max_num_waiting:
+    if num_open + num_new > max_num_seqs + max_num_waiting:
         raise QueueFull(
-            f"{num_open} requests are in this engine; it runs {max_num_seqs} (--max-num-seqs) and "
-            f"lets {max_num_waiting} wait (--max-num-waiting). Try again later."
+            f"{num_open} requests are here and {num_new} would join them; this engine runs "
+            f"{max_num_seqs} (--max-num-seqs) and lets {max_num_waiting} wait (--max-num-waiting). "
+            "Try again later."
         )

@@ -22,7 +22,9 @@ _PIECE_BYTES = 1 << 17
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
-def resolve_model(uri: str, revision: str | None, on_progress: OnProgress) -> Path:
+def resolve_model(
+    uri: str, revision: str | None, on_progress: OnProgress = lambda *_: None
+) -> Path:
     """The folder with the model's files.
 
     Args:

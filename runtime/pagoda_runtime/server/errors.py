@@ -81,18 +81,18 @@ def to_api_error(error: Exception) -> ApiError:
         case RequestError():
             return ApiError(400, error.message, param=error.param)
         case QueueFull():
-            headers = {"retry-after": str(error.retry_after_seconds)}
-            kind, code = "rate_limit_error", "queue_full"
-            return ApiError(429, error.message, kind=kind, code=code, headers=headers)
+            return _later(429, "queue_full", error, error.retry_after_seconds)
         case Unavailable():
-            headers = {"retry-after": str(error.retry_after_seconds)}
-            kind, code = "service_unavailable_error", "unavailable"
-            return ApiError(503, error.message, kind=kind, code=code, headers=headers)
+            return _later(503, "unavailable", error, error.retry_after_seconds)
         case EngineDead():
-            headers = {"retry-after": str(DEAD_RETRY_SECONDS)}
-            kind, code = "service_unavailable_error", "engine_dead"
-            return ApiError(503, str(error), kind=kind, code=code, headers=headers)
+            return _later(503, "engine_dead", error, DEAD_RETRY_SECONDS)
     return ApiError(500, "Internal error; the server's log has it.", kind="server_error")
+
+
+def _later(status: int, code: str, error: Exception, seconds: int) -> ApiError:
+    kind = "rate_limit_error" if status == 429 else "service_unavailable_error"
+    headers = {"retry-after": str(seconds)}
+    return ApiError(status, str(error), kind=kind, code=code, headers=headers)
 
 
 def describe_validation(error: ValidationError) -> ApiError:

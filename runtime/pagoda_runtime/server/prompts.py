@@ -17,7 +17,6 @@ from pagoda_runtime.server.protocol import (
     GenerationRequest,
     Prompt,
 )
-from pagoda_runtime.server.sampling import is_echo
 from pagoda_runtime.server.state import PIECE_CHARACTERS, ServerState
 from pagoda_runtime.tokenizer.detokenizer import IncrementalDetokenizer
 
@@ -49,7 +48,7 @@ async def encode(
         return [EncodedPrompt(await encoder.encode_chat(body))]
     assert isinstance(body, CompletionRequest)
     encoded = await encoder.encode_prompts(body.prompt)
-    if not is_echo(body):
+    if not body.is_echo:
         return [EncodedPrompt(token_ids) for token_ids in encoded]
     for token_ids in encoded:
         # What the engine refuses need not be decoded before.

@@ -166,6 +166,11 @@ class GenerationRequest(SamplingFields):
         return self.max_tokens
 
     @property
+    def is_echo(self) -> bool:
+        """Whether each choice begins with the prompt."""
+        return False
+
+    @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -188,6 +193,10 @@ class CompletionRequest(GenerationRequest):
     ]
     logprobs: Small | None = None
     echo: bool | None = None
+
+    @property
+    def is_echo(self) -> bool:
+        return bool(self.echo)
 
     @property
     def num_logprobs(self) -> int | None:

@@ -176,14 +176,11 @@ def read_chat_template(path: str | None) -> str | None:
 def load_from_folder(config: EngineConfig) -> LoadTokenizer:
     """Loads the model's tokenizer in a thread, beside the engine if the folder is local."""
 
-    def load() -> Tokenizer:
-        folder = resolve_model(config.model, config.revision, lambda phase, percent, rate: None)
-        return load_tokenizer(folder)
-
-    async def load_in_thread(engine: EngineClient) -> Tokenizer:
+    async def load(engine: EngineClient) -> Tokenizer:
         if not Path(config.model).expanduser().is_dir():
             # The engine downloads or converts; when it is ready the files are here.
             await engine.wait_ready()
-        return await asyncio.to_thread(load)
+        folder = await asyncio.to_thread(resolve_model, config.model, config.revision)
+        return await asyncio.to_thread(load_tokenizer, folder)
 
-    return load_in_thread
+    return load

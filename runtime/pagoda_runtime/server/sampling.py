@@ -12,10 +12,9 @@ from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.protocol import (
     SAME_FORM,
     ChatCompletionRequest,
-    CompletionRequest,
     GenerationRequest,
 )
-from pagoda_runtime.tokenizer.tokenizer import Tokenizer, tokenize_bad_words
+from pagoda_runtime.tokenizer.tokenizer import Tokenizer, add_bad_words
 
 
 def to_sampling_params(
@@ -42,20 +41,10 @@ def to_sampling_params(
     )
     params.verify()
     _verify_body(body, params)
-    if is_echo_with_logprobs(body):
-        most = max(params.logprobs or 0, params.prompt_logprobs or 0)
+    if body.is_echo and params.logprobs is not None:
+        most = max(params.logprobs, params.prompt_logprobs or 0)
         params = msgspec.structs.replace(params, prompt_logprobs=most)
-    words = tokenize_bad_words(tokenizer, params.bad_words)
-    return msgspec.structs.replace(params, bad_words_token_ids=words) if words else params
-
-
-def is_echo(body: GenerationRequest) -> bool:
-    """Whether each choice begins with the prompt."""
-    return isinstance(body, CompletionRequest) and bool(body.echo)
-
-
-def is_echo_with_logprobs(body: GenerationRequest) -> bool:
-    return is_echo(body) and body.num_logprobs is not None
+    return add_bad_words(tokenizer, params)
 
 
 def _as_tuple(value: list[int] | None) -> tuple[int, ...] | None:

@@ -9,7 +9,8 @@ import uuid
 import msgspec
 
 from pagoda_runtime.client.output_processor import OutputProcessor, engine_params
-from pagoda_runtime.errors import PromptTooLong, RequestError
+from pagoda_runtime.errors import RequestError
+from pagoda_runtime.ipc.limits import verify_max_tokens_fit
 from pagoda_runtime.ipc.messages import EngineReady, EngineRequest
 from pagoda_runtime.metrics import RequestClock
 from pagoda_runtime.sampling_params import SamplingParams
@@ -22,7 +23,7 @@ from pagoda_runtime.server.protocol import (
     CompletionRequest,
     GenerationRequest,
 )
-from pagoda_runtime.server.sampling import is_echo, to_sampling_params
+from pagoda_runtime.server.sampling import to_sampling_params
 from pagoda_runtime.server.state import ServerState
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
@@ -59,13 +60,9 @@ async def start(state: ServerState, body: GenerationRequest, arrival: float) -> 
                 request = _make_request(state, answer, prompt.token_ids)
                 stream = state.engine.generate(request)
                 outputs = _make_outputs(state, answer, prompt)
-                clock = RequestClock(
-                    state.metrics,
-                    arrival,
-                    num_prompt_tokens=len(prompt.token_ids),
-                    max_tokens=request.sampling_params.max_tokens or 0,
-                )
-                is_scoring = is_echo(body) and body.max_tokens == 0
+                max_tokens = request.sampling_params.max_tokens or 0
+                clock = RequestClock(state.metrics, arrival, len(prompt.token_ids), max_tokens)
+                is_scoring = body.is_echo and body.max_tokens == 0
                 answer.generations.append(Generation(stream, outputs, clock, is_scoring=is_scoring))
                 answer.num_prompt_tokens += len(prompt.token_ids)
     except BaseException:
@@ -168,11 +165,6 @@ def _resolve_max_tokens(
     room = ready.max_model_len - num_prompt_tokens
     if asked is None:
         return max(1, room if default is None else min(int(default), room))
-    if room >= 1 and asked > room:
-        raise PromptTooLong(
-            f"The prompt has {num_prompt_tokens} tokens and {name} is {asked}, together "
-            f"{num_prompt_tokens + asked}; this model's context is {ready.max_model_len} tokens. "
-            f"Lower {name} to at most {room}, or shorten the prompt.",
-            param=name,
-        )
+    if room >= 1:
+        verify_max_tokens_fit(num_prompt_tokens, asked, ready, name)
     return asked

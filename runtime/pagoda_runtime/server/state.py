@@ -14,6 +14,7 @@ import msgspec
 from pagoda_runtime.client.engine_client import EngineClient
 from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.errors import EngineDead, QueueFull, Unavailable
+from pagoda_runtime.ipc.limits import verify_queue_has_room
 from pagoda_runtime.ipc.messages import EngineReady, EngineStats
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.metrics import Metrics
@@ -137,15 +138,12 @@ class ServerState:
     def tokenizing(self, num_prompts: int) -> Iterator[Callable[[], None]]:
         """Count prompts as waiting until they are in the engine, as the yielded function is told
         of each. Raises QueueFull."""
-        engine_config = self.config.engine
-        num_open = self.engine.num_open + self.num_tokenizing
-        room = engine_config.max_num_seqs + engine_config.max_num_waiting
-        if num_open + num_prompts > room:
-            raise QueueFull(
-                f"{num_open} requests are in this server and {num_prompts} would join them; it "
-                f"runs {engine_config.max_num_seqs} (--max-num-seqs) and lets "
-                f"{engine_config.max_num_waiting} wait (--max-num-waiting). Try again later."
-            )
+        verify_queue_has_room(
+            self.engine.num_open + self.num_tokenizing,
+            num_prompts,
+            max_num_seqs=self.config.engine.max_num_seqs,
+            max_num_waiting=self.config.engine.max_num_waiting,
+        )
         num_left = num_prompts
         self.num_tokenizing += num_prompts
 

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import msgspec
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from pagoda_runtime.config_file import read_text
 from pagoda_runtime.errors import FatalError, RequestError
+from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.tokenizer.chat_template import ChatTemplate
 from pagoda_runtime.tokenizer.files import TokenizerFiles
 from pagoda_runtime.tokenizer.pieces import is_context_free
@@ -192,6 +194,12 @@ def tokenize_bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tupl
             sequences[spaced] = None
     # What the tokenizer has no tokens for cannot be written.
     return tuple(sequence for sequence in sequences if sequence)
+
+
+def add_bad_words(tokenizer: Tokenizer, params: SamplingParams) -> SamplingParams:
+    """The parameters with the tokens of their bad words. Raises as `tokenize_bad_words`."""
+    words = tokenize_bad_words(tokenizer, params.bad_words)
+    return msgspec.structs.replace(params, bad_words_token_ids=words) if words else params
 
 
 def read_tokenizer_file(folder: Path) -> str:
