@@ -39,13 +39,11 @@ def load_model(config: EngineConfig, platform: Platform, on_progress: OnProgress
     dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
     device = platform.device()
     method = get_linear_method(model_config.quantization, dtype, device)
-    placement = Placement(dtype, device, method)
+    placement = Placement(dtype, device, method, is_deterministic=config.deterministic)
     on_progress("load", 0.0, 0.0)
     try:
         with timed("Loading the weights"), torch.inference_mode():
-            model = _load_weights(
-                folder, model_config, placement, config.deterministic, on_progress
-            )
+            model = _load_weights(folder, model_config, placement, on_progress)
     except torch.OutOfMemoryError as error:
         raise FatalError(
             platform.out_of_memory,
@@ -57,21 +55,13 @@ def load_model(config: EngineConfig, platform: Platform, on_progress: OnProgress
 
 
 def _load_weights(
-    folder: Path,
-    model_config: ModelConfig,
-    placement: Placement,
-    is_deterministic: bool,
-    on_progress: OnProgress,
+    folder: Path, model_config: ModelConfig, placement: Placement, on_progress: OnProgress
 ) -> Model:
     model = make_model(model_config, placement)
     num_bytes = load_weights(
         model.weights(), folder, unused=model.unused_weights, on_progress=on_progress
     )
     model.after_loading()
-    if is_deterministic:
-        model.fix_rows()
-    else:
-        model.add_screen()
     logger.info("Read %s of weights", format_bytes(num_bytes))
     if copies := model.vocabulary_copies:
         forms = ", ".join(f"{form}: {format_bytes(size)}" for form, size in copies.items())

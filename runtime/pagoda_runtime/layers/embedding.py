@@ -57,7 +57,7 @@ class LanguageModelHead(Module):
         placement: Placement,
     ) -> None:
         super().__init__()
-        self.method = UnquantizedLinear()
+        self.method = UnquantizedLinear(placement)
         self._tied: Parameter | None = None
         self.table: torch.Tensor | None = None
         """The embedding's, where the method holds a copy of it in a layout of its own."""
@@ -66,7 +66,7 @@ class LanguageModelHead(Module):
             self._tied = tied_to.parameters["weight"]
         else:
             layout = own_layout(vocab_size, hidden_size)
-            self.parameters = self.method.create_weights(layout, placement, has_bias=False)
+            self.parameters = self.method.create_weights(layout, has_bias=False)
 
     def use_parameters(self) -> None:
         self.method.after_loading({"weight": self._tied} if self._tied else self.parameters)
@@ -74,10 +74,8 @@ class LanguageModelHead(Module):
             self.weight_bytes = self._tied.num_bytes
             self.table = self._tied.data if self.method.is_packed else None
             self._tied = None
-
-    def add_screen(self) -> None:
-        """Find the likeliest tokens faster, where that is possible; not together with fix_rows."""
-        if self.table is not None and can_screen(self.table):
+        is_plain = not self.method.placement.is_deterministic
+        if self.table is not None and is_plain and can_screen(self.table):
             self.screen = Screen(self.table, self.method.apply)
 
     @property
@@ -88,9 +86,6 @@ class LanguageModelHead(Module):
         return {"packed": self.table.nbytes} | (
             {"in int8": self.table.numel()} if self.screen else {}
         )
-
-    def fix_rows(self) -> None:
-        self.method.fix_rows()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.method.apply(hidden)

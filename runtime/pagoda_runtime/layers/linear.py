@@ -32,18 +32,15 @@ class Linear(Module):
         activation: str | None = None,
     ) -> None:
         super().__init__()
-        self.method = placement.method(activation)
+        self.method = placement.method(placement, activation)
         layout = Layout(parts, in_features, cut)
-        self.parameters = self.method.create_weights(layout, placement, has_bias=bias)
+        self.parameters = self.method.create_weights(layout, has_bias=bias)
         own = [layout.own(Axis.OUTPUT, part, placement.parallel) for part in parts]
         inputs = layout.own(Axis.INPUT, parts[0], placement.parallel)
         self.multiplications_per_token = len(inputs) * sum(map(len, own))
 
     def use_parameters(self) -> None:
         self.method.after_loading(self.parameters)
-
-    def fix_rows(self) -> None:
-        self.method.fix_rows()
 
     def __call__(self, x: torch.Tensor, step: StepInput) -> torch.Tensor:
         """[num_tokens, outputs] of x, [num_tokens, inputs]: a row for each token of the step."""

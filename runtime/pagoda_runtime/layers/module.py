@@ -57,11 +57,6 @@ class Module:
     def use_parameters(self) -> None:
         """Make of this part's own parameters, now loaded, what it computes with."""
 
-    def fix_rows(self) -> None:
-        """Let the bits of a token's result not depend on how many tokens a step has; slower."""
-        for _, child in self.children():
-            child.fix_rows()
-
     @property
     def bytes_per_step(self) -> int:
         """Bytes of this part's own weights that a decode step reads."""

@@ -92,9 +92,6 @@ class Decoder(Model):
             for rope in self.config.rope
         }
 
-    def add_screen(self) -> None:
-        self.lm_head.add_screen()
-
     def __call__(self, step: StepInput) -> torch.Tensor:
         rotaries = {
             rope: rotary_of(step.positions, frequencies, rope.attention_factor)

@@ -73,10 +73,6 @@ class Model(Module, ABC):
         """In what other forms the table of a tied vocabulary is held, with the bytes of each."""
 
     @abstractmethod
-    def add_screen(self) -> None:
-        """Let `argmax` work, if it can; afterwards `can_screen` tells."""
-
-    @abstractmethod
     def set_max_model_len(self, max_model_len: int) -> None:
         """Say how long a sequence may become: the frequencies of some rope types depend on it."""
 

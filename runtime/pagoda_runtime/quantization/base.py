@@ -28,8 +28,8 @@ class LinearMethod(ABC):
             and the result is activation(gate) * up.
     """
 
-    def __init__(self, activation: str | None = None) -> None:
-        self.activation = activation
+    def __init__(self, placement: Placement, activation: str | None = None) -> None:
+        self.placement, self.activation = placement, activation
 
     @classmethod
     def unmet_need(cls, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -37,9 +37,7 @@ class LinearMethod(ABC):
         return None
 
     @abstractmethod
-    def create_weights(
-        self, layout: Layout, placement: Placement, *, has_bias: bool
-    ) -> dict[str, Parameter]:
+    def create_weights(self, layout: Layout, *, has_bias: bool) -> dict[str, Parameter]:
         """The tensors that a checkpoint has for each matrix, by name, each with its dimensions."""
 
     @abstractmethod
@@ -48,21 +46,23 @@ class LinearMethod(ABC):
 
     @abstractmethod
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, out_features] of x, [num_tokens, in_features]."""
-
-    @abstractmethod
-    def fix_rows(self) -> None:
-        """Let a row's bits not depend on the other rows; slower."""
+        """[num_tokens, out_features] of x, [num_tokens, in_features]; if the placement says so, a
+        row's bits do not depend on the other rows.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How and where layers hold their tensors: the format, the dtype, the device and the rank."""
+    """How and where layers hold their tensors: the format, the dtype, the device and the rank.
+
+    is_deterministic: let the bits of a token's result not depend on a step's other tokens; slower.
+    """
 
     dtype: torch.dtype
     device: torch.device
     method: type[LinearMethod]
     parallel: TensorParallel = field(default_factory=TensorParallel)
+    is_deterministic: bool = False
 
     def parameter(self, layout: Layout, *dims: Dim) -> Parameter:
         """In the model's dtype."""

@@ -25,12 +25,10 @@ class Int8Linear(LinearMethod):
             return None
         return "a CPU that multiplies bf16 (AVX512-bf16 and VBMI) and --dtype bfloat16"
 
-    def create_weights(
-        self, layout: Layout, placement: Placement, *, has_bias: bool
-    ) -> dict[str, Parameter]:
-        weights: dict[str, Parameter] = {"weight": RoundedParameter(layout, placement)}
+    def create_weights(self, layout: Layout, *, has_bias: bool) -> dict[str, Parameter]:
+        weights: dict[str, Parameter] = {"weight": RoundedParameter(layout, self.placement)}
         if has_bias:
-            weights["bias"] = placement.parameter(layout, OUTPUT)
+            weights["bias"] = self.placement.parameter(layout, OUTPUT)
         return weights
 
     def after_loading(self, weights: Mapping[str, Parameter]) -> None:
@@ -41,9 +39,6 @@ class Int8Linear(LinearMethod):
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x)
-
-    def fix_rows(self) -> None:
-        """The product does so anyway."""
 
 
 class RoundedParameter(Parameter):

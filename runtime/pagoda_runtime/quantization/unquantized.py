@@ -10,37 +10,32 @@ from torch.nn.functional import linear
 
 from pagoda_kernels.cpu.packed_linear import PackedLinear, can_pack
 from pagoda_kernels.gated_activation import gated_activation
-from pagoda_runtime.quantization.base import LinearMethod, Placement, Product, fix_rows
+from pagoda_runtime.quantization.base import LinearMethod, Product, fix_rows
 from pagoda_runtime.quantization.parameter import INPUT, OUTPUT, Layout, Parameter
 
 
 class UnquantizedLinear(LinearMethod):
     """x @ weight.T + bias, by the product that is fastest on the device."""
 
-    def create_weights(
-        self, layout: Layout, placement: Placement, *, has_bias: bool
-    ) -> dict[str, Parameter]:
-        weights = {"weight": placement.parameter(layout, OUTPUT, INPUT)}
+    is_packed: bool
+    """Whether it holds the weight in a layout of its own, which cannot serve as a table."""
+
+    def create_weights(self, layout: Layout, *, has_bias: bool) -> dict[str, Parameter]:
+        weights = {"weight": self.placement.parameter(layout, OUTPUT, INPUT)}
         if has_bias:
-            weights["bias"] = placement.parameter(layout, OUTPUT)
+            weights["bias"] = self.placement.parameter(layout, OUTPUT)
         return weights
 
     def after_loading(self, weights: Mapping[str, Parameter]) -> None:
         bias = weights["bias"].data if "bias" in weights else None
         self.product = make_product(weights["weight"].data, bias, self.activation)
+        self.is_packed = isinstance(self.product, PackedLinear | PrepackedLinear)
+        # The rows of Pagoda's own products are fixed anyway.
+        if self.placement.is_deterministic and not isinstance(self.product, PackedLinear):
+            self.product = fix_rows(self.product)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x)
-
-    def fix_rows(self) -> None:
-        # Pagoda's own products do so anyway.
-        if not isinstance(self.product, PackedLinear):
-            self.product = fix_rows(self.product)
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether it holds the weight in a layout of its own, which cannot serve as a table."""
-        return isinstance(self.product, PackedLinear | PrepackedLinear)
 
 
 def make_product(

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def create(layout, rank=0, size=1):
     placement = Placement(torch.bfloat16, CPU, Int8Linear, TensorParallel(rank, size))
-    return Int8Linear().create_weights(layout, placement, has_bias=False)["weight"]
+    return Int8Linear(placement).create_weights(layout, has_bias=False)["weight"]
 
 
 def test_a_matrix_is_rounded_as_it_is_loaded_and_nothing_is_held_in_bf16():
@@ -58,7 +58,7 @@ def test_the_product_is_that_of_the_rounded_matrix(activation):
     weight = create(Layout([Part("gate", 48), Part("up", 48)], 64))
     dict(weight.shards())["gate"].load(matrix[:48])
     dict(weight.shards())["up"].load(matrix[48:])
-    method = Int8Linear(activation)
+    method = Int8Linear(Placement(torch.bfloat16, CPU, Int8Linear), activation)
     method.after_loading({"weight": weight})
     expected = x.double() @ (weight.data.double() * weight.scales.double()[:, None]).T
     if activation:

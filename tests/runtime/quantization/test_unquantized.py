@@ -9,6 +9,8 @@ from pagoda_kernels.cpu.packed_linear import PackedLinear, can_pack
 from pagoda_kernels.cpu.panels import BF16, has_panels
 from pagoda_kernels.gated_activation import ACTIVATIONS, gated_activation
 from pagoda_runtime.quantization import unquantized
+from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.parameter import Layout, Part
 from pagoda_runtime.quantization.unquantized import (
     PrepackedLinear,
     UnquantizedLinear,
@@ -25,11 +27,19 @@ def make_bf16(*size):
     return torch.randn(*size).bfloat16()
 
 
-def fix_rows(product):
-    method = UnquantizedLinear()
-    method.product = product
-    method.fix_rows()
-    return method.apply
+def make_deterministic(method, weight, activation, monkeypatch):
+    """A product of this form, as a layer has it that must be deterministic."""
+    monkeypatch.setattr(unquantized, "has_amx", lambda device: method is PrepackedLinear)
+    placement = Placement(
+        torch.bfloat16, torch.device("cpu"), UnquantizedLinear, is_deterministic=True
+    )
+    linear = UnquantizedLinear(placement, activation)
+    layout = Layout([Part("", len(weight))], weight.shape[1])
+    weights = linear.create_weights(layout, has_bias=False)
+    weights["weight"].data.copy_(weight)
+    linear.after_loading(weights)
+    assert linear.is_packed
+    return linear.apply
 
 
 def test_fp32_is_multiplied_by_torch():
@@ -84,18 +94,19 @@ def test_a_gate_is_merged_where_nothing_is_packed():
 
 @needs_panels
 @pytest.mark.parametrize("method", METHODS)
-def test_with_fixed_rows_a_result_does_not_depend_on_other_rows(method):
+def test_with_fixed_rows_a_result_does_not_depend_on_other_rows(method, monkeypatch):
     torch.manual_seed(0)
-    product, x = fix_rows(method(make_bf16(96, 640))), make_bf16(37, 640)
+    product = make_deterministic(method, make_bf16(96, 640), None, monkeypatch)
+    x = make_bf16(37, 640)
     together = product(x)
     assert all(torch.equal(product(x[i : i + 1]), together[i : i + 1]) for i in range(37))
 
 
 @needs_panels
 @pytest.mark.parametrize("gate", METHODS)
-def test_with_fixed_rows_a_gates_result_does_not_depend_on_other_rows(gate):
+def test_with_fixed_rows_a_gates_result_does_not_depend_on_other_rows(gate, monkeypatch):
     torch.manual_seed(0)
     weight = (torch.randn(192, 640) * 0.05).bfloat16()
-    product, x = fix_rows(gate(weight, None, "silu")), make_bf16(21, 640)
+    product, x = make_deterministic(gate, weight, "silu", monkeypatch), make_bf16(21, 640)
     together = product(x)
     assert all(torch.equal(product(x[i : i + 1]), together[i : i + 1]) for i in range(21))
