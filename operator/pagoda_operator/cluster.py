@@ -97,10 +97,9 @@ class ApiServer:
 
     async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
         """The object, or None if there is none."""
-        try:
+        with contextlib.suppress(NotFound):
             return await self._request("GET", _path(kind, namespace, name))
-        except NotFound:
-            return None
+        return None
 
     async def list(
         self, kind: str, namespace: str | None, selector: str = "", fields: str = ""
@@ -116,14 +115,12 @@ class ApiServer:
         """Server-side apply; returns the object as it is afterwards."""
         return await self._apply(_path_of(manifest), manifest, manager=manager, force=force)
 
-    async def create(self, manifest: Manifest) -> Manifest:
-        """A new object; Conflict if there is one of that name."""
+    async def write(self, manifest: Manifest) -> Manifest:
+        """A new object, or the next version of one; Conflict if another writer was faster."""
+        if "resourceVersion" in manifest["metadata"]:
+            return await self._request("PUT", _path_of(manifest), body=manifest)
         path = _path(manifest["kind"], manifest["metadata"]["namespace"])
         return await self._request("POST", path, body=manifest)
-
-    async def replace(self, manifest: Manifest) -> Manifest:
-        """The object as it should be; Conflict if it has another resourceVersion."""
-        return await self._request("PUT", _path_of(manifest), body=manifest)
 
     async def set_managed_fields(self, manifest: Manifest, metadata: Manifest) -> None:
         """Rewrite who set which field, if the object has the resourceVersion."""

@@ -71,11 +71,7 @@ class Contests:
         self._by_edit[edit] = Contest(1 if before is None else before.corrections + 1, now)
 
     def find_cause(self, held: Collection[Edit], now: float) -> Cause | None:
-        """What to tell of the fights that go on.
-
-        Args:
-            held: edits that wait to be undone.
-        """
+        """What to tell of the fights that go on; `held` are the edits that wait to be undone."""
         told = [
             f"{edit.rival} of {edit.child} again and again"
             for edit, contest in sorted(self._by_edit.items())

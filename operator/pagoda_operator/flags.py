@@ -61,7 +61,6 @@ def model_claim(uri: str) -> str | None:
 
 
 def _model_argument(uri: str) -> str:
-    if not uri.startswith("pvc://"):
+    if (claim := model_claim(uri)) is None:
         return uri
-    _, _, path = uri.removeprefix("pvc://").partition("/")
-    return f"{MODELS_PATH}/{path}".rstrip("/")
+    return MODELS_PATH + uri.removeprefix(f"pvc://{claim}").rstrip("/")

@@ -44,15 +44,9 @@ def parse_last_words(message: str) -> tuple[str, str] | None:
 
 def say_as_user(spec: LLMServiceSpec, reason: str, message: str) -> str:
     """The message in the words of the spec: its fields and its uri, not what they became."""
-    message = _name_model(spec.model.uri, message)
+    if (claim := model_claim(spec.model.uri)) is not None:
+        message = re.sub(rf"(?<![\w./-]){MODELS_PATH}(?![\w-])", f"pvc://{claim}", message)
     return _name_field(spec, message) if reason == "InvalidFlags" else message
-
-
-def _name_model(uri: str, message: str) -> str:
-    """The message with the uri of the spec in place of the path at which the claim is mounted."""
-    if (claim := model_claim(uri)) is None:
-        return message
-    return re.sub(rf"(?<![\w./-]){MODELS_PATH}(?![\w-])", f"pvc://{claim}", message)
 
 
 def _name_field(spec: LLMServiceSpec, message: str) -> str:

@@ -204,6 +204,5 @@ class Lease:
         }
         spec = {**found.get("spec", {}), **dict.fromkeys(times, now)}
         spec |= {"holderIdentity": holder, "leaseDurationSeconds": DURATION_SECONDS}
-        write = self._api.replace if self._lease else self._api.create
-        self._lease = await write({**found, "spec": spec})
+        self._lease = await self._api.write({**found, "spec": spec})
         self._renewed = asked

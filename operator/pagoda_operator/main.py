@@ -13,15 +13,8 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from pagoda_operator.cluster import (
-    ApiError,
-    ApiServer,
-    StartError,
-    Unavailable,
-    own_namespace,
-)
+from pagoda_operator.cluster import ApiError, ApiServer, StartError, Unavailable, own_namespace
 from pagoda_operator.health import serve_health
 from pagoda_operator.lease import Lease
 from pagoda_operator.names import Key
@@ -43,10 +36,7 @@ FOREIGN_RETRY_SECONDS = 10.0
 UNSURE_RETRY_SECONDS = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """The flags."""
-
+class Options(argparse.Namespace):
     namespace: str | None
     engine_image: str
     log_level: str
@@ -80,21 +70,17 @@ class Operator:
         """Run until a signal comes or a watch dies."""
         options = self._options
         await self._wait_for_crd()
-        health = await serve_health(
-            options.health_port,
-            is_alive=self._is_alive,
-            hindrance=self._find_hindrance,
-            telemetry=self._telemetry,
-        )
+        probes = {"/livez": self._find_death, "/readyz": self._find_hindrance}
+        health = await serve_health(options.health_port, probes, self._telemetry)
         await self._lease.acquire()
         loop = asyncio.get_running_loop()
         self._workers = [loop.create_task(self._work()) for _ in range(NUM_WORKERS)]
         resync = loop.create_task(self._resync_forever())
-        stop, stop_watching, ready = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        stop_watching, ready = asyncio.Event(), asyncio.Event()
         watching = loop.create_task(
             watch(self._queue.add, namespace=options.namespace, stop=stop_watching, ready=ready)
         )
-        signals = loop.create_task(_stop_on_signals(ready, stop))
+        signals = loop.create_task(_stop_on_signals(ready))
         renewal = loop.create_task(self._lease.renew())
         try:
             ends = {watching, signals, renewal}
@@ -121,8 +107,8 @@ class Operator:
             return self._lease.describe_holder()
         return None if self._is_listed else "the LLMServices are not listed yet"
 
-    def _is_alive(self) -> bool:
-        return not any(worker.done() for worker in self._workers)
+    def _find_death(self) -> str | None:
+        return "a worker ended" if any(worker.done() for worker in self._workers) else None
 
     async def _wait_for_crd(self) -> None:
         """Return when the CRD is served; while the API server does not answer, wait for ever."""
@@ -198,10 +184,10 @@ class Operator:
             await asyncio.sleep(RESYNC_SECONDS)
 
 
-async def _stop_on_signals(ready: asyncio.Event, stop: asyncio.Event) -> None:
+async def _stop_on_signals(ready: asyncio.Event) -> None:
     """Return when SIGTERM or SIGINT came; until `ready`, kopf's own handlers are in force."""
     await ready.wait()
-    loop = asyncio.get_running_loop()
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await stop.wait()
@@ -228,7 +214,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser.add_argument(
         "--health-port", type=int, default=8080, help="of /livez, /readyz and /metrics (8080)"
     )
-    return Options(**vars(parser.parse_args(arguments)))
+    return parser.parse_args(arguments, Options())
 
 
 async def run(options: Options) -> None:

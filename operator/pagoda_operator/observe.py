@@ -72,14 +72,11 @@ async def _list_warnings(
         for pod in pods
         # Below 0 is a clock that goes wrong, which must not make the operator blind.
         if is_unstarted(pod) and not 0 <= _age_seconds(pod, now) < FIRST_LOOK_SECONDS
-    ]
+    ][:MAX_PODS_WITH_EVENTS]
     selectors = [f"involvedObject.name={name},type=Warning" for name in names]
     try:
         found = await asyncio.gather(
-            *(
-                cluster.list("Event", namespace, fields=selector)
-                for selector in selectors[:MAX_PODS_WITH_EVENTS]
-            )
+            *(cluster.list("Event", namespace, fields=selector) for selector in selectors)
         )
     except Refused:
         return []

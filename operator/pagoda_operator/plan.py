@@ -25,6 +25,7 @@ from pagoda_operator.ownership import (
     describe_scaler,
     is_made_by_us,
     is_scaled_by_us,
+    take_over,
 )
 from pagoda_operator.spec import LLMService
 
@@ -60,13 +61,16 @@ class Memory:
 class Apply:
     """A server-side apply of one of our managers.
 
-    live: what has the name now. undoes: the edit, if this puts back what was there before.
+    live: what has the name now.
+    taken_over: resourceVersion and managedFields to write before; see `ownership.take_over`.
+    undoes: the edit, if this puts back what was applied before.
     """
 
     ref: ChildRef
     manifest: Manifest
     live: Manifest | None
     manager: str = MANAGER
+    taken_over: Manifest | None = None
     undoes: Edit | None = None
 
 
@@ -163,6 +167,7 @@ def _plan_applies(
             ref=ref,
             manifest=_with_replicas(manifest, live, target_replicas),
             live=live,
+            taken_over=None if live is None else take_over(live),
             undoes=Edit(ref, describe_rivals(live)) if is_correction else None,
         )
     if live is None or ref.kind != "Deployment":

@@ -57,9 +57,7 @@ class _Watched:
     state: ScalingState
     addresses: tuple[str, ...]
     task: asyncio.Task[None] = field(init=False)
-    slots: asyncio.Semaphore = field(
-        default_factory=lambda: asyncio.Semaphore(MAX_ASKED_AT_ONCE), repr=False
-    )
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_ASKED_AT_ONCE))
     news_rounds: int = 0
     blindness: str | None = None
 
@@ -127,7 +125,6 @@ class Poller:
             watched.task.cancel()
 
     async def close(self) -> None:
-        """Stop everything."""
         tasks = [watched.task for watched in self._watched.values()]
         for key in list(self._watched):
             self.forget(key)

@@ -24,7 +24,6 @@ from pagoda_operator.causes import (
     steady,
 )
 from pagoda_operator.cluster import ApiError, ApiServer, NotFound, Refused, Unavailable
-from pagoda_operator.execute import execute
 from pagoda_operator.names import (
     CHILD_KINDS,
     KIND,
@@ -38,7 +37,15 @@ from pagoda_operator.names import (
 )
 from pagoda_operator.observe import World, observe, seconds_to_next_look
 from pagoda_operator.ownership import replicas_owner
-from pagoda_operator.plan import Memory, Plan, is_controlled_by, make_plan
+from pagoda_operator.plan import (
+    Applied,
+    Apply,
+    Memory,
+    Plan,
+    applied_digest,
+    is_controlled_by,
+    make_plan,
+)
 from pagoda_operator.poll import Poller
 from pagoda_operator.render import render_children, revision_of
 from pagoda_operator.spec import LLMService, SpecError, parse
@@ -110,7 +117,7 @@ class Reconciler:
         plan = make_plan(service, wanted, world.children, memory, target_replicas=target, now=now)
         failure: Refused | Unavailable | None = None
         try:
-            deployment = await execute(self.cluster, key, plan, memory, now) or deployment
+            deployment = await self._execute(key, plan, memory, now) or deployment
             memory.scaled = target
         except (Refused, Unavailable) as error:
             failure = error
@@ -157,6 +164,42 @@ class Reconciler:
                     told = failed_status(_cause_of_error(error), None, previous)
                     await self._write_status(manifest, *told)
             raise
+
+    async def _execute(self, key: Key, plan: Plan, memory: Memory, now: float) -> Manifest | None:
+        """Write what the plan says. Returns the Deployment as it is then, if it was written."""
+        deployment = None
+        for apply in plan.applies:
+            live = await self._apply(key, apply, memory, now)
+            if apply.ref.kind == "Deployment":
+                deployment = live
+        for live in plan.deletes:
+            await self.cluster.delete(live)
+            ref = ChildRef.of(live)
+            memory.applied.pop(ref, None)
+            logger.info("%s: deleted %s", key, ref)
+        return deployment
+
+    async def _apply(self, key: Key, apply: Apply, memory: Memory, now: float) -> Manifest:
+        found = apply.live
+        if apply.taken_over is not None:
+            await self.cluster.set_managed_fields(apply.manifest, apply.taken_over)
+        # A name that was free a moment ago is taken without force: never from a stranger.
+        force = found is not None
+        live = await self.cluster.apply(apply.manifest, manager=apply.manager, force=force)
+        what, why, is_changed = f"applied {apply.ref}", "", True
+        if apply.manager == MANAGER:
+            result = applied_digest(live)
+            memory.applied[apply.ref] = Applied(applied_digest(apply.manifest), result)
+            is_changed = found is None or applied_digest(found) != result
+        elif found is not None:
+            before, after = (it["spec"].get("replicas") for it in (found, live))
+            what = f"scaled from {before} to {after} replicas"
+        # What stays as it was found, as the annotation of `kubectl rollout restart`, is no fight.
+        if apply.undoes is not None and is_changed:
+            memory.contests.note(apply.undoes, now)
+            why = f", since {apply.undoes.rival} of it"
+        logger.info("%s: %s%s", key, what, why)
+        return live
 
     async def _clean_up(self, key: Key, pods: list[Manifest]) -> None:
         """Delete pods that their node ended, except the last few: nobody else does."""

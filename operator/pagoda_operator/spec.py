@@ -244,18 +244,15 @@ def _convert(hint: Any, value: object, path: str) -> Any:
             if value not in words:
                 raise SpecError(f"{path}: {value!r} is none of {', '.join(words)}")
             return value
-        if typing.get_origin(option) is tuple:
-            if isinstance(value, list):
-                (item_hint, _) = typing.get_args(option)
-                return tuple(
-                    _convert(item_hint, item, f"{path}[{index}]")
-                    for index, item in enumerate(value)
-                )
-        elif option == Part:
-            if isinstance(value, Mapping):
-                return dict(value)
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            (item_hint, _) = typing.get_args(option)
+            return tuple(
+                _convert(item_hint, item, f"{path}[{index}]") for index, item in enumerate(value)
+            )
+        if option == Part and isinstance(value, Mapping):
+            return dict(value)
         # bool is a subclass of int, but true is no number of replicas.
-        elif type(value) is option:
+        if type(value) is option:
             return value
     wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
     raise SpecError(f"{path}: {wanted} is needed, not {value!r}")

@@ -48,10 +48,8 @@ class Counts:
 
     @classmethod
     def of(cls, deployment: Manifest | None) -> Counts:
-        if deployment is None:
-            return cls(0, 0, 0, 0, False)
-        status = deployment.get("status", {})
-        generation = deployment["metadata"].get("generation", 0)
+        found = deployment or {"metadata": {}}
+        status, generation = found.get("status", {}), found["metadata"].get("generation", 0)
         return cls(
             total=status.get("replicas", 0),
             updated=status.get("updatedReplicas", 0),
@@ -163,16 +161,14 @@ def autoscaling_condition(
     """
     if spec.autoscaling is None:
         return {}
-    ignored = ""
+    is_active, reason, message = _describe_scaling(spec, blindness)
     if replicas_owner is not None:
-        ignored = (
+        reason = "ReplicasIgnored" if is_active else reason
+        message += (
             f" spec.replicas: {spec.replicas}, set by {replicas_owner}, has no effect beside "
             "spec.autoscaling; remove one of them."
         )
-    is_active, reason, message = _describe_scaling(spec, blindness)
-    if is_active and ignored:
-        reason = "ReplicasIgnored"
-    return {"AutoscalingActive": (is_active, reason, message + ignored)}
+    return {"AutoscalingActive": (is_active, reason, message)}
 
 
 def _one_line(text: str) -> str:
@@ -208,11 +204,9 @@ def _available(counts: Counts, desired: int, is_suspended: bool, is_reachable: b
     if counts.ready and not is_reachable:
         text = "Engines are ready, but the Service in front of them is missing or not ours."
         return False, "NoService", text
-    if counts.ready >= desired and counts.ready:
-        return True, "ReplicasAvailable", "Requests are answered."
     if counts.ready:
-        text = f"Requests are answered by {counts.ready} of {desired} replicas."
-        return True, "ReplicasAvailable", text
+        by = "" if counts.ready >= desired else f" by {counts.ready} of {desired} replicas"
+        return True, "ReplicasAvailable", f"Requests are answered{by}."
     if is_suspended:
         return False, "Suspended", "The service is suspended."
     return False, "NoReadyReplica", "No replica is ready."

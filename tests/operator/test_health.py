@@ -13,10 +13,7 @@ async def test_probes_and_metrics_say_how_the_operator_is(unused_tcp_port: int) 
     telemetry.scale_decisions.labels(direction="up").inc()
     trouble: list[str | None] = ["the LLMServices are not listed yet", None]
     server = await serve_health(
-        unused_tcp_port,
-        is_alive=lambda: True,
-        hindrance=lambda: trouble.pop(0),
-        telemetry=telemetry,
+        unused_tcp_port, {"/livez": lambda: None, "/readyz": lambda: trouble.pop(0)}, telemetry
     )
     async with aiohttp.ClientSession(f"http://127.0.0.1:{unused_tcp_port}") as session:
 

@@ -29,15 +29,10 @@ class Api:
             raise self.trouble
         return copy.deepcopy(self.leases.get((namespace, name)))
 
-    async def create(self, manifest: Manifest) -> Manifest:
-        return self._put(manifest, None)
-
-    async def replace(self, manifest: Manifest) -> Manifest:
-        return self._put(manifest, manifest["metadata"]["resourceVersion"])
-
-    def _put(self, manifest: Manifest, version: str | None) -> Manifest:
+    async def write(self, manifest: Manifest) -> Manifest:
         if self.trouble:
             raise self.trouble
+        version = manifest["metadata"].get("resourceVersion")
         place = (manifest["metadata"]["namespace"], manifest["metadata"]["name"])
         if self.leases.get(place, {"metadata": {}})["metadata"].get("resourceVersion") != version:
             raise Conflict("another one was faster")
@@ -103,7 +98,7 @@ async def test_a_lease_is_let_go_also_where_a_renewal_was_cut_off_before_its_ans
     mine = Lease(api, "team", Clock(), "first_x")
     await mine.acquire()
     (written,) = api.leases.values()
-    await api.replace(written)
+    await api.write(written)
     await mine.release()
     assert api.holder() is None
 
