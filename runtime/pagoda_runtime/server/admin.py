@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from pagoda_runtime.server.access import Access
-from pagoda_runtime.server.errors import add_error_handlers, json_response
+from pagoda_runtime.server.errors import EXCEPTION_HANDLERS, json_response
 from pagoda_runtime.server.framing import ReadHead
 from pagoda_runtime.server.middleware import Authenticate
 from pagoda_runtime.server.state import ServerState
@@ -24,15 +26,14 @@ RESET = "/reset_prefix_cache"
 
 def create_admin_app(state: ServerState) -> ASGIApp:
     """The application of the admin port; every path asks for an API key, if there are keys."""
-    app = FastAPI(title="Pagoda admin", docs_url=None, redoc_url=None, openapi_url=None)
 
-    async def reset_prefix_cache() -> Response:
+    async def reset_prefix_cache(request: Request) -> Response:
         state.loaded()
         num_blocks = await state.engine.reset_prefix_cache()
         logger.info("The prefix cache was emptied: %d blocks.", num_blocks)
         return json_response({"num_blocks": num_blocks})
 
-    app.add_api_route(RESET, reset_prefix_cache, methods=["POST"])
-    add_error_handlers(app)
+    route = Route(RESET, reset_prefix_cache, methods=["POST"])
+    app = Starlette(routes=[route], exception_handlers=EXCEPTION_HANDLERS)
     inner = ReadHead(Authenticate(app, state.keys, prefix=""), [RESET])
     return Access(inner, is_logged=not state.config.disable_access_log)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
@@ -11,7 +11,7 @@ from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.server import health, openai, openapi
 from pagoda_runtime.server.access import LOAD_HEADER, REQUEST_ID_HEADER, Access, LoadObserver
-from pagoda_runtime.server.errors import add_error_handlers
+from pagoda_runtime.server.errors import EXCEPTION_HANDLERS
 from pagoda_runtime.server.framing import ReadHead
 from pagoda_runtime.server.middleware import Authenticate, LimitBody
 from pagoda_runtime.server.openapi import DOCUMENTED
@@ -38,11 +38,12 @@ def create_state(
 
 def create_app(state: ServerState) -> ASGIApp:
     """The application of one server."""
-    app = FastAPI(title="Pagoda", docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(health.make_router(state))
-    app.include_router(openai.make_router(state))
-    app.include_router(openapi.make_router(are_keys_asked=state.keys.are_asked))
-    add_error_handlers(app)
+    routes = [
+        *health.make_routes(state),
+        *openai.make_routes(state),
+        *openapi.make_routes(are_keys_asked=state.keys.are_asked),
+    ]
+    app = Starlette(routes=routes, exception_handlers=EXCEPTION_HANDLERS)
     paths = [route.split(" ")[1] for route in ROUTES]
     inner = _allow_origins(Authenticate(LimitBody(app, state), state.keys), state.config)
     return Access(

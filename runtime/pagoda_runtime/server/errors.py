@@ -6,11 +6,11 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ExceptionHandler
 
 from pagoda_runtime.errors import (
     EngineDead,
@@ -136,7 +136,8 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
         case 404:
             message, code = f"There is no {method} {path} here.", "not_found"
         case 405:
-            allowed = (error.headers or {}).get("Allow", "another method")
+            # HEAD goes with GET; starlette tells both, in any order.
+            allowed = min((error.headers or {}).get("Allow", "another method").split(", "))
             message, code = f"{path} takes {allowed}, not {method}.", "method_not_allowed"
         case status:
             message, code = error.detail, HTTPStatus(status).name.lower()
@@ -144,8 +145,8 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     return ApiError(error.status_code, message, code=code, headers=headers).to_response()
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    """Answer every exception in OpenAI's shape."""
-    app.add_exception_handler(PagodaError, _answer_error)
-    app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_exception_handler(Exception, _answer_error)
+EXCEPTION_HANDLERS: dict[Any, ExceptionHandler] = {
+    PagodaError: _answer_error,
+    HTTPException: _answer_http_exception,
+    Exception: _answer_error,
+}

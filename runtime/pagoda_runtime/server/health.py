@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from importlib.metadata import version
 
-from fastapi import APIRouter
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from pagoda_runtime.metrics import CONTENT_TYPE
 from pagoda_runtime.server.answers import Startup, Status, Version
@@ -14,44 +15,41 @@ from pagoda_runtime.server.errors import json_response
 from pagoda_runtime.server.state import LOADING_RETRY_SECONDS, ServerState
 
 
-def make_router(state: ServerState) -> APIRouter:
+def make_routes(state: ServerState) -> list[Route]:
     """GET /startup, /health, /ready, /load, /version, /metrics."""
-    router = APIRouter()
 
-    async def startup() -> Response:
+    async def startup(request: Request) -> Response:
         if state.is_loaded:
             return json_response(Startup("ready", 100.0, 0.0))
         progress = state.engine.progress
         body = Startup(progress.phase, progress.percent, progress.bytes_per_second)
         return _json(body, ok=False)
 
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         problem = find_problem(state, time.monotonic())
         return _json(Status(problem or "ok"), ok=problem is None)
 
-    async def ready() -> Response:
+    async def ready(request: Request) -> Response:
         obstacle = find_obstacle(state)
         return _json(Status(obstacle or "ready"), ok=obstacle is None)
 
-    async def load() -> Response:
+    async def load(request: Request) -> Response:
         return json_response(state.load())
 
-    async def show_version() -> Response:
+    async def show_version(request: Request) -> Response:
         return json_response(Version(version("pagoda-serve")))
 
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         return Response(state.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
-    for path, endpoint in (
-        ("/startup", startup),
-        ("/health", health),
-        ("/ready", ready),
-        ("/load", load),
-        ("/version", show_version),
-        ("/metrics", metrics),
-    ):
-        router.add_api_route(path, endpoint, methods=["GET"])
-    return router
+    return [
+        Route("/startup", startup),
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/load", load),
+        Route("/version", show_version),
+        Route("/metrics", metrics),
+    ]
 
 
 def find_problem(state: ServerState, now: float) -> str | None:

@@ -7,10 +7,10 @@ import time
 from contextlib import ExitStack
 from functools import partial
 
-from fastapi import APIRouter
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from pagoda_runtime.errors import ModelNotServed, shown
 from pagoda_runtime.server.answer import collect, stream
@@ -37,23 +37,26 @@ BODIES: dict[str, type[GenerationRequest]] = {
 }
 
 
-def make_router(state: ServerState) -> APIRouter:
+def make_routes(state: ServerState) -> list[Route]:
     """The routes under /v1."""
-    router = APIRouter()
 
-    async def list_models() -> Response:
+    async def list_models(request: Request) -> Response:
         models = [_describe_model(state, name) for name in state.model_names]
         return json_response(ModelList(models))
 
-    async def show_model(model: str) -> Response:
+    async def show_model(request: Request) -> Response:
+        model = request.path_params["model"]
         _verify_model(state, model)
         return json_response(_describe_model(state, model))
 
-    for path, body_class in BODIES.items():
-        router.add_api_route(path, partial(create_completion, state, body_class), methods=["POST"])
-    router.add_api_route("/v1/models", list_models, methods=["GET"])
-    router.add_api_route("/v1/models/{model:path}", show_model, methods=["GET"])
-    return router
+    return [
+        *(
+            Route(path, partial(create_completion, state, body_class), methods=["POST"])
+            for path, body_class in BODIES.items()
+        ),
+        Route("/v1/models", list_models),
+        Route("/v1/models/{model:path}", show_model),
+    ]
 
 
 async def create_completion(

@@ -8,11 +8,12 @@ from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter
 from msgspec import Struct
 from msgspec.json import schema_components
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette import routing
+from starlette.requests import Request
 from starlette.responses import Response
 
 from pagoda_runtime.server import answers, protocol
@@ -82,23 +83,20 @@ DOCUMENTED = (
 )
 
 
-def make_router(*, are_keys_asked: bool) -> APIRouter:
+def make_routes(*, are_keys_asked: bool) -> list[routing.Route]:
     """GET /openapi.json and /docs; neither asks for a key."""
-    router = APIRouter()
 
     # Not coroutines: the first call takes some 50 ms, which a thread spends beside the streams.
-    def show_document() -> Response:
+    def show_document(request: Request) -> Response:
         return json_response(build_document(are_keys_asked=are_keys_asked))
 
-    def show_docs() -> Response:
+    def show_docs(request: Request) -> Response:
         page = render_page(build_document(are_keys_asked=are_keys_asked))
         policy = "default-src 'none'; style-src 'unsafe-inline'"
         headers = {"content-security-policy": policy}
         return Response(page, media_type="text/html", headers=headers)
 
-    router.add_api_route("/openapi.json", show_document, methods=["GET"])
-    router.add_api_route("/docs", show_docs, methods=["GET"])
-    return router
+    return [routing.Route("/openapi.json", show_document), routing.Route("/docs", show_docs)]
 
 
 @cache
