@@ -90,7 +90,7 @@ class Platform(ABC):
             raise FatalError(
                 "InvalidFlags",
                 f"--kv-cache-dtype (engine.kvCacheDtype) is {config.kv_cache_dtype}; this version "
-                f"keeps the KV cache in the model's dtype only. Set it to "
+                f"has no such KV cache on {self.noun}. Set it to "
                 f"{' or '.join(self.kv_cache_dtypes)}.",
             )
         if config.dtype not in ("auto", *self.dtypes):
