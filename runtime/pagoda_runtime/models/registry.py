@@ -54,15 +54,13 @@ def load_model_config(
         UnsupportedArchitecture or QuantizationMismatch.
     """
     file = ConfigFile.read(folder / "config.json")
-    _require_supported(file, quantization)
+    quantization = _read_quantization(file, quantization)
     architectures = file.values.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise file.invalid("architectures", architectures, "a list with the name of a class")
     for name in architectures:
         if name in ARCHITECTURES:
-            config = ARCHITECTURES[name](file)
-            if quantization in ONLINE:
-                config = replace(config, quantization=quantization)
+            config = replace(ARCHITECTURES[name](file), quantization=quantization)
             return read_generation(config, file, uses_defaults=generation_config == "auto")
     raise FatalError(
         "UnsupportedArchitecture",
@@ -71,7 +69,8 @@ def load_model_config(
     )
 
 
-def _require_supported(file: ConfigFile, quantization: str | None) -> None:
+def _read_quantization(file: ConfigFile, quantization: str | None) -> str | None:
+    """What the flag, if it goes with the file, makes of matrices as they are loaded."""
     if stored := file.mapping("quantization_config"):
         raise FatalError(
             "QuantizationMismatch",
@@ -86,3 +85,4 @@ def _require_supported(file: ConfigFile, quantization: str | None) -> None:
             "no quantization_config. Remove the flag, or set it to none or to what weights can be "
             f"rounded to when they are loaded: {', '.join(ONLINE)}.",
         )
+    return quantization if quantization in ONLINE else None
