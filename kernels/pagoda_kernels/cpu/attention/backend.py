@@ -124,7 +124,7 @@ class CpuPlan(AttentionPlan):
             attend_chunks(q, kv_cache, plan.chunks, spec.scale, partials, out)
         for batch in plan.batches:
             count = len(batch.head_rows)
-            gathered = self._scratch.numbers(count * spec.head_dim, spec.dtype).view(count, -1)
+            gathered = self._scratch.numbers(count * spec.head_dim, spec.kv_dtype).view(count, -1)
             attend_batch(q, kv_cache, batch, spec.scale, gathered, out)
         return out.flatten(1)
 
@@ -138,7 +138,7 @@ def _plan_window(spec: AttentionSpec, sequences: Sequences, window: int) -> _Win
     decode, chunks = None, None
     if len(singles):
         decode = plan_decode(sequences, singles, window)
-    if len(others) and can_pack_keys(spec.head_dim, spec.dtype):
+    if len(others) and can_pack_keys(spec.head_dim, spec.kv_dtype):
         chunks = plan_chunks(sequences, others, window, spec, torch.get_num_threads())
         others = others[:0]
     batches = plan_batches(sequences, others, window, spec.num_kv_heads, spec.dtype)

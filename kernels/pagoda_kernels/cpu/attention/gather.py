@@ -137,7 +137,7 @@ def attend_batch(
     Args:
         q, out: [num_tokens, num_heads, head_dim]; out is written.
         kv_cache: see `pagoda_kernels.paged_attention.AttentionBackend`.
-        gathered: [len(batch.head_rows), head_dim] in the dtype of q: memory to use.
+        gathered: [len(batch.head_rows), head_dim] in the dtype of kv_cache: memory to use.
     """
     num_kv_heads, head_dim = kv_cache.shape[3:]
     torch.index_select(kv_cache.view(-1, head_dim), 0, batch.head_rows, out=gathered)
