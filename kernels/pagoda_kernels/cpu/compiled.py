@@ -10,6 +10,7 @@ an array takes longer than many of them run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -81,23 +82,44 @@ def _make_pointer(_context: Any, address: Any, dtype: Any) -> Any:
     return pointer(address, dtype), generate
 
 
-def _make_prefetch(_context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        byte_pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte_pointer, int32, int32, int32])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [byte_pointer], kind)
-        pointer = builder.inttoptr(arguments[0], byte_pointer)
-        # To be read, into all levels of the cache, as data.
-        builder.call(function, [pointer, int32(0), int32(3), int32(1)])
-        return context.get_dummy_value()
+def emitted(result: Any = types.void) -> Callable[[Callable[..., Any]], Any]:
+    """Decorates what emits instructions, to be called inside kernels.
 
-    return types.void(address), generate
+    emit(builder, *arguments) gets llvmlite's builder and int64 values; the result is of this type.
+    """
+
+    def decorate(emit: Callable[..., Any]) -> Any:
+        # With the names of its arguments: numba asks for as many.
+        @functools.wraps(emit)
+        def typed(_context: Any, *kinds: Any) -> Any:
+            def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+                value = emit(builder, *arguments)
+                return context.get_dummy_value() if result == types.void else value
+
+            return result(*[types.int64] * len(kinds)), generate
+
+        return intrinsic(typed)
+
+    return decorate
 
 
 _pointer = cast(Any, intrinsic(_make_pointer))
 """An address as a pointer to numbers of a dtype."""
-_prefetch = cast(Any, intrinsic(_make_prefetch))
-"""Ask for the 64 bytes at an address, to be read soon."""
+
+
+def emit_prefetch(b: Any, address: Any, locality: int) -> None:
+    """Ask for the 64 bytes at an address, to be read soon; locality 3: into all levels of cache."""
+    byte_pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte_pointer, int32, int32, int32])
+    function = b.module.declare_intrinsic("llvm.prefetch", [byte_pointer], kind)
+    # To be read, as data.
+    arguments = int32(0), int32(locality), int32(1)
+    b.call(function, [b.inttoptr(address, byte_pointer), *arguments])
+
+
+@emitted()
+def _prefetch(b: Any, address: Any) -> None:
+    emit_prefetch(b, address, 3)
 
 
 def _make_view(dtype: Any) -> Any:

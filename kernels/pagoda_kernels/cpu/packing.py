@@ -18,8 +18,6 @@ from pagoda_kernels.cpu.panels import (
 )
 from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim
 
-_GROUPS_AT_ONCE = 16
-
 
 def pack(matrix: torch.Tensor, numbers: Numbers) -> torch.Tensor:
     """[num_groups, num_steps, GROUP_SIZE, numbers a step]: a matrix in groups of panels.

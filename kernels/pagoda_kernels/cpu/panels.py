@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from pagoda_kernels.cpu.compiled import Array, address_of, compiled
+from pagoda_kernels.cpu.compiled import Array, address_of, compiled, emit_prefetch, emitted
 from pagoda_kernels.cpu.targets import features
 
 PANEL_SIZE = 16
@@ -37,7 +36,6 @@ MOST_ROWS = 8
 """Rows of x at a time: 16 sums of 32 registers; with 12 or 16 they are no faster."""
 
 _INT32, _INT64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
-_BYTE_POINTER = ir.IntType(8).as_pointer()
 _INT32S = ir.VectorType(_INT32, PANEL_SIZE)
 _FLOATS = ir.VectorType(_FLOAT, PANEL_SIZE)
 _BYTES = ir.VectorType(ir.IntType(8), VECTOR_BYTES)
@@ -82,8 +80,9 @@ def make_dot(numbers: Numbers) -> Any:
     memory for meanwhile, an address and the bytes from one step to the next.
     """
 
-    def emit(
-        _context: Any,
+    @emitted(types.int64)
+    def dot(
+        b: Any,
         group: Any,
         x: Any,
         row_bytes: Any,
@@ -94,36 +93,27 @@ def make_dot(numbers: Numbers) -> Any:
         ahead: Any,
         ahead_stride: Any,
     ) -> Any:
-        def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            return _emit_pass(builder, numbers, *arguments)
+        others = (row_bytes, initial, initial_stride, sums, ahead, ahead_stride)
+        end = b.append_basic_block("end")
+        ends = []
+        for rows in (8, 4, 2, 1):
+            smaller = b.append_basic_block("smaller")
+            if rows > 1:
+                enough = b.append_basic_block("enough")
+                b.cbranch(b.icmp_signed(">=", num_rows, _INT64(rows)), enough, smaller)
+                b.position_at_end(enough)
+            _emit_dot(b, numbers, rows, group, x, *others)
+            ends.append((_INT64(rows), b.block))
+            b.branch(end)
+            b.position_at_end(smaller)
+        b.unreachable()
+        b.position_at_end(end)
+        multiplied = b.phi(_INT64)
+        for rows, block in ends:
+            multiplied.add_incoming(rows, block)
+        return multiplied
 
-        return types.int64(*[types.int64] * 9), generate
-
-    return intrinsic(emit)
-
-
-def _emit_pass(
-    b: Any, numbers: Numbers, group: Any, x: Any, row_bytes: Any, num_rows: Any, *others: Any
-) -> Any:
-    steps = b.ashr(row_bytes, _INT64(BYTES_PER_STEP.bit_length() - 1))
-    end = b.append_basic_block("end")
-    ends = []
-    for rows in (8, 4, 2, 1):
-        smaller = b.append_basic_block("smaller")
-        if rows > 1:
-            enough = b.append_basic_block("enough")
-            b.cbranch(b.icmp_signed(">=", num_rows, _INT64(rows)), enough, smaller)
-            b.position_at_end(enough)
-        _emit_dot(b, numbers, rows, group, x, row_bytes, steps, *others)
-        ends.append((_INT64(rows), b.block))
-        b.branch(end)
-        b.position_at_end(smaller)
-    b.unreachable()
-    b.position_at_end(end)
-    multiplied = b.phi(_INT64)
-    for rows, block in ends:
-        multiplied.add_incoming(rows, block)
-    return multiplied
+    return dot
 
 
 def _emit_dot(
@@ -133,13 +123,13 @@ def _emit_dot(
     group: Any,
     x: Any,
     stride: Any,
-    steps: Any,
     initial: Any,
     initial_stride: Any,
     out: Any,
     ahead: Any,
     ahead_stride: Any,
 ) -> None:
+    steps = b.ashr(stride, _INT64(BYTES_PER_STEP.bit_length() - 1))
     multiply = _multiplication(b.module, numbers)
     sums_type = multiply.function_type.return_type
     begin = []
@@ -155,8 +145,8 @@ def _emit_dot(
     sums = [b.phi(sums_type) for _ in range(2 * num_rows)]
     vectors = _load_vectors(b, numbers, group, step)
     wanted = b.add(ahead, b.mul(step, ahead_stride))
-    _prefetch(b, wanted)
-    _prefetch(b, b.add(wanted, b.ashr(ahead_stride, _INT64(1))))
+    emit_prefetch(b, wanted, 2)
+    emit_prefetch(b, b.add(wanted, b.ashr(ahead_stride, _INT64(1))), 2)
     results = []
     for row in range(num_rows):
         at = b.add(b.add(x, b.mul(stride, _INT64(row))), b.mul(step, _INT64(BYTES_PER_STEP)))
@@ -215,125 +205,80 @@ def _multiplication(module: Any, numbers: Numbers) -> Any:
     return module.declare_intrinsic(name, [], function)
 
 
-def _prefetch(b: Any, at: Any) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [_BYTE_POINTER, _INT32, _INT32, _INT32])
-    function = b.module.declare_intrinsic("llvm.prefetch", [_BYTE_POINTER], kind)
-    # To be read, into the second level of the cache, as data.
-    b.call(function, [b.inttoptr(at, _BYTE_POINTER), _INT32(0), _INT32(2), _INT32(1)])
-
-
 def _repeat(b: Any, number: Any) -> Any:
     undefined = ir.Constant(_INT32S, ir.Undefined)
     first = b.insert_element(undefined, number, _INT32(0))
     return b.shuffle_vector(first, undefined, ir.Constant(_INT32S, [0] * PANEL_SIZE))
 
 
-def _make_narrow(_context: Any, numbers: Any, out: Any) -> Any:
-    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
-        bits = ir.VectorType(ir.IntType(16), PANEL_SIZE)
-        name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
-        convert = b.module.declare_intrinsic(name, [], ir.FunctionType(bits, [_FLOATS]))
-        narrowed = b.call(convert, [_load(b, arguments[0], 0, _FLOATS)])
-        b.store(narrowed, _pointer(b, arguments[1], bits), align=2)
-        return context.get_dummy_value()
-
-    return types.void(numbers, out), generate
+@emitted()
+def narrow_panel(b: Any, numbers: Any, out: Any) -> None:
+    """PANEL_SIZE fp32 numbers at an address, rounded to bf16 at another."""
+    bits = ir.VectorType(ir.IntType(16), PANEL_SIZE)
+    name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+    convert = b.module.declare_intrinsic(name, [], ir.FunctionType(bits, [_FLOATS]))
+    narrowed = b.call(convert, [_load(b, numbers, 0, _FLOATS)])
+    b.store(narrowed, _pointer(b, out, bits), align=2)
 
 
-narrow_panel: Any = intrinsic(_make_narrow)
-"""Inside a kernel: PANEL_SIZE fp32 numbers at an address, rounded to bf16 at another."""
+@emitted()
+def widen_step(b: Any, source: Any, target: Any) -> None:
+    """A step of INT8_AS_BF16 at an address, as one of BF16 at another."""
+    for i, vector in enumerate(_widen_vector(b, _load(b, source, 0, _BYTES))):
+        at = b.add(target, _INT64(i * VECTOR_BYTES))
+        b.store(vector, _pointer(b, at, _INT32S), align=4)
 
 
-def _make_widen(_context: Any, source: Any, target: Any) -> Any:
-    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
-        for i, vector in enumerate(_widen_vector(b, _load(b, arguments[0], 0, _BYTES))):
-            at = b.add(arguments[1], _INT64(i * VECTOR_BYTES))
-            b.store(vector, _pointer(b, at, _INT32S), align=4)
-        return context.get_dummy_value()
+@emitted()
+def transpose_panel(b: Any, addresses: Any, offset: Any, to: Any, stride: Any) -> None:
+    """PANEL_SIZE rows of 64 bytes as PANEL_SIZE vectors of 4 bytes of each row.
 
-    return types.void(source, target), generate
-
-
-widen_step: Any = intrinsic(_make_widen)
-"""Inside a kernel: a step of INT8_AS_BF16 at an address, as one of BF16 at another."""
-
-
-def _make_transpose(_context: Any, addresses: Any, offset: Any, to: Any, stride: Any) -> Any:
-    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
-        addresses, offset, to, stride = arguments
-        vectors = []
+    Args: addresses: where the rows' are; offset: added to them; stride: of the vectors, in bytes.
+    """
+    vectors = []
+    for i in range(PANEL_SIZE):
+        at = b.load(_pointer(b, b.add(addresses, _INT64(8 * i)), _INT64))
+        vectors.append(_load(b, b.add(at, offset), 0, _INT32S))
+    # Squares of 1, 2, 4 and 8 are exchanged across the diagonal.
+    for size in (1, 2, 4, 8):
+        masks = [
+            ir.Constant(_INT32S, order)
+            for order in (
+                [j if not j & size else PANEL_SIZE + j - size for j in range(PANEL_SIZE)],
+                [j + size if not j & size else PANEL_SIZE + j for j in range(PANEL_SIZE)],
+            )
+        ]
         for i in range(PANEL_SIZE):
-            at = b.load(_pointer(b, b.add(addresses, _INT64(8 * i)), _INT64))
-            vectors.append(_load(b, b.add(at, offset), 0, _INT32S))
-        # Squares of 1, 2, 4 and 8 are exchanged across the diagonal.
-        for size in (1, 2, 4, 8):
-            masks = [
-                ir.Constant(_INT32S, order)
-                for order in (
-                    [j if not j & size else PANEL_SIZE + j - size for j in range(PANEL_SIZE)],
-                    [j + size if not j & size else PANEL_SIZE + j for j in range(PANEL_SIZE)],
-                )
-            ]
-            for i in range(PANEL_SIZE):
-                if not i & size:
-                    pair = vectors[i], vectors[i + size]
-                    vectors[i], vectors[i + size] = (b.shuffle_vector(*pair, m) for m in masks)
-        for i, vector in enumerate(vectors):
-            at = b.add(to, b.mul(stride, _INT64(i)))
-            b.store(vector, _pointer(b, at, _INT32S), align=4)
-        return context.get_dummy_value()
-
-    return types.void(addresses, offset, to, stride), generate
+            if not i & size:
+                pair = vectors[i], vectors[i + size]
+                vectors[i], vectors[i + size] = (b.shuffle_vector(*pair, m) for m in masks)
+    for i, vector in enumerate(vectors):
+        at = b.add(to, b.mul(stride, _INT64(i)))
+        b.store(vector, _pointer(b, at, _INT32S), align=4)
 
 
-transpose_panel: Any = intrinsic(_make_transpose)
-"""Inside a kernel: PANEL_SIZE rows of 64 bytes as PANEL_SIZE vectors of 4 bytes of each row.
-
-Its arguments: the address of the rows' addresses, what to add to them, where the vectors go, and
-the bytes from one to the next.
-"""
-
-
-def _make_interleave(_context: Any, even: Any, odd: Any, to: Any) -> Any:
-    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
-        kind = ir.VectorType(ir.IntType(16), GROUP_SIZE)
-        rows = [b.load(_pointer(b, at, kind), align=2) for at in arguments[:2]]
-        for panel in range(2):
-            first = range(panel * PANEL_SIZE, (panel + 1) * PANEL_SIZE)
-            order = [index for i in first for index in (i, GROUP_SIZE + i)]
-            mask = ir.Constant(ir.VectorType(_INT32, GROUP_SIZE), order)
-            vector = b.shuffle_vector(*rows, mask)
-            at = b.add(arguments[2], _INT64(panel * VECTOR_BYTES))
-            b.store(vector, _pointer(b, at, kind), align=2)
-        return context.get_dummy_value()
-
-    return types.void(even, odd, to), generate
+@emitted()
+def interleave_group(b: Any, even: Any, odd: Any, to: Any) -> None:
+    """GROUP_SIZE bf16 numbers of two rows as a step of a group of panels, all by address."""
+    kind = ir.VectorType(ir.IntType(16), GROUP_SIZE)
+    rows = [b.load(_pointer(b, at, kind), align=2) for at in (even, odd)]
+    for panel in range(2):
+        first = range(panel * PANEL_SIZE, (panel + 1) * PANEL_SIZE)
+        order = [index for i in first for index in (i, GROUP_SIZE + i)]
+        mask = ir.Constant(ir.VectorType(_INT32, GROUP_SIZE), order)
+        vector = b.shuffle_vector(*rows, mask)
+        at = b.add(to, _INT64(panel * VECTOR_BYTES))
+        b.store(vector, _pointer(b, at, kind), align=2)
 
 
-interleave_group: Any = intrinsic(_make_interleave)
-"""Inside a kernel: GROUP_SIZE bf16 numbers of two rows as a step of a group of panels.
-
-Its arguments: the addresses of the even row, of the odd one, and of the step.
-"""
-
-
-def _make_keep_largest(_context: Any, sums: Any, scales: Any, largest: Any) -> Any:
-    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
-        whole = _load(b, arguments[0], 0, _INT32S)
-        number = b.fmul(b.sitofp(whole, _FLOATS), _load(b, arguments[1], 0, _FLOATS))
-        so_far = _load(b, arguments[2], 0, _FLOATS)
-        kept = b.select(b.fcmp_ordered(">", number, so_far), number, so_far)
-        b.store(kept, _pointer(b, arguments[2], _FLOATS), align=4)
-        return context.get_dummy_value()
-
-    return types.void(sums, scales, largest), generate
-
-
-keep_largest_panel: Any = intrinsic(_make_keep_largest)
-"""Inside a kernel: largest = max(largest, sums * scales), of PANEL_SIZE int32 and fp32 numbers.
-
-Its arguments: the addresses of sums, of scales and of largest.
-"""
+@emitted()
+def keep_largest_panel(b: Any, sums: Any, scales: Any, largest: Any) -> None:
+    """largest = max(largest, sums * scales), of PANEL_SIZE int32 and fp32 numbers, by address."""
+    whole = _load(b, sums, 0, _INT32S)
+    number = b.fmul(b.sitofp(whole, _FLOATS), _load(b, scales, 0, _FLOATS))
+    so_far = _load(b, largest, 0, _FLOATS)
+    kept = b.select(b.fcmp_ordered(">", number, so_far), number, so_far)
+    b.store(kept, _pointer(b, largest, _FLOATS), align=4)
 
 
 def _load(b: Any, at: Any, offset_bytes: int, kind: Any) -> Any:

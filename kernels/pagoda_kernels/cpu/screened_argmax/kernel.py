@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from pagoda_kernels.cpu.compiled import (
     Array,
@@ -15,6 +13,7 @@ from pagoda_kernels.cpu.compiled import (
     address_of,
     bf16_bits,
     compiled,
+    emitted,
     floats,
     int32s,
     int64s,
@@ -89,25 +88,19 @@ def _round(x: Array, factor: Any, offset: Any, integers: Array) -> Any:
     return rounding, total, all_of_them
 
 
-def _make_rotate(_context: Any, numbers: Any) -> Any:
-    def generate(context: Any, b: Any, _signature: Any, arguments: Any) -> Any:
-        kind = ir.VectorType(ir.FloatType(), PANEL_SIZE)
-        at = b.inttoptr(arguments[0], kind.as_pointer())
-        vector = b.load(at, align=4)
-        for half in (1, 2, 4, 8):
-            order = ir.Constant(_ORDER, [i ^ half for i in range(PANEL_SIZE)])
-            signs = ir.Constant(kind, [-1.0 if i & half else 1.0 for i in range(PANEL_SIZE)])
-            partner = b.shuffle_vector(vector, vector, order)
-            vector = b.fadd(partner, b.fmul(vector, signs))
-        b.store(vector, at, align=4)
-        return context.get_dummy_value()
-
-    return types.void(numbers), generate
-
-
-_ORDER = ir.VectorType(ir.IntType(32), PANEL_SIZE)
-_rotate_panel: Any = intrinsic(_make_rotate)
-"""The transform of PANEL_SIZE fp32 numbers at an address, in place."""
+@emitted()
+def _rotate_panel(b: Any, numbers: Any) -> None:
+    """The transform of PANEL_SIZE fp32 numbers at an address, in place."""
+    kind = ir.VectorType(ir.FloatType(), PANEL_SIZE)
+    places = ir.VectorType(ir.IntType(32), PANEL_SIZE)
+    at = b.inttoptr(numbers, kind.as_pointer())
+    vector = b.load(at, align=4)
+    for half in (1, 2, 4, 8):
+        order = ir.Constant(places, [i ^ half for i in range(PANEL_SIZE)])
+        signs = ir.Constant(kind, [-1.0 if i & half else 1.0 for i in range(PANEL_SIZE)])
+        partner = b.shuffle_vector(vector, vector, order)
+        vector = b.fadd(partner, b.fmul(vector, signs))
+    b.store(vector, at, align=4)
 
 
 @compiled
