@@ -160,7 +160,7 @@ def _replace_beams(
             new.append(parent)
     for number, sequence in enumerate(old):
         if number not in taken:
-            scheduler.discard(sequence)
+            scheduler.leave(sequence)
     request.sequences = new
     for index, (sequence, continuation) in enumerate(zip(new, continuations, strict=True)):
         sequence.index = index

@@ -135,7 +135,7 @@ class Scheduler:
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence and free its blocks; with its last one the request ends."""
-        self._leave(sequence)
+        self.leave(sequence)
         sequence.finish_reason = reason
         request = sequence.request
         request.sequences.remove(sequence)
@@ -153,9 +153,14 @@ class Scheduler:
             self._enqueue(child)
         return child
 
-    def discard(self, sequence: Sequence) -> None:
-        """Drop a beam that did not survive."""
-        self._leave(sequence)
+    def leave(self, sequence: Sequence) -> None:
+        """Out of its queue, without blocks, as a beam that did not survive."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        self.block_tables.release(sequence)
 
     def schedule(self) -> SchedulerOutput:
         """Hand out the tokens of a step: count them as computed, its samples as known to come."""
@@ -267,10 +272,10 @@ class Scheduler:
         request = victim.request
         if request.beams is not None:
             for member in request.sequences:
-                self._leave(member)
+                self.leave(member)
             self._enqueue(request.start(self._make_beams(request)))
             return
-        self._leave(victim)
+        self.leave(victim)
         self._enqueue(victim)
 
     # Waiting sequences
@@ -317,15 +322,6 @@ class Scheduler:
             eos_token_ids=self.eos_token_ids,
             max_tokens=num_left if params.max_tokens is None else min(params.max_tokens, num_left),
         )
-
-    def _leave(self, sequence: Sequence) -> None:
-        """Out of its queue, without blocks."""
-        if sequence.status is Status.RUNNING:
-            self.running.remove(sequence)
-        elif sequence.status is Status.WAITING:
-            self.waiting.remove(sequence)
-        sequence.status = Status.FINISHED
-        self.block_tables.release(sequence)
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:

@@ -51,31 +51,19 @@ def sample_hidden(
     plain = [index for index, row in enumerate(rows) if _is_plain(row)]
     if not plain or not model.can_screen:
         return sample(model.logits(hidden), rows, eos_token_ids, in_batch=in_batch)
-    argmax = zip(plain, model.argmax(_take(hidden, plain)).tolist(), strict=True)
-    outputs = {i: RowOutput(token_ids=[token_id] * len(rows[i].seeds)) for i, token_id in argmax}
-    described = [index for index in plain if params_of(rows[index]).needs_logprobs]
-    others = [index for index in range(len(rows)) if index not in outputs]
-    if described or others:
-        logits = model.logits(_take(hidden, described + others))
-        for index, some in zip(described, logits, strict=False):
-            outputs[index] = _describe(some, outputs[index].token_ids, params_of(rows[index]))
+    argmax = dict(zip(plain, model.argmax(_take(hidden, plain)).tolist(), strict=True))
+    outputs = {i: RowOutput(token_ids=[argmax[i]] * len(rows[i].seeds)) for i in plain}
+    others = [i for i, row in enumerate(rows) if i not in argmax or params_of(row).needs_logprobs]
     if others:
-        drawn = sample(
-            logits[len(described) :],
+        found = sample(
+            model.logits(_take(hidden, others)),
             [rows[index] for index in others],
             eos_token_ids,
             in_batch=in_batch,
+            argmax=[argmax.get(index, -1) for index in others],
         )
-        outputs |= zip(others, drawn, strict=True)
+        outputs |= zip(others, found, strict=True)
     return [outputs[index] for index in range(len(rows))]
-
-
-def _describe(logits: torch.Tensor, token_ids: list[int], params: SamplingParams) -> RowOutput:
-    """The argmax, once for each seed, with its logprobs from a row of logits."""
-    chosen = torch.tensor(token_ids, device=logits.device)
-    logits = logits.expand(len(token_ids), -1)
-    described = describe_tokens(logits, chosen, params.logprobs or 0, is_argmax=True)
-    return _tell(token_ids, to_host([described])[0], params)
 
 
 def sample(
@@ -84,6 +72,7 @@ def sample(
     eos_token_ids: Collection[int] = (),
     *,
     in_batch: bool,
+    argmax: Sequence[int] = (),
 ) -> list[RowOutput]:
     """One output per row: one token for each of its seeds, or a beam's candidates.
 
@@ -97,10 +86,12 @@ def sample(
         in_batch: compute all rows of a kind together and read all results at once, as is best for
             a device that the host waits for; by default as many as a CPU's cache holds. The tokens
             are the same.
+        argmax: where they are known the tokens of the largest logits, if there are rows that take
+            these as computed.
     """
     groups = _make_groups(logits, rows, in_batch)
     outputs: dict[int, RowOutput] = {}
-    chosen = [group.choose(eos_token_ids, in_batch) for group in groups]
+    chosen = [group.choose(eos_token_ids, in_batch, argmax) for group in groups]
     for group, found in zip(groups, to_host(chosen), strict=True):
         if (found[0] < 0).any():
             # Some draw needs more attempts.
@@ -157,7 +148,9 @@ class _Group(NamedTuple):
     logits: torch.Tensor
     """[num_rows, vocab_size]"""
 
-    def choose(self, eos_token_ids: Collection[int], in_batch: bool) -> list[torch.Tensor]:
+    def choose(
+        self, eos_token_ids: Collection[int], in_batch: bool, argmax: Sequence[int]
+    ) -> list[torch.Tensor]:
         """A token for each seed of each row, -1 if it is not found in a batch, and if logprobs are
         wanted what `describe_tokens` returns of them; for beams what `find_candidates` returns.
         """
@@ -168,7 +161,10 @@ class _Group(NamedTuple):
         if self.rows[0].num_candidates:
             return [*find_candidates(logits, max(row.num_candidates for row in self.rows))]
         of_seeds = [at for at, row in enumerate(self.rows) for _ in row.seeds]
-        if params[0].is_greedy:
+        if is_plain and argmax:
+            chosen = torch.tensor([argmax[index] for index in self.indices], device=logits.device)
+            token_ids = _take(chosen, of_seeds)
+        elif params[0].is_greedy:
             token_ids = _take(_argmax(logits), of_seeds)
         else:
             token_ids = _draw(logits, self.rows, in_batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pagoda_kernels.cpu.attention.slots import list_slots
+from pagoda_kernels.cpu.compiled import Kernel, int32s, int64s
 
 
 class Sequences:
@@ -35,3 +35,66 @@ class Sequences:
         lasts = self.seq_lens[seqs]
         table = self._block_table[seqs]
         return list_slots(table, self._block_size, self._num_blocks, lasts - counts, lasts)
+
+
+def list_slots(
+    block_table: np.ndarray,
+    block_size: int,
+    num_blocks: int,
+    firsts: np.ndarray,
+    lasts: np.ndarray,
+) -> torch.Tensor:
+    """[num_keys] int64: the slots of positions firsts[0] … lasts[0] - 1, then of firsts[1] …
+
+    Args:
+        block_table: [num_seqs, max_blocks] int32: of each range its blocks.
+        num_blocks: of the cache.
+        firsts, lasts: [num_seqs] int64, contiguous.
+    Raises: IndexError if a position has no block in the table, or one outside the cache.
+    """
+    table = np.ascontiguousarray(block_table, dtype=np.int32)
+    if len(table) != len(firsts) or np.any(lasts > table.shape[1] * block_size):
+        raise IndexError("a position without a block")
+    slots = torch.empty(int((lasts - firsts).sum()), dtype=torch.int64)
+    _fill(
+        table.ctypes.data,
+        table.shape[1],
+        block_size,
+        num_blocks,
+        firsts.ctypes.data,
+        lasts.ctypes.data,
+        len(firsts),
+        slots,
+        len(slots),
+    )
+    return slots
+
+
+@Kernel
+def _fill(
+    table_at: int,
+    max_blocks: int,
+    block_size: int,
+    num_blocks: int,
+    firsts_at: int,
+    lasts_at: int,
+    num_seqs: int,
+    slots_at: int,
+    num_keys: int,
+) -> None:
+    table = int32s(table_at, (num_seqs, max_blocks))
+    firsts, lasts = int64s(firsts_at, (num_seqs,)), int64s(lasts_at, (num_seqs,))
+    slots = int64s(slots_at, (num_keys,))
+    index = 0
+    for seq in range(num_seqs):
+        position = firsts[seq]
+        while position < lasts[seq]:
+            block = position // block_size
+            first, end = block * block_size, min((block + 1) * block_size, lasts[seq])
+            if table[seq, block] < 0 or table[seq, block] >= num_blocks:
+                raise IndexError("a block outside the cache")
+            base = np.int64(table[seq, block]) * block_size - first
+            for i in range(position, end):
+                slots[index] = base + i
+                index += 1
+            position = end

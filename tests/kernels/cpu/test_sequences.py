@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pagoda_kernels.cpu.attention.slots import list_slots
+from pagoda_kernels.cpu.attention.sequences import list_slots
 
 TABLE = np.array([[5, 2, 9, 0], [1, 7, 0, 0]], dtype=np.int32)
 EXPECTED = [11, 36, 37, 38, 4, 5, 6, 7, 28, 29]
