@@ -173,9 +173,7 @@ class Operator:
                 await asyncio.sleep(backoff_seconds(failures, 1.0))
                 continue
             failures = 0
-            found = {
-                Key(item["metadata"]["namespace"], item["metadata"]["name"]) for item in services
-            }
+            found = {Key.of(service) for service in services}
             # What was there at the last resync and is no more has to be forgotten.
             for key in sorted(found | self._known):
                 self._queue.add(key)
@@ -234,7 +232,6 @@ async def run(options: Options) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command `pagoda-operator`."""
     options = parse_options(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"

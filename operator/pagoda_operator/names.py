@@ -38,6 +38,10 @@ class Key:
     namespace: str
     name: str
 
+    @classmethod
+    def of(cls, service: Manifest) -> Key:
+        return cls(service["metadata"]["namespace"], service["metadata"]["name"])
+
     def __str__(self) -> str:
         return f"{self.namespace}/{self.name}"
 

@@ -62,27 +62,22 @@ class _Watched:
     blindness: str | None = None
 
 
+@dataclass(slots=True, kw_only=True)
 class Poller:
     """Knows the target of every service, and whether it can see the load of its pods.
 
     Pods are not trusted: whatever one answers is at most a pod without a known load.
     """
 
-    def __init__(
-        self,
-        *,
-        clock: Callable[[], float],
-        on_change: Callable[[Key], None],
-        telemetry: Telemetry,
-        port: int = PORT,
-    ) -> None:
-        self._clock = clock
-        self._on_change = on_change
-        self._telemetry = telemetry
-        self._port = port
-        self._watched: dict[Key, _Watched] = {}
-        self._session: aiohttp.ClientSession | None = None
-        telemetry.polled_services.set_function(lambda: len(self._watched))
+    clock: Callable[[], float]
+    on_change: Callable[[Key], None]
+    telemetry: Telemetry
+    port: int = PORT
+    _watched: dict[Key, _Watched] = field(default_factory=dict, init=False)
+    _session: aiohttp.ClientSession | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.telemetry.polled_services.set_function(lambda: len(self._watched))
 
     def target(self, service: LLMService, status: Manifest, deployment: Manifest | None) -> int:
         """How many replicas the service should have now."""
@@ -113,7 +108,7 @@ class Poller:
             watched.policy, watched.addresses = policy, addresses
             return
         self.forget(service.key)
-        state = ScalingState.start(target, self._clock())
+        state = ScalingState.start(target, self.clock())
         watched = _Watched(service.uid, policy, state, addresses)
         watched.task = asyncio.get_running_loop().create_task(self._poll(service.key, watched))
         self._watched[service.key] = watched
@@ -141,7 +136,7 @@ class Poller:
             except Exception:
                 # Our bug: this service is asked again, and the others never notice.
                 logger.exception("%s: its pods cannot be asked", key)
-                self._telemetry.poll_failures.labels(reason="error").inc()
+                self.telemetry.poll_failures.labels(reason="error").inc()
                 is_busy = False
             interval = BUSY_SECONDS if is_busy else min(interval * IDLE_FACTOR, IDLE_SECONDS)
 
@@ -151,13 +146,13 @@ class Poller:
         loads = [answer if isinstance(answer, PodLoad) else None for answer in answers]
         self._note_silence(key, watched, answers)
         before = watched.state.target
-        watched.state = decide(watched.state, loads, watched.policy, self._clock())
+        watched.state = decide(watched.state, loads, watched.policy, self.clock())
         target = watched.state.target
         if target != before:
             direction = "up" if target > before else "down"
-            self._telemetry.scale_decisions.labels(direction=direction).inc()
+            self.telemetry.scale_decisions.labels(direction=direction).inc()
             logger.info("%s: %d replicas in place of %d", key, target, before)
-            self._on_change(key)
+            self.on_change(key)
         return any(load is not None and load.running + load.waiting for load in loads)
 
     def _note_silence(
@@ -165,7 +160,7 @@ class Poller:
     ) -> None:
         silences = [answer for answer in answers if isinstance(answer, Silence)]
         for silence in silences:
-            self._telemetry.poll_failures.labels(reason=silence.name.lower()).inc()
+            self.telemetry.poll_failures.labels(reason=silence.name.lower()).inc()
         words = None
         if silences:
             # The most frequent reason, and no numbers: the words are part of the status.
@@ -180,13 +175,13 @@ class Poller:
             logger.info("%s: scaling sees the load of all ready replicas again", key)
         else:
             logger.warning("%s: scaling is blind: %s", key, watched.blindness)
-        self._on_change(key)
+        self.on_change(key)
 
     async def _ask(self, address: str, watched: _Watched) -> PodLoad | Silence:
         """The load of one pod, or why it is not known."""
         try:
             async with watched.slots, asyncio.timeout(ANSWER_SECONDS):
-                return await self._read_load(f"http://{address}:{self._port}/load")
+                return await self._read_load(f"http://{address}:{self.port}/load")
         except TimeoutError:
             return Silence.TIMEOUT
         except (OSError, aiohttp.ClientError):
@@ -225,11 +220,11 @@ def parse_load(body: bytes) -> PodLoad | None:
     """The answer of `/load`; None if it is none."""
     try:
         answer = json.loads(body)
-        load = PodLoad(answer["running"], answer["waiting"])
+        counts = (answer["running"], answer["waiting"])
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    counts = (load.running, load.waiting)
-    return load if all(type(count) is int and count >= 0 for count in counts) else None
+    is_load = all(type(count) is int and count >= 0 for count in counts)
+    return PodLoad(*counts) if is_load else None
 
 
 def ready_addresses(pods: list[Manifest]) -> tuple[str, ...]:

@@ -88,7 +88,6 @@ class WorkQueue:
         return delay
 
     def close(self) -> None:
-        """Give no key out any more."""
         self._is_closed = True
         self._changed.set()
 

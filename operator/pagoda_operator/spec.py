@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from pagoda_operator.names import Key
+from pagoda_operator.names import Key, Manifest
 
 Part = dict[str, Any]
 """A part of a pod in Kubernetes' own form, which the CRD's schema has checked."""
@@ -193,19 +193,18 @@ class LLMService:
         return self.spec.model.name or self.key.name
 
 
-def parse(manifest: Mapping[str, Any]) -> LLMService:
+def parse(manifest: Manifest) -> LLMService:
     """The LLMService in a manifest as the API server returns it.
 
     Raises:
         SpecError: a field is unknown, missing or of the wrong type.
     """
     metadata = manifest["metadata"]
-    spec = _build(LLMServiceSpec, manifest.get("spec"), "spec")
     return LLMService(
-        key=Key(metadata["namespace"], metadata["name"]),
+        key=Key.of(manifest),
         uid=metadata["uid"],
         generation=metadata["generation"],
-        spec=spec,
+        spec=_build(LLMServiceSpec, manifest.get("spec"), "spec"),
     )
 
 

@@ -110,7 +110,7 @@ async def serving(port: int, load: Handler, path: str = "/load") -> AsyncIterato
 
 def failures(poller: Poller, reason: str) -> float:
     labels = {"reason": reason}
-    found = poller._telemetry.registry.get_sample_value(
+    found = poller.telemetry.registry.get_sample_value(
         "pagoda_operator_poll_failures_total", labels
     )
     return found or 0.0
