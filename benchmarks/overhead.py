@@ -59,7 +59,6 @@ class TimedModel:
 
     def __init__(self, model: Any, watch: Stopwatch) -> None:
         self.forward = watch.wrap("decoder", model)
-        self.can_screen = model.can_screen
         self.logits = watch.wrap("vocabulary", model.logits)
         self.argmax = watch.wrap("vocabulary", model.argmax)
 

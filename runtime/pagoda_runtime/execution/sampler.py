@@ -49,9 +49,10 @@ def sample_hidden(
     depend on neither.
     """
     plain = [index for index, row in enumerate(rows) if _is_plain(row)]
-    if not plain or not model.can_screen:
+    tokens = model.argmax(_take(hidden, plain)) if plain else None
+    if tokens is None:
         return sample(model.logits(hidden), rows, eos_token_ids, in_batch=in_batch)
-    argmax = dict(zip(plain, model.argmax(_take(hidden, plain)).tolist(), strict=True))
+    argmax = dict(zip(plain, tokens.tolist(), strict=True))
     outputs = {i: RowOutput(token_ids=[argmax[i]] * len(rows[i].seeds)) for i in plain}
     others = [i for i, row in enumerate(rows) if i not in argmax or params_of(row).needs_logprobs]
     if others:

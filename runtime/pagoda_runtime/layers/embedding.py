@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import embedding
 
+from pagoda_kernels.cpu.int8_argmax import Int8Argmax, has_int8_argmax
 from pagoda_runtime.layers.module import Module, own_layout
-from pagoda_runtime.layers.screen import Screen, can_screen
 from pagoda_runtime.quantization.base import Placement
 from pagoda_runtime.quantization.parameter import INPUT, OUTPUT, Parameter
 from pagoda_runtime.quantization.unquantized import UnquantizedLinear
@@ -45,7 +45,7 @@ class LanguageModelHead(Module):
 
     A tied head multiplies by the embedding's table. A packed layout cannot serve as a table, so
     packing keeps a second copy of a tied weight. Where it is packed there is a third, in int8, for
-    greedy rows: see `Screen`. It needs the table, so a head that is not tied has none.
+    greedy rows: see `Int8Argmax`. It needs the table, so a head that is not tied has none.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class LanguageModelHead(Module):
         self._tied: Parameter | None = None
         self.table: torch.Tensor | None = None
         """The embedding's, where the method holds a copy of it in a layout of its own."""
-        self.screen: Screen | None = None
+        self.int8_argmax: Int8Argmax | None = None
         if tied_to is not None:
             self._tied = tied_to.parameters["weight"]
         else:
@@ -75,8 +75,8 @@ class LanguageModelHead(Module):
             self.table = self._tied.data if self.method.is_packed else None
             self._tied = None
         is_plain = not self.method.placement.is_deterministic
-        if self.table is not None and is_plain and can_screen(self.table):
-            self.screen = Screen(self.table, self.method.apply)
+        if self.table is not None and is_plain and has_int8_argmax(self.table):
+            self.int8_argmax = Int8Argmax(self.table, self.method.apply)
 
     @property
     def copies(self) -> dict[str, int]:
@@ -84,7 +84,7 @@ class LanguageModelHead(Module):
         if self.table is None:
             return {}
         return {"packed": self.table.nbytes} | (
-            {"in int8": self.table.numel()} if self.screen else {}
+            {"in int8": self.table.numel()} if self.int8_argmax else {}
         )
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -105,13 +105,9 @@ class Decoder(Model):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(self.norm(hidden))
 
-    @property
-    def can_screen(self) -> bool:
-        return self.lm_head.screen is not None
-
-    def argmax(self, hidden: torch.Tensor) -> torch.Tensor:
-        assert self.lm_head.screen is not None
-        return self.lm_head.screen.argmax(self.norm(hidden))
+    def argmax(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        find = self.lm_head.int8_argmax
+        return None if find is None else find(self.norm(hidden))
 
 
 def _add(hidden: torch.Tensor, part: torch.Tensor, norm: Norm | None) -> None:

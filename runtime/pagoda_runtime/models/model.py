@@ -84,11 +84,8 @@ class Model(Module, ABC):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows, vocab_size], for the rows of `__call__`'s result that are sampled."""
 
-    @property
-    @abstractmethod
-    def can_screen(self) -> bool:
-        """Whether `argmax` works."""
-
-    @abstractmethod
-    def argmax(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_rows] int64: the token of each row's largest logit, found faster than all logits."""
+    def argmax(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """[num_rows] int64: the token of each row's largest logit, found faster than all logits and
+        more exactly; None where the model cannot.
+        """
+        return None

@@ -402,8 +402,6 @@ class TiedModel:
     and at another row, rounded, even one is larger.
     """
 
-    can_screen = True
-
     def argmax(self, hidden):
         return hidden[:, 1].long()
 

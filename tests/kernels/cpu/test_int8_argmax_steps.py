@@ -3,22 +3,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pagoda_kernels.cpu.panels import GROUP_SIZE, INT8, has_panels
-from pagoda_kernels.cpu.screened_argmax import (
+from pagoda_kernels.cpu.int8_argmax import (
     ROW_OFFSET,
     Int8Table,
     Quantized,
     choose_tokens,
     quantize,
 )
-from pagoda_kernels.cpu.screened_argmax.kernel import CHUNK_GROUPS
-from pagoda_kernels.cpu.screened_argmax.reference import (
+from pagoda_kernels.cpu.int8_argmax.kernel import CHUNK_GROUPS
+from pagoda_kernels.cpu.int8_argmax.reference import (
     choose_tokens_reference,
     find_largest_reference,
     largest_of_columns,
     quantize_reference,
     rotate,
 )
+from pagoda_kernels.cpu.panels import GROUP_SIZE, INT8, has_panels
 
 CHUNK = CHUNK_GROUPS * GROUP_SIZE
 

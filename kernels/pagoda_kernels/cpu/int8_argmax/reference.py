@@ -1,4 +1,4 @@
-"""The specification of `pagoda_kernels.cpu.screened_argmax` in plain torch; nothing is checked."""
+"""The specification of `pagoda_kernels.cpu.int8_argmax` in plain torch; nothing is checked."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from pagoda_kernels.cpu.int8_argmax.kernel import CHUNK_GROUPS
 from pagoda_kernels.cpu.panels import GROUP_SIZE
-from pagoda_kernels.cpu.screened_argmax.kernel import CHUNK_GROUPS
 
 ROW_OFFSET = 128
 """What is added to a row's whole numbers: the processor multiplies unsigned by signed bytes."""

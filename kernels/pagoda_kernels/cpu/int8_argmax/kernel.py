@@ -1,4 +1,4 @@
-"""The loops of `pagoda_kernels.cpu.screened_argmax`: see `pagoda_kernels.cpu.compiled`."""
+"""The loops of `pagoda_kernels.cpu.int8_argmax`: see `pagoda_kernels.cpu.compiled`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _dot = make_dot(INT8)
 def _quantize_rows(task: Task) -> None:
     """Arguments: matrix, offset, integers, scales, sums, squares, num_rows, size, rotation_size.
 
-    A part is PART_ROWS rows. See `pagoda_kernels.cpu.screened_argmax.quantize`.
+    A part is PART_ROWS rows. See `pagoda_kernels.cpu.int8_argmax.quantize`.
     """
     offset, num_rows, size, rotation_size = task[2], task[7], task[8], task[9]
     matrix, integers = bf16_bits(task[1], (num_rows, size)), uint8s(task[3], (num_rows, size))
@@ -183,7 +183,7 @@ def choose(
     num_chunks: int,
     most_candidates: int,
 ) -> None:
-    """See `pagoda_kernels.cpu.screened_argmax.choose_tokens`."""
+    """See `pagoda_kernels.cpu.int8_argmax.choose_tokens`."""
     hidden = bf16_bits(hidden_at, (num_rows, size))
     table = bf16_bits(table_at, (vocab_size, size))
     largest = floats(largest_at, (num_rows, num_chunks, GROUP_SIZE))
@@ -202,7 +202,7 @@ def choose(
             tokens[row] = vocab_size - 1
         else:
             widen(hidden[row], x)
-            tokens[row] = _likeliest(x, table, candidates, count)
+            tokens[row] = _argmax(x, table, candidates, count)
 
 
 @compiled
@@ -231,7 +231,7 @@ def _collect(largest: Array, floor: Any, vocab_size: int, candidates: Array) -> 
 
 
 @compiled
-def _likeliest(x: Array, table: Array, candidates: Array, count: int) -> int:
+def _argmax(x: Array, table: Array, candidates: Array, count: int) -> int:
     best, token = np.float32(-np.inf), candidates[0]
     for i in range(count):
         candidate = candidates[i]

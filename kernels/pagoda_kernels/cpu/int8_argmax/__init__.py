@@ -1,23 +1,93 @@
-"""A product in int8 that screens tokens, and what comes before and after it.
-
-See `pagoda_runtime.layers.screen`.
-"""
+"""The largest logit of each row, searched in int8 and decided in fp32."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from pagoda_kernels.cpu.packing import pack
-from pagoda_kernels.cpu.panels import GROUP_SIZE, INT8
-from pagoda_kernels.cpu.screened_argmax.kernel import (
+from pagoda_kernels.cpu.int8_argmax.kernel import (
     CHUNK_GROUPS,
     choose,
     find_largest,
     quantize_rows,
 )
-from pagoda_kernels.cpu.screened_argmax.reference import ROW_OFFSET, Quantized
+from pagoda_kernels.cpu.int8_argmax.reference import ROW_OFFSET, Quantized
+from pagoda_kernels.cpu.packing import pack
+from pagoda_kernels.cpu.panels import BYTES_PER_STEP, GROUP_SIZE, INT8, has_panels
 
-__all__ = ["ROW_OFFSET", "Int8Table", "Quantized", "choose_tokens", "quantize"]
+__all__ = [
+    "ROW_OFFSET",
+    "Int8Argmax",
+    "Int8Table",
+    "Quantized",
+    "choose_tokens",
+    "has_int8_argmax",
+    "quantize",
+]
+
+# How many standard deviations of its error a logit may be off. The error is a sum over hidden_size
+# of independent roundings, so it is close to normal: one largest in 1e9 is missed.
+_DEVIATIONS = 6.0
+# A row with more than this is not worth it: all its logits are computed in bf16.
+_MOST_CANDIDATES = 1 << 14
+# Numbers of a vector that are rotated together, or a smaller power of two if the vectors need it.
+_LARGEST_ROTATION = 128
+
+
+def has_int8_argmax(table: torch.Tensor) -> bool:
+    """Whether this processor multiplies such a table in int8."""
+    return table.shape[1] % BYTES_PER_STEP == 0 and has_panels(INT8)
+
+
+class Int8Argmax:
+    """The token of each row's largest logit, from logits in int8, and of the few left in fp32.
+
+    A product in int8 reads half as much as one in bf16, and multiplies twice as fast. Its error is
+    known up to its distribution: tokens that it leaves too far below the largest cannot be the
+    argmax, and the logits of the others are computed again from the plain matrix in fp32. So
+    the result is more exact than the largest of bf16 logits, of which many are equal.
+
+    Table and hidden states are rotated before they are rounded, which no product notices: a few
+    large numbers among small ones, as hidden states have them, would leave the small ones too few
+    of the 255 steps. It divides the error by 2.6 (Gemma 3 270M), and rows whose largest logit has
+    thousands of near rivals, 1.5 % after random prompts, then have at most 16.
+    Source of the rotation: Ashkboos et al., QuaRot, 2024.
+
+    Args:
+        table: [vocab_size, hidden_size] bf16 on a CPU; kept, not copied.
+        product: with the table; for rows that int8 says too little about.
+    """
+
+    def __init__(
+        self, table: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        self.table, self.product = table, product
+        size = table.shape[1]
+        # The largest power of two that divides it.
+        self.rotation_size = min(_LARGEST_ROTATION, size & -size)
+        rounded = quantize(table, self.rotation_size)
+        self.int8_table = Int8Table(rounded)
+        # A product is off by the roundings of a row's numbers, each times a weight, and by those of
+        # the weights, each times a number: at most by those of the worst of all weights.
+        variances = rounded.squares * (rounded.scales.square() / size)[:, None]
+        self.variances = variances.amax(0).flip(0) * _DEVIATIONS**2
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_rows] int64: the token of each row's largest logit, the first of equals.
+
+        Args:
+            hidden: [num_rows, hidden_size] bf16, normalized.
+        """
+        hidden = hidden.contiguous()
+        rows = quantize(hidden, self.rotation_size, ROW_OFFSET)
+        largest = self.int8_table.find_largest(rows.integers)
+        errors = torch.mv(rows.squares, self.variances).sqrt_()
+        tokens = choose_tokens(hidden, self.table, largest, errors, _MOST_CANDIDATES)
+        is_hard = tokens < 0
+        if bool(is_hard.any()):
+            tokens[is_hard] = self.product(hidden[is_hard]).argmax(-1)
+        return tokens
 
 
 def quantize(matrix: torch.Tensor, rotation_size: int, offset: int = 0) -> Quantized:
