@@ -39,7 +39,7 @@ def our_calls(frame: FrameType | None) -> Iterator[tuple[str, str]]:
     """(module, function) of each frame of ours and of the web framework, the innermost first."""
     while frame is not None:
         module = frame.f_globals["__name__"]
-        if module.startswith(("pagoda_", "starlette.")):
+        if module.startswith(("pagoda_", "starlette.", "fastapi.")):
             yield module, frame.f_code.co_qualname
         frame = frame.f_back
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from pagoda_runtime.server.access import Access
-from pagoda_runtime.server.errors import EXCEPTION_HANDLERS, json_response
+from pagoda_runtime.server.errors import json_response, make_app
 from pagoda_runtime.server.framing import ReadHead
 from pagoda_runtime.server.middleware import Authenticate
 from pagoda_runtime.server.state import ServerState
@@ -33,7 +32,6 @@ def create_admin_app(state: ServerState) -> ASGIApp:
         logger.info("The prefix cache was emptied: %d blocks.", num_blocks)
         return json_response({"num_blocks": num_blocks})
 
-    route = Route(RESET, reset_prefix_cache, methods=["POST"])
-    app = Starlette(routes=[route], exception_handlers=EXCEPTION_HANDLERS)
+    app = make_app([Route(RESET, reset_prefix_cache, methods=["POST"])])
     inner = ReadHead(Authenticate(app, state.keys, prefix=""), [RESET])
     return Access(inner, is_logged=not state.config.disable_access_log)

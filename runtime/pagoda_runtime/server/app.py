@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
@@ -11,7 +10,7 @@ from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.server import health, openai, openapi
 from pagoda_runtime.server.access import LOAD_HEADER, REQUEST_ID_HEADER, Access, LoadObserver
-from pagoda_runtime.server.errors import EXCEPTION_HANDLERS
+from pagoda_runtime.server.errors import make_app
 from pagoda_runtime.server.framing import ReadHead
 from pagoda_runtime.server.middleware import Authenticate, LimitBody
 from pagoda_runtime.server.openapi import DOCUMENTED
@@ -43,7 +42,7 @@ def create_app(state: ServerState) -> ASGIApp:
         *openai.make_routes(state),
         *openapi.make_routes(are_keys_asked=state.keys.are_asked),
     ]
-    app = Starlette(routes=routes, exception_handlers=EXCEPTION_HANDLERS)
+    app = make_app(routes)
     paths = [route.split(" ")[1] for route in ROUTES]
     inner = _allow_origins(Authenticate(LimitBody(app, state), state.keys), state.config)
     return Access(

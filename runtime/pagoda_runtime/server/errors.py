@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
 import msgspec
+from fastapi import FastAPI
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ExceptionHandler
+from starlette.routing import BaseRoute
 
 from pagoda_runtime.errors import (
     EngineDead,
@@ -145,8 +147,23 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     return ApiError(error.status_code, message, code=code, headers=headers).to_response()
 
 
-EXCEPTION_HANDLERS: dict[Any, ExceptionHandler] = {
+_HANDLERS: dict[int | type[Exception], Any] = {
     PagodaError: _answer_error,
     HTTPException: _answer_http_exception,
     Exception: _answer_error,
 }
+
+
+def make_app(routes: Sequence[BaseRoute]) -> FastAPI:
+    """An application that answers every exception of its routes in OpenAI's shape.
+
+    The routes are Starlette's, because they read their bodies themselves, on a thread of their own
+    choice; and the document of the API is made by `openapi`.
+    """
+    return FastAPI(
+        routes=[*routes],
+        exception_handlers=_HANDLERS,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
