@@ -59,8 +59,8 @@ class LanguageModelHead(Module):
         super().__init__()
         self.method = UnquantizedLinear(placement)
         self._tied: Parameter | None = None
-        self.table: torch.Tensor | None = None
-        """The embedding's, where the method holds a copy of it in a layout of its own."""
+        self.copies: dict[str, int] = {}
+        """In what forms the table is held beside the embedding's, with the bytes of each."""
         self.int8_argmax: Int8Argmax | None = None
         if tied_to is not None:
             self._tied = tied_to.parameters["weight"]
@@ -70,22 +70,14 @@ class LanguageModelHead(Module):
 
     def use_parameters(self) -> None:
         self.method.after_loading({"weight": self._tied} if self._tied else self.parameters)
-        if self._tied is not None:
-            self.weight_bytes = self._tied.num_bytes
-            self.table = self._tied.data if self.method.is_packed else None
-            self._tied = None
-        is_plain = not self.method.placement.is_deterministic
-        if self.table is not None and is_plain and has_int8_argmax(self.table):
-            self.int8_argmax = Int8Argmax(self.table, self.method.apply)
-
-    @property
-    def copies(self) -> dict[str, int]:
-        """In what forms the table is held beside the embedding's, with the bytes of each."""
-        if self.table is None:
-            return {}
-        return {"packed": self.table.nbytes} | (
-            {"in int8": self.table.numel()} if self.int8_argmax else {}
-        )
+        if self._tied is None:
+            return
+        table, self.weight_bytes, self._tied = self._tied.data, self._tied.num_bytes, None
+        if self.method.is_packed:
+            self.copies["packed"] = table.nbytes
+            if not self.method.placement.is_deterministic and has_int8_argmax(table):
+                self.copies["in int8"] = table.numel()
+                self.int8_argmax = Int8Argmax(table, self.method.apply)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.method.apply(hidden)
