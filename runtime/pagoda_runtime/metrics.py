@@ -39,6 +39,32 @@ STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 STATUS_CLASSES = ("2xx", "4xx", "5xx")
 
+_SINCE_ARRIVAL = "Seconds from a request's arrival to its"
+_SINCE_FIRST_STEP = "Seconds from a request's first step to its"
+# By their buckets: name and help.
+HISTOGRAMS: dict[tuple[float, ...], dict[str, str]] = {
+    FIRST_TOKEN_SECONDS: {"time_to_first_token_seconds": f"{_SINCE_ARRIVAL} first token."},
+    TOKEN_SECONDS: {
+        "inter_token_latency_seconds": "Seconds between two tokens of a request.",
+        "request_time_per_output_token_seconds": (
+            "Seconds per token after the first, mean of a request."
+        ),
+    },
+    REQUEST_SECONDS: {
+        "e2e_request_latency_seconds": f"{_SINCE_ARRIVAL} last token.",
+        "request_queue_time_seconds": f"{_SINCE_ARRIVAL} first step.",
+        "request_inference_time_seconds": f"{_SINCE_FIRST_STEP} last token.",
+        "request_prefill_time_seconds": f"{_SINCE_FIRST_STEP} first token.",
+        "request_decode_time_seconds": "Seconds from a request's first token to its last.",
+    },
+    TOKEN_COUNTS: {
+        "request_prompt_tokens": "Prompt tokens of a request.",
+        "request_generation_tokens": "Generated tokens of a request, over all its choices.",
+        "request_params_max_tokens": "max_tokens of a request.",
+    },
+    STEP_TOKENS: {"iteration_tokens_total": "Tokens that one step computes."},
+}
+
 
 class LoadSource(Protocol):
     """What the gauges show: the server's state, read at the time of a scrape."""
@@ -49,12 +75,12 @@ class LoadSource(Protocol):
     def engine_counts(self) -> EngineStats: ...
 
 
+@dataclass(frozen=True, slots=True)
 class EngineCollector:
     """Shows the engine's own gauges and counters, current at each scrape."""
 
-    def __init__(self, model_name: str, source: LoadSource) -> None:
-        self.model_name = model_name
-        self.source = source
+    model_name: str
+    source: LoadSource
 
     def collect(self) -> Iterator[Metric]:
         counts = self.source.engine_counts()
@@ -108,8 +134,15 @@ class Metrics:
         self.registry.register(EngineCollector(model_name, source))
         ProcessCollector(registry=self.registry)
         self._add_counters()
-        self._add_latencies()
-        self._add_sizes()
+        self._histograms = {
+            name: Histogram(
+                f"vllm:{name}", text, ["model_name"], buckets=buckets, registry=self.registry
+            ).labels(model_name)
+            for buckets, texts in HISTOGRAMS.items()
+            for name, text in texts.items()
+        }
+        # Fed at every token.
+        self.inter_token = self._histograms["inter_token_latency_seconds"]
         self._add_http(handlers)
 
     def _add_counters(self) -> None:
@@ -128,48 +161,6 @@ class Metrics:
         self.finished = {
             reason: success.labels(self.model_name, reason) for reason in FINISHED_REASONS
         }
-
-    def _add_latencies(self) -> None:
-        def seconds(
-            name: str, what: str, buckets: tuple[float, ...] = REQUEST_SECONDS
-        ) -> Histogram:
-            return self._histogram(f"{name}_seconds", f"Seconds {what}", buckets)
-
-        since_arrival = "from a request's arrival to its"
-        self.first_token = seconds(
-            "time_to_first_token", f"{since_arrival} first token.", FIRST_TOKEN_SECONDS
-        )
-        self.inter_token = seconds(
-            "inter_token_latency", "between two tokens of a request.", TOKEN_SECONDS
-        )
-        self.per_output_token = seconds(
-            "request_time_per_output_token",
-            "per token after the first, mean of a request.",
-            TOKEN_SECONDS,
-        )
-        self.e2e = seconds("e2e_request_latency", f"{since_arrival} last token.")
-        self.queue = seconds("request_queue_time", f"{since_arrival} first step.")
-        since_first_step = "from a request's first step to its"
-        self.inference = seconds("request_inference_time", f"{since_first_step} last token.")
-        self.prefill = seconds("request_prefill_time", f"{since_first_step} first token.")
-        self.decode = seconds("request_decode_time", "from a request's first token to its last.")
-
-    def _add_sizes(self) -> None:
-        histogram = self._histogram
-        self.request_prompt_tokens = histogram(
-            "request_prompt_tokens", "Prompt tokens of a request.", TOKEN_COUNTS
-        )
-        self.request_generation_tokens = histogram(
-            "request_generation_tokens",
-            "Generated tokens of a request, over all its choices.",
-            TOKEN_COUNTS,
-        )
-        self.request_max_tokens = histogram(
-            "request_params_max_tokens", "max_tokens of a request.", TOKEN_COUNTS
-        )
-        self.iteration_tokens = histogram(
-            "iteration_tokens_total", "Tokens that one step computes.", STEP_TOKENS
-        )
 
     def _add_http(self, handlers: Iterable[str]) -> None:
         self.http_requests = Counter(
@@ -195,16 +186,14 @@ class Metrics:
         counter = Counter(f"vllm:{name}", help_text, ["model_name"], registry=self.registry)
         return counter.labels(self.model_name)
 
-    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
-        histogram = Histogram(
-            f"vllm:{name}", help_text, ["model_name"], buckets=buckets, registry=self.registry
-        )
-        return histogram.labels(self.model_name)
+    def observe(self, name: str, value: float) -> None:
+        """Add to one of HISTOGRAMS."""
+        self._histograms[name].observe(value)
 
     def observe_step(self, output: StepOutput) -> None:
         """Take what the engine tells after each step."""
         if output.stats.num_scheduled_tokens:
-            self.iteration_tokens.observe(output.stats.num_scheduled_tokens)
+            self.observe("iteration_tokens_total", output.stats.num_scheduled_tokens)
 
     def observe_http(self, method: str, status: int, handler: str, elapsed: float) -> None:
         self.http_requests.labels(method, f"{status // 100}xx", handler).inc()
@@ -243,7 +232,7 @@ class RequestClock:
         now, metrics = time.monotonic(), self.metrics
         if not self._last_of_choice:
             self._first = now
-            metrics.first_token.observe(now - self.arrival)
+            metrics.observe("time_to_first_token_seconds", now - self.arrival)
         # Tokens that came in one delta share the time since the last one of their choice.
         before = self._last_of_choice.get(delta.index)
         if before is None:
@@ -258,19 +247,22 @@ class RequestClock:
 
     def finish(self, reason: str) -> None:
         """Record the whole request; reason is one of FINISHED_REASONS."""
-        metrics = self.metrics
-        metrics.finished[reason].inc()
-        metrics.request_prompt_tokens.observe(self.num_prompt_tokens)
-        metrics.request_generation_tokens.observe(self.num_tokens)
-        metrics.request_max_tokens.observe(self.max_tokens)
+        observe = self.metrics.observe
+        self.metrics.finished[reason].inc()
+        observe("request_prompt_tokens", self.num_prompt_tokens)
+        observe("request_generation_tokens", self.num_tokens)
+        observe("request_params_max_tokens", self.max_tokens)
         if not self._last_of_choice:
             return
         e2e, decode = self._last - self.arrival, self._last - self._first
-        metrics.e2e.observe(e2e)
-        metrics.decode.observe(decode)
-        metrics.queue.observe(self._queue_seconds)
-        metrics.inference.observe(max(0.0, e2e - self._queue_seconds))
-        metrics.prefill.observe(max(0.0, e2e - decode - self._queue_seconds))
+        observe("e2e_request_latency_seconds", e2e)
+        observe("request_decode_time_seconds", decode)
+        observe("request_queue_time_seconds", self._queue_seconds)
+        observe("request_inference_time_seconds", max(0.0, e2e - self._queue_seconds))
+        observe("request_prefill_time_seconds", max(0.0, e2e - decode - self._queue_seconds))
         num_choices = len(self._last_of_choice)
         if self.num_tokens > num_choices:
-            metrics.per_output_token.observe(decode * num_choices / (self.num_tokens - num_choices))
+            observe(
+                "request_time_per_output_token_seconds",
+                decode * num_choices / (self.num_tokens - num_choices),
+            )

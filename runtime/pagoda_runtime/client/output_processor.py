@@ -189,19 +189,17 @@ def _first_tokens(delta: RequestDelta, num_tokens: int) -> RequestDelta:
     )
 
 
+@dataclass(slots=True)
 class _Choice:
     """The text of one choice in the making, and the tokens that it shows."""
 
-    def __init__(
-        self, detokenizer: IncrementalDetokenizer, shows_tokens: bool, echo: Echo | None
-    ) -> None:
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: int | str | None = None
-        self._detokenizer = detokenizer
-        self._shows_tokens = shows_tokens
-        self._echo = echo
-        self._waiting: list[ShownToken] = []
-        """Tokens whose text is held back."""
+    detokenizer: IncrementalDetokenizer
+    shows_tokens: bool
+    echo: Echo | None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    waiting: list[ShownToken] = field(default_factory=list)
+    """Tokens whose text is held back."""
 
     def push(
         self, delta: RequestDelta, prompt_logprobs: Sequence[TokenLogprobs] | None
@@ -212,9 +210,9 @@ class _Choice:
         is shown together with the beginning of its text, one without text once nothing before it is
         held back. What a stop string cut off is not shown.
         """
-        detokenizer = self._detokenizer
+        detokenizer = self.detokenizer
         num_before = detokenizer.num_tokens
-        if self._shows_tokens:
+        if self.shows_tokens:
             text = self._push_one_by_one(delta)
         else:
             text = detokenizer.push(delta.new_token_ids)
@@ -223,29 +221,29 @@ class _Choice:
             self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
         if detokenizer.stopped_by is not None:
             self.finish_reason, self.stop_reason = "stop", detokenizer.stopped_by
-        shown = self._release() if self._shows_tokens else []
-        if self._echo is not None:
-            text = self._echo.text + text
-            if self._shows_tokens:
-                shown = self._echo.shown(prompt_logprobs or ()) + shown
-            self._echo = None
+        shown = self._release() if self.shows_tokens else []
+        if self.echo is not None:
+            text = self.echo.text + text
+            if self.shows_tokens:
+                shown = self.echo.shown(prompt_logprobs or ()) + shown
+            self.echo = None
         return text, detokenizer.num_tokens - num_before, shown
 
     def _push_one_by_one(self, delta: RequestDelta) -> str:
-        detokenizer, text = self._detokenizer, ""
+        detokenizer, text = self.detokenizer, ""
         for token_id, logprobs in zip(delta.new_token_ids, delta.logprobs or (), strict=True):
             if detokenizer.stopped_by is not None:
                 break
-            self._waiting.append(ShownToken(detokenizer.num_decoded, token_id, logprobs))
+            self.waiting.append(ShownToken(detokenizer.num_decoded, token_id, logprobs))
             text += detokenizer.push((token_id,))
         return text
 
     def _release(self) -> list[ShownToken]:
-        detokenizer, waiting = self._detokenizer, self._waiting
+        detokenizer, waiting = self.detokenizer, self.waiting
         num_shown = detokenizer.num_shown
         is_all_shown = detokenizer.stopped_by is None and (
             self.finish_reason is not None or detokenizer.is_certain
         )
         released = [token for token in waiting if is_all_shown or token.offset < num_shown]
-        self._waiting = waiting[len(released) :]
+        self.waiting = waiting[len(released) :]
         return released

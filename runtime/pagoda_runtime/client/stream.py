@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -11,22 +12,22 @@ from pagoda_runtime.errors import EngineDead
 from pagoda_runtime.ipc.messages import RequestDelta, TokenLogprobs
 
 
+@dataclass(slots=True)
 class Mailbox:
     """Holds what the engine sent for a request until its stream takes it.
 
     Deltas of a choice that pile up become one, so a slow reader costs memory for its tokens alone.
     """
 
-    def __init__(self, request_id: str, num_sequences: int = 1) -> None:
-        self.request_id = request_id
-        self.num_sequences = num_sequences
-        """Sequences that run for the request at once."""
-        self.is_complete = False
-        """Whether the engine sent the last delta of the request."""
-        self._deltas: dict[int, RequestDelta] = {}
-        """By choice, in the order in which they began to wait."""
-        self._error: str | None = None
-        self._reader: asyncio.Future[None] | None = None
+    request_id: str
+    num_sequences: int = 1
+    """Sequences that run for the request at once."""
+    is_complete: bool = False
+    """Whether the engine sent the last delta of the request."""
+    _deltas: dict[int, RequestDelta] = field(default_factory=dict)
+    """By choice, in the order in which they began to wait."""
+    _error: str | None = None
+    _reader: asyncio.Future[None] | None = None
 
     def put(self, delta: RequestDelta) -> None:
         self.is_complete = self.is_complete or delta.is_last

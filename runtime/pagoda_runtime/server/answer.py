@@ -11,21 +11,7 @@ from msgspec.json import encode
 
 from pagoda_runtime.client.output_processor import TextDelta, WholeChoice, pick_best
 from pagoda_runtime.sampling_params import SamplingParams
-from pagoda_runtime.server.answers import (
-    AssistantMessage,
-    ChatChoice,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    Completion,
-    CompletionChoice,
-    CompletionChunk,
-    CompletionChunkChoice,
-    Delta,
-    PromptLogprobs,
-    PromptTokensDetails,
-    Usage,
-)
+from pagoda_runtime.server import answers
 from pagoda_runtime.server.generation import Generation, close_all, merge
 from pagoda_runtime.server.logprobs import LogprobsWriter
 from pagoda_runtime.server.protocol import ChatCompletionRequest, GenerationRequest
@@ -49,11 +35,13 @@ class Answer:
     def is_chat(self) -> bool:
         return isinstance(self.request, ChatCompletionRequest)
 
-    def usage(self) -> Usage:
+    def usage(self) -> answers.Usage:
         """Tokens so far, over all choices, those included that are not shown."""
         prompt, completion = self.num_prompt_tokens, self.num_tokens
         cached = sum(generation.outputs.num_cached_tokens for generation in self.generations)
-        return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+        return answers.Usage(
+            prompt, completion, prompt + completion, answers.PromptTokensDetails(cached)
+        )
 
 
 async def stream(answer: Answer) -> AsyncGenerator[bytes, None]:
@@ -63,7 +51,7 @@ async def stream(answer: Answer) -> AsyncGenerator[bytes, None]:
     make_choice = _chat_choice if answer.is_chat else _text_choice
     if answer.is_chat:
         for index in range(len(answer.generations) * answer.params.n):
-            first = ChatChunkChoice(index, Delta("assistant", ""), None, None)
+            first = answers.ChatChunkChoice(index, answers.Delta("assistant", ""), None, None)
             yield write(first, answer.usage() if has_usage else None)
     async with aclosing(merge(answer.generations)) as deltas:
         async for delta in deltas:
@@ -79,14 +67,16 @@ class ChunkWriter:
     """Writes the chunks of one answer as events; what they have in common is encoded once."""
 
     def __init__(self, answer: Answer) -> None:
-        chunk_class = ChatCompletionChunk if answer.is_chat else CompletionChunk
+        chunk_class = answers.ChatCompletionChunk if answer.is_chat else answers.CompletionChunk
         chunk = chunk_class(answer.id, answer.created, answer.model, choices=[])
         self._head = b"data: " + encode(chunk).removesuffix(b"]}")
         # As OpenAI has it: null in every chunk but the last, where usage was asked for.
         self._no_usage = b',"usage":null' if answer.request.includes_usage else b""
 
     def write(
-        self, choice: ChatChunkChoice | CompletionChunkChoice | None, usage: Usage | None
+        self,
+        choice: answers.ChatChunkChoice | answers.CompletionChunkChoice | None,
+        usage: answers.Usage | None,
     ) -> bytes:
         """A chunk; None for the choice: the last one, which has none."""
         return b"%s%s]%s}\n\n" % (
@@ -96,19 +86,21 @@ class ChunkWriter:
         )
 
 
-def _chat_choice(delta: TextDelta, logprobs: LogprobsWriter) -> ChatChunkChoice:
-    content, reason = Delta(UNSET, delta.text or UNSET), delta.finish_reason
+def _chat_choice(delta: TextDelta, logprobs: LogprobsWriter) -> answers.ChatChunkChoice:
+    content, reason = answers.Delta(UNSET, delta.text or UNSET), delta.finish_reason
     stop_reason = UNSET if reason is None else delta.stop_reason
-    return ChatChunkChoice(delta.index, content, logprobs.chat(delta.shown), reason, stop_reason)
+    return answers.ChatChunkChoice(
+        delta.index, content, logprobs.chat(delta.shown), reason, stop_reason
+    )
 
 
-def _text_choice(delta: TextDelta, logprobs: LogprobsWriter) -> CompletionChunkChoice:
+def _text_choice(delta: TextDelta, logprobs: LogprobsWriter) -> answers.CompletionChunkChoice:
     of_text, reason = logprobs.completion(delta.shown), delta.finish_reason
     stop_reason = UNSET if reason is None else delta.stop_reason
-    return CompletionChunkChoice(delta.index, delta.text, of_text, reason, stop_reason)
+    return answers.CompletionChunkChoice(delta.index, delta.text, of_text, reason, stop_reason)
 
 
-async def collect(answer: Answer) -> ChatCompletion | Completion:
+async def collect(answer: Answer) -> answers.ChatCompletion | answers.Completion:
     """The answer in one piece, once all choices have ended."""
     num_choices = answer.params.num_choices
     choices = [WholeChoice() for _ in range(len(answer.generations) * num_choices)]
@@ -127,9 +119,9 @@ async def collect(answer: Answer) -> ChatCompletion | Completion:
     head, logprobs = (answer.id, answer.created, answer.model), answer.logprobs
     if answer.is_chat:
         messages = [
-            ChatChoice(
+            answers.ChatChoice(
                 index,
-                AssistantMessage(choice.text, None),
+                answers.AssistantMessage(choice.text, None),
                 logprobs.chat(choice.shown),
                 choice.finish_reason,
                 choice.stop_reason,
@@ -137,9 +129,9 @@ async def collect(answer: Answer) -> ChatCompletion | Completion:
             for index, (_, choice) in enumerate(best)
         ]
         of_prompt = _prompt_logprobs(answer, answer.generations[0])
-        return ChatCompletion(*head, messages, answer.usage(), of_prompt)
+        return answers.ChatCompletion(*head, messages, answer.usage(), of_prompt)
     texts = [
-        CompletionChoice(
+        answers.CompletionChoice(
             index,
             choice.text,
             logprobs.completion(choice.shown),
@@ -149,9 +141,9 @@ async def collect(answer: Answer) -> ChatCompletion | Completion:
         )
         for index, (generation, choice) in enumerate(best)
     ]
-    return Completion(*head, texts, answer.usage())
+    return answers.Completion(*head, texts, answer.usage())
 
 
-def _prompt_logprobs(answer: Answer, generation: Generation) -> PromptLogprobs | None:
+def _prompt_logprobs(answer: Answer, generation: Generation) -> answers.PromptLogprobs | None:
     asked, found = answer.request.prompt_logprobs, generation.outputs.prompt_logprobs or ()
     return None if asked is None else answer.logprobs.prompt(found, asked)

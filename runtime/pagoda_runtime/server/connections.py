@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from math import inf
 from typing import Any
@@ -60,17 +61,14 @@ def share_files(num_files: int, num_requests: int) -> tuple[int, int]:
     return min(wanted, free - backlog), backlog
 
 
+@dataclass(slots=True)
 class Room:
-    """The places of one server's connections.
+    """The places of one server's connections."""
 
-    Args:
-        limit: connections at once.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.waiting: dict[Connection, None] = {}
-        """Those that wait for their client, the longest first."""
+    limit: int
+    """Connections at once."""
+    waiting: dict[Connection, None] = field(default_factory=dict)
+    """Those that wait for their client, the longest first."""
 
 
 class Framing(h11.Connection):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 
 import msgspec
 
@@ -16,38 +17,28 @@ from pagoda_runtime.metrics import RequestClock
 from pagoda_runtime.server.tasks import running
 
 
+@dataclass(slots=True)
 class Generation:
-    """One prompt in the engine. It is there from the start; `close` aborts it if it still runs.
+    """One prompt in the engine. It is there from the start; `close` aborts it if it still runs."""
 
-    Args:
-        is_scoring: no token was asked for; the one that the engine needs is not shown.
-    """
-
-    def __init__(
-        self,
-        stream: RequestStream,
-        outputs: OutputProcessor,
-        clock: RequestClock,
-        *,
-        is_scoring: bool = False,
-    ) -> None:
-        self.outputs = outputs
-        self._stream = stream
-        self._clock = clock
-        self._is_scoring = is_scoring
-        self._is_finished = False
+    stream: RequestStream
+    outputs: OutputProcessor
+    clock: RequestClock
+    is_scoring: bool = False
+    """No token was asked for; the one that the engine needs is not shown."""
+    is_finished: bool = False
 
     async def deltas(self) -> AsyncGenerator[TextDelta, None]:
         """The text as it comes; the last delta of a choice has a finish_reason. EngineDead."""
         outputs, reason = self.outputs, "abort"
         try:
-            async for delta in self._stream:
-                shown = outputs.take(_without_tokens(delta) if self._is_scoring else delta)
-                self._clock.observe(delta, len(shown.token_ids))
+            async for delta in self.stream:
+                shown = outputs.take(_without_tokens(delta) if self.is_scoring else delta)
+                self.clock.observe(delta, len(shown.token_ids))
                 if shown.finish_reason is not None:
                     reason = shown.finish_reason
                     if delta.finish_reason is None:
-                        self._stream.finish(delta.index)
+                        self.stream.finish(delta.index)
                     if not outputs.num_open:
                         await self.close(reason)
                 yield shown
@@ -60,10 +51,10 @@ class Generation:
 
     async def close(self, reason: str) -> None:
         """End it, in the engine too; only the first call counts."""
-        if not self._is_finished:
-            self._is_finished = True
-            await self._stream.aclose()
-            self._clock.finish(reason)
+        if not self.is_finished:
+            self.is_finished = True
+            await self.stream.aclose()
+            self.clock.finish(reason)
 
 
 def _without_tokens(delta: RequestDelta) -> RequestDelta:

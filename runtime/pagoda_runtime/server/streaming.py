@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -56,17 +57,13 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
         raise
 
 
+@dataclass(slots=True)
 class EventStream(Response):
     """Sends chunks until they end or the client goes; then everything is closed, at once."""
 
-    def __init__(
-        self, chunks: AsyncGenerator[bytes, None], close: Callable[[], Awaitable[None]]
-    ) -> None:
-        """`close` is called even if no chunk was ever asked for, when `chunks` cannot clean up."""
-        self.status_code = 200
-        self.background = None
-        self.chunks = chunks
-        self.close = close
+    chunks: AsyncGenerator[bytes, None]
+    close: Callable[[], Awaitable[None]]
+    """Called even if no chunk was ever asked for, when `chunks` cannot clean up."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
