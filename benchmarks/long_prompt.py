@@ -112,7 +112,7 @@ async def measure(arguments: argparse.Namespace) -> list[Result]:
         max_model_len=arguments.prompt_tokens + DECODE_TOKENS,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
     )
-    client = await EngineClient.start(config)
+    client = EngineClient(config)
     try:
         facts = await client.wait_ready()
         await time_to_first_token(client, "warm-up", list(range(100, 612)))

@@ -55,7 +55,7 @@ async def send_request(monkeypatch: pytest.MonkeyPatch) -> tuple[EngineRequest, 
 
     monkeypatch.setattr(EngineClient, "_send", follow)
     config = make_config()
-    engine = await EngineClient.start(
+    engine = EngineClient(
         EngineConfig(model='fake:{"vocab_size": 256}'), command=FAKE_ENGINE_COMMAND
     )
     try:

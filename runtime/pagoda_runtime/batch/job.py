@@ -176,9 +176,7 @@ async def _running_state(
 ) -> AsyncIterator[ServerState]:
     """A server over an engine process, without HTTP."""
     started = time.monotonic()
-    engine = await EngineClient.start(
-        config.engine, command=engine_command, log_level=config.log_level
-    )
+    engine = EngineClient(config.engine, command=engine_command, log_level=config.log_level)
     try:
         state = create_state(config, engine, chat_template)
         await engine.wait_ready()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -66,7 +66,11 @@ def parse_line(number: int, raw: bytes, urls: Collection[str]) -> Line | BadLine
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return BadLine(number, None, "invalid_json", f"The line is no JSON object: {error}.")
     values: dict[str, str | None] = {}
-    for name, is_right, expected in _checks(urls):
+    for name, is_right, expected in (
+        ("custom_id", lambda v: isinstance(v, str) and v != "", "a string that is not empty"),
+        ("method", lambda v: v == "POST", "POST"),
+        ("url", lambda v: v in urls, f"one of {', '.join(urls)}"),
+    ):
         value = msgspec.json.decode(fields[name]) if name in fields else None
         if not is_right(value):
             shown = f"{value!r:.100}" if name in fields else "missing"
@@ -98,19 +102,6 @@ def _find_problem(body: bytes) -> str | None:
     if streamed:
         return f"body.stream is {streamed!r:.100}; it must be false or absent in a batch."
     return None
-
-
-def _checks(urls: Collection[str]) -> tuple[tuple[str, Callable[[object], bool], str], ...]:
-    """Name of a field, whether its value is right, what it must be."""
-    return (
-        (
-            "custom_id",
-            lambda value: isinstance(value, str) and value != "",
-            "a string of at least one character",
-        ),
-        ("method", lambda value: value == "POST", "POST"),
-        ("url", lambda value: value in urls, f"one of {', '.join(urls)}"),
-    )
 
 
 def pending(

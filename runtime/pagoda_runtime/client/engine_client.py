@@ -48,9 +48,18 @@ LAST_WORDS_SECONDS = 0.1
 
 
 class EngineClient:
-    """Make it with `start`; all methods belong to the event loop that it was started on."""
+    """Spawns the engine process at once; `wait_ready` waits for the model.
 
-    def __init__(self, config: EngineConfig, command: Sequence[str], log_level: str) -> None:
+    Make it on a running event loop: all methods belong to that loop.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+        log_level: str = "info",
+    ) -> None:
         self.config = config
         self.ready: EngineReady | None = None
         self.progress = LoadProgress(phase="start", percent=0.0)
@@ -75,17 +84,6 @@ class EngineClient:
         self._loop.add_reader(self._output_fd, self._read)
         # The descriptor tells of changes alone, and some may have been before anybody listened.
         self._loop.call_soon(self._read)
-
-    @classmethod
-    async def start(
-        cls,
-        config: EngineConfig,
-        *,
-        command: Sequence[str] = ENGINE_COMMAND,
-        log_level: str = "info",
-    ) -> EngineClient:
-        """Spawn the engine process and return at once; `wait_ready` waits for the model."""
-        return cls(config, command, log_level)
 
     @property
     def pid(self) -> int:

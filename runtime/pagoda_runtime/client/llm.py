@@ -17,7 +17,7 @@ from pagoda_runtime.client.output_processor import OutputProcessor, WholeChoice,
 from pagoda_runtime.client.outputs import RequestOutput, describe, make_outputs
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import RequestError
-from pagoda_runtime.ipc.messages import EngineRequest
+from pagoda_runtime.ipc.messages import EngineReady, EngineRequest
 from pagoda_runtime.models.source import resolve_model
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.tokenizer.tokenizer import add_bad_words, load_tokenizer
@@ -64,8 +64,7 @@ class LLM:
         self._thread.start()
         self._client: EngineClient | None = None
         try:
-            self._client = self._run(EngineClient.start(self.config, command=engine_command))
-            self.facts = self._run(self._client.wait_ready())
+            self.facts = self._run(self._start(engine_command))
             # The engine has downloaded the model by now; this only finds it.
             folder = resolve_model(model, self.config.revision)
             self._tokenizer = load_tokenizer(folder)
@@ -193,10 +192,9 @@ class LLM:
             future.cancel()
             raise
 
-    def _running_client(self) -> EngineClient:
-        if self._client is None or self._loop.is_closed():
-            raise RuntimeError("This LLM was shut down.")
-        return self._client
+    async def _start(self, command: Sequence[str]) -> EngineReady:
+        self._client = EngineClient(self.config, command=command)
+        return await self._client.wait_ready()
 
     def _encode(self, prompt: Prompt) -> EncodedPrompt:
         if isinstance(prompt, str):
@@ -219,7 +217,9 @@ class LLM:
         priority: int | Sequence[int],
         cache_salt: str,
     ) -> list[RequestOutput]:
-        client = self._running_client()
+        client = self._client
+        if client is None or self._loop.is_closed():
+            raise RuntimeError("This LLM was shut down.")
         if sampling_params is None:
             sampling_params = SamplingParams(**self.facts.default_sampling)  # type: ignore[arg-type]
         if isinstance(sampling_params, SamplingParams):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 from pagoda_runtime.config_file import ConfigFile, is_positive
@@ -105,14 +104,6 @@ class _Parameters(ConfigFile):
         return tuple(map(float, values))
 
 
-def _default(parameters: _Parameters) -> RopeConfig:
-    return RopeConfig(parameters.theta)
-
-
-def _linear(parameters: _Parameters) -> RopeConfig:
-    return RopeConfig(parameters.theta, "linear", parameters.number("factor"))
-
-
 def _dynamic(parameters: _Parameters) -> RopeConfig:
     return RopeConfig(
         parameters.theta,
@@ -188,13 +179,13 @@ def _longrope(parameters: _Parameters) -> RopeConfig:
     )
 
 
-ROPE_TYPES: Mapping[str, Callable[[_Parameters], RopeConfig]] = MappingProxyType(
-    {
-        "default": _default,
-        "linear": _linear,
-        "dynamic": _dynamic,
-        "llama3": _llama3,
-        "yarn": _yarn,
-        "longrope": _longrope,
-    }
-)
+ROPE_TYPES: dict[str, Callable[[_Parameters], RopeConfig]] = {
+    "default": lambda parameters: RopeConfig(parameters.theta),
+    "linear": lambda parameters: RopeConfig(
+        parameters.theta, "linear", parameters.number("factor")
+    ),
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

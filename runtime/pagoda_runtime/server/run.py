@@ -76,9 +76,7 @@ async def serve_async(
                 listen(config.admin_host, config.admin_port, ADMIN_BACKLOG, prefix="admin-")
             )
         stack.enter_context(stop.installed())
-        engine = await EngineClient.start(
-            config.engine, command=engine_command, log_level=config.log_level
-        )
+        engine = EngineClient(config.engine, command=engine_command, log_level=config.log_level)
         state = create_state(config, engine, chat_template, keys)
         state.max_num_requests = limit - PROBE_ROOM
         servers = [_start_http(http_config(create_app(state), limit, backlog), listener)]

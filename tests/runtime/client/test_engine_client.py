@@ -47,7 +47,7 @@ def fake_config(options: dict[str, object], **fields: object) -> EngineConfig:
 async def engine(
     options: dict[str, object] | None = None, **fields: object
 ) -> AsyncIterator[EngineClient]:
-    client = await EngineClient.start(fake_config(options or {}, **fields), command=COMMAND)
+    client = EngineClient(fake_config(options or {}, **fields), command=COMMAND)
     try:
         await client.wait_ready()
         yield client
@@ -280,7 +280,7 @@ async def test_an_engine_whose_messages_cannot_be_read_is_killed():
 async def test_a_fatal_error_while_loading_reaches_the_waiter_word_for_word():
     message = "No such folder: /nowhere. Check --model."
     config = fake_config({"fail": ["ModelNotFound", message]})
-    client = await EngineClient.start(config, command=COMMAND)
+    client = EngineClient(config, command=COMMAND)
     with pytest.raises(FatalError) as error:
         await client.wait_ready()
     await client.shutdown()
@@ -289,7 +289,7 @@ async def test_a_fatal_error_while_loading_reaches_the_waiter_word_for_word():
 
 
 async def test_an_unexpected_exception_ends_the_engine_with_a_traceback(capfd):
-    client = await EngineClient.start(fake_config({"crash": True}), command=COMMAND)
+    client = EngineClient(fake_config({"crash": True}), command=COMMAND)
     with pytest.raises(FatalError, match="ValueError: crashed as told"):
         await client.wait_ready()
     await client.shutdown()
@@ -297,14 +297,14 @@ async def test_an_unexpected_exception_ends_the_engine_with_a_traceback(capfd):
 
 
 async def test_a_process_that_ends_at_once_is_a_failure_too():
-    client = await EngineClient.start(fake_config({}), command=["false"])
+    client = EngineClient(fake_config({}), command=["false"])
     with pytest.raises(FatalError, match="ended with status 1"):
         await client.wait_ready()
     await client.shutdown()
 
 
 async def test_a_request_before_the_engine_is_ready_is_refused():
-    client = await EngineClient.start(fake_config({"load_seconds": 30}), command=COMMAND)
+    client = EngineClient(fake_config({"load_seconds": 30}), command=COMMAND)
     with pytest.raises(PagodaError, match="still loading"):
         generate(client, "r", [1], GREEDY)
     started = time.monotonic()
