@@ -1,15 +1,31 @@
-"""Drive a ModelRunner without a scheduler, for tests and benchmarks of the model alone."""
+"""Drive a ModelRunner or a sampler without a scheduler, for tests and benchmarks of each alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.sampling_params import SamplingParams
+
+
+def make_row(
+    params: SamplingParams, *, seeds: Iterable[int] = (1,), position: int = 1, **fields: Any
+) -> ScheduledRow:
+    """A row of one token that is sampled at a position; fields: others of ScheduledRow."""
+    return ScheduledRow(
+        request_id="r",
+        token_ids=[0],
+        start=position - 1,
+        block_table=[1],
+        sampling_params=params,
+        seeds=tuple(seeds),
+        **fields,
+    )
 
 
 def generate(

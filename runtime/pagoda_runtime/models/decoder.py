@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pagoda_kernels.paged_attention import Rotary
-from pagoda_runtime.layers.attention import AttentionHeads, QKNorm, SelfAttention
+from pagoda_runtime.layers.attention import QKNorm, SelfAttention
 from pagoda_runtime.layers.embedding import Embedding, LanguageModelHead
 from pagoda_runtime.layers.mlp import MLP
 from pagoda_runtime.layers.module import Module
@@ -13,7 +13,7 @@ from pagoda_runtime.layers.norm import LayerNorm, Norm, RMSNorm
 from pagoda_runtime.layers.rotary import inverse_frequencies, rotary_of
 from pagoda_runtime.layers.step_input import StepInput
 from pagoda_runtime.models.config import ModelConfig
-from pagoda_runtime.models.model import Model
+from pagoda_runtime.models.model import Model, heads_of
 from pagoda_runtime.quantization.base import Placement
 
 
@@ -22,7 +22,7 @@ class DecoderLayer(Module):
 
     def __init__(self, config: ModelConfig, layer: int, placement: Placement) -> None:
         super().__init__()
-        heads = AttentionHeads(config.num_heads, config.num_kv_heads, config.head_dim)
+        heads = heads_of(config)
         qk_norm = None
         if config.qk_norm:
             qk_norm = QKNorm(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from pagoda_runtime.ipc.messages import NEVER
 from pagoda_runtime.layers.attention import AttentionHeads
 from pagoda_runtime.layers.module import Module
 from pagoda_runtime.layers.step_input import StepInput
@@ -14,7 +15,10 @@ from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.quantization.base import Placement
 from pagoda_runtime.quantization.parameter import Shard
 
-_NEVER = 1 << 60
+
+def heads_of(config: ModelConfig) -> AttentionHeads:
+    """Of each layer, as all ranks together have them."""
+    return AttentionHeads(config.num_heads, config.num_kv_heads, config.head_dim)
 
 
 class Model(Module, ABC):
@@ -27,9 +31,7 @@ class Model(Module, ABC):
     @property
     def heads(self) -> AttentionHeads:
         """Of each layer, as this rank has them."""
-        config = self.config
-        heads = AttentionHeads(config.num_heads, config.num_kv_heads, config.head_dim)
-        return heads.share(self.placement.parallel)
+        return heads_of(self.config).share(self.placement.parallel)
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -64,7 +66,7 @@ class Model(Module, ABC):
         modules = list(self.modules())
         earlier = sum(module.multiplications_per_earlier_token for module in modules)
         if not earlier:
-            return _NEVER
+            return NEVER
         return sum(module.multiplications_per_token for module in modules) // earlier
 
     @property

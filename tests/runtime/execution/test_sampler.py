@@ -1,18 +1,14 @@
 from __future__ import annotations
 
 import math
-from random import Random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from pagoda_runtime.execution import draw as draw_module
-from pagoda_runtime.execution import logprobs, sampler
-from pagoda_runtime.execution.draw import uniform
-from pagoda_runtime.ipc.messages import ScheduledRow
+from pagoda_runtime.execution import sampler
+from pagoda_runtime.execution.testing import make_row
 from pagoda_runtime.sampling_params import SamplingParams
 
 LOGITS = torch.tensor([[2.0, 0.5, 1.0, -1.0, 0.0]])
@@ -27,18 +23,6 @@ def in_batch(request):
 
 def sample(logits, rows, eos_token_ids=()):
     return sampler.sample(logits, rows, eos_token_ids, in_batch=sample.in_batch)
-
-
-def make_row(params, *, seeds=(1,), position=1, **fields):
-    return ScheduledRow(
-        request_id="r",
-        token_ids=[0],
-        start=position - 1,
-        block_table=[1],
-        sampling_params=params,
-        seeds=tuple(seeds),
-        **fields,
-    )
 
 
 def draw(logits, params, num_draws, position=7):
@@ -277,126 +261,6 @@ def test_the_smallest_values_in_range_leave_the_likeliest():
         assert set(draw(LOGITS, SamplingParams(**params), 20)) == {0}
 
 
-@pytest.mark.parametrize("values", [(0, 0), (-3, 0), (0, 7), (2**62, 1)])
-def test_uniform_numbers_are_even_over_each_of_their_arguments(values):
-    first, second = values
-    for numbers in (
-        [uniform(seed, first, second) for seed in range(5000)],
-        [uniform(first, position, abs(second)) for position in range(5000)],
-        [uniform(first, abs(second), attempt) for attempt in range(5000)],
-    ):
-        assert all(0.0 <= number < 1.0 for number in numbers)
-        counts = torch.histc(torch.tensor(numbers), bins=10, min=0.0, max=1.0)
-        assert counts.min() > 400
-        assert counts.max() < 600
-
-
-NUM_MIXED = 100
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocab_size", [300, 2001, 8192])
-def test_a_batch_chooses_what_row_by_row_is_chosen(vocab_size, dtype):
-    random = Random(vocab_size)
-    rows = [random_row(random, vocab_size) for _ in range(NUM_MIXED)]
-    torch.manual_seed(vocab_size)
-    logits = (3 * torch.randn(NUM_MIXED, vocab_size)).to(dtype)
-    found = sampler.sample(logits, rows, [0, 3], in_batch=True)
-    for output, expected in zip(
-        found, sampler.sample(logits, rows, [0, 3], in_batch=False), strict=True
-    ):
-        assert output.token_ids == expected.token_ids
-        assert output.token_logprobs == (
-            expected.token_logprobs and pytest.approx(expected.token_logprobs, abs=1e-5)
-        )
-        for token, other in zip(output.logprobs or [], expected.logprobs or [], strict=True):
-            assert (token.token_id, token.rank) == (other.token_id, other.rank)
-            assert [token_id for token_id, _ in token.top] == [i for i, _ in other.top]
-
-
-def random_row(random, vocab_size):
-    def some(number):
-        return tuple(random.choices(range(vocab_size), k=number))
-
-    def maybe(value, default):
-        return value if random.random() < 0.3 else default
-
-    params = SamplingParams(
-        temperature=random.choice([0.0, 0.5, 1.0, 1.5]),
-        top_k=maybe(random.choice([1, 5, 64, 250]), 0),
-        top_p=maybe(random.choice([0.001, 0.1, 0.5, 0.9, 0.99]), 1.0),
-        min_p=maybe(random.choice([0.01, 0.2]), 0.0),
-        presence_penalty=maybe(0.5, 0.0),
-        frequency_penalty=maybe(0.2, 0.0),
-        repetition_penalty=maybe(1.2, 1.0),
-        logit_bias=maybe(dict.fromkeys(some(3), 2.0), {}),
-        allowed_token_ids=maybe(some(60), None),
-        bad_words_token_ids=maybe((some(1), (7, 9)), ()),
-        min_tokens=maybe(9, 0),
-        logprobs=maybe(random.choice([0, 4]), None),
-        best_of=maybe(3, None),
-    )
-    return make_row(
-        params,
-        seeds=[random.getrandbits(64) for _ in range(random.choice([1, 1, 1, 4]))],
-        position=random.randrange(1, 5000),
-        num_candidates=8 if random.random() < 0.1 else 0,
-        history=[*some(30), 7],
-        num_prompt_tokens=11,
-        num_output_tokens=20,
-    )
-
-
-class NoHostReads(TorchDispatchMode):
-    """Raises where a device would be waited for; counts what is copied to the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_copies = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name()
-        assert name not in (
-            "aten::_local_scalar_dense",
-            "aten::nonzero",
-            "aten::is_nonzero",
-            "aten::equal",
-            "aten::masked_select",
-        ), name
-        if name.startswith("aten::index") and args[1:] and isinstance(args[1], list | tuple):
-            assert all(index is None or index.dtype is not torch.bool for index in args[1])
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_batch_is_read_once(monkeypatch):
-    random = Random(0)
-    rows = [random_row(random, 2001) for _ in range(NUM_MIXED)]
-    # So small a top_p may need more attempts, and with them another transfer.
-    rows = [row for row in rows if row.sampling_params.top_p >= 0.5]
-    reads = []
-
-    def to_host(groups):
-        reads.append(len(groups))
-        with _disable_current_modes():
-            return logprobs.to_host(groups)
-
-    monkeypatch.setattr(sampler, "to_host", to_host)
-    with NoHostReads():
-        sampler.sample(torch.randn(len(rows), 2001), rows, [0], in_batch=True)
-    assert len(reads) == 1
-    assert reads[0] > 4
-
-
-def test_a_draw_that_needs_many_attempts_gets_them(monkeypatch):
-    torch.manual_seed(0)
-    logits = torch.randn(1, 3000) / 4
-    rows = [make_row(SamplingParams(top_p=0.002), seeds=range(30), position=3)]
-    (expected,) = sampler.sample(logits, rows, in_batch=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(draw_module, "_NUM_ATTEMPTS", 2)
-        assert sampler.sample(logits, rows, in_batch=True) == [expected]
-
-
 class TiedModel:
     """Its rounded logits are equal at three tokens; unrounded, the second of them is the largest,
     and at another row, rounded, even one is larger.
@@ -424,15 +288,6 @@ def test_greedy_tokens_are_the_same_whatever_logprobs_are_asked_for():
             assert (token.token_id, token.rank) == (70, 1)
             assert token.top == sorted(token.top, key=lambda other: -other[1])
             assert {i for i, _ in token.top[:1]} <= {70}
-
-
-def test_numbers_are_those_of_splitmix64():
-    """The first outputs of its reference implementation, seed 1234567."""
-    state, outputs = 1234567, []
-    for _ in range(3):
-        state = (state + 0x9E3779B97F4A7C15) % 2**64
-        outputs.append(draw_module._mix(state))
-    assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 @pytest.mark.gpu
