@@ -107,6 +107,26 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
         {"resources": {"gpu": {"resourceName": "gpu"}}},
         "resourceName is a domain, '/' and a name",
     ),
+    "products for a CPU": (
+        {"resources": {"gpu": {"count": 0, "products": ["NVIDIA-L4"]}}},
+        "resources.gpu.products is for engines on GPUs; remove it, or set resources.gpu.count",
+    ),
+    "products of others": (
+        {"resources": {"gpu": {"resourceName": "amd.com/gpu", "products": ["MI300X"]}}},
+        "resources.gpu.products are NVIDIA's; for other GPUs set podTemplate.nodeSelector",
+    ),
+    "a product with spaces": (
+        {"resources": {"gpu": {"products": ["NVIDIA L4"]}}},
+        "a product is the value of a node's label nvidia.com/gpu.product",
+    ),
+    "a product twice": (
+        {"resources": {"gpu": {"products": ["NVIDIA-L4", "NVIDIA-L4"]}}},
+        "Duplicate value",
+    ),
+    "nine products": (
+        {"resources": {"gpu": {"products": [f"NVIDIA-{number}" for number in range(9)]}}},
+        "must have at most 8 items",
+    ),
     "a peer of nothing": (
         {"networkPolicy": {"enabled": True, "from": [{}]}},
         "should have at least 1 properties",

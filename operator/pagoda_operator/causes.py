@@ -166,7 +166,6 @@ def _cause_of_pod(
 
 
 def _cause_of_unscheduled(spec: LLMServiceSpec, message: str, older: Sequence[Manifest]) -> Cause:
-    resource = spec.resources.gpu.resource_name
     claim = model_claim(spec.model.uri)
     if claim and f'persistentvolumeclaim "{claim}" not found' in message:
         text = f"The PersistentVolumeClaim {claim} of spec.model.uri does not exist in this "
@@ -179,10 +178,29 @@ def _cause_of_unscheduled(spec: LLMServiceSpec, message: str, older: Sequence[Ma
             f"one first, or make room. The scheduler says: {message}"
         )
         return Cause("NoRoomToSurge", text, False)
-    if f"Insufficient {resource}" in message:
-        text = f"No node has {spec.num_gpus} free {resource}. The scheduler says: {message}"
-        return Cause("InsufficientGPU", text, False)
-    return Cause("Unschedulable", f"The scheduler says: {message}", False)
+    return _cause_of_gpus(spec, message) or Cause(
+        "Unschedulable", f"The scheduler says: {message}", False
+    )
+
+
+def _cause_of_gpus(spec: LLMServiceSpec, message: str) -> Cause | None:
+    """The want of GPUs, of the wanted products where there are such, if that is what it is."""
+    gpu = spec.resources.gpu
+    is_missing = f"Insufficient {gpu.resource_name}" in message
+    text = f"No node has {spec.num_gpus} free {gpu.resource_name}"
+    if gpu.products:
+        # A node without the product does not match; what is insufficient is so where it matches.
+        is_missing |= (
+            "didn't match Pod's node affinity" in message and "Insufficient" not in message
+        )
+        text = (
+            # One with a taint, or another label than the pods ask for, may have them.
+            f"No node that takes the pods has {spec.num_gpus} free {gpu.resource_name} of the "
+            f"product {' or '.join(gpu.products)} (spec.resources.gpu.products)"
+        )
+    if not is_missing:
+        return None
+    return Cause("InsufficientGPU", f"{text}. The scheduler says: {message}", False)
 
 
 def _cause_of_warnings(pod: Manifest, events: Sequence[Manifest]) -> Cause | None:

@@ -6,7 +6,7 @@ for the same thing, the CRD has refused the user's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pagoda_operator.flags import (
     API_KEYS_PATH,
@@ -18,7 +18,7 @@ from pagoda_operator.flags import (
     model_claim,
 )
 from pagoda_operator.names import Manifest, common_labels, engine_name, selector_labels
-from pagoda_operator.spec import LLMService, PodTemplate, SecurityContext
+from pagoda_operator.spec import LLMService, Part, PodTemplate, SecurityContext
 
 STARTUP_SECONDS = 3600
 # What the engine needs to end after its drain, before the kubelet kills it.
@@ -28,6 +28,20 @@ USER_ID = 65532
 # Compiled kernels and sockets; what is large goes to the cache.
 TMP_SIZE_LIMIT = "4Gi"
 HUB_TOKEN = "HF_TOKEN"
+REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+# What GPU feature discovery calls the GPUs of a node.
+PRODUCT_LABEL = "nvidia.com/gpu.product"
+# Code compiled for the GPU outlives a restart of the container, as the cache does.
+GPU_VARIABLES = {
+    "TRITON_CACHE_DIR": "/cache/triton",
+    "TORCHINDUCTOR_CACHE_DIR": "/cache/torchinductor",
+}
+# NCCL says why it fails from WARN on only. Ranks meet at a port that asks nobody who they are; all
+# are in one pod, so the pod network has no need to reach it.
+NCCL_VARIABLES = {"NCCL_DEBUG": "WARN", "NCCL_SOCKET_IFNAME": "=lo"}
+# Through /dev/shm NCCL moves what GPUs cannot send each other directly. NVIDIA's guide advises
+# 1 GiB; a pod has 64 MiB by default.
+SHM_MEBIBYTES_A_GPU = 1024
 
 
 def render_pod_template(service: LLMService, engine_image: str) -> Manifest:
@@ -48,7 +62,7 @@ def render_pod_template(service: LLMService, engine_image: str) -> Manifest:
             "securityContext": _render_security_context(added.security_context),
             "containers": [_render_container(service, engine_image)],
             "volumes": [*(volume for _, volume in _own_volumes(service)), *added.volumes],
-            **_render_placement(service.key.name, added),
+            **_render_placement(service, added),
         },
     }
 
@@ -65,14 +79,14 @@ def _render_security_context(security: SecurityContext) -> Manifest:
     return context
 
 
-def _render_placement(service_name: str, added: PodTemplate) -> Manifest:
+def _render_placement(service: LLMService, added: PodTemplate) -> Manifest:
     """Where the pods go and who pulls their images; only what the spec has."""
-    own_pods = {"labelSelector": {"matchLabels": selector_labels(service_name)}}
+    own_pods = {"labelSelector": {"matchLabels": selector_labels(service.key.name)}}
     placement = {
         "imagePullSecrets": list(added.image_pull_secrets),
         "nodeSelector": added.node_selector,
         "tolerations": list(added.tolerations),
-        "affinity": added.affinity,
+        "affinity": _render_affinity(added.affinity, service.spec.resources.gpu.products),
         "topologySpreadConstraints": [
             {**own_pods, **constraint} for constraint in added.topology_spread_constraints
         ],
@@ -81,6 +95,26 @@ def _render_placement(service_name: str, added: PodTemplate) -> Manifest:
         "schedulerName": added.scheduler_name,
     }
     return {key: value for key, value in placement.items() if value}
+
+
+def _render_affinity(affinity: Part, products: Sequence[str]) -> Part:
+    """The user's affinity, and in each of its terms for nodes one of the products."""
+    if not products:
+        return affinity
+    product = {"key": PRODUCT_LABEL, "operator": "In", "values": list(products)}
+    of_nodes = affinity.get("nodeAffinity", {})
+    theirs = of_nodes.get(REQUIRED, {}).get("nodeSelectorTerms")
+    terms = [
+        {**term, "matchExpressions": [*term.get("matchExpressions", []), product]}
+        # An empty term matches no node, and has to go on matching none.
+        if any(term.values())
+        else term
+        for term in theirs or []
+    ] or [{"matchExpressions": [product]}]
+    return {
+        **affinity,
+        "nodeAffinity": {**of_nodes, REQUIRED: {"nodeSelectorTerms": terms}},
+    }
 
 
 def _render_container(service: LLMService, engine_image: str) -> Manifest:
@@ -120,10 +154,22 @@ def _render_env(service: LLMService) -> list[Manifest]:
         {"name": "HF_HOME", "value": "/cache/huggingface"},
         {"name": "PAGODA_CACHE", "value": "/cache/pagoda"},
     ]
+    theirs = service.spec.pod_template.env
+    names = {variable["name"] for variable in theirs}
+    for name, value in _gpu_variables(service.spec.num_gpus).items():
+        if name not in names:
+            env.append({"name": name, "value": value})
     if (secret := service.spec.model.credentials_secret_ref) is not None:
         source = {"secretKeyRef": {"name": secret.name, "key": HUB_TOKEN}}
         env.append({"name": HUB_TOKEN, "valueFrom": source})
-    return [*env, *service.spec.pod_template.env]
+    return [*env, *theirs]
+
+
+def _gpu_variables(num_gpus: int) -> dict[str, str]:
+    """Variables of an engine on GPUs, which the user's own come before."""
+    if num_gpus == 0:
+        return {}
+    return GPU_VARIABLES if num_gpus == 1 else GPU_VARIABLES | NCCL_VARIABLES
 
 
 def _render_probe(path: str, *, period: int, failures: int) -> Manifest:
@@ -160,9 +206,9 @@ def _quantities(amounts: Mapping[str, int | float | str | None]) -> dict[str, st
 
 def _own_volumes(service: LLMService) -> list[tuple[str, Manifest]]:
     """(path in the container, volume) of every volume that is not the user's own."""
-    tensor_parallel_size = service.spec.engine.tensor_parallel_size
-    # NCCL exchanges data between ranks through /dev/shm; its default of 64 MiB is too small.
-    shm_mebibytes = 1024 * tensor_parallel_size if tensor_parallel_size > 1 else 256
+    num_gpus = service.spec.num_gpus
+    # Ranks on a CPU talk over sockets.
+    shm_mebibytes = SHM_MEBIBYTES_A_GPU * num_gpus if num_gpus > 1 else 256
     shm = {"medium": "Memory", "sizeLimit": f"{shm_mebibytes}Mi"}
     volumes: list[tuple[str, Manifest]] = [
         ("/tmp", {"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE_LIMIT}}),

@@ -65,6 +65,7 @@ class Gpu:
     count: int | None = None
     """None: as many as engine.tensor_parallel_size."""
     resource_name: str = "nvidia.com/gpu"
+    products: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -170,6 +170,38 @@ def test_a_pod_without_a_node_says_what_it_waits_for(
     assert (cause.reason, cause.is_stalled) == (reason, is_stalled)
 
 
+ELSEWHERE = "didn't match Pod's node affinity/selector"
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (f"0/3 nodes: 3 node(s) {ELSEWHERE}.", "InsufficientGPU"),
+        (f"0/3 nodes: 1 Insufficient nvidia.com/gpu, 2 node(s) {ELSEWHERE}.", "InsufficientGPU"),
+        # A node has the product, and its GPUs are not what is wanting.
+        (f"0/3 nodes: 1 Insufficient memory, 2 node(s) {ELSEWHERE}.", "Unschedulable"),
+        ("0/3 nodes: 3 node(s) had untolerated taint {a: b}.", "Unschedulable"),
+    ],
+)
+def test_gpus_of_a_product_that_no_node_has_are_named(message: str, reason: str) -> None:
+    gpu = {"products": ["NVIDIA-L4", "NVIDIA-L40S"], "count": 2}
+    spec = make_service({"engine": {"tensorParallelSize": 2}, "resources": {"gpu": gpu}}).spec
+    cause = cause_of(make_pod("rev", unschedulable=message), spec=spec)
+    assert cause is not None
+    assert cause.reason == reason
+    named = (
+        "No node that takes the pods has 2 free nvidia.com/gpu of the product NVIDIA-L4 or "
+        f"NVIDIA-L40S (spec.resources.gpu.products). The scheduler says: {message}"
+    )
+    assert (cause.message == named) == (reason == "InsufficientGPU")
+
+
+def test_an_affinity_of_the_users_own_is_no_want_of_gpus() -> None:
+    message = f"0/3 nodes: 3 node(s) {ELSEWHERE}."
+    cause = cause_of(make_pod("rev", unschedulable=message))
+    assert cause == Cause("Unschedulable", f"The scheduler says: {message}", False)
+
+
 SURGING = make_service({"resources": {"gpu": {"count": 0}}}).spec
 NO_ROOM = "0/1 nodes are available: 1 Insufficient memory."
 

@@ -53,6 +53,49 @@ def test_a_field_of_the_placement_reaches_the_pod_and_makes_a_new_revision(field
     assert revision_of(deployment(spec)) != revision_of(deployment())
 
 
+PRODUCTS = ["NVIDIA-H100-80GB-HBM3", "NVIDIA-H200"]
+
+
+def required_terms(node_affinity: dict[str, Any], products: list[str]) -> list[Manifest]:
+    """The terms of which a node has to match one."""
+    spec = {
+        "resources": {"gpu": {"products": products}},
+        **added(affinity={"nodeAffinity": node_affinity, "podAntiAffinity": {"a": 1}}),
+    }
+    affinity = pod(spec)["affinity"]
+    assert affinity["podAntiAffinity"] == {"a": 1}
+    preferred = "preferredDuringSchedulingIgnoredDuringExecution"
+    assert affinity["nodeAffinity"].get(preferred) == node_affinity.get(preferred)
+    required: Manifest = affinity["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    return list(required["nodeSelectorTerms"])
+
+
+def test_a_node_has_one_of_the_products_and_what_the_affinity_asks_for_as_well() -> None:
+    product = {"key": "nvidia.com/gpu.product", "operator": "In", "values": PRODUCTS}
+    alone = pod({"resources": {"gpu": {"products": PRODUCTS}}})["affinity"]
+    assert alone == {
+        "nodeAffinity": {
+            "requiredDuringSchedulingIgnoredDuringExecution": {
+                "nodeSelectorTerms": [{"matchExpressions": [product]}]
+            }
+        }
+    }
+    preferred = {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1}]}
+    assert required_terms(preferred, PRODUCTS) == [{"matchExpressions": [product]}]
+    zone = {"key": "zone", "operator": "In", "values": ["a"]}
+    # One of the terms is enough for a node, so each has the product; none matches by an empty one.
+    terms = [{"matchExpressions": [zone]}, {"matchFields": [zone]}, {}, {"matchExpressions": []}]
+    theirs = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+    assert required_terms(theirs | preferred, PRODUCTS) == [
+        {"matchExpressions": [zone, product]},
+        {"matchFields": [zone], "matchExpressions": [product]},
+        {},
+        {"matchExpressions": []},
+    ]
+    assert required_terms(theirs, []) == terms
+    assert "affinity" not in pod({"resources": {"gpu": {"products": []}}})
+
+
 def test_labels_and_annotations_come_beside_those_of_the_operator() -> None:
     spec = added(labels={"team": "a", "pagoda.dev/service": "b"}, annotations={"scrape": "true"})
     metadata = template(spec)["metadata"]

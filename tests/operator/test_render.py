@@ -96,11 +96,42 @@ def test_every_folder_on_the_nodes_disk_is_bounded() -> None:
 
     assert limits() == {"tmp": "4Gi", "cache": "200Gi", "shm": "256Mi"}
     assert limits({"cache": {"sizeLimit": "1Ti"}})["cache"] == "1Ti"
+    four = {"engine": {"tensorParallelSize": 4}}
+    assert limits(four)["shm"] == "4096Mi"
+    assert limits({**four, "resources": CPU})["shm"] == "256Mi"
+
+
+def variables(spec: dict[str, Any] | None = None) -> dict[str, str]:
+    env = container(spec)["env"]
+    found = {variable["name"]: variable["value"] for variable in env}
+    # Server-side apply refuses a name that is there twice.
+    assert len(found) == len(env)
+    return found
 
 
 def test_what_an_engine_compiles_and_converts_goes_to_its_cache() -> None:
-    variables = {variable["name"]: variable["value"] for variable in container()["env"]}
-    assert all(variables[name].startswith("/cache") for name in ("HOME", "HF_HOME", "PAGODA_CACHE"))
+    own = {"HOME": "/cache", "HF_HOME": "/cache/huggingface", "PAGODA_CACHE": "/cache/pagoda"}
+    on_gpus = {
+        "TRITON_CACHE_DIR": "/cache/triton",
+        "TORCHINDUCTOR_CACHE_DIR": "/cache/torchinductor",
+    }
+    assert variables({"resources": CPU, "engine": {"tensorParallelSize": 2}}) == own
+    assert variables() == own | on_gpus
+
+
+def test_ranks_on_gpus_meet_within_the_pod_and_say_why_they_do_not() -> None:
+    two = {"engine": {"tensorParallelSize": 2}}
+    added = {"NCCL_DEBUG": "WARN", "NCCL_SOCKET_IFNAME": "=lo"}
+    assert variables(two) == variables() | added
+
+
+def test_a_variable_for_gpus_that_the_user_sets_is_the_users() -> None:
+    theirs = [{"name": name, "value": "x"} for name in ("NCCL_DEBUG", "TRITON_CACHE_DIR")]
+    spec = {"engine": {"tensorParallelSize": 2}, "podTemplate": {"env": theirs}}
+    assert variables(spec) == variables({"engine": {"tensorParallelSize": 2}}) | {
+        "NCCL_DEBUG": "x",
+        "TRITON_CACHE_DIR": "x",
+    }
 
 
 def test_a_cpu_engine_rolls_by_surge_and_a_gpu_engine_by_recreate() -> None:
@@ -185,7 +216,7 @@ def test_only_a_changed_pod_makes_a_new_revision() -> None:
 @pytest.mark.parametrize(
     ("spec", "revision"),
     [
-        ({"model": {"uri": "hf://org/model"}}, "69ab655334"),
+        ({"model": {"uri": "hf://org/model"}}, "d2c00a92d4"),
         ({"resources": CPU, "engine": {"maxNumSeqs": 16}}, "6cb099a6e8"),
     ],
 )

@@ -14,13 +14,14 @@ def test_fields_are_read_from_their_names_in_the_crd() -> None:
     service = make_service(
         {
             "engine": {"quantization": "AWQ", "kvCacheDtype": "FP8E4M3", "extraArgs": ["--a"]},
-            "resources": {"gpu": {"count": 0}, "cpu": 2, "memory": "4Gi"},
+            "resources": {"gpu": {"products": ["NVIDIA-L4"]}, "cpu": 2, "memory": "4Gi"},
             "autoscaling": {"maxReplicas": 3, "scaleDown": {"stabilizationSeconds": 10}},
         }
     )
     engine = service.spec.engine
     assert (engine.quantization, engine.kv_cache_dtype) == ("AWQ", "FP8E4M3")
     assert engine.extra_args == ("--a",)
+    assert service.spec.resources.gpu.products == ("NVIDIA-L4",)
     assert (service.spec.resources.cpu, service.spec.resources.memory) == (2, "4Gi")
     assert service.spec.autoscaling is not None
     assert service.spec.autoscaling.scale_down.stabilization_seconds == 10
