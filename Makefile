@@ -3,7 +3,7 @@
 
 PYTHON ?= .venv/bin/python
 
-.PHONY: demo demo-down test check lint types unit venv model kubeconfig lock gpu-check \
+.PHONY: demo demo-down test check lint types unit interpreted venv model kubeconfig lock gpu-check \
   bench-cpu bench-versions bench-long bench-waste bench-overhead bench-quantization \
   bench-strangers soak
 
@@ -27,8 +27,11 @@ types:
 	@$(PYTHON) -m mypy operator/pagoda_operator kernels/pagoda_kernels runtime/pagoda_runtime
 	@$(PYTHON) -m mypy -p cluster
 
-unit:
+unit: interpreted
 	@$(PYTHON) -m pytest -q tests -m "not model and not slow"
+
+interpreted:    ## Triton kernels, run by Python on the CPU
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/interpreted
 
 venv:           ## .venv with everything, the project editable
 	@python3 e2e/phases.py venv

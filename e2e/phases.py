@@ -73,6 +73,8 @@ def test(pytest_arguments: Sequence[str]) -> int:
     phase("model", lambda: run([str(PYTHON), "e2e/model.py"]))
     phase("cluster", lambda: run([*CLUSTER, "up"]))
     phase("images", lambda: run([*CLUSTER, "images"]))
+    # In a process of its own: tests/interpreted/conftest.py says why.
+    phase("interpreted", lambda: run(["make", "--no-print-directory", "interpreted"]))
     command = [str(PYTHON), "-m", "pytest", "tests", "e2e", "--durations=15", *pytest_arguments]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     if not was_up:

@@ -1,5 +1,7 @@
 """Pagoda's kernels: one folder per operation, with its checks, its specification and its maths.
 
+kv_cache: how keys and values are stored.
+launch: where Triton kernels run.
 paged_attention: the contract of attention backends, which own keys and values, and the reference.
 rotate_and_store: norms and rotation of heads, and their keys and values into the cache.
 rms_norm: by itself, or added to a sum.

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pagoda_kernels.cpu.attention.backend import CpuAttention
+from pagoda_kernels.kv_cache import LARGEST
 from pagoda_kernels.paged_attention import HeadNorm, Rotary, make_backend
 from pagoda_kernels.paged_attention.reference import ReferenceAttention
 from pagoda_kernels.paged_attention.testing import AttentionCase, brute_force, no_rotation
@@ -41,9 +42,39 @@ CASES = {
 }
 
 
+QUANTIZED = {"reference": ReferenceAttention}
+"""Backends with keys and values of 8 bits."""
+SCORES = {
+    "soft cap": {"soft_cap": 2.0},
+    "ALiBi": {"alibi_slopes": (0.5, 0.25, 0.125, 0.0625)},
+    "sinks": {"has_sinks": True},
+    "all of them": {"soft_cap": 5.0, "alibi_slopes": (0.5, 0.1, 0.2, 0.3), "has_sinks": True},
+}
+CHANGING_SCORES = {"reference": ReferenceAttention}
+"""Backends that have more than q·k for a score."""
+
+
 @pytest.fixture(params=BACKENDS)
 def make(request):
     return BACKENDS[request.param]
+
+
+@pytest.mark.parametrize("backend", QUANTIZED)
+@pytest.mark.parametrize("kv_dtype", LARGEST)
+@pytest.mark.parametrize("window", [0, 6])
+def test_keys_and_values_of_8_bits_are_attended_to_as_they_are_stored(backend, kv_dtype, window):
+    lens = [1, 5, 30, 1], [63, 13, 30, 1]
+    world = AttentionCase(QUANTIZED[backend], *lens, window=window, kv_dtype=kv_dtype)
+    torch.testing.assert_close(world.attend(), world.expected(), **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("backend", CHANGING_SCORES)
+@pytest.mark.parametrize("options", SCORES)
+@pytest.mark.parametrize("window", [0, 6])
+def test_scores_are_capped_and_biased_and_sinks_take_their_part(backend, options, window):
+    lens = [1, 5, 30, 1], [63, 13, 30, 1]
+    world = AttentionCase(CHANGING_SCORES[backend], *lens, window=window, **SCORES[options])
+    torch.testing.assert_close(world.attend(), world.expected(), **TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("window", [0, 6])
@@ -87,10 +118,12 @@ def test_copied_blocks_are_read_in_the_place_of_their_sources(make):
     world = AttentionCase(make, [1], [9])
     expected = world.step([(0, 8, 9)])
     sources = world.block_table[0].tolist()
-    targets = [block for block in range(1, len(world.backend.kv_caches[0])) if block not in sources]
+    targets = [
+        block for block in range(1, world.backend.kv_caches[0].num_blocks) if block not in sources
+    ]
     world.backend.copy_blocks(sources, targets[: len(sources)])
     for kv_cache in world.backend.kv_caches:
-        kv_cache[sources] = torch.nan
+        kv_cache.numbers[sources] = torch.nan
     world.block_table[0] = targets[: len(sources)]
     torch.testing.assert_close(world.step([(0, 8, 9)]), expected)
 
@@ -123,7 +156,7 @@ def test_heads_are_normed_and_the_first_of_their_dimensions_rotated(
     heads = torch.cat((turned.real, turned.imag, heads[..., rotary_dim:]), -1)
     for token in range(11):
         keys, values = heads[: token + 1, 4:], qkv[: token + 1, 6:].float()
-        expected = brute_force(heads[token, :4], keys, values, scale=0.3, window=0)
+        expected = brute_force(heads[token, :4], keys, values, world.spec)
         torch.testing.assert_close(
             attended[token].view(4, 16).float(), expected, **TOLERANCE[dtype]
         )
@@ -131,7 +164,9 @@ def test_heads_are_normed_and_the_first_of_their_dimensions_rotated(
 
 def test_layers_have_windows_and_caches_of_their_own(make):
     world = AttentionCase(make, [5], [30], windows=(6, 0))
-    assert world.backend.block_bytes == sum(cache[0].nbytes for cache in world.backend.kv_caches)
+    assert world.backend.block_bytes == sum(
+        stored[0].nbytes for cache in world.backend.kv_caches for stored in cache.tensors
+    )
     qkv, rotary = world.qkv[0].flatten(1), no_rotation(30, 16)
     plan = world.plan([(0, 0, 30)])
     results = [plan.attend(layer, qkv.clone(), rotary).view(30, 4, 16)[-5:] for layer in (0, 1)]
@@ -161,6 +196,8 @@ def test_queries_that_were_not_planned_for_are_refused(make):
         ({"num_heads": 3}, "multiple of 2"),
         ({"scale": 0.0}, "must be above 0"),
         ({"kv_dtype": torch.float16}, "must agree"),
+        ({"soft_cap": -1.0}, "0 or above"),
+        ({"alibi_slopes": (0.5,)}, "1 alibi_slopes for 4 heads"),
     ],
 )
 def test_a_spec_that_nobody_computes_with_is_refused(fields, message):
@@ -179,6 +216,10 @@ def test_what_a_backend_cannot_do_is_refused():
     spec = AttentionCase(ReferenceAttention, [1], [1]).spec
     with pytest.raises(ValueError, match="float64"):
         CpuAttention(dataclasses.replace(spec, dtype=torch.float64, kv_dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"kv_dtype is torch\.int8"):
+        CpuAttention(dataclasses.replace(spec, kv_dtype=torch.int8))
+    with pytest.raises(ValueError, match="sinks"):
+        CpuAttention(dataclasses.replace(spec, has_sinks=True))
     with pytest.raises(ValueError, match="deterministic"):
         ReferenceAttention(dataclasses.replace(spec, is_deterministic=True))
 

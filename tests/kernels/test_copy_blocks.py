@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pagoda_kernels.kv_cache import KVCache
 from pagoda_kernels.paged_attention import AttentionSpec
 from pagoda_kernels.paged_attention.reference import ReferenceAttention
 
@@ -21,7 +22,7 @@ def copy_blocks(caches, sources, targets):
             device=torch.device("cpu"),
         )
     )
-    backend.kv_caches = caches
+    backend.kv_caches = [KVCache(cache, None) for cache in caches]
     backend.copy_blocks(sources, targets)
 
 

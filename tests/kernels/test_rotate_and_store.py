@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 
+from pagoda_kernels.kv_cache import KVCache
 from pagoda_kernels.rotate_and_store import apply_rotary, rotate_and_store
 from pagoda_kernels.rotate_and_store.reference import rotate_and_store_reference
 
@@ -17,7 +19,7 @@ def make_case(*, heads=4, kv_heads=2, head_dim=16, dtype=torch.bfloat16, with_no
         "qkv": torch.randn(num_tokens, heads + 2 * kv_heads, head_dim).to(dtype),
         "cos": angles.cos(),
         "sin": angles.sin(),
-        "kv_cache": torch.zeros(6, block_size, 2, kv_heads, head_dim, dtype=dtype),
+        "kv_cache": KVCache(torch.zeros(6, block_size, 2, kv_heads, head_dim, dtype=dtype), None),
         "slot_mapping": torch.tensor([7, 0, 23, 9, 12]),
         "norm_weight": None,
         "norm_floor": None,
@@ -29,7 +31,7 @@ def make_case(*, heads=4, kv_heads=2, head_dim=16, dtype=torch.bfloat16, with_no
 
 
 def copied(case):
-    return {name: None if value is None else value.clone() for name, value in case.items()}
+    return copy.deepcopy(case)
 
 
 @pytest.mark.parametrize("with_norm", [True, False])
@@ -42,9 +44,9 @@ def test_the_compiled_kernel_equals_the_specification(with_norm, heads, kv_heads
     tolerance = {"atol": 1e-6, "rtol": 2**-7}
     queries = slice(0, heads)
     torch.testing.assert_close(ours["qkv"][:, queries], expected["qkv"][:, queries], **tolerance)
-    torch.testing.assert_close(ours["kv_cache"], expected["kv_cache"], **tolerance)
+    torch.testing.assert_close(ours["kv_cache"].numbers, expected["kv_cache"].numbers, **tolerance)
     values = case["qkv"][:, heads + kv_heads :]
-    flat = ours["kv_cache"].flatten(0, 1)
+    flat = ours["kv_cache"].numbers.flatten(0, 1)
     assert torch.equal(flat[case["slot_mapping"], 1], values)
     untouched = torch.ones(len(flat), dtype=torch.bool)
     untouched[case["slot_mapping"]] = False
@@ -74,7 +76,7 @@ def test_a_slot_outside_the_cache_is_refused(slot):
         ("slot_mapping", torch.zeros(4, dtype=torch.int64), "slot_mapping"),
         ("norm_weight", torch.zeros(4, 16), "norm_weight"),
         ("qkv", torch.zeros(5, 16, 8, dtype=torch.bfloat16).transpose(1, 2), "contiguous"),
-        ("kv_cache", torch.zeros(6, 4, 2, 2, 16), "dtype"),
+        ("kv_cache", KVCache(torch.zeros(6, 4, 2, 2, 16), None), "dtype"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(name, value, message):
@@ -92,7 +94,7 @@ def test_each_token_goes_to_its_slot_and_nothing_else_changes(store):
     cache = torch.full((5, 4, 2, 3, 8), torch.nan)
     qkv = torch.randn(3, 9, 8)
     kv = qkv[:, 3:].clone().view(3, 2, 3, 8)
-    store(qkv, *no_rotation(3), cache, torch.tensor([17, 4, 6]), None, None)
+    store(qkv, *no_rotation(3), KVCache(cache, None), torch.tensor([17, 4, 6]), None, None)
     torch.testing.assert_close(cache[4, 1], kv[0])
     torch.testing.assert_close(cache[1, 0], kv[1])
     torch.testing.assert_close(cache[1, 2], kv[2])
@@ -109,5 +111,6 @@ def test_each_token_goes_to_its_slot_and_nothing_else_changes(store):
     ],
 )
 def test_wrong_shapes_and_dtypes_are_refused(qkv, slots, message):
+    cache = KVCache(torch.zeros(5, 4, 2, 3, 8), None)
     with pytest.raises(ValueError, match=message):
-        rotate_and_store(qkv, *no_rotation(1), torch.zeros(5, 4, 2, 3, 8), slots)
+        rotate_and_store(qkv, *no_rotation(1), cache, slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pagoda_kernels.kv_cache import LARGEST, KVCache, make_kv_cache, token_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
@@ -17,10 +20,14 @@ class AttentionSpec:
 
     windows: one for each layer: a query at position p sees positions above p - window; 0: all.
     scale: factor on q·k, above 0.
-    dtype, kv_dtype: of the queries, and of the cached keys and values.
+    dtype, kv_dtype: of the queries, and of the cached keys and values: the same, or one of 8 bits,
+        see `pagoda_kernels.kv_cache`.
     block_size: tokens of a block.
     is_deterministic: let the bits of a token's result depend on its own sequence alone, not on the
         step's other tokens nor on how prompts are cut; slower.
+    soft_cap: c: scores s become c * tanh(s / c); 0: they stay.
+    alibi_slopes: of each head, by which a score grows with the key's position; (): none.
+    has_sinks: whether each head has a score of its own, of no key, that takes a part of the weight.
     Raises: ValueError: a value that no backend computes with.
     """
 
@@ -34,6 +41,9 @@ class AttentionSpec:
     block_size: int
     device: torch.device
     is_deterministic: bool = False
+    soft_cap: float = 0.0
+    alibi_slopes: tuple[float, ...] = ()
+    has_sinks: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -42,10 +52,22 @@ class AttentionSpec:
             )
         if self.scale <= 0.0:
             raise ValueError(f"scale is {self.scale}; it must be above 0.")
-        if self.dtype is not self.kv_dtype:
+        if self.kv_dtype not in (self.dtype, *LARGEST):
             raise ValueError(
-                f"dtype is {self.dtype} and kv_dtype {self.kv_dtype}; both must agree."
+                f"dtype is {self.dtype} and kv_dtype {self.kv_dtype}; they must agree, or kv_dtype "
+                f"must be one of {list(LARGEST)}."
             )
+        if self.soft_cap < 0.0:
+            raise ValueError(f"soft_cap is {self.soft_cap}; it must be 0 or above.")
+        if self.alibi_slopes and len(self.alibi_slopes) != self.num_heads:
+            raise ValueError(
+                f"There are {len(self.alibi_slopes)} alibi_slopes for {self.num_heads} heads."
+            )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether scores are q·k alone, times the scale."""
+        return not (self.soft_cap or self.alibi_slopes or self.has_sinks)
 
     @property
     def qkv_size(self) -> int:
@@ -78,7 +100,12 @@ class AttentionPlan(ABC):
 
     @abstractmethod
     def attend(
-        self, layer: int, qkv: torch.Tensor, rotary: Rotary, norm: HeadNorm | None = None
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        rotary: Rotary,
+        norm: HeadNorm | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Norm and rotate the heads of q and k, store k and v, and attend to all that is stored.
 
@@ -89,6 +116,7 @@ class AttentionPlan(ABC):
                 tokens may follow.
             rotary: of as many tokens.
             norm: None: heads are not normed.
+            sinks: [num_heads] fp32, if the spec has them.
         Returns: [num_tokens, num_heads * head_dim] in the spec's dtype; padding tokens are zero.
         Raises: ValueError: shapes or dtypes do not agree.
         """
@@ -103,34 +131,27 @@ class AttentionPlan(ABC):
 
 
 class AttentionBackend(ABC):
-    """Owns the keys and values of all layers, and what attends to them.
-
-    A layer's are in kv_caches: [num_blocks, block_size, 2, num_kv_heads, head_dim], keys at index 0
-    and values at 1. A token's lie side by side, so one write stores both.
-    """
+    """Owns the keys and values of all layers, in kv_caches, and what attends to them."""
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
-        self.kv_caches: list[torch.Tensor] = []
+        self.kv_caches: list[KVCache] = []
 
     @property
     def block_bytes(self) -> int:
         """Of one block, over all layers."""
         spec = self.spec
-        numbers = spec.block_size * 2 * spec.num_kv_heads * spec.head_dim
-        return len(spec.windows) * numbers * spec.kv_dtype.itemsize
+        of_token = token_bytes(spec.num_kv_heads, spec.head_dim, spec.kv_dtype)
+        return len(spec.windows) * spec.block_size * of_token
 
     def allocate(self, num_blocks: int) -> None:
         """Make room for so many blocks, block 0 among them, in the place of those of before.
 
-        Not cleared: unused slots are never read, and untouched pages take no memory.
         Raises: RuntimeError, torch.OutOfMemoryError: there is not enough memory.
         """
         spec = self.spec
-        shape = (num_blocks, spec.block_size, 2, spec.num_kv_heads, spec.head_dim)
-        self.kv_caches = [
-            torch.empty(shape, dtype=spec.kv_dtype, device=spec.device) for _ in spec.windows
-        ]
+        shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        self.kv_caches = [make_kv_cache(shape, spec.kv_dtype, spec.device) for _ in spec.windows]
 
     @abstractmethod
     def plan(
@@ -156,11 +177,11 @@ class AttentionBackend(ABC):
             raise ValueError(f"There are {len(sources)} sources and {len(targets)} targets.")
         if len(set(targets)) != len(targets):
             raise ValueError(f"targets {list(targets)} repeat a block.")
-        num_blocks = len(self.kv_caches[0])
+        num_blocks = self.kv_caches[0].num_blocks
         for block in (*sources, *targets):
             if not 0 <= block < num_blocks:
                 raise ValueError(f"Block {block} does not exist; the cache has {num_blocks}.")
         from_blocks = torch.tensor(sources, device=self.spec.device)
         to_blocks = torch.tensor(targets, device=self.spec.device)
-        for kv_cache in self.kv_caches:
-            kv_cache.index_copy_(0, to_blocks, kv_cache.index_select(0, from_blocks))
+        for stored in itertools.chain(*(kv_cache.tensors for kv_cache in self.kv_caches)):
+            stored.index_copy_(0, to_blocks, stored.index_select(0, from_blocks))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from pagoda_kernels.kv_cache import load_reference
 from pagoda_kernels.paged_attention.backend import (
     AttentionBackend,
     AttentionPlan,
@@ -51,7 +52,12 @@ class ReferencePlan(AttentionPlan):
         self.slot_mapping = torch.cat(written)
 
     def attend(
-        self, layer: int, qkv: torch.Tensor, rotary: Rotary, norm: HeadNorm | None = None
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        rotary: Rotary,
+        norm: HeadNorm | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self._require_agreement(qkv)
         spec, kv_cache = self.spec, self.kv_caches[layer]
@@ -64,17 +70,38 @@ class ReferencePlan(AttentionPlan):
         group, first = spec.num_heads // spec.num_kv_heads, 0
         for slots, count in zip(self.slots, self.query_lens, strict=True):
             tokens = slice(first, first + count)
-            kv = kv_cache.flatten(0, 1)[slots].float()
+            kv = load_reference(kv_cache, slots)
             keys, values = kv.repeat_interleave(group, dim=2).unbind(1)
             queries = heads[tokens, : spec.num_heads].float()
-            scores = torch.einsum("qhd,khd->hqk", queries, keys) * spec.scale
+            scores = _score(queries, keys, spec)
             hidden = _hidden(count, len(slots), spec.windows[layer], qkv.device)
-            weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+            weights = _weigh(scores.masked_fill(hidden, -torch.inf), sinks)
             # A key that nobody sees may be in a block that was given back, and hold anything.
             unseen = hidden.all(dim=0)[:, None, None]
             out[tokens] = torch.einsum("hqk,khd->qhd", weights, values.masked_fill(unseen, 0.0))
             first += count
         return out.flatten(1)
+
+
+def _score(queries: torch.Tensor, keys: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """[num_heads, num_queries, num_keys]"""
+    scores = torch.einsum("qhd,khd->hqk", queries, keys) * spec.scale
+    if spec.soft_cap:
+        scores = torch.tanh(scores / spec.soft_cap) * spec.soft_cap
+    if spec.alibi_slopes:
+        slopes = torch.tensor(spec.alibi_slopes, device=scores.device)
+        positions = torch.arange(len(keys), device=scores.device)
+        distances = positions - positions[len(keys) - len(queries) :, None]
+        scores += slopes[:, None, None] * distances
+    return scores
+
+
+def _weigh(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """softmax over keys and, if there is one, the sink, which no value stands for."""
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    of_sinks = sinks[:, None, None].expand(*scores.shape[:2], 1)
+    return torch.cat((scores, of_sinks), dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def _hidden(num_queries: int, num_keys: int, window: int, device: torch.device) -> torch.Tensor:

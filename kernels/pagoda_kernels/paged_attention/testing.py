@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from pagoda_kernels.kv_cache import LARGEST, quantize
 from pagoda_kernels.paged_attention import AttentionBackend, AttentionPlan, AttentionSpec, Rotary
 
 BLOCK_SIZE = 4
+# NaN as fp8, and -1 as int8, whose scale is NaN.
+_ALL_ONES = 255
 
 
 class AttentionCase:
@@ -56,10 +60,11 @@ class AttentionCase:
         self.block_table = np.full((len(seq_lens), max(used)), order[-1], dtype=np.int32)
         for row, count in zip(self.block_table, used, strict=True):
             row[:count], order = order[:count], order[count:]
+        self.sinks = torch.randn(num_heads) if self.spec.has_sinks else None
         self.backend = make(self.spec)
         self.backend.allocate(sum(used) + 4)
-        for kv_cache in self.backend.kv_caches:
-            kv_cache.fill_(torch.nan)
+        for part in itertools.chain(*(cache.tensors for cache in self.backend.kv_caches)):
+            part.fill_(torch.nan if part.is_floating_point() else _ALL_ONES)
         starts = [length - count for length, count in zip(seq_lens, query_lens, strict=True)]
         stored = [(seq, 0, start) for seq, start in enumerate(starts) if start]
         if stored:
@@ -74,7 +79,8 @@ class AttentionCase:
         """[num_tokens + num_padding, num_heads, head_dim]: attention of the tokens of `plan`."""
         qkv = torch.cat([self.qkv[seq][first:last] for seq, first, last in tokens]).flatten(1)
         qkv = torch.nn.functional.pad(qkv, (0, 0, 0, num_padding), value=torch.nan)
-        attended = self.plan(tokens).attend(0, qkv, no_rotation(len(qkv), self.spec.head_dim))
+        rotary = no_rotation(len(qkv), self.spec.head_dim)
+        attended = self.plan(tokens).attend(0, qkv, rotary, sinks=self.sinks)
         return attended.view(len(qkv), self.spec.num_heads, -1)
 
     def attend(self) -> torch.Tensor:
@@ -87,29 +93,47 @@ class AttentionCase:
         rows = []
         num_heads, num_kv_heads = self.spec.num_heads, self.spec.num_kv_heads
         for count, qkv in zip(self.query_lens, self.qkv, strict=True):
-            for last in range(len(qkv) - count, len(qkv)):
-                rows.append(
-                    brute_force(
-                        qkv[last, :num_heads].float(),
-                        qkv[: last + 1, num_heads : num_heads + num_kv_heads].float(),
-                        qkv[: last + 1, num_heads + num_kv_heads :].float(),
-                        scale=self.spec.scale,
-                        window=self.spec.windows[0],
-                    )
-                )
+            q, keys, values = torch.split(
+                qkv.float(), [num_heads, num_kv_heads, num_kv_heads], dim=1
+            )
+            keys, values = as_stored(keys, self.spec), as_stored(values, self.spec)
+            rows += [
+                brute_force(q[i], keys[: i + 1], values[: i + 1], self.spec, self.sinks)
+                for i in range(len(qkv) - count, len(qkv))
+            ]
         return torch.stack(rows)
 
 
+def as_stored(kv: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """Keys or values, [num_tokens, num_kv_heads, head_dim] fp32, as the cache gives them back."""
+    if spec.kv_dtype not in LARGEST:
+        return kv
+    numbers, scales = quantize(kv, spec.kv_dtype)
+    return numbers.float() * scales[..., None]
+
+
 def brute_force(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float, window: int
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    spec: AttentionSpec,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One query token: q is [num_heads, head_dim], keys and values [num_keys, num_kv_heads, …]."""
-    oldest = max(0, len(keys) - window) if window else 0
+    window = spec.windows[0]
+    positions = torch.arange(max(0, len(keys) - window) if window else 0, len(keys))
     out = torch.empty(q.shape)
     for head, query in enumerate(q):
         kv_head = head * keys.shape[1] // len(q)
-        weights = torch.softmax(keys[oldest:, kv_head] @ query * scale, dim=0)
-        out[head] = weights @ values[oldest:, kv_head]
+        scores = keys[positions, kv_head] @ query * spec.scale
+        if spec.soft_cap:
+            scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
+        if spec.alibi_slopes:
+            scores = scores - spec.alibi_slopes[head] * (len(keys) - 1 - positions)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[head, None]))
+        weights = torch.softmax(scores, dim=0)[: len(positions)]
+        out[head] = weights @ values[positions, kv_head]
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pagoda_kernels.cpu.rotate_and_store import ROTATE_AND_STORE
+from pagoda_kernels.kv_cache import LARGEST, KVCache
 from pagoda_kernels.rotate_and_store.reference import apply_rotary, rotate_and_store_reference
 
 __all__ = ["apply_rotary", "rotate_and_store"]
@@ -14,7 +15,7 @@ def rotate_and_store(
     qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    kv_cache: torch.Tensor,
+    kv_cache: KVCache,
     slot_mapping: torch.Tensor,
     norm_weight: torch.Tensor | None = None,
     norm_floor: torch.Tensor | None = None,
@@ -26,7 +27,7 @@ def rotate_and_store(
             of v. What is left in the heads of k is not defined.
         cos, sin: [num_tokens, 1, rotary_dim] fp32, contiguous; sin is negated in its first half.
             What a head has beyond rotary_dim dimensions is not rotated.
-        kv_cache: [num_blocks, block_size, 2, num_kv_heads, head_dim], contiguous, dtype of qkv.
+        kv_cache: of qkv's dtype or of 8 bits, contiguous.
         slot_mapping: [num_tokens] int64: a token goes to block slot // block_size, to its place
             slot % block_size. Slots are distinct, except in block 0, which nobody reads.
         norm_weight: [num_heads + num_kv_heads, head_dim] fp32; None: no norm.
@@ -39,32 +40,34 @@ def rotate_and_store(
         raise ValueError(f"cos and sin must be {list(angles)} fp32; cos is {list(cos.shape)}.")
     if angles[2] > head_dim or angles[2] % 2:
         raise ValueError(f"rotary_dim is {angles[2]}; it must be even and at most {head_dim}.")
-    if kv_cache.dtype is not qkv.dtype or kv_cache.shape[4] != head_dim:
+    numbers = kv_cache.numbers
+    if numbers.dtype not in (qkv.dtype, *LARGEST) or numbers.shape[4] != head_dim:
         raise ValueError("qkv and kv_cache must agree in dtype and head_dim.")
     if slot_mapping.shape != (num_tokens,) or slot_mapping.dtype is not torch.int64:
         raise ValueError(f"slot_mapping must be int64 [{num_tokens}].")
-    heads = (num_all_heads - kv_cache.shape[3], head_dim)
+    heads = (num_all_heads - numbers.shape[3], head_dim)
     if norm_weight is not None and norm_weight.shape != heads:
         raise ValueError(f"norm_weight is {list(norm_weight.shape)}; it must be {list(heads)}.")
     if not (qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()):
         raise ValueError("qkv, cos and sin must be contiguous.")
     if (norm_weight is None) != (norm_floor is None):
         raise ValueError("norm_weight and norm_floor belong together.")
-    if qkv.device.type != "cpu" or qkv.dtype not in ROTATE_AND_STORE:
+    is_compiled = qkv.device.type == "cpu" and numbers.dtype is qkv.dtype in ROTATE_AND_STORE
+    if not is_compiled:
         rotate_and_store_reference(qkv, cos, sin, kv_cache, slot_mapping, norm_weight, norm_floor)
         return
     ROTATE_AND_STORE[qkv.dtype](
         qkv,
         cos,
         sin,
-        kv_cache,
+        numbers,
         slot_mapping,
         norm_weight if norm_weight is not None else 0,
         norm_floor if norm_floor is not None else 0,
         num_tokens,
         num_all_heads,
-        kv_cache.shape[3],
+        numbers.shape[3],
         head_dim,
         angles[2],
-        kv_cache.shape[0] * kv_cache.shape[1],
+        numbers.shape[0] * numbers.shape[1],
     )

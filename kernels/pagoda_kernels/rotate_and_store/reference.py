@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pagoda_kernels.kv_cache import KVCache, store_reference
 from pagoda_kernels.rms_norm import to_unit_norm
 
 
@@ -11,13 +12,13 @@ def rotate_and_store_reference(
     qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    kv_cache: torch.Tensor,
+    kv_cache: KVCache,
     slot_mapping: torch.Tensor,
     norm_weight: torch.Tensor | None,
     norm_floor: torch.Tensor | None,
 ) -> None:
     """See `pagoda_kernels.rotate_and_store.rotate_and_store`."""
-    num_kv_heads = kv_cache.shape[3]
+    num_kv_heads = kv_cache.numbers.shape[3]
     num_heads = qkv.shape[1] - 2 * num_kv_heads
     qk = qkv[:, : num_heads + num_kv_heads]
     if norm_weight is not None and norm_floor is not None:
@@ -26,7 +27,7 @@ def rotate_and_store_reference(
     qkv[:, : num_heads + num_kv_heads] = qk
     qkv[:, : num_heads + num_kv_heads, :rotary_dim] = apply_rotary(qk[..., :rotary_dim], cos, sin)
     kv = qkv[:, num_heads:].view(len(qkv), 2, num_kv_heads, qkv.shape[2])
-    kv_cache.flatten(0, 1).index_copy_(0, slot_mapping, kv)
+    store_reference(kv_cache, slot_mapping, kv)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

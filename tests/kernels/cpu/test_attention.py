@@ -12,6 +12,7 @@ import torch
 
 from pagoda_kernels.cpu.attention.backend import CpuAttention
 from pagoda_kernels.cpu.attention.chunk_plan import can_pack_keys
+from pagoda_kernels.kv_cache import KVCache
 from pagoda_kernels.paged_attention.reference import ReferenceAttention
 from pagoda_kernels.paged_attention.testing import AttentionCase
 
@@ -109,6 +110,8 @@ def test_rows_that_see_many_keys_are_right_too():
 def test_a_slot_outside_the_cache_is_never_read(dtype):
     for query_lens in ([1], [5]):
         world = AttentionCase(CpuAttention, query_lens, [9], dtype=dtype, heads=(4, 2, 32))
-        world.backend.kv_caches = [cache[:1] for cache in world.backend.kv_caches]
+        world.backend.kv_caches = [
+            KVCache(cache.numbers[:1], None) for cache in world.backend.kv_caches
+        ]
         with pytest.raises(IndexError, match="outside the cache"):
             world.attend()

@@ -98,5 +98,5 @@ def test_each_layer_has_a_cache_with_the_padding_block_on_top():
     attention = make_attention(config, model)
     assert attention.block_bytes == BLOCK_BYTES
     allocate(attention, size(20), PLATFORMS["cpu"])
-    assert [cache.shape for cache in attention.kv_caches] == [(20, 16, 2, 1, 8)] * 2
-    assert sum(cache.nbytes for cache in attention.kv_caches) == size(20).total_bytes
+    assert [cache.numbers.shape for cache in attention.kv_caches] == [(20, 16, 2, 1, 8)] * 2
+    assert sum(cache.numbers.nbytes for cache in attention.kv_caches) == size(20).total_bytes

@@ -81,7 +81,7 @@ def test_greedy_tokens_equal_those_of_transformers(variant, tmp_path):
     # Blocks in random order, and all of the cache NaN but what is written.
     with torch.inference_mode():
         for cache in runner.attention.kv_caches:
-            cache.fill_(torch.nan)
+            cache.numbers.fill_(torch.nan)
     blocks = random.Random(1).sample(range(1, runner.num_blocks + 1), 40)
     expected = transformers_tokens(tmp_path, prompts, NUM_TOKENS)
     assert generate(runner, prompts, NUM_TOKENS, blocks=blocks) == expected

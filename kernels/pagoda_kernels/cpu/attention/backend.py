@@ -35,6 +35,10 @@ class CpuAttention(AttentionBackend):
         super().__init__(spec)
         if spec.dtype not in DECODE:
             raise ValueError(f"dtype is {spec.dtype}; it must be one of {list(DECODE)}.")
+        if spec.kv_dtype is not spec.dtype:
+            raise ValueError(f"kv_dtype is {spec.kv_dtype}; it must be {spec.dtype}.")
+        if not spec.is_plain:
+            raise ValueError("Soft caps, ALiBi and sinks are for GPUs.")
         self.scratch = _Scratch()
 
     def plan(
@@ -45,7 +49,7 @@ class CpuAttention(AttentionBackend):
             seq_lens,
             block_table,
             block_size=self.spec.block_size,
-            num_blocks=len(self.kv_caches[0]),
+            num_blocks=self.kv_caches[0].num_blocks,
         )
         return CpuPlan(self, sequences)
 
@@ -92,7 +96,12 @@ class CpuPlan(AttentionPlan):
         self.by_layer = [plans[limit] for limit in limits]
 
     def attend(
-        self, layer: int, qkv: torch.Tensor, rotary: Rotary, norm: HeadNorm | None = None
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        rotary: Rotary,
+        norm: HeadNorm | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self._require_agreement(qkv)
         spec, plan, kv_cache = self.spec, self.by_layer[layer], self._kv_caches[layer]
@@ -102,12 +111,13 @@ class CpuPlan(AttentionPlan):
             heads, rotary = heads[: self.num_tokens], rotary.of_first(self.num_tokens)
             out[self.num_tokens :] = 0
         rotate_and_store(heads, *rotary, kv_cache, self._slot_mapping, *(norm or ()))
+        numbers = kv_cache.numbers
         if plan.decode is not None:
             DECODE[spec.dtype](
                 heads,
                 heads.stride(0),
-                kv_cache,
-                kv_cache.shape[0] * kv_cache.shape[1],
+                numbers,
+                numbers.shape[0] * numbers.shape[1],
                 plan.decode.slots,
                 len(plan.decode.slots),
                 plan.decode.rows,
@@ -121,11 +131,11 @@ class CpuPlan(AttentionPlan):
         q = heads[:, : spec.num_heads]
         if plan.chunks is not None:
             partials = self._scratch.numbers(plan.chunks.num_partial_numbers, torch.float32)
-            attend_chunks(q, kv_cache, plan.chunks, spec.scale, partials, out)
+            attend_chunks(q, numbers, plan.chunks, spec.scale, partials, out)
         for batch in plan.batches:
             count = len(batch.head_rows)
             gathered = self._scratch.numbers(count * spec.head_dim, spec.kv_dtype).view(count, -1)
-            attend_batch(q, kv_cache, batch, spec.scale, gathered, out)
+            attend_batch(q, numbers, batch, spec.scale, gathered, out)
         return out.flatten(1)
 
 

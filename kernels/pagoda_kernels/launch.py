@@ -1,0 +1,56 @@
+"""Where Triton kernels run, and their launches: real ones, or noted where tensors are fake."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's kernels are run by Python, on a CPU's tensors. Triton asks the same when a
+kernel is decorated, so the variable has to be set before the process starts."""
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether operations on tensors of a device are Triton kernels."""
+    return device.type == "cuda" or IS_INTERPRETED
+
+
+class Launch(NamedTuple):
+    """A launch that was noted and not made."""
+
+    kernel: Any
+    """What @triton.jit returned."""
+    grid: Sequence[int]
+    args: Sequence[Any]
+    """Tensors, fake, and numbers."""
+    options: dict[str, Any]
+    """The kernel's constants, num_warps and num_stages."""
+
+
+class LaunchRecorder(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """Makes tensors without data, on devices that need not be there, and notes their kernels.
+
+    What a step would do on a GPU can be seen so where there is none: `launches` has what it would
+    launch, and tensors of two devices or a look at a number raise as they are reached.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.launches: list[Launch] = []
+
+
+def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
+    """Run a kernel on the device of its tensors, the first of args among them.
+
+    Args:
+        options: the kernel's constants (tl.constexpr), num_warps, num_stages.
+    """
+    recorder = getattr(args[0], "fake_mode", None)
+    if recorder is None:
+        kernel[tuple(grid)](*args, **options)
+    else:
+        recorder.launches.append(Launch(kernel, tuple(grid), args, options))
