@@ -18,7 +18,7 @@ class Engines:
         self.kubectl = team
         self.name = f"chat-{uuid.uuid4().hex[:6]}"
         self.gpu = f"e2e.pagoda.dev/{self.name}"
-        _offer(team, node, self.gpu, room)
+        offer(team, node, {self.gpu: str(room)})
 
     def apply(self, **spec: Any) -> None:
         gpu = {"resourceName": self.gpu}
@@ -89,12 +89,12 @@ class Engines:
         return "Failed" if condition(service, "Stalled").get("status") == "True" else "Current"
 
 
-def _offer(kubectl: Kubectl, node: str, resource: str, count: int) -> None:
-    """Let the node be ready, and have so many of the resource."""
+def offer(kubectl: Kubectl, node: str, resources: dict[str, str]) -> None:
+    """Let the node be ready, and have so much of each resource and, unless told, no more."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     times = {"lastHeartbeatTime": now, "lastTransitionTime": now}
     ready = {"type": "Ready", "status": "True", "reason": "Test", "message": "", **times}
-    room = {"cpu": "0", "memory": "0", "pods": "64", resource: str(count)}
+    room = {"cpu": "0", "memory": "0", "pods": "64", **resources}
     status = {"capacity": room, "allocatable": room, "conditions": [ready]}
     patch = json.dumps({"status": status})
     kubectl.run("patch", "node", node, "--subresource=status", "--type=merge", "-p", patch)

@@ -41,7 +41,7 @@ GPU_VARIABLES = {
 NCCL_VARIABLES = {"NCCL_DEBUG": "WARN", "NCCL_SOCKET_IFNAME": "=lo"}
 # Through /dev/shm NCCL moves what GPUs cannot send each other directly. NVIDIA's guide advises
 # 1 GiB; a pod has 64 MiB by default.
-SHM_MEBIBYTES_A_GPU = 1024
+SHM_GIBIBYTES_A_GPU = 1
 
 
 def render_pod_template(service: LLMService, engine_image: str) -> Manifest:
@@ -208,8 +208,8 @@ def _own_volumes(service: LLMService) -> list[tuple[str, Manifest]]:
     """(path in the container, volume) of every volume that is not the user's own."""
     num_gpus = service.spec.num_gpus
     # Ranks on a CPU talk over sockets.
-    shm_mebibytes = SHM_MEBIBYTES_A_GPU * num_gpus if num_gpus > 1 else 256
-    shm = {"medium": "Memory", "sizeLimit": f"{shm_mebibytes}Mi"}
+    shm_size = f"{SHM_GIBIBYTES_A_GPU * num_gpus}Gi" if num_gpus > 1 else "256Mi"
+    shm = {"medium": "Memory", "sizeLimit": shm_size}
     volumes: list[tuple[str, Manifest]] = [
         ("/tmp", {"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE_LIMIT}}),
         (

@@ -97,7 +97,7 @@ def test_every_folder_on_the_nodes_disk_is_bounded() -> None:
     assert limits() == {"tmp": "4Gi", "cache": "200Gi", "shm": "256Mi"}
     assert limits({"cache": {"sizeLimit": "1Ti"}})["cache"] == "1Ti"
     four = {"engine": {"tensorParallelSize": 4}}
-    assert limits(four)["shm"] == "4096Mi"
+    assert limits(four)["shm"] == "4Gi"
     assert limits({**four, "resources": CPU})["shm"] == "256Mi"
 
 
