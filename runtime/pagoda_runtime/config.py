@@ -36,7 +36,7 @@ class EngineConfig:
     """Tokens of a step, over all requests."""
     long_prefill_token_threshold: int | None = None
     """Prompt tokens of a step in which other requests decode."""
-    async_scheduling: bool = False
+    async_scheduling: bool | None = None
     """Whether the next step is planned while one runs."""
     block_size: int | None = None
     """Tokens per KV block."""

@@ -20,6 +20,7 @@ import msgspec
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore, Runner
+from pagoda_runtime.engine.overlap import ThreadedRunner
 from pagoda_runtime.engine.scheduler import SchedulerConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.ipc.messages import (
@@ -79,6 +80,16 @@ class _Slot:
     state: int
 
 
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """A step whose outputs are there."""
+
+    outputs: list[RowOutput]
+
+    def result(self) -> list[RowOutput]:
+        return self.outputs
+
+
 class FakeRunner:
     """Executes rows like `execution.runner.ModelRunner`, and verifies what it is told."""
 
@@ -116,6 +127,9 @@ class FakeRunner:
             dtype="float32",
             device="cpu",
         )
+
+    def submit(self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()) -> StepDone:
+        return StepDone(self.execute(rows, copies))
 
     def execute(
         self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()
@@ -211,6 +225,8 @@ def make_scheduler_config(facts: EngineReady, **limits: Any) -> SchedulerConfig:
 def make_core(runner: Runner, *, seed: int = 0, overlap: bool = False, **limits: Any) -> EngineCore:
     """An EngineCore for tests; limits as in make_scheduler_config."""
     config = make_scheduler_config(runner.ready_facts, **limits)
+    if overlap:
+        runner = ThreadedRunner(runner)
     return EngineCore(runner, config, seed=seed, overlap=overlap)
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
-
-import msgspec
 
 from pagoda_runtime.engine.deltas import DeltaBuffer
 from pagoda_runtime.engine.progress import Deltas, advance
@@ -23,27 +20,33 @@ from pagoda_runtime.ipc.messages import (
 )
 
 
+class StepInFlight(Protocol):
+    """A step that a runner has begun."""
+
+    def result(self) -> list[RowOutput]:
+        """One output for each row, once they are there."""
+        ...
+
+
 class Runner(Protocol):
-    """What executes a step: `execution.runner.ModelRunner`, or a fake one in tests."""
+    """What executes steps: `execution.runner.ModelRunner`, or a fake one in tests."""
 
     @property
     def ready_facts(self) -> EngineReady: ...
 
-    def execute(
+    def submit(
         self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()
-    ) -> list[RowOutput]:
-        """Copy the blocks, compute the rows, and return one output for each row."""
+    ) -> StepInFlight:
+        """Copy the blocks and compute the rows, after those of the steps before; or begin to."""
         ...
-
-
-Step = tuple[SchedulerOutput, Future[list[RowOutput]]]
 
 
 class EngineCore:
     """Requests in, steps out; no process, no socket, no clock of its own.
 
-    With `overlap` a thread executes, and while it does the next step is scheduled, whose rows may
-    end with a token that is still being computed (`ScheduledRow.row_in_flight`).
+    With `overlap` the next step is scheduled and handed to the runner before the results of one are
+    asked for, and its rows may end with a token that is still being computed
+    (`ScheduledRow.row_in_flight`).
     """
 
     def __init__(
@@ -57,10 +60,10 @@ class EngineCore:
         self.runner = runner
         self.seed = seed
         self.scheduler = Scheduler(config)
+        self.overlap = overlap
         self._num_arrived = 0
         self._deltas = DeltaBuffer()
-        self._thread = ThreadPoolExecutor(1, "pagoda-step") if overlap else None
-        self._in_flight: Step | None = None
+        self._in_flight: tuple[SchedulerOutput, StepInFlight] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -112,17 +115,16 @@ class EngineCore:
         scheduled = self.scheduler.schedule()
         for request in scheduled.admitted:
             request.queue_seconds = max(0.0, now - request.arrival_seconds)
+        begun = None
+        if scheduled.rows:
+            begun = scheduled, self.runner.submit(scheduled.rows, scheduled.copies)
+        ending = begun
+        if self.overlap:
+            ending, self._in_flight = self._in_flight, begun
+        assert begun or ending or not self.scheduler.requests, "there is work, but not in a step"
         deltas: Deltas = []
-        if self._thread is None:
-            assert scheduled.rows or not self.has_work, "there is work, but nothing was scheduled"
-            if scheduled.rows:
-                outputs = self.runner.execute(scheduled.rows, scheduled.copies)
-                deltas = advance(self.scheduler, scheduled, outputs)
-        else:
-            before, self._in_flight = self._in_flight, self._launch(self._thread, scheduled)
-            assert before or self._in_flight or not self.scheduler.requests
-            if before is not None:
-                deltas = advance(self.scheduler, before[0], before[1].result())
+        if ending is not None:
+            deltas = advance(self.scheduler, ending[0], ending[1].result())
         return StepOutput(
             deltas=self._deltas.pass_on(deltas, self.scheduler.requests),
             stats=self._make_stats(scheduled),
@@ -133,23 +135,9 @@ class EngineCore:
         self.scheduler.check()
 
     def close(self) -> None:
-        """Wait for a step in flight and end the thread."""
-        if self._thread is not None:
-            self._thread.shutdown()
-
-    def _launch(self, thread: ThreadPoolExecutor, scheduled: SchedulerOutput) -> Step | None:
-        if not scheduled.rows:
-            return None
-        before = self._in_flight
-
-        def execute() -> list[RowOutput]:
-            rows = scheduled.rows
-            if before is not None:
-                # The thread runs one step after the other: it has the tokens by now.
-                rows = fill_in_flight(rows, before[1].result())
-            return self.runner.execute(rows, scheduled.copies)
-
-        return scheduled, thread.submit(execute)
+        """Wait for a step in flight."""
+        if self._in_flight is not None:
+            self._in_flight[1].result()
 
     def _make_stats(self, scheduled: SchedulerOutput) -> EngineStats:
         scheduler, pool = self.scheduler, self.scheduler.block_pool
@@ -168,19 +156,3 @@ class EngineCore:
             prefix_cache_hits=scheduler.prefix_cache_hits,
             num_scheduled_tokens=scheduled.num_scheduled_tokens,
         )
-
-
-def fill_in_flight(
-    rows: Sequence[ScheduledRow], outputs_before: Sequence[RowOutput]
-) -> list[ScheduledRow]:
-    """The rows with the tokens that the step before has sampled for them."""
-    return [
-        row
-        if row.row_in_flight is None
-        else msgspec.structs.replace(
-            row,
-            token_ids=[*row.token_ids[:-1], outputs_before[row.row_in_flight].token_ids[0]],
-            row_in_flight=None,
-        )
-        for row in rows
-    ]

@@ -26,6 +26,7 @@ import zmq
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore, Runner
+from pagoda_runtime.engine.overlap import ThreadedRunner
 from pagoda_runtime.engine.scheduler import SchedulerConfig
 from pagoda_runtime.errors import FatalError, QueueFull, RequestError
 from pagoda_runtime.ipc.messages import (
@@ -151,6 +152,9 @@ def make_core(config: EngineConfig, runner: Runner) -> EngineCore:
         max_num_waiting=config.max_num_waiting,
         enable_prefix_caching=config.enable_prefix_caching,
     )
+    assert config.async_scheduling is not None
+    if config.async_scheduling:
+        runner = ThreadedRunner(runner)
     return EngineCore(runner, scheduler_config, seed=config.seed, overlap=config.async_scheduling)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 import torch
@@ -31,6 +32,16 @@ _PROMPT_LOGPROBS_ROWS = 64
 
 def no_progress(phase: str, percent: float, bytes_per_second: float) -> None:
     """The listener of those who do not care."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """A step whose outputs are there."""
+
+    outputs: list[RowOutput]
+
+    def result(self) -> list[RowOutput]:
+        return self.outputs
 
 
 class ModelRunner:
@@ -72,11 +83,15 @@ class ModelRunner:
             default_sampling=dict(self.model_config.default_sampling),
         )
 
-    @torch.inference_mode()
     def execute(
         self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()
     ) -> list[RowOutput]:
-        """Copy blocks, compute the rows' tokens, and return what each row asked for.
+        """What each row asked for: a step from begin to end."""
+        return self.submit(rows, copies).result()
+
+    @torch.inference_mode()
+    def submit(self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()) -> StepDone:
+        """Copy blocks, compute the rows' tokens, and what each row asks for.
 
         Afterwards the cache holds each row's positions 0 … start + len(token_ids) - 1.
         """
@@ -104,7 +119,7 @@ class ModelRunner:
                 outputs[index] = msgspec.structs.replace(
                     outputs[index], prompt_logprobs=self._prompt_logprobs(hidden[first:], row)
                 )
-        return outputs
+        return StepDone(outputs)
 
     def _prompt_logprobs(self, hidden: torch.Tensor, row: ScheduledRow) -> list[TokenLogprobs]:
         """Logprobs of row.prompt_targets, the first of which follows the first row of hidden."""
@@ -126,7 +141,7 @@ class ModelRunner:
         params = SamplingParams(temperature=0.0)
         for start, token_ids in ((0, [0] * num_tokens), (num_tokens, [0])):
             num_blocks = -(-(start + len(token_ids)) // self.block_size)
-            self.execute(
+            self.submit(
                 [
                     ScheduledRow(
                         request_id="warmup",
@@ -137,4 +152,4 @@ class ModelRunner:
                         sampling_params=params,
                     )
                 ]
-            )
+            ).result()

@@ -35,8 +35,14 @@ def choose_platform(name: str) -> Platform:
 def describe_default(field: str) -> str | None:
     """In the help of a flag: a default that depends on the device; None if it does not."""
     shown = [
-        f"{platform.defaults[field]} on {platform.noun}"
+        f"{_show(platform.defaults[field])} with {platform.noun}"
         for platform in sorted(PLATFORMS.values(), key=lambda platform: platform.name)
         if field in platform.defaults
     ]
     return ", ".join(shown) or None
+
+
+def _show(value: int) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)

@@ -24,6 +24,7 @@ class CpuPlatform(Platform):
         "block_size": 32,
         "max_num_batched_tokens": 512,
         "long_prefill_token_threshold": 28,
+        "async_scheduling": False,
     }
     is_deterministic = True
     samples_in_batch = False

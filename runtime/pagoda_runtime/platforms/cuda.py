@@ -14,6 +14,7 @@ class CudaPlatform(Platform):
         "block_size": 16,
         "max_num_batched_tokens": 2048,
         "long_prefill_token_threshold": 2048,
+        "async_scheduling": True,
     }
     is_deterministic = False
     samples_in_batch = True

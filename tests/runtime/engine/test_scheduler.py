@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pagoda_runtime.engine.core import fill_in_flight
+from pagoda_runtime.engine.overlap import fill_in_flight
 from pagoda_runtime.engine.progress import advance
 from pagoda_runtime.engine.request import ARRIVALS_PER_PRIORITY, Request, Sequence, Status
 from pagoda_runtime.engine.scheduler import Scheduler, SchedulerOutput

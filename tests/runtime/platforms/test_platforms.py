@@ -21,7 +21,8 @@ def test_a_config_is_completed_with_the_defaults_of_the_platform():
 
 
 def test_a_default_that_depends_on_the_device_is_told_for_each():
-    assert describe_default("block_size") == "32 on a CPU, 16 on a GPU"
+    assert describe_default("block_size") == "32 with a CPU, 16 with a GPU"
+    assert describe_default("async_scheduling") == "off with a CPU, on with a GPU"
     assert describe_default("max_model_len") is None
 
 
