@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,15 +35,26 @@ _CACHED = 1 << 18
 _TOP_K_STEP = 64
 
 
-def sample_hidden(
+class Sampled(Protocol):
+    """The tokens of rows, which a device may still be computing."""
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """[num_rows] int64, where the logits are: each row's first token; for a beam any token."""
+
+    def tell(self) -> list[RowOutput]:
+        """Wait for the tokens and the rest; what `sample` returns."""
+
+
+def start_sampling(
     model: Model,
     hidden: torch.Tensor,
     rows: Sequence[ScheduledRow],
     eos_token_ids: Collection[int],
     *,
     in_batch: bool,
-) -> list[RowOutput]:
-    """One output per row of hidden: see `sample`.
+) -> Sampled:
+    """Choose the tokens of each row of hidden, in a batch without waiting for them: see `sample`.
 
     A model that finds the largest logit without the others, and more exactly, is asked for it
     whether logprobs are wanted or not, and whatever the other rows want: a request's tokens must
@@ -51,7 +63,7 @@ def sample_hidden(
     plain = [index for index, row in enumerate(rows) if _is_plain(row)]
     tokens = model.argmax(_take(hidden, plain)) if plain else None
     if tokens is None:
-        return sample(model.logits(hidden), rows, eos_token_ids, in_batch=in_batch)
+        return _start(model.logits(hidden), rows, eos_token_ids, in_batch)
     argmax = dict(zip(plain, tokens.tolist(), strict=True))
     outputs = {i: RowOutput(token_ids=[argmax[i]] * len(rows[i].seeds)) for i in plain}
     others = [i for i, row in enumerate(rows) if i not in argmax or params_of(row).needs_logprobs]
@@ -64,7 +76,19 @@ def sample_hidden(
             argmax=[argmax.get(index, -1) for index in others],
         )
         outputs |= zip(others, found, strict=True)
-    return [outputs[index] for index in range(len(rows))]
+    return _Told([outputs[index] for index in range(len(rows))], hidden.device)
+
+
+def sample_hidden(
+    model: Model,
+    hidden: torch.Tensor,
+    rows: Sequence[ScheduledRow],
+    eos_token_ids: Collection[int],
+    *,
+    in_batch: bool,
+) -> list[RowOutput]:
+    """What `start_sampling` tells."""
+    return start_sampling(model, hidden, rows, eos_token_ids, in_batch=in_batch).tell()
 
 
 def sample(
@@ -90,17 +114,64 @@ def sample(
         argmax: where they are known the tokens of the largest logits, if there are rows that take
             these as computed.
     """
+    return _start(logits, rows, eos_token_ids, in_batch, argmax).tell()
+
+
+def _start(
+    logits: torch.Tensor,
+    rows: Sequence[ScheduledRow],
+    eos_token_ids: Collection[int],
+    in_batch: bool,
+    argmax: Sequence[int] = (),
+) -> _Chosen:
     groups = _make_groups(logits, rows, in_batch)
-    outputs: dict[int, RowOutput] = {}
-    chosen = [group.choose(eos_token_ids, in_batch, argmax) for group in groups]
-    for group, found in zip(groups, to_host(chosen), strict=True):
-        if (found[0] < 0).any():
-            # Some draw needs more attempts.
-            told = sample(group.logits, group.rows, eos_token_ids, in_batch=False)
-        else:
-            told = group.tell(found)
-        outputs |= zip(group.indices, told, strict=True)
-    return [outputs[index] for index in range(len(rows))]
+    return _Chosen(
+        groups, [group.choose(eos_token_ids, in_batch, argmax) for group in groups], eos_token_ids
+    )
+
+
+class _Told(NamedTuple):
+    """Tokens that the host knows."""
+
+    outputs: list[RowOutput]
+    device: torch.device
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        return torch.tensor([output.token_ids[0] for output in self.outputs], device=self.device)
+
+    def tell(self) -> list[RowOutput]:
+        return self.outputs
+
+
+class _Chosen(NamedTuple):
+    """What each group chose."""
+
+    groups: list[_Group]
+    chosen: list[list[torch.Tensor]]
+    eos_token_ids: Collection[int]
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        indices = [index for group in self.groups for index in group.indices]
+        firsts = [
+            group.first_tokens(some) for group, some in zip(self.groups, self.chosen, strict=True)
+        ]
+        token_ids = torch.cat(firsts)
+        return torch.empty_like(token_ids).index_copy_(
+            0, torch.tensor(indices, device=token_ids.device), token_ids
+        )
+
+    def tell(self) -> list[RowOutput]:
+        outputs: dict[int, RowOutput] = {}
+        for group, found in zip(self.groups, to_host(self.chosen), strict=True):
+            if (found[0] < 0).any():
+                # Some draw needs more attempts.
+                told = sample(group.logits, group.rows, self.eos_token_ids, in_batch=False)
+            else:
+                told = group.tell(found)
+            outputs |= zip(group.indices, told, strict=True)
+        return [outputs[index] for index in range(len(outputs))]
 
 
 def _make_groups(
@@ -176,6 +247,15 @@ class _Group(NamedTuple):
             _take(self.logits, of_seeds), token_ids.clamp_min(0), num_top, is_argmax=is_plain
         )
         return [token_ids, *described]
+
+    def first_tokens(self, chosen: list[torch.Tensor]) -> torch.Tensor:
+        """[num_rows] int64: of what `choose` returned, each row's first token."""
+        if self.rows[0].num_candidates:
+            return chosen[0][:, 0]
+        ends = accumulate(len(row.seeds) for row in self.rows)
+        return _take(
+            chosen[0], [end - len(row.seeds) for end, row in zip(ends, self.rows, strict=True)]
+        )
 
     def tell(self, found: list[Numbers]) -> list[RowOutput]:
         """The outputs of the rows, from what `choose` returned, on the host."""

@@ -69,6 +69,32 @@ def random_row(random, vocab_size):
     )
 
 
+class Logits:
+    """A model of nothing but logits."""
+
+    def __init__(self, knows_argmax):
+        self.knows_argmax = knows_argmax
+
+    def argmax(self, hidden):
+        return hidden.argmax(-1) if self.knows_argmax else None
+
+    def logits(self, hidden):
+        return hidden
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize("knows_argmax", [False, True])
+def test_the_first_tokens_of_rows_are_where_the_logits_are(in_batch, knows_argmax):
+    random = Random(1)
+    rows = [random_row(random, 300) for _ in range(NUM_MIXED)]
+    logits = 3 * torch.randn(NUM_MIXED, 300)
+    started = sampler.start_sampling(Logits(knows_argmax), logits, rows, [0], in_batch=in_batch)
+    assert started.token_ids.dtype is torch.int64
+    for token_id, row, output in zip(started.token_ids, rows, started.tell(), strict=True):
+        assert int(token_id) in range(300)
+        assert row.num_candidates or int(token_id) == output.token_ids[0]
+
+
 class NoHostReads(TorchDispatchMode):
     """Raises where a device would be waited for."""
 
