@@ -4,7 +4,7 @@ kv_cache: how keys and values are stored.
 launch: where Triton kernels run.
 paged_attention: the contract of attention backends, which own keys and values, and the reference.
 rotate_and_store: norms and rotation of heads, and their keys and values into the cache.
-rms_norm: by itself, or added to a sum.
+norm: root mean square and layer norms, by themselves or with the sum that they are of.
 cpu: what numba compiles for a CPU; its attention backend, its products with packed matrices, its
 search for the largest logit, and what compiles, keeps and runs such kernels.
 """

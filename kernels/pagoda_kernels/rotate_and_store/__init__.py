@@ -31,7 +31,7 @@ def rotate_and_store(
         slot_mapping: [num_tokens] int64: a token goes to block slot // block_size, to its place
             slot % block_size. Slots are distinct, except in block 0, which nobody reads.
         norm_weight: [num_heads + num_kv_heads, head_dim] fp32; None: no norm.
-        norm_floor: [] fp32; see `pagoda_kernels.rms_norm.rms_norm`.
+        norm_floor: [] fp32; see `pagoda_kernels.norm.RMSNormWeights`.
     Raises: ValueError: shapes, dtypes or layouts do not agree. IndexError: a slot is outside.
     """
     num_tokens, num_all_heads, head_dim = qkv.shape

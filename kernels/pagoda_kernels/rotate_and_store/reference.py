@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pagoda_kernels.kv_cache import KVCache, store_reference
-from pagoda_kernels.rms_norm import to_unit_norm
+from pagoda_kernels.norm.reference import to_unit_norm
 
 
 def rotate_and_store_reference(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.nn.functional import layer_norm
 
-from pagoda_kernels.rms_norm import add_rms_norm, rms_norm
+from pagoda_kernels import norm as kernels
+from pagoda_kernels.norm import LayerNormWeights, RMSNormWeights
 from pagoda_runtime.layers.module import Module, own_layout
 from pagoda_runtime.quantization.base import Placement
 from pagoda_runtime.quantization.parameter import OUTPUT
@@ -35,15 +35,12 @@ class RMSNorm(Module):
         self.floor = norm_floor(eps, size, placement.device)
 
     def use_parameters(self) -> None:
-        self.weight = folded_weight(self.parameters["weight"].data, self.weight_offset)
+        weight = folded_weight(self.parameters["weight"].data, self.weight_offset)
+        self.weights = RMSNormWeights(weight, self.floor)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_rows, size] fp32; the result has the model's dtype."""
-        return rms_norm(x, self.weight, self.floor, self.dtype)
-
-    def add_to(self, total: torch.Tensor, x: torch.Tensor) -> None:
-        """total += norm(x); total is fp32, x has the model's dtype."""
-        add_rms_norm(total, x, self.weight, self.floor)
+        return kernels.norm(x, self.weights, self.dtype)
 
 
 def norm_floor(eps: float, size: int, device: torch.device) -> torch.Tensor:
@@ -68,16 +65,28 @@ class LayerNorm(Module):
             self.parameters[name] = placement.parameter(own_layout(size), OUTPUT)
 
     def use_parameters(self) -> None:
-        self.weight = self.parameters["weight"].data.float()
-        self.bias = self.parameters["bias"].data.float()
+        weight, bias = (self.parameters[name].data.float() for name in ("weight", "bias"))
+        self.weights = LayerNormWeights(weight, bias, self.eps)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_rows, size] fp32; the result has the model's dtype."""
-        return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps).to(self.dtype)
-
-    def add_to(self, total: torch.Tensor, x: torch.Tensor) -> None:
-        """total += norm(x); total is fp32, x has the model's dtype."""
-        total.add_(layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps))
+        return kernels.norm(x, self.weights, self.dtype)
 
 
 Norm = RMSNorm | LayerNorm
+
+
+def add_and_norm(
+    total: torch.Tensor, x: torch.Tensor, of_x: Norm | None, of_total: Norm | None
+) -> torch.Tensor:
+    """total += x, or += the norm of x, in place; then the norm of total, or without one total.
+
+    Sums stay in fp32: adding to them in bf16 would round each time and cost a cast.
+
+    Args:
+        total: [num_tokens, size] fp32.
+        x: as many, in the model's dtype.
+    """
+    return kernels.add_and_norm(
+        total, x, of_x.weights if of_x else None, of_total.weights if of_total else None
+    )

@@ -9,7 +9,7 @@ from pagoda_runtime.layers.attention import QKNorm, SelfAttention
 from pagoda_runtime.layers.embedding import Embedding, LanguageModelHead
 from pagoda_runtime.layers.mlp import MLP
 from pagoda_runtime.layers.module import Module
-from pagoda_runtime.layers.norm import LayerNorm, Norm, RMSNorm
+from pagoda_runtime.layers.norm import LayerNorm, Norm, RMSNorm, add_and_norm
 from pagoda_runtime.layers.rotary import inverse_frequencies, rotary_of
 from pagoda_runtime.layers.step_input import StepInput
 from pagoda_runtime.models.config import ModelConfig
@@ -53,11 +53,24 @@ class DecoderLayer(Module):
         self.after_attention_norm = make_norm(config, placement) if config.sandwich_norms else None
         self.after_mlp_norm = make_norm(config, placement) if config.sandwich_norms else None
 
-    def __call__(self, hidden: torch.Tensor, rotary: Rotary, step: StepInput) -> None:
-        """Add this layer's two parts to hidden, [num_tokens, hidden_size] fp32, in place."""
-        attended = self.self_attn(self.attention_norm(hidden), rotary, step)
-        _add(hidden, attended, self.after_attention_norm)
-        _add(hidden, self.mlp(self.mlp_norm(hidden), step), self.after_mlp_norm)
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        normed: torch.Tensor,
+        rotary: Rotary,
+        step: StepInput,
+        next_norm: Norm | None,
+    ) -> torch.Tensor:
+        """Add this layer's two parts to hidden, [num_tokens, hidden_size] fp32, in place.
+
+        Args:
+            normed: attention_norm(hidden), from where hidden was last added to.
+            next_norm: of the layer that follows; None: of none.
+        Returns: next_norm(hidden), or hidden.
+        """
+        attended = self.self_attn(normed, rotary, step)
+        normed = add_and_norm(hidden, attended, self.after_attention_norm, self.mlp_norm)
+        return add_and_norm(hidden, self.mlp(normed, step), self.after_mlp_norm, next_norm)
 
 
 class Decoder(Model):
@@ -98,8 +111,12 @@ class Decoder(Model):
             for rope, frequencies in self.frequencies.items()
         }
         hidden = self.embed_tokens(step.token_ids)
-        for layer, rope in zip(self.layers, self.config.rope, strict=True):
-            layer(hidden, rotaries[rope], step)
+        first_norm, *next_norms = [layer.attention_norm for layer in self.layers]
+        normed = first_norm(hidden)
+        # The last norm is of the rows that are sampled: see `logits`.
+        steps = zip(self.layers, self.config.rope, [*next_norms, None], strict=True)
+        for layer, rope, next_norm in steps:
+            normed = layer(hidden, normed, rotaries[rope], step, next_norm)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -108,14 +125,6 @@ class Decoder(Model):
     def argmax(self, hidden: torch.Tensor) -> torch.Tensor | None:
         find = self.lm_head.int8_argmax
         return None if find is None else find(self.norm(hidden))
-
-
-def _add(hidden: torch.Tensor, part: torch.Tensor, norm: Norm | None) -> None:
-    """Sums stay in fp32: adding to them in bf16 would round each time and cost a cast."""
-    if norm is None:
-        hidden.add_(part)
-    else:
-        norm.add_to(hidden, part)
 
 
 def make_norm(config: ModelConfig, placement: Placement) -> Norm:

@@ -1,23 +1,29 @@
-"""The specification of rms_norm and add_rms_norm in plain torch."""
+"""The specification of the norms in plain torch; results are fp32."""
 
 from __future__ import annotations
 
 import torch
 from torch.linalg import vector_norm
+from torch.nn.functional import layer_norm
 
 
-def rms_norm_reference(
-    x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """See `pagoda_kernels.rms_norm.rms_norm`."""
-    return to_unit_norm(x, floor).mul_(weight).to(dtype)
+def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """See `pagoda_kernels.norm.RMSNormWeights`."""
+    return to_unit_norm(x, floor).mul_(weight)
 
 
 def add_rms_norm_reference(
     total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor
 ) -> None:
-    """See `pagoda_kernels.rms_norm.add_rms_norm`."""
+    """total += the norm of x."""
     total.addcmul_(to_unit_norm(x, floor), weight)
+
+
+def layer_norm_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """See `pagoda_kernels.norm.LayerNormWeights`."""
+    return layer_norm(x.float(), weight.shape, weight, bias, eps)
 
 
 def to_unit_norm(x: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:

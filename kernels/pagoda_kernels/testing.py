@@ -1,0 +1,56 @@
+"""What Triton's interpreter moves, for tests of kernels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Moves:
+    """The addresses that kernels loaded from and stored to, in their order."""
+
+    def __init__(self) -> None:
+        self._loads: list[np.ndarray] = []
+        self._stores: list[np.ndarray] = []
+
+    def loads(self, tensor: torch.Tensor) -> torch.Tensor:
+        """How often each number of a contiguous tensor was loaded."""
+        return _count(self._loads, tensor)
+
+    def stores(self, tensor: torch.Tensor) -> torch.Tensor:
+        """How often each number of a contiguous tensor was stored."""
+        return _count(self._stores, tensor)
+
+
+def _count(parts: list[np.ndarray], tensor: torch.Tensor) -> torch.Tensor:
+    assert tensor.is_contiguous()
+    addresses = np.concatenate(parts) if parts else np.empty(0, np.int64)
+    indices = (addresses.astype(np.int64) - tensor.data_ptr()) // tensor.itemsize
+    inside = indices[(indices >= 0) & (indices < tensor.numel())]
+    return torch.from_numpy(np.bincount(inside, minlength=tensor.numel())).view(tensor.shape)
+
+
+@contextlib.contextmanager
+def watch_moves() -> Iterator[Moves]:
+    """What the kernels that are interpreted meanwhile load and store."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    moves, load, store = Moves(), Builder.create_masked_load, Builder.create_masked_store
+
+    def watched_load(self: Any, ptrs: Any, mask: Any, *others: Any) -> Any:
+        moves._loads.append(ptrs.data[mask.data])
+        return load(self, ptrs, mask, *others)
+
+    def watched_store(self: Any, ptrs: Any, value: Any, mask: Any, *others: Any) -> Any:
+        moves._stores.append(ptrs.data[mask.data])
+        return store(self, ptrs, value, mask, *others)
+
+    Builder.create_masked_load, Builder.create_masked_store = watched_load, watched_store
+    try:
+        yield moves
+    finally:
+        Builder.create_masked_load, Builder.create_masked_store = load, store
