@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from pagoda_kernels.transfer import OnTheWay
 from pagoda_runtime.ipc.messages import TokenLogprobs
 
 Numbers = npt.NDArray[np.float64]
@@ -126,13 +127,27 @@ def tell_tokens(token_ids: Sequence[int], *described: Numbers, num_top: int) -> 
     ]
 
 
+class ToHost:
+    """The tensors on their way to the host, as float64, in one transfer that begins here."""
+
+    def __init__(self, groups: Sequence[Sequence[torch.Tensor]]) -> None:
+        self._shapes = [[tensor.shape for tensor in group] for group in groups]
+        tensors = [tensor.flatten().double() for group in groups for tensor in group]
+        self._numbers = OnTheWay(torch.cat(tensors))
+
+    def wait(self) -> list[list[Numbers]]:
+        """The numbers of each tensor, once they are there."""
+        numbers, start = self._numbers.wait().astype(np.float64, copy=False), 0
+        found: list[list[Numbers]] = []
+        for shapes in self._shapes:
+            found.append([])
+            for shape in shapes:
+                size = shape.numel()
+                found[-1].append(numbers[start : start + size].reshape(shape))
+                start += size
+        return found
+
+
 def to_host(groups: Sequence[Sequence[torch.Tensor]]) -> list[list[Numbers]]:
     """The tensors on the host, as float64, in one transfer."""
-    tensors = [tensor for group in groups for tensor in group]
-    numbers = torch.cat([tensor.flatten().double() for tensor in tensors]).cpu().numpy()
-    found, start = [], 0
-    for tensor in tensors:
-        found.append(numbers[start : start + tensor.numel()].reshape(tensor.shape))
-        start += tensor.numel()
-    arrays = iter(found)
-    return [[next(arrays) for _ in group] for group in groups]
+    return ToHost(groups).wait()

@@ -18,10 +18,10 @@ from pagoda_runtime.execution.draw import Draw, draw_each, draw_together
 from pagoda_runtime.execution.logits import is_processed, params_of, process_logits
 from pagoda_runtime.execution.logprobs import (
     Numbers,
+    ToHost,
     describe_tokens,
     find_candidates,
     tell_tokens,
-    to_host,
     top_k,
 )
 from pagoda_runtime.ipc.messages import RowOutput, ScheduledRow
@@ -63,7 +63,7 @@ def start_sampling(
     plain = [index for index, row in enumerate(rows) if _is_plain(row)]
     tokens = model.argmax(_take(hidden, plain)) if plain else None
     if tokens is None:
-        return _start(model.logits(hidden), rows, eos_token_ids, in_batch)
+        return start_with_logits(model.logits(hidden), rows, eos_token_ids, in_batch=in_batch)
     argmax = dict(zip(plain, tokens.tolist(), strict=True))
     outputs = {i: RowOutput(token_ids=[argmax[i]] * len(rows[i].seeds)) for i in plain}
     others = [i for i, row in enumerate(rows) if i not in argmax or params_of(row).needs_logprobs]
@@ -114,20 +114,24 @@ def sample(
         argmax: where they are known the tokens of the largest logits, if there are rows that take
             these as computed.
     """
-    return _start(logits, rows, eos_token_ids, in_batch, argmax).tell()
+    return start_with_logits(logits, rows, eos_token_ids, in_batch=in_batch, argmax=argmax).tell()
 
 
-def _start(
+def start_with_logits(
     logits: torch.Tensor,
     rows: Sequence[ScheduledRow],
     eos_token_ids: Collection[int],
+    *,
     in_batch: bool,
     argmax: Sequence[int] = (),
-) -> _Chosen:
+) -> Sampled:
+    """Choose the tokens of each row of logits, in a batch without waiting for them: see `sample`.
+
+    What comes to the host is on its way from here on, whatever is begun before it is asked for.
+    """
     groups = _make_groups(logits, rows, in_batch)
-    return _Chosen(
-        groups, [group.choose(eos_token_ids, in_batch, argmax) for group in groups], eos_token_ids
-    )
+    chosen = [group.choose(eos_token_ids, in_batch, argmax) for group in groups]
+    return _Chosen(groups, chosen, ToHost(chosen), eos_token_ids)
 
 
 class _Told(NamedTuple):
@@ -149,6 +153,7 @@ class _Chosen(NamedTuple):
 
     groups: list[_Group]
     chosen: list[list[torch.Tensor]]
+    on_host: ToHost
     eos_token_ids: Collection[int]
 
     @property
@@ -164,7 +169,7 @@ class _Chosen(NamedTuple):
 
     def tell(self) -> list[RowOutput]:
         outputs: dict[int, RowOutput] = {}
-        for group, found in zip(self.groups, to_host(self.chosen), strict=True):
+        for group, found in zip(self.groups, self.on_host.wait(), strict=True):
             if (found[0] < 0).any():
                 # Some draw needs more attempts.
                 told = sample(group.logits, group.rows, self.eos_token_ids, in_batch=False)

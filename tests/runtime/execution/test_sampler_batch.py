@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pagoda_runtime.execution import draw as draw_module
 from pagoda_runtime.execution import logprobs, sampler
@@ -119,12 +119,12 @@ def test_a_batch_is_read_once(monkeypatch):
     rows = [row for row in rows if row.sampling_params.top_p >= 0.5]
     reads = []
 
-    def to_host(groups):
-        reads.append(len(groups))
-        with _disable_current_modes():
-            return logprobs.to_host(groups)
+    class ToHost(logprobs.ToHost):
+        def __init__(self, groups):
+            reads.append(len(groups))
+            super().__init__(groups)
 
-    monkeypatch.setattr(sampler, "to_host", to_host)
+    monkeypatch.setattr(sampler, "ToHost", ToHost)
     with NoHostReads():
         sampler.sample(torch.randn(len(rows), 2001), rows, [0], in_batch=True)
     assert len(reads) == 1
