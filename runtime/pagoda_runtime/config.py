@@ -52,6 +52,8 @@ class EngineConfig:
     deterministic: bool = False
     """Whether a request's tokens are the same, bit by bit, whatever else the engine does."""
     stall_seconds: float = 120.0
+    collective_timeout_seconds: float = 60.0
+    """How long ranks wait for one that does not finish a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

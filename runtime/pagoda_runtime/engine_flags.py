@@ -59,7 +59,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     flags = Flags(parser, "engine")
     flags.add("--device", choices=DEVICES, help="auto is cuda where there is one, else cpu")
-    flags.add("--tensor-parallel-size", type=integer(1, 1024), help="GPUs that share the model")
+    flags.add(
+        "--tensor-parallel-size",
+        type=integer(1, 1024),
+        help="ranks that divide the model, a GPU each; on a CPU processes",
+    )
     flags.add("--max-num-seqs", type=integer(1, 65536), help="requests that run at once")
     flags.add(
         "--max-num-waiting",
@@ -96,6 +100,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         type=positive_seconds,
         help="seconds without a step, while work is queued, until /health is 503",
     )
+    flags.add(
+        "--collective-timeout-seconds",
+        type=positive_seconds,
+        help="seconds that a rank may take for a step until the engine ends",
+    )
 
 
 def add_cache_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -112,7 +121,7 @@ def add_cache_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         "--kv-cache-memory-bytes",
         type=integer(1),
         shown="a quarter of the free memory on a CPU",
-        help="bytes of the cache",
+        help="bytes of the cache, for each rank",
     )
     flags.add(
         "--enable-prefix-caching",

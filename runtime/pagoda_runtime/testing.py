@@ -230,13 +230,18 @@ def make_core(runner: Runner, *, seed: int = 0, overlap: bool = False, **limits:
     return EngineCore(runner, config, seed=seed, overlap=overlap)
 
 
-def make_fake_runner(config: EngineConfig, on_progress: OnProgress) -> FakeRunner:
+def make_fake_runner(
+    config: EngineConfig, on_progress: OnProgress, rank: int = 0, socket_folder: str = ""
+) -> FakeRunner:
     """A FakeRunner from a config whose model is `fake:{...}`: keywords of FakeRunner as JSON.
 
     Beside them: "fail": [reason, message] raises FatalError at the start, "crash": true another
-    exception, "load_seconds": N takes that long to be ready.
+    exception, "load_seconds": N takes that long to be ready. "rank_1": {...} has other options for
+    that rank.
     """
     options = json.loads(config.model.removeprefix("fake:") or "{}")
+    of_ranks = {name: options.pop(name) for name in list(options) if name.startswith("rank_")}
+    options |= of_ranks.get(f"rank_{rank}", {})
     logging.getLogger("pagoda.testing").info("Loading a fake")
     on_progress("load", 50.0, 1e6)
     time.sleep(options.pop("load_seconds", 0.0))
@@ -248,6 +253,8 @@ def make_fake_runner(config: EngineConfig, on_progress: OnProgress) -> FakeRunne
 
 
 if __name__ == "__main__":
-    from pagoda_runtime.engine.process import main
+    from pagoda_runtime.engine import process, rank
 
-    sys.exit(main(make_fake_runner))
+    if sys.argv[1:] == ["rank"]:
+        sys.exit(rank.main(make_fake_runner))
+    sys.exit(process.main(make_fake_runner, rank_command=[*sys.orig_argv, "rank"]))

@@ -48,6 +48,7 @@ def test_every_flag_reaches_its_field():
         "max_num_waiting": 10,
         "seed": 7,
         "stall_seconds": 60.0,
+        "collective_timeout_seconds": 9.0,
         "host": "127.0.0.1",
         "port": 9000,
         "admin_host": "127.0.0.2",

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 import msgspec
 import zmq
 
-from pagoda_runtime.client.death import count_oom_kills, describe_exit
 from pagoda_runtime.client.environment import engine_environment
 from pagoda_runtime.client.stream import Mailbox, RequestStream
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import EngineDead, FatalError, PagodaError, RequestError
+from pagoda_runtime.ipc.death import count_oom_kills, describe_exit
 from pagoda_runtime.ipc.limits import verify_fits, verify_queue_has_room
 from pagoda_runtime.ipc.messages import (
     AbortRequests,

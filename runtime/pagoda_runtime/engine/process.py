@@ -8,17 +8,15 @@ deaths that leave this process no time for words.
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
-import resource
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -26,7 +24,10 @@ import zmq
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore, Runner
+from pagoda_runtime.engine.failure import describe_failure
+from pagoda_runtime.engine.loading import FindModel, MakeRunner, find_model, make_model_runner
 from pagoda_runtime.engine.overlap import ThreadedRunner
+from pagoda_runtime.engine.ranks import RankedRunner, Ranks
 from pagoda_runtime.engine.scheduler import SchedulerConfig
 from pagoda_runtime.errors import FatalError, QueueFull, RequestError
 from pagoda_runtime.ipc.messages import (
@@ -46,25 +47,24 @@ from pagoda_runtime.ipc.messages import (
 )
 from pagoda_runtime.ipc.sockets import input_address, output_address
 from pagoda_runtime.logs import configure_logging
-from pagoda_runtime.models.source import OnProgress, read_ahead
 from pagoda_runtime.platforms import PLATFORMS
 
 logger = logging.getLogger("pagoda.engine")
 
 IDLE_CHECK_MILLISECONDS = 1000
 LINGER_MILLISECONDS = 1000
-# How torch, the loader of libraries and the C library say that memory cannot be had.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "annot allocate memory", "failed to map segment")
-
-
-MakeRunner = Callable[[EngineConfig, OnProgress], Runner]
+RANK_COMMAND = (sys.executable, "-m", "pagoda_runtime.engine.rank")
 
 
 class Outbox:
     """Sends to the API process. A lock, because downloads report progress from other threads."""
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
-        self._socket = socket
+    def __init__(self, socket_folder: str) -> None:
+        # A context of its own can be ended, and so all be sent, while others are in use.
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket = self._context.socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.LINGER, LINGER_MILLISECONDS)
+        self._socket.connect(output_address(socket_folder))
         self._lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -74,6 +74,18 @@ class Outbox:
 
     def report_progress(self, phase: str, percent: float, bytes_per_second: float) -> None:
         self.send(LoadProgress(phase=phase, percent=percent, bytes_per_second=bytes_per_second))
+
+    def close(self) -> None:
+        """Wait until all is sent, for LINGER_MILLISECONDS at most."""
+        self._context.destroy()
+
+    def end(self, failure: EngineFailed) -> None:
+        """End this process with last words, whatever its other threads do."""
+        # Never given back: nobody else has the last word.
+        if self._lock.acquire(timeout=LINGER_MILLISECONDS / 1000):
+            self._socket.send(self._encoder.encode(failure))
+            self.close()
+        os._exit(1)
 
 
 class Inbox:
@@ -158,43 +170,17 @@ def make_core(config: EngineConfig, runner: Runner) -> EngineCore:
     return EngineCore(runner, scheduler_config, seed=config.seed, overlap=config.async_scheduling)
 
 
-def describe_failure(error: BaseException) -> EngineFailed:
-    """The last words for what ended the engine."""
-    if isinstance(error, FatalError):
-        return EngineFailed(reason=error.reason, message=error.message)
-    # By name, because a process that never imported torch should not do it to fail.
-    if type(error).__name__ == "OutOfMemoryError":
-        return EngineFailed(
-            reason="GpuOutOfMemory",
-            message=f"The GPU's memory is full: {error} Lower --gpu-memory-utilization, "
-            "--max-model-len or --max-num-batched-tokens.",
-        )
-    if _is_out_of_memory(error):
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        kind, remedy = "memory is full", "give the engine more memory"
-        if limit != resource.RLIM_INFINITY:
-            kind, remedy = f"address space, limited to {limit} bytes, is full", "raise `ulimit -v`"
-        return EngineFailed(
-            reason="OutOfMemory",
-            message=f"The {kind}: {str(error) or type(error).__name__}. Lower "
-            f"--kv-cache-memory-bytes or --max-num-batched-tokens, or {remedy}.",
-        )
-    return EngineFailed(
-        reason="RankDied",
-        message=f"The engine failed with {type(error).__name__}: {error}. "
-        "The traceback is in its log.",
-    )
+def main(
+    make_runner: MakeRunner,
+    find: FindModel = lambda config, _: config,
+    rank_command: Sequence[str] = RANK_COMMAND,
+) -> int:
+    """Run the engine process to its end and return its exit status.
 
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Libraries that cannot be mapped are an ImportError, and files a RuntimeError."""
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-        return True
-    return any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
-def main(make_runner: MakeRunner) -> int:
-    """Run the engine process to its end and return its exit status."""
+    Args:
+        find: asked once, before other ranks are started.
+        rank_command: runs `engine.rank.main` with the same runner.
+    """
     # The parent drains on these, and then says Shutdown.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -209,30 +195,36 @@ def main(make_runner: MakeRunner) -> int:
     ).start()
 
     context: zmq.Context[Any] = zmq.Context()
-    output_socket = context.socket(zmq.PUSH)
-    output_socket.setsockopt(zmq.LINGER, LINGER_MILLISECONDS)
-    output_socket.connect(output_address(launch.socket_folder))
     input_socket = context.socket(zmq.PULL)
     # No bound here: the client bounds the requests that it lets in.
     input_socket.setsockopt(zmq.RCVHWM, 0)
     input_socket.bind(input_address(launch.socket_folder))
-    outbox = Outbox(output_socket)
+    outbox = Outbox(launch.socket_folder)
+    config, folder = launch.config, launch.socket_folder
+    ranks = None
     try:
-        runner = make_runner(launch.config, outbox.report_progress)
-        core = make_core(launch.config, runner)
+        if config.tensor_parallel_size > 1:
+            config = find(config, outbox.report_progress)
+            ranks = Ranks(config, folder, launch.log_level, command=rank_command, end=outbox.end)
+        runner = make_runner(config, outbox.report_progress, 0, folder)
+        core = make_core(config, runner if ranks is None else RankedRunner(runner, ranks))
         # What loading left is never garbage; without this every full collection walks over it.
         gc.collect()
         gc.freeze()
         outbox.send(core.scheduler.facts)
         serve(core, Inbox(input_socket), outbox)
     except Exception as error:
-        failure = describe_failure(error)
         if not isinstance(error, FatalError):
+            if ranks is not None:
+                ranks.await_verdict()
             logger.error("The engine failed.", exc_info=error)
-        outbox.send(failure)
+        outbox.send(describe_failure(error))
         return 1
     finally:
-        context.destroy(linger=LINGER_MILLISECONDS)
+        if ranks is not None:
+            ranks.close()
+        context.destroy(linger=0)
+        outbox.close()
     return 0
 
 
@@ -245,14 +237,5 @@ def _end_with_parent(socket_folder: str) -> None:
     os._exit(1)
 
 
-def _make_model_runner(config: EngineConfig, on_progress: OnProgress) -> Runner:
-    # The disk has to do while libraries are imported.
-    threading.Thread(target=read_ahead, args=[config.model], daemon=True).start()
-    # Here and not above: it takes torch with it, which the tests of this module do without.
-    from pagoda_runtime.execution.runner import ModelRunner
-
-    return ModelRunner(config, on_progress)
-
-
 if __name__ == "__main__":
-    sys.exit(main(_make_model_runner))
+    sys.exit(main(make_model_runner, find_model))

@@ -13,11 +13,13 @@ import torch
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.memory import format_bytes
+from pagoda_runtime.models.check import verify_tensor_parallel
 from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.model import Model
 from pagoda_runtime.models.registry import load_model_config, make_model
 from pagoda_runtime.models.source import OnProgress, resolve_model
 from pagoda_runtime.models.weights import load_weights, settle_by_weights
+from pagoda_runtime.parallel import TensorParallel
 from pagoda_runtime.platforms import Platform
 from pagoda_runtime.platforms.machine import predicted_tokens_per_second
 from pagoda_runtime.quantization import get_linear_method
@@ -26,20 +28,23 @@ from pagoda_runtime.quantization.base import Placement
 logger = logging.getLogger(__name__)
 
 
-def load_model(config: EngineConfig, platform: Platform, on_progress: OnProgress) -> Model:
+def load_model(
+    config: EngineConfig, platform: Platform, parallel: TensorParallel, on_progress: OnProgress
+) -> Model:
     """Find, check and load the model, in the form it computes with. Raises: FatalError."""
     with timed("Finding the model"):
         folder = resolve_model(config.model, config.revision, on_progress)
     model_config = load_model_config(
         folder, quantization=config.quantization, generation_config=config.generation_config
     )
+    verify_tensor_parallel(model_config, parallel.size)
     for level, note in model_config.notes:
         logger.log(level, note)
     model_config = settle_by_weights(model_config, folder)
     dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
-    device = platform.device()
+    device = platform.device(parallel.rank)
     method = get_linear_method(model_config.quantization, dtype, device)
-    placement = Placement(dtype, device, method, is_deterministic=config.deterministic)
+    placement = Placement(dtype, device, method, parallel, config.deterministic)
     on_progress("load", 0.0, 0.0)
     try:
         with timed("Loading the weights"), torch.inference_mode():

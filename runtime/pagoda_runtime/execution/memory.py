@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from pagoda_runtime.errors import FatalError
 from pagoda_runtime.models.check import verify_max_model_len
 from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.model import Model
+from pagoda_runtime.parallel import TensorParallel
 from pagoda_runtime.platforms import MemoryBudget, Platform
 
 logger = logging.getLogger(__name__)
@@ -55,13 +56,21 @@ def fit_kv_cache(
     model_config: ModelConfig,
     attention: AttentionBackend,
     platform: Platform,
+    parallel: TensorParallel,
 ) -> KvCacheSize:
-    """The cache of an engine whose weights are loaded. Raises: FatalError: as `size_kv_cache`."""
+    """The cache of an engine whose weights are loaded, of one size on all ranks.
+
+    Raises: FatalError: as `size_kv_cache`.
+    """
     if config.kv_cache_memory_bytes is None:
         step_bytes = _largest_step_bytes(config, model_config, attention.spec.dtype)
         budget = platform.memory_budget(config, step_bytes)
     else:
         budget = MemoryBudget(config.kv_cache_memory_bytes, "--kv-cache-memory-bytes")
+    budget = replace(
+        budget,
+        available_bytes=parallel.smallest(budget.available_bytes, attention.spec.device),
+    )
     size = size_kv_cache(
         model_config,
         budget,

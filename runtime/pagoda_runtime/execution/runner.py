@@ -22,6 +22,7 @@ from pagoda_runtime.ipc.messages import (
     TokenLogprobs,
 )
 from pagoda_runtime.models.source import OnProgress
+from pagoda_runtime.parallel import ALONE, TensorParallel
 from pagoda_runtime.platforms import choose_platform
 from pagoda_runtime.sampling_params import SamplingParams
 
@@ -47,19 +48,27 @@ class StepDone:
 class ModelRunner:
     """A loaded model with its KV cache.
 
+    Args:
+        parallel: of several ranks each has a runner, and all execute the same steps.
     Raises: FatalError when the model cannot be loaded or does not fit.
     """
 
-    def __init__(self, config: EngineConfig, on_progress: OnProgress = no_progress) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_progress: OnProgress = no_progress,
+        parallel: TensorParallel = ALONE,
+    ) -> None:
+        assert parallel.size == config.tensor_parallel_size
         platform = choose_platform(config.device)
         platform.verify(config)
-        platform.configure(config.num_threads)
+        platform.configure(config, parallel.rank)
         config = platform.complete(config)
-        self.model = load_model(config, platform, on_progress)
+        self.model = load_model(config, platform, parallel, on_progress)
         self.model_config = self.model.config
         self.samples_in_batch = platform.samples_in_batch
         self.attention = make_attention(config, self.model)
-        size = fit_kv_cache(config, self.model_config, self.attention, platform)
+        size = fit_kv_cache(config, self.model_config, self.attention, platform, parallel)
         self.num_blocks, self.block_size = size.num_blocks, size.block_size
         self.max_model_len = size.max_model_len
         self.model.set_max_model_len(size.max_model_len)
@@ -80,6 +89,7 @@ class ModelRunner:
             eos_token_ids=list(self.model_config.eos_token_ids),
             dtype=str(self.model.placement.dtype).removeprefix("torch."),
             device=platform.name,
+            tensor_parallel_size=parallel.size,
             default_sampling=dict(self.model_config.default_sampling),
         )
 

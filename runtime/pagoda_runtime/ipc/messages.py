@@ -1,10 +1,11 @@
 """The values that cross boundaries: scheduler → runner, and engine process ↔ API process.
 
-Plain data only, so that a step can be broadcast to other ranks and a message sent over a socket.
+Plain data only, so that a step can be sent to other ranks and a message over a socket.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -209,6 +210,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     eos_token_ids: list[int]
     dtype: str
     device: str
+    tensor_parallel_size: int = 1
+    """Ranks that divide the model."""
     max_num_seqs: int = 0
     """Sequences that run at once; the choices of one request count each. The engine process fills
     in this and the next."""
@@ -230,5 +233,32 @@ class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     message: str
 
 
+class RankLaunch(msgspec.Struct, frozen=True, kw_only=True):
+    """Rank 0 → another rank, first of all."""
+
+    config: EngineConfig
+    """Its model is on this machine."""
+    rank: int
+    socket_folder: str
+    parent_pid: int
+    log_level: str
+
+
+class RankStep(msgspec.Struct, frozen=True, array_like=True):
+    """Rank 0 → the others: execute this too."""
+
+    rows: Sequence[ScheduledRow]
+    copies: Sequence[BlockCopy]
+
+
+class RankReady(msgspec.Struct, frozen=True, tag="rank_ready"):
+    """Rank → rank 0: it takes steps from now on."""
+
+
+class RankStepDone(msgspec.Struct, frozen=True, tag="rank_step_done"):
+    """Rank → rank 0 after each step."""
+
+
+ToRank0 = RankReady | RankStepDone | EngineFailed
 ToEngine = EngineRequest | AbortRequests | FinishChoices | ResetPrefixCache | Shutdown
 ToApi = StepOutput | PrefixCacheReset | LoadProgress | EngineReady | EngineFailed

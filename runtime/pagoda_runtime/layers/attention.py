@@ -11,8 +11,9 @@ from pagoda_runtime.layers.linear import Linear
 from pagoda_runtime.layers.module import Module
 from pagoda_runtime.layers.norm import folded_weight, norm_floor
 from pagoda_runtime.layers.step_input import StepInput
+from pagoda_runtime.parallel import TensorParallel
 from pagoda_runtime.quantization.base import Placement
-from pagoda_runtime.quantization.parameter import OUTPUT, Axis, Layout, Part, TensorParallel
+from pagoda_runtime.quantization.parameter import OUTPUT, Axis, Layout, Part
 
 
 @dataclass(frozen=True, slots=True)

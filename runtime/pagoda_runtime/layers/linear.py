@@ -32,6 +32,9 @@ class Linear(Module):
         activation: str | None = None,
     ) -> None:
         super().__init__()
+        self.parallel = placement.parallel
+        self.is_part = cut is Axis.INPUT and self.parallel.size > 1
+        """Whether the ranks' results are to be added up."""
         self.method = placement.method(placement, activation)
         layout = Layout(parts, in_features, cut)
         self.parameters = self.method.create_weights(layout, has_bias=bias)
@@ -40,8 +43,12 @@ class Linear(Module):
         self.multiplications_per_token = len(inputs) * sum(map(len, own))
 
     def use_parameters(self) -> None:
+        if self.is_part and self.parallel.rank > 0 and "bias" in self.parameters:
+            # The sum has it from rank 0.
+            self.parameters["bias"].data.zero_()
         self.method.after_loading(self.parameters)
 
     def __call__(self, x: torch.Tensor, step: StepInput) -> torch.Tensor:
         """[num_tokens, outputs] of x, [num_tokens, inputs]: a row for each token of the step."""
-        return self.method.apply(x)
+        y = self.method.apply(x)
+        return self.parallel.all_reduce(y) if self.is_part else y

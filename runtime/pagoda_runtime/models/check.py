@@ -34,6 +34,7 @@ def verify_start(config: EngineConfig) -> None:
         path, quantization=config.quantization, generation_config=config.generation_config
     )
     verify_max_model_len(model, config.max_model_len)
+    verify_tensor_parallel(model, config.tensor_parallel_size)
     read_tokenizer_file(path)
 
 
@@ -58,4 +59,22 @@ def verify_max_model_len(config: ModelConfig, max_model_len: int | None) -> None
             "InvalidFlags",
             f"--max-model-len (engine.maxModelLen) is {max_model_len}, but the model "
             f"reaches {limit} tokens (max_position_embeddings and rope). Give at most {limit}.",
+        )
+
+
+def verify_tensor_parallel(config: ModelConfig, size: int) -> None:
+    """Raises FatalError InvalidFlags for a number of ranks that cannot divide the model."""
+
+    def divides(count: int) -> bool:
+        few, many = sorted((count, config.num_kv_heads))
+        return not (config.num_heads % count or many % few or config.intermediate_size % count)
+
+    if not divides(size):
+        counts = [str(count) for count in range(1, config.num_heads + 1) if divides(count)]
+        raise FatalError(
+            "InvalidFlags",
+            f"--tensor-parallel-size (engine.tensorParallelSize) is {size}; it must divide the "
+            f"model's {config.num_heads} attention heads and intermediate_size "
+            f"{config.intermediate_size}, and divide its {config.num_kv_heads} KV heads or be a "
+            f"multiple of them. Set it to one of: {', '.join(counts)}.",
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +26,15 @@ logger = logging.getLogger(__name__)
 _NAMES_SHOWN = 4
 
 
+class StoredTensor(Protocol):
+    """A tensor in its file, as safetensors' `get_slice` gives it."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, index: Any, /) -> torch.Tensor:
+        """Of its file, mapped, not copied."""
+
+
 def settle_by_weights(config: ModelConfig, folder: Path) -> ModelConfig:
     """The config with what config.json leaves to the weights, or says against them.
 
@@ -34,9 +45,9 @@ def settle_by_weights(config: ModelConfig, folder: Path) -> ModelConfig:
     """
     table, head = map(config.stored_name, ("embed_tokens.weight", "lm_head.weight"))
     stored = {
-        name: tensor
+        name: piece[...]
         for path in find_weight_files(folder)
-        for name, tensor in read_tensors(path, (table, head))
+        for name, piece in read_tensors(path, (table, head))
     }
     if config.dtype == DTYPE_OF_WEIGHTS:
         names = [str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()]
@@ -68,7 +79,9 @@ def load_weights(
     unused: Sequence[str] = (),
     on_progress: OnProgress,
 ) -> int:
-    """Give each tensor of a checkpoint to what it fills; return bytes read.
+    """Give each tensor of a checkpoint to what it fills; return the bytes that were asked for.
+
+    Of a tensor that ranks divide only this rank's share is.
 
     Args:
         shards: by name in the checkpoint.
@@ -81,29 +94,31 @@ def load_weights(
     faults: dict[str, list[str]] = {"missing": [], "unexpected": [], "mis-shaped": [], "twice": []}
     seen: set[str] = set()
     started = time.monotonic()
-    bytes_done = 0
+    bytes_done = bytes_read = 0
     files = find_weight_files(folder)
     bytes_total = sum(_file_bytes(path) for path in files)
     for path in files:
-        for name, tensor in read_tensors(path):
-            bytes_done += tensor.nbytes
+        for name, stored in read_tensors(path):
+            shape = tuple(stored.get_shape())
             shard = shards.get(name)
             if shard is None:
                 if not name.endswith(tuple(unused)):
                     faults["unexpected"].append(name)
             elif name in seen:
                 faults["twice"].append(name)
-            elif shard.shape != tensor.shape:
-                shapes = f"{list(tensor.shape)} instead of {list(shard.shape)}"
+            elif shard.shape != shape:
+                shapes = f"{list(shape)} instead of {list(shard.shape)}"
                 faults["mis-shaped"].append(f"{name} ({shapes})")
             else:
-                shard.load(tensor)
+                piece = shard.load(stored)
+                bytes_read += piece.nbytes
+                bytes_done += math.prod(shape) * piece.itemsize
             seen.add(name)
-            speed = bytes_done / max(time.monotonic() - started, 1e-9)
+            speed = bytes_read / max(time.monotonic() - started, 1e-9)
             on_progress("load", 100.0 * bytes_done / max(bytes_total, bytes_done), speed)
     faults["missing"] = [name for name in shards if name not in seen]
     _raise_faults(folder, faults)
-    return bytes_done
+    return bytes_read
 
 
 def find_weight_files(folder: Path) -> list[Path]:
@@ -134,8 +149,8 @@ def find_weight_files(folder: Path) -> list[Path]:
 
 def read_tensors(
     path: Path, names: Collection[str] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of one file in the order in which they lie there, mapped, not copied.
+) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors of one file in the order in which they lie there.
 
     Args:
         names: those that are wanted, if they are there; None: all.
@@ -144,7 +159,7 @@ def read_tensors(
         with safe_open(path, framework="pt") as file:
             for name in file.offset_keys():
                 if names is None or name in names:
-                    yield name, file.get_tensor(name)
+                    yield name, file.get_slice(name)
     except PermissionError as error:
         raise unreadable(path, error) from error
     except (SafetensorError, json.JSONDecodeError, OSError) as error:

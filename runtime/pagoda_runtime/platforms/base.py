@@ -38,7 +38,9 @@ class Platform(ABC):
     """Of the fields of EngineConfig that are None."""
     dtypes: ClassVar[tuple[str, ...]] = SUPPORTED_DTYPES
     kv_cache_dtypes: ClassVar[tuple[str, ...]] = ("auto",)
-    max_tensor_parallel_size: ClassVar[int] = 1
+    max_tensor_parallel_size: ClassVar[int]
+    collectives: ClassVar[str]
+    """What ranks talk through: gloo or nccl."""
     is_deterministic: ClassVar[bool]
     """Whether it serves --deterministic."""
     samples_in_batch: ClassVar[bool]
@@ -63,15 +65,19 @@ class Platform(ABC):
             step_bytes: what the largest step needs beside weights and cache.
         """
 
-    def configure(self, num_threads: int | None) -> None:
-        """Set torch's threads, by default as many as the cgroup allows cores; log them."""
+    def configure(self, config: EngineConfig, rank: int) -> None:
+        """Set torch's threads, and log them and the device."""
         import torch
 
-        num_threads = num_threads or allowed_cores()
+        num_threads = self.num_threads(config)
         if torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)
         logger.info("Device %s, %s", self.name, self.describe())
         logger.info("%d threads", num_threads)
+
+    def num_threads(self, config: EngineConfig) -> int:
+        """Of a rank: they divide what the flag says, or the cores that the cgroup allows."""
+        return max(1, (config.num_threads or allowed_cores()) // config.tensor_parallel_size)
 
     def memory_bandwidth_gbps(self) -> float | None:
         """GB/s of reading memory, measured; None where that is not worth the time."""
@@ -83,8 +89,8 @@ class Platform(ABC):
         if size > most:
             raise FatalError(
                 "InvalidFlags",
-                f"--tensor-parallel-size (engine.tensorParallelSize) is {size}; this version runs "
-                f"on one device only. Set it to {most}.",
+                f"--tensor-parallel-size (engine.tensorParallelSize) is {size}; on {self.noun} it "
+                f"can be at most {most}.",
             )
         if config.kv_cache_dtype not in self.kv_cache_dtypes:
             raise FatalError(
@@ -105,8 +111,30 @@ class Platform(ABC):
                 "--deterministic is for the CPU in this version. Leave it out, or give --device "
                 "cpu.",
             )
+        if config.deterministic and size > 2:
+            # In which order more than two numbers are added up depends on where in a step they are.
+            raise FatalError(
+                "InvalidFlags",
+                f"--deterministic is for at most 2 ranks, and --tensor-parallel-size "
+                f"(engine.tensorParallelSize) is {size}. Leave one of them out.",
+            )
 
-    def device(self) -> torch.device:
+    def verify_ranks(self, size: int) -> None:
+        """Raises FatalError InvalidFlags if there are fewer devices here than ranks."""
+        if size > (count := self.count_devices()):
+            raise FatalError(
+                "InvalidFlags",
+                f"--tensor-parallel-size (engine.tensorParallelSize) is {size}, but there are "
+                f"{count} devices of the kind {self.name} here. Lower it, or give the engine more "
+                "(resources.gpu.count).",
+            )
+
+    def count_devices(self) -> int:
+        """How many ranks can have one each."""
+        return self.max_tensor_parallel_size
+
+    def device(self, rank: int = 0) -> torch.device:
+        """A rank's."""
         import torch
 
         return torch.device(self.name)

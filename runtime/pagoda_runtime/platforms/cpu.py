@@ -26,6 +26,9 @@ class CpuPlatform(Platform):
         "long_prefill_token_threshold": 28,
         "async_scheduling": False,
     }
+    # A matter of sense: ranks on one machine gain nothing but their own memory.
+    max_tensor_parallel_size = 16
+    collectives = "gloo"
     is_deterministic = True
     samples_in_batch = False
     out_of_memory = "OutOfMemory"
@@ -37,8 +40,10 @@ class CpuPlatform(Platform):
         return f"instructions {instruction_set()}"
 
     def memory_budget(self, config: EngineConfig, step_bytes: int) -> MemoryBudget:
-        """A share of what is free: a step takes little of it, other processes may take the rest."""
-        available = int(free_memory_bytes() * _KV_CACHE_SHARE)
+        """A share of what is free, which ranks divide: a step takes little of it, other processes
+        may take the rest.
+        """
+        available = int(free_memory_bytes() * _KV_CACHE_SHARE) // config.tensor_parallel_size
         return MemoryBudget(available, "the memory limit (resources.memory)")
 
     def memory_bandwidth_gbps(self) -> float:

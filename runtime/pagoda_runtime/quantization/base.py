@@ -9,12 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import pad
 
-from pagoda_runtime.quantization.parameter import (
-    Dim,
-    Layout,
-    Parameter,
-    TensorParallel,
-)
+from pagoda_runtime.parallel import TensorParallel
+from pagoda_runtime.quantization.parameter import Dim, Layout, Parameter
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """[num_rows, out_features] of x, [num_rows, in_features]."""

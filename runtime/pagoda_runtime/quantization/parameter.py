@@ -5,22 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import torch
 
-
-@dataclass(frozen=True, slots=True)
-class TensorParallel:
-    """This rank's place among those that divide every layer between them."""
-
-    rank: int = 0
-    size: int = 1
-
-    def share(self, num_units: int) -> range:
-        """This rank's of so many units; if they are fewer than ranks, several have the same one."""
-        count = max(1, num_units // self.size)
-        first = self.rank * num_units // self.size
-        return range(first, first + count)
+from pagoda_runtime.parallel import TensorParallel
 
 
 class Axis(Enum):
@@ -59,11 +48,14 @@ class Layout:
 
     Args:
         cut: what is divided between the ranks; None: every rank holds all.
+        is_padded: whether a cut into unequal shares is allowed; all ranks hold as much as the
+            first, and the last ones fill up with zeros.
     """
 
     parts: Sequence[Part]
     in_features: int = 0
     cut: Axis | None = None
+    is_padded: bool = False
 
     def size(self, axis: Axis, part: Part) -> int:
         return part.size if axis is Axis.OUTPUT else self.in_features
@@ -73,9 +65,18 @@ class Layout:
         size = self.size(axis, part)
         if axis is not self.cut:
             return range(size)
+        if self.is_padded:
+            held = self.held(axis, part, parallel)
+            return range(size)[parallel.rank * held :][:held]
         num_heads = (part.num_heads if axis is Axis.OUTPUT else 0) or size
         heads, head_size = parallel.share(num_heads), size // num_heads
         return range(heads.start * head_size, heads.stop * head_size)
+
+    def held(self, axis: Axis, part: Part, parallel: TensorParallel) -> int:
+        """How many outputs or inputs of a part a rank has room for."""
+        if self.is_padded and axis is self.cut:
+            return -(-self.size(axis, part) // parallel.size)
+        return len(self.own(axis, part, parallel))
 
 
 class Parameter:
@@ -95,10 +96,14 @@ class Parameter:
         parallel: TensorParallel,
     ) -> None:
         self._layout, self._dims, self._parallel = layout, dims, parallel
-        # The last part ends where the tensor does.
-        *_, (_, last) = self.shards()
-        shape = [piece.stop for piece in last.target]
-        self.data = torch.empty(shape, dtype=dtype, device=device)
+        parts = layout.parts
+        held = {
+            Axis.OUTPUT: sum(layout.held(Axis.OUTPUT, part, parallel) for part in parts),
+            Axis.INPUT: layout.held(Axis.INPUT, parts[0], parallel),
+        }
+        shape = [held[dim.axis] // dim.per for dim in dims]
+        make = torch.zeros if layout.is_padded else torch.empty
+        self.data = make(shape, dtype=dtype, device=device)
 
     def shards(self) -> Iterator[tuple[str, Shard]]:
         """The name of each part, and what it fills. Not kept: they would keep the parameter."""
@@ -111,7 +116,7 @@ class Parameter:
                 shape.append(self._layout.size(dim.axis, part) // dim.per)
                 source.append(slice(own.start // dim.per, own.stop // dim.per))
                 target.append(slice(first // dim.per, (first + len(own)) // dim.per))
-            num_outputs += len(self._layout.own(Axis.OUTPUT, part, self._parallel))
+            num_outputs += self._layout.held(Axis.OUTPUT, part, self._parallel)
             yield part.name, Shard(self, tuple(shape), tuple(source), tuple(target))
 
     @property
@@ -121,6 +126,12 @@ class Parameter:
     def store(self, target: tuple[slice, ...], tensor: torch.Tensor) -> None:
         """Take over a part; here, and not later, what is stored otherwise is converted."""
         self.data[target].copy_(tensor)
+
+
+class Sliceable(Protocol):
+    """A tensor, or one that still lies in its file."""
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +145,8 @@ class Shard:
     """Which part of it this rank holds."""
     target: tuple[slice, ...]
 
-    def load(self, tensor: torch.Tensor) -> None:
-        """Args: tensor: whole; mapped from its file, only this rank's part of it is read."""
-        self.parameter.store(self.target, tensor[self.source])
+    def load(self, tensor: Sliceable) -> torch.Tensor:
+        """Take this rank's part of the checkpoint's tensor, and return it; no other is read."""
+        piece = tensor[self.source]
+        self.parameter.store(self.target, piece)
+        return piece

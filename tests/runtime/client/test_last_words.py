@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from pagoda_runtime.client.death import count_oom_kills, describe_exit
-from pagoda_runtime.engine.process import describe_failure
+from pagoda_runtime.engine.failure import describe_failure
 from pagoda_runtime.errors import FatalError
+from pagoda_runtime.ipc.death import count_oom_kills, describe_exit
 from pagoda_runtime.last_words import MAX_LINE_BYTES, write_last_words
 
 
@@ -106,7 +106,7 @@ def test_a_limit_of_the_address_space_is_named():
     """A library as large as any is mapped under a limit, in a process of its own."""
     script = (
         "import resource\n"
-        "from pagoda_runtime.engine.process import describe_failure\n"
+        "from pagoda_runtime.engine.failure import describe_failure\n"
         "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
         "try:\n"
         "    import torch\n"

@@ -27,7 +27,6 @@ def make_runner(folder, **flags):
 @pytest.mark.parametrize(
     ("flags", "reason", "shown"),
     [
-        ({"tensor_parallel_size": 2}, "InvalidFlags", "--tensor-parallel-size .* is 2"),
         ({"kv_cache_dtype": "fp8"}, "InvalidFlags", "--kv-cache-dtype .* is fp8"),
         ({"dtype": "int8"}, "InvalidFlags", "--dtype .* is int8"),
         ({"device": "tpu"}, "InvalidFlags", "--device is tpu"),

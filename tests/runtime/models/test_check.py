@@ -13,7 +13,8 @@ import pytest
 from pagoda_runtime.cli import main
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.models.check import verify_start
+from pagoda_runtime.models.check import verify_start, verify_tensor_parallel
+from pagoda_runtime.models.registry import load_model_config
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -71,7 +72,10 @@ def test_a_folder_that_cannot_be_served_ends_the_command(folder, capsys, change,
     ("flags", "words"),
     [
         (["--max-model-len", "65"], ["--max-model-len", "65", "reaches 64"]),
-        (["--tensor-parallel-size", "2"], ["--tensor-parallel-size", "2", "one device"]),
+        (
+            ["--tensor-parallel-size", "3"],
+            ["is 3; it must divide", "2 attention heads", "one of: 1, 2."],
+        ),
         (["--kv-cache-dtype", "fp8"], ["--kv-cache-dtype", "fp8", "auto"]),
         (["--quantization", "awq"], ["--quantization", "awq"]),
     ],
@@ -112,6 +116,33 @@ def test_the_command_neither_listens_nor_loads_the_server_for_a_wrong_path():
     assert "ModelNotFound" in result.stderr
     for word in ("Listening", "uvicorn", "torch"):
         assert word not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "intermediate_size", "fitting"),
+    [
+        (32, 8, 14336, [1, 2, 4, 8, 16, 32]),
+        (4, 1, 2048, [1, 2, 4]),
+        (14, 2, 4864, [1, 2]),
+        (24, 3, 96, [1, 3, 6, 12, 24]),
+        (12, 4, 20, [1, 2, 4]),
+    ],
+)
+def test_ranks_must_divide_heads_and_intermediate_size(
+    folder, heads, kv_heads, intermediate_size, fitting
+):
+    of_heads = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    sizes = {"hidden_size": 2 * heads, "intermediate_size": intermediate_size}
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **of_heads, **sizes}))
+    model = load_model_config(folder)
+    for size in range(1, heads + 2):
+        if size in fitting:
+            verify_tensor_parallel(model, size)
+            continue
+        with pytest.raises(FatalError) as caught:
+            verify_tensor_parallel(model, size)
+        assert f" is {size}; it must divide" in caught.value.message
+        assert caught.value.message.endswith(f"one of: {', '.join(map(str, fitting))}.")
 
 
 def test_a_default_that_no_request_could_have_can_be_left_out(folder):

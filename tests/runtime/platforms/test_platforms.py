@@ -44,7 +44,8 @@ def test_a_device_that_is_not_there_is_an_invalid_flag(monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"tensor_parallel_size": 2}, "--tensor-parallel-size .* is 2; .* Set it to 1"),
+        ({"tensor_parallel_size": 17}, "--tensor-parallel-size .* is 17; .* at most 16"),
+        ({"tensor_parallel_size": 4, "deterministic": True}, "at most 2 ranks, and .* is 4"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype .* is fp8; .* Set it to auto"),
         ({"dtype": "int4"}, "--dtype .* is int4; it must be auto, bfloat16"),
     ],
@@ -52,6 +53,24 @@ def test_a_device_that_is_not_there_is_an_invalid_flag(monkeypatch):
 def test_what_a_platform_cannot_serve_is_named_with_the_remedy(fields, words):
     with pytest.raises(FatalError, match=words):
         CPU.verify(EngineConfig(model="m", **fields))
+
+
+def test_there_is_a_gpu_for_each_rank(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    cuda = PLATFORMS["cuda"]
+    cuda.verify_ranks(2)
+    assert [cuda.device(rank).index for rank in range(2)] == [0, 1]
+    with pytest.raises(FatalError, match=r"is 4, but there are 2 devices .*gpu\.count") as caught:
+        cuda.verify_ranks(4)
+    assert caught.value.reason == "InvalidFlags"
+
+
+@pytest.mark.parametrize(("size", "threads", "share"), [(1, 8, 1.0), (2, 4, 0.5), (9, 1, 1 / 9)])
+def test_ranks_divide_the_threads_and_the_default_cache_of_a_cpu(size, threads, share):
+    config = EngineConfig(model="m", num_threads=8, tensor_parallel_size=size)
+    assert CPU.num_threads(config) == threads
+    whole = CPU.memory_budget(EngineConfig(model="m"), 0).available_bytes
+    assert CPU.memory_budget(config, 0).available_bytes == pytest.approx(whole * share, rel=0.1)
 
 
 def test_only_a_cpu_is_deterministic():

@@ -1,4 +1,4 @@
-"""What an exit status tells about an engine process that ended without a word.
+"""What an exit status tells about a process of the engine that ended without a word.
 
 No message names a pid: the same death has the same words each time, so that a status that shows
 them does not change at every restart.
@@ -22,16 +22,21 @@ def count_oom_kills(root: Path = Path("/")) -> int:
     return 0
 
 
-def describe_exit(status: int, is_out_of_memory: bool) -> EngineFailed:
-    """The failure of a process with this exit status; negative: the signal that killed it."""
+def describe_exit(
+    status: int, is_out_of_memory: bool, who: str = "The engine process", when: str = ""
+) -> EngineFailed:
+    """The failure of a process with this exit status; negative: the signal that killed it.
+
+    Args:
+        when: what it did meanwhile, after a space.
+    """
     if status >= 0:
         return EngineFailed(
             reason="RankDied",
-            message=f"The engine process ended with status {status} without a message; see its "
-            "log.",
+            message=f"{who} ended with status {status}{when} without a message; see its log.",
         )
     name = signal.Signals(-status).name if -status in signal.valid_signals() else "unknown"
-    killed = f"The engine process was killed by signal {-status} ({name})"
+    killed = f"{who} was killed by signal {-status} ({name}){when}"
     if -status == signal.SIGKILL and is_out_of_memory:
         return EngineFailed(
             reason="OutOfMemory",
