@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch.nn.functional import embedding
 
@@ -71,7 +74,8 @@ class LanguageModelHead(Module):
         self._tied: Parameter | None = None
         self.copies: dict[str, int] = {}
         """In what forms the table is held beside the embedding's, with the bytes of each."""
-        self.int8_argmax: Int8Argmax | None = None
+        self.argmax: Callable[[torch.Tensor], torch.Tensor] | None = None
+        """Like `Model.argmax`, of normalized hidden states."""
         if tied_to is not None:
             self._tied = tied_to.parameters["weight"]
         else:
@@ -85,9 +89,24 @@ class LanguageModelHead(Module):
         table, self.weight_bytes, self._tied = self._tied.data, self._tied.num_bytes, None
         if self.method.is_packed:
             self.copies["packed"] = table.nbytes
-            if not self.method.placement.is_deterministic and has_int8_argmax(table):
+            # Padding has logits of its own; so the ranks' shares must be equal without.
+            is_whole = self.vocab_size % self.parallel.size == 0
+            is_deterministic = self.method.placement.is_deterministic
+            if not is_deterministic and is_whole and has_int8_argmax(table):
                 self.copies["in int8"] = table.numel()
-                self.int8_argmax = Int8Argmax(table, self.method.apply)
+                self.argmax = Int8Argmax(table, self.method.apply)
+                if self.parallel.size > 1:
+                    self.argmax = partial(self._argmax_of_ranks, self.argmax)
+
+    def _argmax_of_ranks(self, own: Int8Argmax, hidden: torch.Tensor) -> torch.Tensor:
+        """The best of the tokens that each rank finds best in its share, by logits in fp32."""
+        tokens = own(hidden)
+        logits = (hidden.float() * own.table[tokens].float()).sum(dim=-1)
+        first = self.parallel.rank * len(own.table)
+        # In fp64, which has room for either.
+        pairs = torch.stack([logits.double(), (tokens + first).double()])
+        all_logits, all_tokens = torch.stack(self.parallel.all_gather(pairs), dim=1)
+        return all_tokens.gather(0, all_logits.argmax(dim=0, keepdim=True))[0].long()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.method.apply(hidden)

@@ -123,7 +123,7 @@ class Decoder(Model):
         return self.lm_head(self.norm(hidden))
 
     def argmax(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        find = self.lm_head.int8_argmax
+        find = self.lm_head.argmax
         return None if find is None else find(self.norm(hidden))
 
 

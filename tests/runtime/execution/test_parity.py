@@ -127,7 +127,7 @@ def test_sampled_tokens_do_not_depend_on_the_batch(llama):
 def test_a_greedy_request_has_the_same_tokens_among_sampled_ones_in_bfloat16(tmp_path):
     make_tiny_checkpoint(tmp_path, tie_word_embeddings=True)
     runner = make_runner(tmp_path, dtype="bfloat16")
-    assert runner.model.lm_head.int8_argmax
+    assert runner.model.lm_head.argmax
     prompts = make_prompts([9, 9, 9, 9])
     greedy, drawn = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, seed=1)
     expected = generate(runner, prompts, NUM_TOKENS)

@@ -14,8 +14,9 @@ from pagoda_runtime.layers.linear import Linear
 from pagoda_runtime.layers.mlp import MLP
 from pagoda_runtime.layers.module import Module
 from pagoda_runtime.layers.norm import LayerNorm, RMSNorm, add_and_norm
+from pagoda_runtime.parallel import TensorParallel
 from pagoda_runtime.quantization.base import Placement
-from pagoda_runtime.quantization.parameter import Axis, Part, TensorParallel
+from pagoda_runtime.quantization.parameter import Axis, Part
 from pagoda_runtime.quantization.unquantized import UnquantizedLinear
 
 CPU = torch.device("cpu")

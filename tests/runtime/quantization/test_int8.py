@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from pagoda_kernels.cpu.panels import INT8_AS_BF16, has_panels
+from pagoda_runtime.parallel import TensorParallel
 from pagoda_runtime.quantization.base import Placement
 from pagoda_runtime.quantization.int8 import Int8Linear
-from pagoda_runtime.quantization.parameter import Axis, Layout, Part, TensorParallel
+from pagoda_runtime.quantization.parameter import Axis, Layout, Part
 
 CPU = torch.device("cpu")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pagoda_runtime.parallel import TensorParallel
 from pagoda_runtime.quantization.parameter import (
     INPUT,
     OUTPUT,
@@ -11,7 +12,6 @@ from pagoda_runtime.quantization.parameter import (
     Layout,
     Parameter,
     Part,
-    TensorParallel,
 )
 
 QKV = [Part("q", 32, num_heads=4), Part("k", 16, num_heads=2), Part("v", 16, num_heads=2)]
@@ -75,3 +75,17 @@ def test_heads_that_are_fewer_than_ranks_are_held_several_times():
         share = load(layout, (OUTPUT, INPUT), tensors, TensorParallel(rank, 4))
         own, kv = slice(8 * rank, 8 * rank + 8), slice(8 * (rank // 2), 8 * (rank // 2) + 8)
         assert torch.equal(share, torch.cat([q[own], k[kv], v[kv]]))
+
+
+@pytest.mark.parametrize("num_outputs", [7, 8, 2])
+def test_unequal_shares_are_filled_up_with_zeros(num_outputs):
+    layout = Layout([Part("", num_outputs)], 4, Axis.OUTPUT, is_padded=True)
+    whole = numbered(num_outputs, 4) + 1
+    shares = [
+        load(layout, (OUTPUT, INPUT), {"": whole}, TensorParallel(rank, 4)) for rank in range(4)
+    ]
+    held = -(-num_outputs // 4)
+    assert all(share.shape == (held, 4) for share in shares)
+    joined = torch.cat(shares)
+    assert torch.equal(joined[:num_outputs], whole)
+    assert not joined[num_outputs:].any()
