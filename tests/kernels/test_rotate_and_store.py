@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pagoda_kernels.kv_cache import KVCache
+from pagoda_kernels.kv_cache import LARGEST, KVCache, load_reference, make_kv_cache
 from pagoda_kernels.rotate_and_store import apply_rotary, rotate_and_store
 from pagoda_kernels.rotate_and_store.reference import rotate_and_store_reference
 
@@ -114,3 +114,31 @@ def test_wrong_shapes_and_dtypes_are_refused(qkv, slots, message):
     cache = KVCache(torch.zeros(5, 4, 2, 3, 8), None)
     with pytest.raises(ValueError, match=message):
         rotate_and_store(qkv, *no_rotation(1), cache, slots)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, *LARGEST])
+@pytest.mark.parametrize("head_dim", [96, 128, 256])
+def test_a_gpu_stores_what_the_specification_does(head_dim, kv_dtype):
+    case = make_case(head_dim=head_dim)
+    case["cos"][..., head_dim // 2 :] = case["cos"][..., : head_dim // 2]
+    case["sin"][..., head_dim // 2 :] = -case["sin"][..., : head_dim // 2]
+    case["kv_cache"] = make_kv_cache((6, 4, 2, head_dim), kv_dtype, torch.device("cpu"))
+    there = {name: on_cuda(value) for name, value in case.items()}
+    rotate_and_store(**there)
+    rotate_and_store_reference(**case)
+    tolerance = {"atol": 1e-6, "rtol": 2**-7}
+    torch.testing.assert_close(there["qkv"][:, :4].cpu(), case["qkv"][:, :4], **tolerance)
+    slots = case["slot_mapping"]
+    ours = load_reference(there["kv_cache"], slots.cuda()).cpu()
+    expected = load_reference(case["kv_cache"], slots)
+    # A key that a rounding of bf16 has moved may be the next number of the format.
+    step = 2**-2 if kv_dtype is torch.float8_e5m2 else 2**-3
+    torch.testing.assert_close(ours, expected, atol=0.05, rtol=step)
+    assert torch.equal(ours[:, 1], expected[:, 1])
+
+
+def on_cuda(value):
+    if isinstance(value, KVCache):
+        return KVCache(*(None if part is None else part.cuda() for part in value))
+    return value.cuda() if isinstance(value, torch.Tensor) else value

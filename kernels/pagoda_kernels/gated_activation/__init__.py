@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch.nn.functional import gelu, silu
 
+from pagoda_kernels.launch import uses_triton
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": silu,
     "gelu": gelu,
@@ -17,5 +19,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def gated_activation(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     """activation(gate) * up, where gate_up is [num_tokens, 2 * size]: gate, then up."""
+    if uses_triton(gate_up.device):
+        from pagoda_kernels.gated_activation.kernel import gated_activation_triton
+
+        return gated_activation_triton(gate_up, activation)
     gate, up = gate_up.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate).mul_(up)

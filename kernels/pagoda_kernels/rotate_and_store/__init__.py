@@ -6,6 +6,7 @@ import torch
 
 from pagoda_kernels.cpu.rotate_and_store import ROTATE_AND_STORE
 from pagoda_kernels.kv_cache import LARGEST, KVCache
+from pagoda_kernels.launch import uses_triton
 from pagoda_kernels.rotate_and_store.reference import apply_rotary, rotate_and_store_reference
 
 __all__ = ["apply_rotary", "rotate_and_store"]
@@ -25,14 +26,16 @@ def rotate_and_store(
     Args:
         qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], contiguous: the heads of q, of k,
             of v. What is left in the heads of k is not defined.
-        cos, sin: [num_tokens, 1, rotary_dim] fp32, contiguous; sin is negated in its first half.
-            What a head has beyond rotary_dim dimensions is not rotated.
+        cos, sin: [num_tokens, 1, rotary_dim] fp32, contiguous: two halves of the same numbers, but
+            that sin is negated in its first half. What a head has beyond rotary_dim dimensions is
+            not rotated.
         kv_cache: of qkv's dtype or of 8 bits, contiguous.
         slot_mapping: [num_tokens] int64: a token goes to block slot // block_size, to its place
             slot % block_size. Slots are distinct, except in block 0, which nobody reads.
         norm_weight: [num_heads + num_kv_heads, head_dim] fp32; None: no norm.
         norm_floor: [] fp32; see `pagoda_kernels.norm.RMSNormWeights`.
-    Raises: ValueError: shapes, dtypes or layouts do not agree. IndexError: a slot is outside.
+    Raises: ValueError: shapes, dtypes or layouts do not agree. IndexError: a slot is outside the
+        cache; a GPU does not store such a token.
     """
     num_tokens, num_all_heads, head_dim = qkv.shape
     angles = (num_tokens, 1, cos.shape[-1])
@@ -52,6 +55,11 @@ def rotate_and_store(
         raise ValueError("qkv, cos and sin must be contiguous.")
     if (norm_weight is None) != (norm_floor is None):
         raise ValueError("norm_weight and norm_floor belong together.")
+    if uses_triton(qkv.device):
+        from pagoda_kernels.rotate_and_store.kernel import rotate_and_store_triton
+
+        rotate_and_store_triton(qkv, cos, sin, kv_cache, slot_mapping, norm_weight, norm_floor)
+        return
     is_compiled = qkv.device.type == "cpu" and numbers.dtype is qkv.dtype in ROTATE_AND_STORE
     if not is_compiled:
         rotate_and_store_reference(qkv, cos, sin, kv_cache, slot_mapping, norm_weight, norm_floor)
