@@ -38,6 +38,8 @@ class EngineConfig:
     """Prompt tokens of a step in which other requests decode."""
     async_scheduling: bool | None = None
     """Whether the next step is planned while one runs."""
+    enforce_eager: bool = False
+    """Whether no step is recorded as a graph, and each kernel is launched by itself."""
     block_size: int | None = None
     """Tokens per KV block."""
     enable_prefix_caching: bool = True

@@ -85,6 +85,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="plan the next step while one runs",
     )
     flags.add(
+        "--enforce-eager",
+        action="store_true",
+        help="on a GPU: no CUDA graphs; less memory, a quicker start, slower decoding",
+    )
+    flags.add(
         "--deterministic",
         action="store_true",
         help="same bits for a request whatever the batch, preemptions and cache hits; slower",

@@ -167,6 +167,19 @@ class AttentionBackend(ABC):
         Raises: IndexError: a token has no block, or one outside the cache.
         """
 
+    def plan_on_device(self, seq_lens: torch.Tensor, block_table: torch.Tensor) -> AttentionPlan:
+        """Prepare every step of one token a row that these tensors will ever tell of.
+
+        Their shapes and places count; their numbers are read when a layer attends. So the work of a
+        step can be recorded, and done again for other rows after these tensors were changed.
+
+        Args:
+            seq_lens: [num_rows] int32 on the device, tokens of each row so far, with the step's.
+            block_table: [num_rows, max_blocks] int32 on the device, as that of `plan`; a row that
+                only pads the step has one token, in block 0.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads its tables on the host.")
+
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy block sources[i] to block targets[i] in every layer, for sequences that part.
 

@@ -29,6 +29,9 @@ class ReferenceAttention(AttentionBackend):
     ) -> AttentionPlan:
         return ReferencePlan(self, query_lens, seq_lens, block_table)
 
+    def plan_on_device(self, seq_lens: torch.Tensor, block_table: torch.Tensor) -> AttentionPlan:
+        return ReferenceDevicePlan(self, seq_lens, block_table)
+
 
 class ReferencePlan(AttentionPlan):
     """Of each sequence the slots of its tokens, oldest first, and how many of them are new."""
@@ -73,7 +76,10 @@ class ReferencePlan(AttentionPlan):
             kv = load_reference(kv_cache, slots)
             keys, values = kv.repeat_interleave(group, dim=2).unbind(1)
             queries = heads[tokens, : spec.num_heads].float()
-            scores = _score(queries, keys, spec)
+            scores = torch.einsum("qhd,khd->hqk", queries, keys)
+            positions = torch.arange(len(keys), device=scores.device)
+            distances = positions - positions[len(keys) - len(queries) :, None]
+            scores = _score(scores, distances, spec)
             hidden = _hidden(count, len(slots), spec.windows[layer], qkv.device)
             weights = _weigh(scores.masked_fill(hidden, -torch.inf), sinks)
             # A key that nobody sees may be in a block that was given back, and hold anything.
@@ -83,15 +89,59 @@ class ReferencePlan(AttentionPlan):
         return out.flatten(1)
 
 
-def _score(queries: torch.Tensor, keys: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-    """[num_heads, num_queries, num_keys]"""
-    scores = torch.einsum("qhd,khd->hqk", queries, keys) * spec.scale
+class ReferenceDevicePlan(AttentionPlan):
+    """Rows of one token, each of which sees as many slots as its row of the table has."""
+
+    def __init__(
+        self, backend: ReferenceAttention, seq_lens: torch.Tensor, block_table: torch.Tensor
+    ) -> None:
+        super().__init__(backend.spec, len(seq_lens))
+        self.kv_caches, self.seq_lens, self.block_table = backend.kv_caches, seq_lens, block_table
+
+    def attend(
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        rotary: Rotary,
+        norm: HeadNorm | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        self._require_agreement(qkv)
+        spec, kv_cache = self.spec, self.kv_caches[layer]
+        out = qkv.new_zeros(len(qkv), spec.num_heads, spec.head_dim)
+        heads = qkv[: self.num_tokens].view(self.num_tokens, -1, spec.head_dim)
+        offsets = torch.arange(spec.block_size, device=qkv.device)
+        slots = (self.block_table.long()[:, :, None] * spec.block_size + offsets).flatten(1)
+        last = self.seq_lens.long()[:, None] - 1
+        written = slots.gather(1, last)[:, 0]
+        cos, sin = rotary.of_first(self.num_tokens)
+        rotate_and_store_reference(heads, cos, sin, kv_cache, written, *(norm or (None, None)))
+        kv = load_reference(kv_cache, slots.flatten())
+        kv = kv.view(*slots.shape, *kv.shape[1:])
+        group = spec.num_heads // spec.num_kv_heads
+        keys, values = kv.repeat_interleave(group, dim=3).unbind(2)
+        scores = torch.einsum("qhd,qkhd->hqk", heads[:, : spec.num_heads].float(), keys)
+        distances = torch.arange(slots.shape[1], device=qkv.device) - last
+        hidden = distances > 0
+        if window := spec.windows[layer]:
+            hidden |= distances <= -window
+        scores = _score(scores, distances, spec).masked_fill(hidden, -torch.inf)
+        seen = values.masked_fill(hidden[:, :, None, None], 0.0)
+        out[: self.num_tokens] = torch.einsum("hqk,qkhd->qhd", _weigh(scores, sinks), seen)
+        return out.flatten(1)
+
+
+def _score(scores: torch.Tensor, distances: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """[num_heads, num_queries, num_keys] of q·k.
+
+    Args:
+        distances: [num_queries, num_keys]: positions of keys, from those of queries on.
+    """
+    scores = scores * spec.scale
     if spec.soft_cap:
         scores = torch.tanh(scores / spec.soft_cap) * spec.soft_cap
     if spec.alibi_slopes:
         slopes = torch.tensor(spec.alibi_slopes, device=scores.device)
-        positions = torch.arange(len(keys), device=scores.device)
-        distances = positions - positions[len(keys) - len(queries) :, None]
         scores += slopes[:, None, None] * distances
     return scores
 

@@ -151,7 +151,8 @@ def _add(core: EngineCore, request: EngineRequest) -> list[RequestDelta]:
 def make_core(config: EngineConfig, runner: Runner) -> EngineCore:
     """The core of a loaded engine."""
     facts = runner.ready_facts
-    config = PLATFORMS[facts.device].complete(config)
+    platform = PLATFORMS[facts.device]
+    config = platform.complete(config)
     assert config.max_num_batched_tokens is not None
     assert config.long_prefill_token_threshold is not None
     scheduler_config = SchedulerConfig(
@@ -165,7 +166,7 @@ def make_core(config: EngineConfig, runner: Runner) -> EngineCore:
         enable_prefix_caching=config.enable_prefix_caching,
     )
     assert config.async_scheduling is not None
-    if config.async_scheduling:
+    if config.async_scheduling and not platform.is_asynchronous:
         runner = ThreadedRunner(runner)
     return EngineCore(runner, scheduler_config, seed=config.seed, overlap=config.async_scheduling)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from pagoda_kernels.transfer import OnTheWay
+from pagoda_kernels.transfer import OnTheWay, to_device
 from pagoda_runtime.ipc.messages import TokenLogprobs
 
 Numbers = npt.NDArray[np.float64]
@@ -96,21 +97,33 @@ def find_candidates(logits: torch.Tensor, num_candidates: int) -> tuple[torch.Te
     return token_ids, logits.log_softmax(-1).gather(1, token_ids)
 
 
-def compute_logprobs(
+class StartedLogprobs(NamedTuple):
+    """Logprobs that a device may still be computing."""
+
+    token_ids: Sequence[int]
+    described: ToHost
+    num_top: int
+
+    def tell(self) -> list[TokenLogprobs]:
+        """Wait for them."""
+        columns = (np.concatenate(column) for column in zip(*self.described.wait(), strict=True))
+        return tell_tokens(self.token_ids, *columns, num_top=self.num_top)
+
+
+def start_logprobs(
     logits: torch.Tensor, token_ids: Sequence[int], num_top: int, *, in_batch: bool
-) -> list[TokenLogprobs]:
-    """The logprobs of one token per row, and of the num_top largest ones.
+) -> StartedLogprobs:
+    """Compute the logprobs of one token per row, and of the num_top largest ones.
 
     Args:
         logits: [num_rows, vocab_size], any float dtype.
         in_batch: see `sampler.sample`.
     """
-    targets = torch.tensor(token_ids, device=logits.device)
+    targets = to_device(np.array(token_ids, np.int64), logits.device)
     at_once = len(logits) if in_batch else 1
     parts = zip(logits.split(at_once), targets.split(at_once), strict=True)
-    described = to_host([describe_tokens(*part, num_top) for part in parts])
-    columns = (np.concatenate(column) for column in zip(*described, strict=True))
-    return tell_tokens(token_ids, *columns, num_top=num_top)
+    described = ToHost([describe_tokens(*part, num_top) for part in parts])
+    return StartedLogprobs(token_ids, described, num_top)
 
 
 def tell_tokens(token_ids: Sequence[int], *described: Numbers, num_top: int) -> list[TokenLogprobs]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,10 +33,15 @@ class KvCacheSize:
     total_bytes: int
 
 
-def make_attention(config: EngineConfig, model: Model) -> AttentionBackend:
+MakeBackend = Callable[[AttentionSpec], AttentionBackend]
+
+
+def make_attention(
+    config: EngineConfig, model: Model, backend: MakeBackend = make_backend
+) -> AttentionBackend:
     """What the model's layers attend with; nothing is allocated yet."""
     assert config.block_size is not None
-    return make_backend(
+    return backend(
         AttentionSpec(
             num_heads=model.heads.num_heads,
             num_kv_heads=model.heads.num_kv_heads,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 
 from pagoda_kernels.paged_attention import AttentionBackend
+from pagoda_kernels.transfer import to_device
+from pagoda_runtime.execution.row_tables import RowTables
 from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.layers.step_input import StepInput
 
@@ -22,33 +25,55 @@ class PreparedStep:
     """int64: indices of the tokens whose logits are wanted, in the rows' order."""
     sampled_rows: list[int]
     """Indices of the rows that they belong to."""
+    sampled_rows_on_device: torch.Tensor
     first_tokens: list[int]
     """For each row, the index of its first token."""
 
 
-def prepare_step(rows: Sequence[ScheduledRow], attention: AttentionBackend) -> PreparedStep:
-    """Lay out the rows' tokens one after the other, and plan their attention."""
+def prepare_step(
+    rows: Sequence[ScheduledRow],
+    row_tables: RowTables,
+    attention: AttentionBackend,
+    last_tokens: torch.Tensor | None = None,
+) -> PreparedStep:
+    """Lay out the rows' tokens one after the other, and plan their attention.
+
+    Args:
+        last_tokens: int64, on the device: of each row of the step before, what it has sampled.
+            Without it no row may have a token in flight.
+    """
     query_lens = np.array([len(row.token_ids) for row in rows])
-    starts = np.array([row.start for row in rows])
+    seq_lens = np.array([row.start for row in rows]) + query_lens
     ends = np.cumsum(query_lens)
-    token_ids = np.fromiter((t for row in rows for t in row.token_ids), dtype=np.int64)
-    positions = np.arange(len(token_ids)) + np.repeat(starts + query_lens - ends, query_lens)
-    plan = attention.plan(query_lens, starts + query_lens, _block_table(rows))
+    token_ids = np.fromiter(chain.from_iterable([row.token_ids for row in rows]), dtype=np.int64)
+    positions = np.arange(len(token_ids)) + np.repeat(seq_lens - ends, query_lens)
+    most_blocks = max([len(row.block_table) for row in rows])
+    table = row_tables.gather(row_tables.place(rows), most_blocks)
+    plan = attention.plan(query_lens, seq_lens, table)
     sampled = [index for index, row in enumerate(rows) if row.sampling_params is not None]
-    device = attention.spec.device
+    sampled_rows = np.array(sampled, dtype=np.int64)
+    in_flight = [
+        (i, row.row_in_flight) for i, row in enumerate(rows) if row.row_in_flight is not None
+    ]
+    waiting, sources = np.array(in_flight, dtype=np.int64).reshape(-1, 2).T
+    numbers = (
+        token_ids,
+        positions,
+        sampled_rows,
+        ends[sampled_rows] - 1,
+        ends[waiting] - 1,
+        sources,
+    )
+    on_device = to_device(np.concatenate(numbers), attention.spec.device)
+    parts = on_device.split([len(part) for part in numbers])
+    tokens, token_positions, rows_on_device, sampled_tokens, unknown, sampled_before = parts
+    if in_flight:
+        assert last_tokens is not None
+        tokens.index_copy_(0, unknown, last_tokens.index_select(0, sampled_before))
     return PreparedStep(
-        StepInput(
-            torch.from_numpy(token_ids).to(device), torch.from_numpy(positions).to(device), plan
-        ),
-        torch.from_numpy(ends[sampled] - 1).to(device),
+        StepInput(tokens, token_positions, plan),
+        sampled_tokens,
         sampled,
+        rows_on_device,
         (ends - query_lens).tolist(),
     )
-
-
-def _block_table(rows: Sequence[ScheduledRow]) -> np.ndarray:
-    """[num_rows, longest] int32, padded with block 0."""
-    padded = np.zeros((len(rows), max(len(row.block_table) for row in rows)), dtype=np.int32)
-    for index, row in enumerate(rows):
-        padded[index, : len(row.block_table)] = row.block_table
-    return padded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,32 @@ import torch
 
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.ipc.messages import ScheduledRow
+from pagoda_runtime.platforms import Record, Replay
+from pagoda_runtime.platforms.cpu import CpuPlatform
 from pagoda_runtime.sampling_params import SamplingParams
+
+
+class CpuAsDevice(CpuPlatform):
+    """A CPU that is treated as a GPU is: tokens stay where they are, decode steps are recorded.
+
+    What it records it runs again, so everything must lie where it lay.
+    """
+
+    is_asynchronous = True
+
+    def __init__(self) -> None:
+        self.num_replays = 0
+
+    def recorder(self) -> Record:
+        def record(run: Callable[[], None]) -> Replay:
+            def replay() -> None:
+                self.num_replays += 1
+                run()
+
+            run()
+            return replay
+
+        return record
 
 
 def make_row(

@@ -9,11 +9,19 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.platforms.base import MemoryBudget, Platform
+from pagoda_runtime.platforms.base import MemoryBudget, Platform, Record, Replay
 from pagoda_runtime.platforms.cpu import CpuPlatform
 from pagoda_runtime.platforms.cuda import CudaPlatform
 
-__all__ = ["PLATFORMS", "MemoryBudget", "Platform", "choose_platform", "describe_default"]
+__all__ = [
+    "PLATFORMS",
+    "MemoryBudget",
+    "Platform",
+    "Record",
+    "Replay",
+    "choose_platform",
+    "describe_default",
+]
 
 PLATFORMS: Mapping[str, Platform] = MappingProxyType(
     {platform.name: platform for platform in (CudaPlatform(), CpuPlatform())}

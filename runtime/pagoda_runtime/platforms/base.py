@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +17,12 @@ logger = logging.getLogger("pagoda.engine")
 if TYPE_CHECKING:
     # Flags' help is made from the defaults here, by a process that never needs torch.
     import torch
+
+
+Replay = Callable[[], None]
+"""Does what was recorded again, on the same tensors."""
+Record = Callable[[Callable[[], None]], Replay]
+"""Runs a function once, and records what it has the device do. It was called before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +49,9 @@ class Platform(ABC):
     """What ranks talk through: gloo or nccl."""
     is_deterministic: ClassVar[bool]
     """Whether it serves --deterministic."""
-    samples_in_batch: ClassVar[bool]
-    """Whether all rows of a step are sampled at once: where a row at a time costs a
-    synchronisation each."""
+    is_asynchronous: ClassVar[bool]
+    """Whether the host only tells the device what to do, and goes on: then a step's tokens stay
+    there for the next one, and nothing is read before it is wanted."""
     out_of_memory: ClassVar[str]
     """The reason of a FatalError."""
 
@@ -78,6 +84,10 @@ class Platform(ABC):
     def num_threads(self, config: EngineConfig) -> int:
         """Of a rank: they divide what the flag says, or the cores that the cgroup allows."""
         return max(1, (config.num_threads or allowed_cores()) // config.tensor_parallel_size)
+
+    def recorder(self) -> Record | None:
+        """What records the device's work, in memory that all it records shares; None: nothing."""
+        return None
 
     def memory_bandwidth_gbps(self) -> float | None:
         """GB/s of reading memory, measured; None where that is not worth the time."""

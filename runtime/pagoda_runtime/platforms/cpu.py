@@ -30,7 +30,7 @@ class CpuPlatform(Platform):
     max_tensor_parallel_size = 16
     collectives = "gloo"
     is_deterministic = True
-    samples_in_batch = False
+    is_asynchronous = False
     out_of_memory = "OutOfMemory"
 
     def is_available(self) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from pagoda_runtime.config import EngineConfig
-from pagoda_runtime.platforms.base import MemoryBudget, Platform
+from pagoda_runtime.platforms.base import MemoryBudget, Platform, Record, Replay
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,7 @@ class CudaPlatform(Platform):
     max_tensor_parallel_size = 1024
     collectives = "nccl"
     is_deterministic = False
-    samples_in_batch = True
+    is_asynchronous = True
     out_of_memory = "GpuOutOfMemory"
 
     def is_available(self) -> bool:
@@ -62,3 +63,32 @@ class CudaPlatform(Platform):
         return MemoryBudget(
             available - step_bytes, "--gpu-memory-utilization (engine.gpuMemoryPercent)"
         )
+
+    def recorder(self) -> Record:
+        return _GraphRecorder()
+
+
+class _GraphRecorder:
+    """Records CUDA graphs, whose tensors lie in one pool of memory: only one runs at a time."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self, run: Callable[[], None]) -> Replay:
+        import torch
+
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        # Not torch.cuda.graph, which collects all garbage and gives all memory back each time.
+        with torch.cuda.stream(self._stream):
+            # What other threads do meanwhile, as NCCL's, is none of the graph's business.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph.replay

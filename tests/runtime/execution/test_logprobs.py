@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagoda_runtime.execution.logprobs import (
-    compute_logprobs,
     describe_tokens,
     find_candidates,
+    start_logprobs,
     tell_tokens,
     to_host,
     top_k,
@@ -20,7 +20,7 @@ INF = math.inf
 
 
 def describe(logits, token_ids, num_top, *, in_batch=False):
-    return compute_logprobs(logits, token_ids, num_top, in_batch=in_batch)
+    return start_logprobs(logits, token_ids, num_top, in_batch=in_batch).tell()
 
 
 @settings(deadline=None)
