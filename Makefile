@@ -3,7 +3,7 @@
 
 PYTHON ?= .venv/bin/python
 
-.PHONY: demo demo-down test check lint types unit interpreted venv model kubeconfig lock gpu-check \
+.PHONY: demo demo-down test check lint types unit interpreted venv model kubeconfig lock gpu-check gpu-compile \
   bench-cpu bench-versions bench-long bench-waste bench-overhead bench-quantization \
   bench-strangers soak
 
@@ -25,7 +25,7 @@ lint:
 
 types:
 	@$(PYTHON) -m mypy operator/pagoda_operator kernels/pagoda_kernels runtime/pagoda_runtime
-	@$(PYTHON) -m mypy -p cluster
+	@$(PYTHON) -m mypy -p cluster -p gpu
 
 unit: interpreted
 	@$(PYTHON) -m pytest -q tests -m "not model and not slow"
@@ -67,6 +67,10 @@ bench-strangers: venv ## what attacks cost a server and its other clients: make 
 
 soak: venv      ## a server's memory over 10,000 requests: make soak [OUT=FILE]
 	@$(PYTHON) benchmarks/soak.py --out $(or $(OUT),out/soak.json)
+
+gpu-compile: venv ## every kernel of GPU engines, compiled without a GPU: make gpu-compile [OUT=FILE]
+	@PYTHONPATH=benchmarks $(PYTHON) -m gpu.compile \
+	  --out $(or $(OUT),benchmarks/results/gpu-compile.json)
 
 gpu-check:      ## on a machine with a CUDA device: every test that needs one
 	@$(or $(PYTHON),python3) -m pytest -q tests -m gpu

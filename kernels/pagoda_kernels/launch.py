@@ -28,7 +28,7 @@ class Launch(NamedTuple):
     args: Sequence[Any]
     """Tensors, fake, and numbers."""
     options: dict[str, Any]
-    """The kernel's constants, num_warps and num_stages."""
+    """The kernel's constants and Triton's own, as num_warps."""
 
 
 class LaunchRecorder(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -49,6 +49,8 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
     Args:
         options: the kernel's constants (tl.constexpr), num_warps, num_stages.
     """
+    # What Triton does by default, until 3.10; saying nothing about it makes 3.9 warn.
+    options = {"enable_fp_fusion": True, **options}
     recorder = getattr(args[0], "fake_mode", None)
     if recorder is None:
         kernel[tuple(grid)](*args, **options)

@@ -27,13 +27,13 @@ def test_tensors_of_a_recorder_have_their_kernels_noted_and_not_run():
     assert noted.grid == (8, 2)
     assert noted.args[0].device.type == "cuda"
     assert noted.args[1] == 1000
-    assert noted.options == {"BLOCK": 128, "num_warps": 4}
+    assert noted.options == {"BLOCK": 128, "num_warps": 4, "enable_fp_fusion": True}
 
 
 def test_real_tensors_have_theirs_run():
     kernel, x = Kernel(), torch.zeros(4)
     launch(kernel, [1], x, BLOCK=4)
-    assert kernel.launches == [((1,), (x,), {"BLOCK": 4})]
+    assert kernel.launches == [((1,), (x,), {"BLOCK": 4, "enable_fp_fusion": True})]
 
 
 def test_a_gpu_uses_triton_and_a_cpu_does_not():
