@@ -31,8 +31,7 @@ _NUMBERS = {
     "registers": r"REG:(\d+)",
     "stack_bytes": r"STACK:(\d+)",
 }
-_AMD_DOTS = ("mma.sync", "wgmma", "tcgen05.mma", "v_mfma")
-_NUMBERS = {
+_AMD_NUMBERS = {
     "registers": r"\.vgpr_count:\s+(\d+)",
     "stack_bytes": r"\.private_segment_fixed_size:\s+(\d+)",
     "spills": r"\.vgpr_spill_count:\s+(\d+)",

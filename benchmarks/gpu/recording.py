@@ -13,6 +13,7 @@ from pagoda_kernels.launch import Launch, LaunchRecorder
 from pagoda_kernels.paged_attention import make_backend
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.memory import make_attention
+from pagoda_runtime.execution.row_tables import RowTables
 from pagoda_runtime.execution.step_input import prepare_step
 from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.models.registry import make_model
@@ -57,7 +58,7 @@ def record(
             attention.allocate(1024)
             attention.copy_blocks([1], [2])
             for step in STEPS:
-                prepared = prepare_step(_rows(step, block_size), attention)
+                prepared = prepare_step(_rows(step, block_size), RowTables(256, 256), attention)
                 hidden = model(prepared.step_input)
                 model.logits(hidden.index_select(0, prepared.sampled_tokens))
             yield kv_dtype, block_size, recorder.launches
