@@ -46,8 +46,8 @@ class _Rank:
     process: subprocess.Popen[bytes]
     channel: Connection
     pidfd: int
-    since: float = 0.0
-    """time.monotonic() when it could begin the step that it is in."""
+    since: float
+    """time.monotonic() when it could begin the step that it is in, or was seen to load."""
     num_done: int = 0
     is_ready: bool = False
     is_gone: bool = False
@@ -141,7 +141,7 @@ class Ranks:
         theirs.close()
         launch = msgspec.structs.replace(launch, rank=number)
         ours.send_bytes(self._encoder.encode(launch))
-        return _Rank(number, process, ours, os.pidfd_open(process.pid))
+        return _Rank(number, process, ours, os.pidfd_open(process.pid), time.monotonic())
 
     def _watch(self) -> None:
         signs = [self._wake]
@@ -165,15 +165,24 @@ class Ranks:
     def _seconds_left(self) -> float | None:
         """Until some rank has been in its step for too long; None if all are idle."""
         with self._lock:
-            since = [rank.since for rank in self._ranks if rank.num_done < self._num_steps]
+            since = [rank.since for rank in self._ranks if self._is_busy(rank)]
         if not since:
             return None
         return max(0.0, min(since) + self._timeout_seconds - time.monotonic())
 
+    def _is_busy(self, rank: _Rank) -> bool:
+        return not rank.is_ready or rank.num_done < self._num_steps
+
     def _is_late(self, rank: _Rank) -> bool:
         with self._lock:
-            seconds = time.monotonic() - rank.since
-            return rank.num_done < self._num_steps and seconds >= self._timeout_seconds
+            now = time.monotonic()
+            if not self._is_busy(rank) or now - rank.since < self._timeout_seconds:
+                return False
+            if rank.is_ready or _is_stopped(rank.process.pid):
+                return True
+            # How long a model loads nobody knows.
+            rank.since = now
+            return False
 
     def _read(self, rank: _Rank) -> None:
         """Take all that a rank has said."""

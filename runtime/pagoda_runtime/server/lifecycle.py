@@ -102,9 +102,11 @@ async def _load(state: ServerState, load_tokenizer: LoadTokenizer) -> None:
     gc.collect()
     gc.freeze()
     logger.info(
-        "Ready after %.1f s: %s on %s in %s, context %d tokens, KV cache %d blocks of %d tokens",
+        "Ready after %.1f s: %s on %d × %s in %s, context %d tokens, "
+        "KV cache %d blocks of %d tokens",
         time.monotonic() - started,
         ", ".join(state.model_names),
+        ready.tensor_parallel_size,
         ready.device,
         ready.dtype,
         ready.max_model_len,

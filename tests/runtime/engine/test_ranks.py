@@ -23,6 +23,8 @@ from pagoda_runtime.testing import fake_next_token
 COMMAND = (sys.executable, "-m", "pagoda_runtime.testing")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+# Until all ranks are: runners without a model do not wait for each other.
+IDLE_SECONDS = 0.5
 LONG = {"step_seconds": 0.01, "max_model_len": 4000, "num_blocks": 2000}
 
 
@@ -128,6 +130,7 @@ async def test_a_stopped_rank_ends_the_engine_after_the_timeout():
 async def test_a_rank_that_is_stopped_while_idle_is_missed_at_the_next_step():
     async with serving(collective_timeout_seconds=1.5) as (engine, ranks):
         await generate(engine, [1], GREEDY)
+        await asyncio.sleep(IDLE_SECONDS)
         os.kill(ranks[1], signal.SIGSTOP)
         await asyncio.sleep(1.8)
         assert engine.failure is None
@@ -138,8 +141,7 @@ async def test_a_rank_that_is_stopped_while_idle_is_missed_at_the_next_step():
 async def test_a_rank_that_dies_while_the_engine_is_idle_is_noticed_at_once():
     async with serving() as (engine, ranks):
         await generate(engine, [1], GREEDY)
-        # Runners without a model do not wait for each other.
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(IDLE_SECONDS)
         os.kill(ranks[0], signal.SIGKILL)
         await until(lambda: engine.failure is not None, seconds=3)
         assert "Rank 1 of 3" in engine.failure.message
@@ -152,6 +154,22 @@ async def test_a_rank_that_dies_while_it_loads_is_told():
         await until(lambda: len(ranks_of(engine)) == 2)
         os.kill(ranks_of(engine)[1], signal.SIGKILL)
         with pytest.raises(FatalError, match=r"Rank 2 .* \(SIGKILL\) while it loaded the model"):
+            await asyncio.wait_for(engine.wait_ready(), 10)
+    finally:
+        await engine.shutdown()
+
+
+async def test_a_rank_that_is_stopped_while_it_loads_is_told_and_a_slow_one_is_waited_for():
+    engine = start({"rank_1": {"load_seconds": 1}}, collective_timeout_seconds=0.3)
+    try:
+        await asyncio.wait_for(engine.wait_ready(), 10)
+    finally:
+        await engine.shutdown()
+    engine = start({"rank_2": {"load_seconds": 60}}, collective_timeout_seconds=0.3)
+    try:
+        await until(lambda: len(ranks_of(engine)) == 2)
+        os.kill(ranks_of(engine)[1], signal.SIGSTOP)
+        with pytest.raises(FatalError, match=r"Rank 2 .* while it loaded the model: its process"):
             await asyncio.wait_for(engine.wait_ready(), 10)
     finally:
         await engine.shutdown()
@@ -184,7 +202,7 @@ async def test_no_rank_outlives_rank_0_even_if_it_is_stopped():
 async def test_idle_ranks_take_no_time():
     async with serving() as (engine, ranks):
         await generate(engine, [1], GREEDY)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(IDLE_SECONDS)
         before = [cpu_ticks(pid) for pid in (engine.pid, *ranks)]
         await asyncio.sleep(1.5)
         assert [cpu_ticks(pid) for pid in (engine.pid, *ranks)] <= [ticks + 1 for ticks in before]
