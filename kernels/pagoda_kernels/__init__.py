@@ -3,6 +3,8 @@
 kv_cache: how keys and values are stored.
 launch: where Triton kernels run.
 paged_attention: the contract of attention backends, which own keys and values, and the reference.
+copy_blocks: of keys and values, for sequences that part.
+rotary: the angles of a step's tokens.
 rotate_and_store: norms and rotation of heads, and their keys and values into the cache.
 norm: root mean square and layer norms, by themselves or with the sum that they are of.
 cpu: what numba compiles for a CPU; its attention backend, its products with packed matrices, its

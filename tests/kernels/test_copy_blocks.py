@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pagoda_kernels.copy_blocks import copy_blocks as copy_blocks_op
 from pagoda_kernels.kv_cache import KVCache
 from pagoda_kernels.paged_attention import AttentionSpec
 from pagoda_kernels.paged_attention.reference import ReferenceAttention
@@ -62,3 +63,15 @@ def test_a_target_may_be_the_source_of_another_copy():
 def test_copies_that_make_no_sense_are_refused(sources, targets, shown):
     with pytest.raises(ValueError, match=shown):
         copy_blocks(make_caches(), sources=sources, targets=targets)
+
+
+@pytest.mark.gpu
+def test_a_gpu_copies_chains_as_specified():
+    torch.manual_seed(0)
+    here = [torch.randn(40, 16, 2, 3, size).bfloat16() for size in (80, 128, 256)]
+    there = [tensor.cuda() for tensor in here]
+    sources, targets = list(range(40)), [*range(1, 40), 0]
+    copy_blocks_op(here, sources, targets)
+    copy_blocks_op(there, sources, targets)
+    for tensor, other in zip(there, here, strict=True):
+        assert torch.equal(tensor.cpu(), other)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pagoda_kernels.copy_blocks import copy_blocks
 from pagoda_kernels.kv_cache import LARGEST, KVCache, make_kv_cache, token_bytes
 
 
@@ -186,15 +187,5 @@ class AttentionBackend(ABC):
         All blocks are read before any is written, so a target may be the source of another copy.
         Raises: ValueError: the lengths differ, a target repeats, or a block does not exist.
         """
-        if len(sources) != len(targets):
-            raise ValueError(f"There are {len(sources)} sources and {len(targets)} targets.")
-        if len(set(targets)) != len(targets):
-            raise ValueError(f"targets {list(targets)} repeat a block.")
-        num_blocks = self.kv_caches[0].num_blocks
-        for block in (*sources, *targets):
-            if not 0 <= block < num_blocks:
-                raise ValueError(f"Block {block} does not exist; the cache has {num_blocks}.")
-        from_blocks = torch.tensor(sources, device=self.spec.device)
-        to_blocks = torch.tensor(targets, device=self.spec.device)
-        for stored in itertools.chain(*(kv_cache.tensors for kv_cache in self.kv_caches)):
-            stored.index_copy_(0, to_blocks, stored.index_select(0, from_blocks))
+        tensors = itertools.chain(*(kv_cache.tensors for kv_cache in self.kv_caches))
+        copy_blocks(list(tensors), sources, targets)

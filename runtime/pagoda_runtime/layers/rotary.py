@@ -7,6 +7,7 @@ import math
 import torch
 
 from pagoda_kernels.paged_attention import Rotary
+from pagoda_kernels.rotary import rotary
 from pagoda_runtime.layers.rope_config import RopeConfig
 
 
@@ -86,6 +87,4 @@ def rotary_of(
         positions: [num_tokens].
         frequencies: [rotary_dim / 2] fp32; a head's dimensions after rotary_dim stay.
     """
-    angles = positions[:, None, None].float() * frequencies
-    cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
-    return Rotary(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+    return Rotary(*rotary(positions, frequencies, attention_factor))
