@@ -6,6 +6,9 @@ hands such pages out again only after the copies from and to them are done.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -18,6 +21,25 @@ def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Ten
         return tensor
     pinned = torch.empty_like(tensor, pin_memory=True)
     return pinned.copy_(tensor).to(device, non_blocking=True)
+
+
+def all_to_device(
+    arrays: Sequence[npt.NDArray[np.generic]], device: torch.device
+) -> list[torch.Tensor]:
+    """The arrays as tensors on the device, in one transfer."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    # Each begins at a multiple of 16 bytes, as a tensor of its own would: kernels depend on it.
+    ends = [*accumulate(array.nbytes + -array.nbytes % 16 for array in arrays)]
+    starts = [0, *ends[:-1]]
+    packed = np.empty(ends[-1], np.uint8)
+    for array, start in zip(arrays, starts, strict=True):
+        packed[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    sent = to_device(packed, device)
+    return [
+        sent[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        for array, start in zip(arrays, starts, strict=True)
+    ]
 
 
 class OnTheWay:

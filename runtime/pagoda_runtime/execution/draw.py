@@ -1,7 +1,5 @@
-"""Draw tokens in proportion to their weights: one draw after the other, or many at once.
-
-The two choose the same tokens. What is fast in one is slow in the other: a CPU looks at a result
-and cuts short what is left to do, and a device that the host waits for does all without a look.
+"""Draw tokens in proportion to their weights, as is fast on a CPU: with a look at each result,
+which cuts short what is left to do. `pagoda_kernels.sampling` draws the same tokens on a device.
 """
 
 from __future__ import annotations
@@ -9,52 +7,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from pagoda_kernels.sampling import Draw, uniform
 from pagoda_runtime.execution.logprobs import pad
 
 _CHUNK = 512
-_MASK64 = (1 << 64) - 1
-# Attempts of a draw in a batch: more are needed for 1 in a million at a top_p of 0.5.
-_NUM_ATTEMPTS = 8
-_Ints = TypeVar("_Ints", int, npt.NDArray[np.integer])
-
-
-class Draw(NamedTuple):
-    """One draw from a row of weights."""
-
-    row: int
-    top_p: float
-    seed: int
-    position: int
-
-
-def uniform(seed: int, position: int, attempt: int = 0) -> float:
-    """A number from 0 to below 1, made from the arguments alone."""
-    return (_mixed(seed & _MASK64, position, attempt) >> 11) / (1 << 53)
-
-
-def _mixed(seeds: _Ints, positions: _Ints, attempts: _Ints) -> _Ints:
-    """64 bits for each.
-
-    Source: SplitMix64 of Steele, Lea and Flood, Fast splittable pseudorandom number generators,
-    2014.
-    """
-    state = seeds
-    for step in (positions, attempts):
-        state = (_mix(state) + (step + 1) * 0x9E3779B97F4A7C15) & _MASK64
-    return _mix(state)
-
-
-def _mix(value: _Ints) -> _Ints:
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
 
 
 def draw_each(weights: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
@@ -74,46 +35,11 @@ def draw_each(weights: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     return torch.tensor([_draw(weights[some.row], some) for some in draws])
 
 
-def draw_together(weights: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """What `draw_each` returns, with nothing read by the host; -1 if _NUM_ATTEMPTS are too few."""
-    device, top_p = weights.device, [some.top_p for some in draws]
-    if len(draws) > len(weights):
-        weights = weights[torch.tensor([some.row for some in draws], device=device)]
-    num_attempts = _NUM_ATTEMPTS if min(top_p) < 1.0 else 1
-    seeds = np.array([some.seed & _MASK64 for some in draws], np.uint64)[:, None]
-    positions = np.array([some.position for some in draws], np.uint64)[:, None]
-    attempts = np.arange(num_attempts, dtype=np.uint64)[None]
-    numbers = (_mixed(seeds, positions, attempts) >> 11) / (1 << 53)
-    columns = torch.from_numpy(np.column_stack([top_p, numbers])).to(device)
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    wanted, is_done = columns[:, 0] * cumulative[:, -1], columns[:, 0] >= 1.0
-    indices = _invert_together(cumulative, columns[:, 1])
-    for attempt in range(2, num_attempts + 1):
-        chosen, places = weights.gather(1, indices), torch.arange(weights.shape[1], device=device)
-        is_larger = (weights > chosen) | ((weights == chosen) & (places < indices))
-        weights = weights.where(is_larger, 0.0)
-        cumulative = weights.cumsum(-1, dtype=torch.float64)
-        mass = cumulative[:, -1]
-        is_done = is_done | (mass < wanted) | (mass == 0.0)
-        drawn = _invert_together(cumulative, columns[:, attempt])
-        indices = indices.where(is_done[:, None], drawn)
-    return indices[:, 0].where(is_done, -1)
-
-
-def _invert_together(cumulative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[num_draws, 1] int64: the first place that exceeds target × the last one's number."""
-    total = cumulative[:, -1]
-    # Rounding must not ask for more than there is.
-    wanted = torch.minimum(targets * total, total.nextafter(torch.zeros_like(total)))
-    found = torch.searchsorted(cumulative, wanted[:, None], right=True)
-    return found.clamp_max(cumulative.shape[1] - 1)
-
-
 def _draw(weights: torch.Tensor, draw: Draw) -> int:
     sums = _chunk_sums(weights)
     wanted = draw.top_p * float(sums.sum())
     for attempt in itertools.count():
-        index = _invert(weights, sums, uniform(draw.seed, draw.position, attempt))
+        index = _invert(weights, sums, uniform(draw.state, attempt))
         if draw.top_p >= 1.0:
             break
         weights = _larger(weights, index)

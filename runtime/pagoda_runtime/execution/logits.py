@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,11 @@ def is_processed(row: ScheduledRow) -> bool:
     )
 
 
+def is_plain(row: ScheduledRow) -> bool:
+    """Whether the row takes the token of the largest logit as computed."""
+    return params_of(row).is_greedy and not row.num_candidates and not is_processed(row)
+
+
 def process_logits(
     logits: torch.Tensor, rows: Sequence[ScheduledRow], eos_token_ids: Collection[int]
 ) -> torch.Tensor:
@@ -46,42 +52,81 @@ def process_logits(
         eos_token_ids: the model's end tokens, which min_tokens holds back.
     Returns: [num_rows, vocab_size] fp32, -inf for tokens that must not come.
     """
-    processed = logits.to(torch.float32, copy=True)
-    # A model that overflows on one request must not end the others.
-    processed.nan_to_num_(nan=0.0, posinf=_LARGE, neginf=-_LARGE)
+    processed = clean_logits(logits)
     if any(is_processed(row) for row in rows):
-        _restrict(processed, rows, eos_token_ids)
-        _penalize(processed, rows)
+        changes = find_changes(rows, eos_token_ids, logits.shape[1])
+        change_logits(processed, [torch.from_numpy(array) for array in changes])
     return processed
 
 
+def clean_logits(logits: torch.Tensor) -> torch.Tensor:
+    """A copy in fp32 with numbers alone."""
+    # A model that overflows on one request must not end the others.
+    cleaned = logits.to(torch.float32, copy=True)
+    return cleaned.nan_to_num_(nan=0.0, posinf=_LARGE, neginf=-_LARGE)
+
+
+Array = npt.NDArray[Any]
 _Entries = list[tuple[int, Collection[int], npt.ArrayLike]]
 """Rows, some of their tokens, and a number for each of these or one for all."""
 
 
-def _restrict(
-    logits: torch.Tensor, rows: Sequence[ScheduledRow], eos_token_ids: Collection[int]
-) -> None:
-    """Forbid tokens and add biases, in place."""
+def find_changes(
+    rows: Sequence[ScheduledRow], eos_token_ids: Collection[int], vocab_size: int
+) -> list[Array]:
+    """What `change_logits` does to the rows: rows that may have some tokens alone, and for these
+    tokens, bias, repetition, presence and frequency the places in flattened logits, int64, each
+    with numbers, fp32.
+    """
+    allowed, added = _find_restrictions(rows, eos_token_ids, vocab_size)
+    entries = (allowed, added, *_find_penalties(rows))
+    restricted = np.array([index for index, *_ in allowed], np.int64)
+    return [restricted, *(array for some in entries for array in _locate(some, vocab_size))]
+
+
+def change_logits(logits: torch.Tensor, changes: Sequence[torch.Tensor]) -> None:
+    """Change cleaned logits in place. Costs a few operations on the changed ones alone.
+
+    Args:
+        logits: [num_rows, vocab_size] fp32.
+        changes: of `find_changes`, on the device of logits.
+    Sources: Keskar et al., CTRL, 2019 (repetition penalty); OpenAI's API reference (the others).
+    """
+    restricted, allowed, _, added, biases, repeated, factors, *penalties = changes
+    present, presences, frequent, frequencies = penalties
+    flat = logits.view(-1)
+    if restricted.numel():
+        values = flat[allowed]
+        logits.index_fill_(0, restricted, -torch.inf)
+        flat[allowed] = values
+    if added.numel():
+        flat.index_add_(0, added, biases)
+    # A token that occurs again is written again, with the same value.
+    if repeated.numel():
+        values = flat[repeated]
+        flat[repeated] = torch.where(values > 0, values / factors, values * factors)
+    if present.numel():
+        flat[present] -= presences
+    if frequent.numel():
+        flat.index_add_(0, frequent, frequencies)
+
+
+def _find_restrictions(
+    rows: Sequence[ScheduledRow], eos_token_ids: Collection[int], vocab_size: int
+) -> tuple[_Entries, _Entries]:
+    """Allowed tokens, and biases, which are -inf for forbidden tokens."""
     allowed, added = _Entries(), _Entries()
     for index, row in enumerate(rows):
         params = params_of(row)
         if params.allowed_token_ids is not None:
             allowed.append((index, params.allowed_token_ids, 0.0))
         forbidden = _forbidden_token_ids(row, eos_token_ids)
-        possible = params.allowed_token_ids or range(logits.shape[1])
+        possible = params.allowed_token_ids or range(vocab_size)
         if forbidden and not forbidden.issuperset(possible):
             added.append((index, forbidden, -np.inf))
         if params.logit_bias:
             added.append((index, params.logit_bias, list(params.logit_bias.values())))
-    flat = logits.view(-1)
-    if allowed:
-        places, _ = _locate(allowed, logits)
-        values = flat[places]
-        logits[[index for index, *_ in allowed]] = -torch.inf
-        flat[places] = values
-    if added:
-        flat.index_add_(0, *_locate(added, logits))
+    return allowed, added
 
 
 def _forbidden_token_ids(row: ScheduledRow, eos_token_ids: Collection[int]) -> set[int]:
@@ -96,11 +141,8 @@ def _forbidden_token_ids(row: ScheduledRow, eos_token_ids: Collection[int]) -> s
     return forbidden
 
 
-def _penalize(logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> None:
-    """Penalize, in place, tokens of the rows' histories. Costs a few operations on these alone.
-
-    Sources: Keskar et al., CTRL, 2019 (repetition penalty); OpenAI's API reference (the others).
-    """
+def _find_penalties(rows: Sequence[ScheduledRow]) -> tuple[_Entries, _Entries, _Entries]:
+    """Tokens of the rows' histories with penalties for repetition, presence and frequency."""
     repeated, present, frequent = _Entries(), _Entries(), _Entries()
     for index, row in enumerate(rows):
         params, said = params_of(row), row.history or []
@@ -111,25 +153,14 @@ def _penalize(logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> None:
             present.append((index, output, params.presence_penalty))
         if params.frequency_penalty:
             frequent.append((index, output, -params.frequency_penalty))
-    flat = logits.view(-1)
-    # A token that occurs again is written again, with the same value.
-    if repeated:
-        places, amounts = _locate(repeated, logits)
-        values = flat[places]
-        flat[places] = torch.where(values > 0, values / amounts, values * amounts)
-    if present:
-        places, amounts = _locate(present, logits)
-        flat[places] -= amounts
-    if frequent:
-        flat.index_add_(0, *_locate(frequent, logits))
+    return repeated, present, frequent
 
 
-def _locate(entries: _Entries, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The entries' places in flattened logits, int64, and their numbers, fp32."""
-    places, numbers = [], []
+def _locate(entries: _Entries, vocab_size: int) -> tuple[Array, Array]:
+    """The entries' places in flattened logits, and their numbers."""
+    places, numbers = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
     for row, token_ids, amounts in entries:
-        some = np.fromiter(token_ids, np.int64, len(token_ids)) + row * logits.shape[1]
+        some = np.fromiter(token_ids, np.int64, len(token_ids)) + row * vocab_size
         places.append(some)
         numbers.append(np.full(some.shape, amounts, np.float32))
-    both = torch.from_numpy(np.concatenate(places)), torch.from_numpy(np.concatenate(numbers))
-    return both[0].to(logits.device), both[1].to(logits.device)
+    return np.concatenate(places), np.concatenate(numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from pagoda_kernels.transfer import OnTheWay, to_device
-from pagoda_runtime.ipc.messages import TokenLogprobs
+from pagoda_runtime.ipc.messages import RowOutput, ScheduledRow, TokenLogprobs
+from pagoda_runtime.sampling_params import SamplingParams
 
 Numbers = npt.NDArray[np.float64]
 
@@ -58,7 +60,11 @@ def _find_largest(values: torch.Tensor, indices: torch.Tensor, k: int) -> torch.
 
 
 def describe_tokens(
-    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int, *, is_argmax: bool = False
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    num_top: int,
+    *,
+    is_argmax: bool | torch.Tensor = False,
 ) -> tuple[torch.Tensor, ...]:
     """The logprob and rank of one token per row, and the num_top largest with theirs.
 
@@ -66,18 +72,22 @@ def describe_tokens(
         logits: [num_rows, vocab_size], any float dtype.
         token_ids: [num_rows] int64.
         is_argmax: the tokens were found to be the largest: by the order of logits before they were
-            rounded, or as the first of equals.
+            rounded, or as the first of equals. [num_rows] bools, or one for all.
     Returns: logprobs and ranks, [num_rows]; ids and logprobs, best first, [num_rows, num_top].
     """
-    values, token_ids = logits.to(torch.float32, copy=is_argmax), token_ids[:, None]
-    if is_argmax:
+    may_be_argmax = is_argmax is not False
+    values, token_ids = logits.to(torch.float32, copy=may_be_argmax), token_ids[:, None]
+    if may_be_argmax:
         # So they are here, too; what is added is less than what the rounding may have taken.
         largest = values.amax(-1, keepdim=True)
-        values.scatter_(1, token_ids, largest.nextafter(torch.full_like(largest, torch.inf)))
+        largest = largest.nextafter(torch.full_like(largest, torch.inf))
+        if isinstance(is_argmax, torch.Tensor):
+            largest = largest.where(is_argmax[:, None], values.gather(1, token_ids))
+        values.scatter_(1, token_ids, largest)
     logprobs = values.log_softmax(-1)
     # Ranked by their logits: logprobs of different tokens may be rounded to the same number.
     _, top_ids = top_k(values, min(num_top, values.shape[1]))
-    if is_argmax:
+    if is_argmax is True:
         ranks = torch.ones_like(logprobs[:, 0])
     else:
         # In fp32, exact up to 2**24 tokens: on a CPU, sums of bools are several times slower.
@@ -138,6 +148,26 @@ def tell_tokens(token_ids: Sequence[int], *described: Numbers, num_top: int) -> 
         )
         for token_id, logprob, rank, ids, some in zip(token_ids, *columns, strict=True)
     ]
+
+
+def tell_row(
+    token_ids: list[int], described: Sequence[Numbers], params: SamplingParams
+) -> RowOutput:
+    """A row's tokens with the logprobs that its parameters ask for."""
+    if not params.needs_logprobs:
+        return RowOutput(token_ids=token_ids)
+    logprobs = None
+    if params.logprobs is not None:
+        logprobs = tell_tokens(token_ids, *described, num_top=params.logprobs)
+    return RowOutput(token_ids=token_ids, logprobs=logprobs, token_logprobs=described[0].tolist())
+
+
+def tell_candidates(row: ScheduledRow, token_ids: Numbers, logprobs: Numbers) -> RowOutput:
+    """A beam's candidates; fewer than it wants if fewer are possible at all."""
+    most = min(row.num_candidates, int((logprobs > -math.inf).sum()))
+    return RowOutput(
+        token_ids=[int(i) for i in token_ids[:most]], token_logprobs=logprobs[:most].tolist()
+    )
 
 
 class ToHost:

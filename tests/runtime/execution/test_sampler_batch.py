@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pagoda_runtime.execution import draw as draw_module
-from pagoda_runtime.execution import logprobs, sampler
+from pagoda_kernels.launch import LaunchRecorder
+from pagoda_runtime.execution import sampler
 from pagoda_runtime.execution.testing import make_row
 from pagoda_runtime.sampling_params import SamplingParams
 
@@ -95,8 +95,12 @@ def test_the_first_tokens_of_rows_are_where_the_logits_are(in_batch, knows_argma
         assert row.num_candidates or int(token_id) == output.token_ids[0]
 
 
-class NoHostReads(TorchDispatchMode):
-    """Raises where a device would be waited for."""
+class Watch(TorchDispatchMode):
+    """Counts copies between host and device, and raises where the device would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_host = self.to_device = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
@@ -109,33 +113,44 @@ class NoHostReads(TorchDispatchMode):
         ), name
         if name.startswith("aten::index") and args[1:] and isinstance(args[1], list | tuple):
             assert all(index is None or index.dtype is not torch.bool for index in args[1])
-        return func(*args, **(kwargs or {}))
+            assert all(index is None or index.is_cuda for index in args[1])
+        result = func(*args, **(kwargs or {}))
+        if name in ("aten::copy_", "aten::_to_copy"):
+            source = args[1] if name == "aten::copy_" else args[0]
+            if source.device != result.device:
+                # Nothing is waited for.
+                assert args[2] if name == "aten::copy_" else kwargs["non_blocking"]
+                self.to_host += source.is_cuda
+                self.to_device += result.is_cuda
+        return result
 
 
-def test_a_batch_is_read_once(monkeypatch):
-    random = Random(0)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_device_is_not_waited_for(seed):
+    """Also: no tensors of two devices meet, and no shape depends on numbers."""
+    random = Random(seed)
     rows = [random_row(random, 2001) for _ in range(NUM_MIXED)]
-    # So small a top_p may need more attempts, and with them another transfer.
-    rows = [row for row in rows if row.sampling_params.top_p >= 0.5]
-    reads = []
-
-    class ToHost(logprobs.ToHost):
-        def __init__(self, groups):
-            reads.append(len(groups))
-            super().__init__(groups)
-
-    monkeypatch.setattr(sampler, "ToHost", ToHost)
-    with NoHostReads():
-        sampler.sample(torch.randn(len(rows), 2001), rows, [0], in_batch=True)
-    assert len(reads) == 1
-    assert reads[0] > 4
+    with LaunchRecorder() as recorder, Watch() as watch:
+        logits = torch.empty(len(rows), 2001, dtype=torch.bfloat16, device="cuda")
+        started = sampler.start_with_logits(logits, rows, [0], in_batch=True)
+    assert started.token_ids.is_cuda
+    assert started.token_ids.shape == (len(rows),)
+    assert (watch.to_device, watch.to_host) == (1, 1)
+    assert len(recorder.launches) == 2
 
 
-def test_a_draw_that_needs_many_attempts_gets_them(monkeypatch):
+def test_a_batch_of_greedy_rows_costs_a_device_little():
+    rows = [make_row(SamplingParams(temperature=0.0))] * 5
+    with LaunchRecorder() as recorder, Watch() as watch:
+        logits = torch.empty(5, 2001, device="cuda")
+        sampler.start_with_logits(logits, rows, [0], in_batch=True)
+    assert (watch.to_device, watch.to_host) == (1, 1)
+    assert len(recorder.launches) == 2
+
+
+def test_a_draw_that_needs_many_attempts_gets_them():
     torch.manual_seed(0)
     logits = torch.randn(1, 3000) / 4
     rows = [make_row(SamplingParams(top_p=0.002), seeds=range(30), position=3)]
     (expected,) = sampler.sample(logits, rows, in_batch=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(draw_module, "_NUM_ATTEMPTS", 2)
-        assert sampler.sample(logits, rows, in_batch=True) == [expected]
+    assert sampler.sample(logits, rows, in_batch=True) == [expected]

@@ -55,7 +55,9 @@ class Lockstep:
         self.ranks = list(self.threads.map(make, range(size)))
         self.ready_facts = self.ranks[0].ready_facts
 
-    def submit(self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()) -> testing.StepDone:
+    def submit(
+        self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()
+    ) -> testing.StepDone:
         outputs = list(self.threads.map(lambda rank: rank.execute(rows, copies), self.ranks))
         assert all(output == outputs[0] for output in outputs)
         return testing.StepDone(outputs[0])

@@ -1,0 +1,130 @@
+"""Choose the tokens of all rows of a step together, on a device that nobody waits for meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pagoda_kernels.sampling import Draw, draw_tokens, make_state, pack_draws
+from pagoda_kernels.transfer import all_to_device
+from pagoda_runtime.execution.logits import (
+    change_logits,
+    clean_logits,
+    find_changes,
+    is_plain,
+    is_processed,
+    params_of,
+)
+from pagoda_runtime.execution.logprobs import (
+    ToHost,
+    describe_tokens,
+    find_candidates,
+    tell_candidates,
+    tell_row,
+)
+from pagoda_runtime.ipc.messages import RowOutput, ScheduledRow
+
+
+class Batch(NamedTuple):
+    """Rows whose tokens a device computes: see `sampler.Sampled`."""
+
+    rows: Sequence[ScheduledRow]
+    has_scores: bool
+    token_ids: torch.Tensor
+    on_host: ToHost
+
+    def tell(self) -> list[RowOutput]:
+        """Wait for the device; one output per row."""
+        ((token_ids, *others),) = self.on_host.wait()
+        described, candidates = (others[:4], others[4:]) if self.has_scores else ([], others)
+        outputs, num_draws, num_scored, num_beams = [], 0, 0, 0
+        for row in self.rows:
+            if row.num_candidates:
+                outputs.append(tell_candidates(row, *(column[num_beams] for column in candidates)))
+                num_beams += 1
+            else:
+                some = [int(i) for i in token_ids[num_draws : num_draws + len(row.seeds)]]
+                params, end = params_of(row), num_scored + len(row.seeds)
+                scores = [column[num_scored:end] for column in described]
+                outputs.append(tell_row(some, scores, params))
+                num_scored = end if params.needs_logprobs else num_scored
+            num_draws += len(row.seeds)
+        return outputs
+
+
+class _Places(NamedTuple):
+    """Of the rows of a batch."""
+
+    draws: list[Draw]
+    """One for each seed of each row."""
+    plain: list[bool]
+    """Whether a draw is of the largest logit as computed."""
+    firsts: list[int]
+    """Each row's first draw."""
+    scored: list[int]
+    """Draws whose logprobs are wanted."""
+    beams: list[int]
+    """Rows that are beams."""
+
+
+def _find_places(rows: Sequence[ScheduledRow]) -> _Places:
+    places = _Places([], [], [], [], [])
+    for index, row in enumerate(rows):
+        params, first = params_of(row), len(places.draws)
+        places.firsts.append(first)
+        if row.num_candidates:
+            places.beams.append(index)
+        elif params.needs_logprobs:
+            places.scored.extend(range(first, first + len(row.seeds)))
+        places.plain.extend([is_plain(row)] * len(row.seeds))
+        if params.is_greedy or row.num_candidates:
+            places.draws.extend([Draw(index)] * len(row.seeds))
+            continue
+        position = row.start + len(row.token_ids)
+        limits = (params.temperature, params.min_p, params.top_p)
+        places.draws.extend(
+            Draw(index, params.top_k, make_state(seed, position), *limits) for seed in row.seeds
+        )
+    return places
+
+
+def start_batch(
+    logits: torch.Tensor,
+    rows: Sequence[ScheduledRow],
+    eos_token_ids: Collection[int],
+    argmax: torch.Tensor | None = None,
+) -> Batch:
+    """Choose tokens as `sampler.sample` does: one transfer to the device, one from it at the end.
+
+    Args:
+        logits: [num_rows, vocab_size], any float dtype.
+        argmax: [num_rows] int64: the tokens of the largest logits, found more exactly, for rows
+            that take these as computed.
+    """
+    places = _find_places(rows)
+    arrays = [pack_draws(places.draws), *(np.array(some, np.int64) for some in places[1:])]
+    if any(is_processed(row) for row in rows):
+        arrays += find_changes(rows, eos_token_ids, logits.shape[1])
+    draws, plain, firsts, scored, beams, *changes = all_to_device(arrays, logits.device)
+    processed = logits
+    if changes:
+        processed = clean_logits(logits)
+        change_logits(processed, changes)
+    tokens = draw_tokens(processed, draws)
+    if argmax is not None:
+        tokens = argmax.index_select(0, draws[0]).where(plain.bool(), tokens)
+    found = [tokens]
+    if places.scored:
+        found += describe_tokens(
+            logits.index_select(0, draws[0].index_select(0, scored)),
+            tokens.index_select(0, scored),
+            max(params_of(row).logprobs or 0 for row in rows),
+            is_argmax=plain.bool().index_select(0, scored),
+        )
+    if places.beams:
+        most, some = max(row.num_candidates for row in rows), processed.index_select(0, beams)
+        found += find_candidates(some if changes else clean_logits(some), most)
+    return Batch(rows, bool(places.scored), tokens.index_select(0, firsts), ToHost([found]))
