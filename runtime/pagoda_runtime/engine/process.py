@@ -215,9 +215,9 @@ def main(
         outbox.send(core.scheduler.facts)
         serve(core, Inbox(input_socket), outbox)
     except Exception as error:
+        if ranks is not None:
+            ranks.await_verdict()
         if not isinstance(error, FatalError):
-            if ranks is not None:
-                ranks.await_verdict()
             logger.error("The engine failed.", exc_info=error)
         outbox.send(describe_failure(error))
         return 1

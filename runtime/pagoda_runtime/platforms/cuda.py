@@ -46,8 +46,8 @@ class CudaPlatform(Platform):
     def device(self, rank: int = 0) -> torch.device:
         import torch
 
-        # In a test several ranks share the one GPU.
-        return torch.device(self.name, rank % self.count_devices())
+        # In a test several ranks share the one GPU, or there is none.
+        return torch.device(self.name, rank % max(1, self.count_devices()))
 
     def describe(self) -> str:
         import torch
