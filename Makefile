@@ -5,7 +5,7 @@ PYTHON ?= .venv/bin/python
 
 .PHONY: demo demo-down test check lint types unit interpreted venv model kubeconfig lock gpu-check gpu-compile \
   bench-cpu bench-versions bench-long bench-waste bench-overhead bench-quantization \
-  bench-strangers soak
+  bench-kv-cache bench-strangers soak
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
 	@python3 e2e/phases.py demo
@@ -61,6 +61,10 @@ bench-overhead: model ## what a decode step costs outside the model: make bench-
 
 bench-quantization: model ## weights rounded to int8 beside bf16: make bench-quantization [OUT=FILE]
 	@$(PYTHON) benchmarks/quantization.py --out $(or $(OUT),out/bench-quantization.json)
+
+bench-kv-cache: model ## keys and values of 8 bits beside bf16's: make bench-kv-cache [ROUNDS=20] [OUT=FILE]
+	@$(PYTHON) benchmarks/kv_cache.py --rounds $(or $(ROUNDS),20) \
+	  --out $(or $(OUT),out/bench-kv-cache.json)
 
 bench-strangers: venv ## what attacks cost a server and its other clients: make bench-strangers [OUT=FILE]
 	@$(PYTHON) benchmarks/strangers.py --out $(or $(OUT),out/bench-strangers.json)

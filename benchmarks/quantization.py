@@ -10,18 +10,15 @@ requests, in turns. `make bench-quantization` runs it.
 from __future__ import annotations
 
 import argparse
-import math
-import pydoc_data.topics
 from pathlib import Path
-from typing import NamedTuple
 
 from checkpoints import gemma_folder, require_model
+from perplexity import agreement, score, windows_of_text
 from report import Result, publish
 from sides import make_prompts, pagoda_side, timed
-from transformers import AutoTokenizer
 from turns import take_turns
 
-from pagoda_runtime import LLM, SamplingParams
+from pagoda_runtime import LLM
 
 NUM_WINDOWS, WINDOW_TOKENS = 16, 512
 NUM_ROWS = (1, 4, 16)
@@ -33,39 +30,8 @@ KINDS = {
 }
 
 
-class Score(NamedTuple):
-    perplexity: float
-    likeliest: list[int]
-    """At every position, the token that the model would put next."""
-
-
-def windows_of_text(folder: Path) -> list[list[int]]:
-    """Token ids; the same text in every run of a Python version."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = "\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
-    token_ids = tokenizer(text)["input_ids"]
-    starts = range(0, NUM_WINDOWS * WINDOW_TOKENS, WINDOW_TOKENS)
-    return [token_ids[start : start + WINDOW_TOKENS] for start in starts]
-
-
-def score(llm: LLM, windows: list[list[int]]) -> Score:
-    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
-    prompts = [{"prompt_token_ids": window} for window in windows]
-    total, likeliest = 0.0, []
-    for window, output in zip(windows, llm.generate(prompts, params, use_tqdm=False), strict=True):
-        for token_id, logprobs in zip(window[1:], output.prompt_logprobs[1:], strict=True):
-            total -= logprobs[token_id].logprob
-            likeliest.append(min(logprobs, key=lambda other: logprobs[other].rank))
-    return Score(math.exp(total / len(likeliest)), likeliest)
-
-
-def agreement(score: Score, exact: Score) -> float:
-    pairs = zip(score.likeliest, exact.likeliest, strict=True)
-    return sum(a == b for a, b in pairs) / len(exact.likeliest)
-
-
 def accuracy(folder: Path) -> list[Result]:
-    windows = windows_of_text(folder)
+    windows = windows_of_text(folder, NUM_WINDOWS, WINDOW_TOKENS)
     scores = {}
     for kind, flags in KINDS.items():
         with LLM(str(folder), max_model_len=1024, **flags) as llm:

@@ -52,6 +52,7 @@ class IdleRunner:
         vocab_size=1 << 20,
         eos_token_ids=[],
         dtype="float32",
+        kv_cache_dtype="float32",
         device="cpu",
         max_num_seqs=MAX_NUM_SEQS,
     )

@@ -89,5 +89,7 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     largest = LARGEST[dtype]
     most = x.abs().amax(-1).clamp_min(LEAST)
     # The product may exceed the largest number by the rounding of the factor.
-    scaled = (x * (largest / most)[..., None]).clamp(-largest, largest)
+    # A plain number over a tensor would be its product with reciprocals, which are rounded first.
+    factor = torch.full_like(most, largest) / most
+    scaled = (x * factor[..., None]).clamp(-largest, largest)
     return (scaled.round() if dtype is torch.int8 else scaled).to(dtype), most / largest

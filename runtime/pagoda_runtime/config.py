@@ -5,9 +5,20 @@ A field `max_model_len` is the flag `--max-model-len` and the keyword `LLM(max_m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
+KV_CACHE_DTYPES: Mapping[str, str] = MappingProxyType(
+    {
+        "fp8": "float8_e4m3fn",
+        "fp8_e4m3": "float8_e4m3fn",
+        "fp8_e5m2": "float8_e5m2",
+        "int8": "int8",
+    }
+)
+"""Of --kv-cache-dtype beside auto, each with torch's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +40,7 @@ class EngineConfig:
     generation_config: str = "auto"
     """Whether the model's own sampling defaults are used: auto, or none."""
     kv_cache_dtype: str = "auto"
+    """auto, or one of KV_CACHE_DTYPES; auto is the model's dtype."""
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
     max_num_seqs: int = 256

@@ -114,7 +114,7 @@ class EngineCollector:
             "model_name": self.model_name,
             "block_size": str(ready.block_size) if ready else "0",
             "num_gpu_blocks": str(ready.num_blocks) if ready else "0",
-            "cache_dtype": ready.dtype if ready else "",
+            "cache_dtype": ready.kv_cache_dtype if ready else "",
         }
         info = GaugeMetricFamily(
             "vllm:cache_config_info",

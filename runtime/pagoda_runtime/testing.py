@@ -125,6 +125,7 @@ class FakeRunner:
             sliding_window=self.sliding_window,
             eos_token_ids=self.eos_token_ids,
             dtype="float32",
+            kv_cache_dtype="float32",
             device="cpu",
         )
 

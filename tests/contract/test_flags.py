@@ -16,7 +16,7 @@ from pagoda_operator.flags import API_KEYS_PATH, PORT, engine_args, flag_value
 from pagoda_operator.spec import DType, KvCacheDtype, Quantization
 from pagoda_operator.testing import make_pod, make_service
 from pagoda_runtime import engine_flags
-from pagoda_runtime.config import ServerConfig
+from pagoda_runtime.config import KV_CACHE_DTYPES, ServerConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.models.check import verify_supported
@@ -129,7 +129,7 @@ def test_every_share_of_gpu_memory_is_exact(percent: int) -> None:
 def test_every_value_of_an_enum_is_one_of_its_flag() -> None:
     assert {*map(flag_value, get_args(DType))} == set(engine_flags.DTYPES)
     assert {*map(flag_value, get_args(Quantization))} == {*engine_flags.QUANTIZATIONS, "auto"}
-    assert {*map(flag_value, get_args(KvCacheDtype))} == set(engine_flags.KV_CACHE_DTYPES)
+    assert {*map(flag_value, get_args(KvCacheDtype))} == {*KV_CACHE_DTYPES, "auto"}
 
 
 @given(

@@ -15,10 +15,9 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 from torch import Tensor
 
 # Before anything is compiled.
@@ -40,13 +39,21 @@ _TYPES = {"int": types.int64, "float": types.float64, "bool": types.boolean}
 
 
 KERNELS: list[tuple[frozenset[str], Callable[[], None]]] = []
-"""Of each kernel that was imported the features of the processor that it needs, as LLVM names them,
-and what compiles it before it is called, or finds it in a file."""
+"""Of each kernel that was imported and is to be compiled ahead the features of the processor that
+it needs, as LLVM names them, and what compiles it before it is called, or finds it in a file."""
+
+# Nobody calls the parts of kernels from Python.
+_PART: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def compiled(function: Function) -> Function:
     """A part of kernels: compiled as often as they are."""
-    return cast(Function, njit(nogil=True, **OPTIONS)(function))
+    return cast(Function, njit(**_PART, **OPTIONS)(function))
+
+
+def exact(function: Function) -> Function:
+    """A part of kernels whose every operation is rounded as it is written."""
+    return cast(Function, njit(**_PART, **(OPTIONS | {"fastmath": False}))(function))
 
 
 class Kernel:
@@ -55,15 +62,22 @@ class Kernel:
     Where it takes an address a tensor can be given.
     """
 
-    def __init__(self, function: Callable[..., object], variant: str = "") -> None:
-        """variant: tells functions of the same name apart, which close over different things."""
-        self.dispatcher = compiled(cast(Any, function))
+    def __init__(
+        self, function: Callable[..., object], variant: str = "", is_ahead: bool = True
+    ) -> None:
+        """
+        Args:
+            variant: tells functions of the same name apart, which close over different things.
+            is_ahead: whether it is compiled ahead: see `pagoda_kernels.cpu.ahead`.
+        """
+        self.dispatcher = njit(nogil=True, **OPTIONS)(cast(Any, function))
         self.dispatcher._cache = KernelCache(function, variant)
         # By the names of the types: annotations are strings here.
         self._signature = tuple(
             _TYPES[name] for key, name in function.__annotations__.items() if key != "return"
         )
-        KERNELS.append((frozenset(), self.prepare))
+        if is_ahead:
+            KERNELS.append((frozenset(), self.prepare))
 
     def prepare(self) -> None:
         """Compile it, or find it in a file."""
@@ -71,15 +85,6 @@ class Kernel:
 
     def __call__(self, *arguments: int | float | bool | Tensor) -> object:
         return self.dispatcher(*[a.data_ptr() if type(a) is Tensor else a for a in arguments])
-
-
-def _make_pointer(_context: Any, address: Any, dtype: Any) -> Any:
-    pointer = types.CPointer(dtype.dtype)
-
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
-
-    return pointer(address, dtype), generate
 
 
 def emitted(result: Any = types.void) -> Callable[[Callable[..., Any]], Any]:
@@ -103,10 +108,6 @@ def emitted(result: Any = types.void) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-_pointer = cast(Any, intrinsic(_make_pointer))
-"""An address as a pointer to numbers of a dtype."""
-
-
 def emit_prefetch(b: Any, address: Any, locality: int) -> None:
     """Ask for the 64 bytes at an address, to be read soon; locality 3: into all levels of cache."""
     byte_pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -122,25 +123,17 @@ def _prefetch(b: Any, address: Any) -> None:
     emit_prefetch(b, address, 3)
 
 
-def _make_view(dtype: Any) -> Any:
-    @compiled
-    def view(address: int, shape: Any) -> Array:
-        return carray(_pointer(address, dtype), shape)
+def _make_row_pointer(_context: Any, address: Any, matrix: Any) -> Any:
+    pointer = types.CPointer(matrix.dtype)
 
-    return view
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+    return pointer(address, matrix), generate
 
 
-# Numbers at an address.
-floats, uint8s = _make_view(np.float32), _make_view(np.uint8)
-int32s, int64s = _make_view(np.int32), _make_view(np.int64)
-# numba does not know these, so they are seen as bits; those of fp16 signed, which tells them apart.
-bf16_bits, fp16_bits = _make_view(np.uint16), _make_view(np.int16)
-VIEWS: dict[torch.dtype, Any] = {
-    torch.bfloat16: bf16_bits,
-    torch.float16: fp16_bits,
-    torch.float32: floats,
-}
-"""How a kernel sees numbers of a dtype; `widened`, `widen` and `narrow` know what it sees."""
+_row_pointer: Any = intrinsic(_make_row_pointer)
+"""An address as a pointer to numbers like those of a matrix."""
 
 
 @compiled
@@ -154,67 +147,13 @@ def row_of(matrix: Array, index: int) -> Array:
     """matrix[index], whose memory is not the kernel's own: no reference to it is counted."""
     num_columns = matrix.shape[1]
     at = address_of(matrix) + index * num_columns * matrix.itemsize
-    return carray(_pointer(at, matrix.dtype), (num_columns,))
+    return carray(_row_pointer(at, matrix), (num_columns,))
 
 
 @compiled
 def prefetch(address: int, num_bytes: int) -> None:
     for offset in range(0, num_bytes, 64):
         _prefetch(address + offset)
-
-
-def _make_widened(_context: Any, number: Any) -> Any:
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        bits = arguments[0]
-        if number == types.int16:
-            return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
-        if number == types.uint16:
-            wide = builder.shl(builder.zext(bits, ir.IntType(32)), ir.IntType(32)(16))
-            return builder.bitcast(wide, ir.FloatType())
-        return bits
-
-    return types.float32(number), generate
-
-
-widened: Any = intrinsic(_make_widened)
-"""A number in fp32, from what one of VIEWS shows of it."""
-
-
-@compiled
-def narrowed(number: Any) -> Any:
-    """The bits of the bf16 number nearest to an fp32 one, the even one of two; NaN stays NaN."""
-    bits = np.float32(number).view(np.uint32)
-    rounding = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    rounded = np.uint32(0x7FC00000) if is_nan else bits + rounding
-    return np.uint16(rounded >> np.uint32(16))
-
-
-def _make_half_bits(_context: Any, number: Any) -> Any:
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
-
-    return types.int16(types.float32), generate
-
-
-_half_bits: Any = intrinsic(_make_half_bits)
-
-
-def _rounded(number: Any, like: Any) -> Any:
-    """An fp32 number in the form of another one, which one of VIEWS shows."""
-    raise NotImplementedError("Only compiled: see below.")
-
-
-def _choose_rounding(number: Any, like: Any) -> Callable[[Any, Any], Any]:
-    if like == types.uint16:
-        return lambda number, like: narrowed(number)
-    if like == types.int16:
-        return lambda number, like: _half_bits(number)
-    return lambda number, like: number
-
-
-# Not strict: the annotations above would have to be those of the functions that are returned.
-overload(_rounded, strict=False)(_choose_rounding)
 
 
 LOG2_E = np.float32(1.4426950408889634)
@@ -242,20 +181,6 @@ def exp2(power: Any) -> Any:
     series = series * part + _EXP2[5]
     series = series * part + np.float32(1)
     return series * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-@compiled
-def widen(source: Array, target: Array) -> None:
-    """source: of any of VIEWS; target: fp32."""
-    for i in range(target.size):
-        target[i] = widened(source[i])
-
-
-@compiled
-def narrow(source: Array, target: Array) -> None:
-    """source: fp32; target: of any of VIEWS."""
-    for i in range(source.size):
-        target[i] = _rounded(source[i], target[i])
 
 
 @compiled

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pagoda_kernels.cpu.compiled import address_of, int32s, uint8s
+from pagoda_kernels.cpu.compiled import address_of
+from pagoda_kernels.cpu.formats import int32s, uint8s
 from pagoda_kernels.cpu.panels import (
     BYTES_PER_STEP,
     GROUP_SIZE,

@@ -6,16 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pagoda_kernels.cpu.compiled import (
-    Array,
-    Kernel,
-    bf16_bits,
-    compiled,
-    floats,
-    narrowed,
-    sum_of_squares,
-    widen,
-)
+from pagoda_kernels.cpu.compiled import Array, Kernel, compiled, sum_of_squares
+from pagoda_kernels.cpu.formats import bf16_bits, floats, narrowed, widen
 
 
 @Kernel

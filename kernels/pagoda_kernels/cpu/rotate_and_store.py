@@ -7,28 +7,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from pagoda_kernels.cpu.compiled import (
+from pagoda_kernels.cpu.compiled import Array, Kernel, compiled, copy, row_of, sum_of_squares
+from pagoda_kernels.cpu.formats import (
+    KV_DTYPES,
     VIEWS,
-    Array,
-    Kernel,
-    compiled,
-    copy,
     floats,
     int64s,
+    is_common,
     narrow,
-    sum_of_squares,
+    quantize,
     widen,
 )
+from pagoda_kernels.kv_cache import LARGEST
 
 
-def _make_kernel(dtype: torch.dtype) -> Kernel:
-    view = VIEWS[dtype]
+def _make_kernel(dtype: torch.dtype, kv_dtype: torch.dtype) -> Kernel:
+    view, kv_view, is_scaled = VIEWS[dtype], VIEWS[kv_dtype], kv_dtype in LARGEST
 
     def rotate_and_store(
         qkv_at: int,
         cos_at: int,
         sin_at: int,
         cache_at: int,
+        scales_at: int,
         slots_at: int,
         weight_at: int,
         floor_at: int,
@@ -38,6 +39,8 @@ def _make_kernel(dtype: torch.dtype) -> Kernel:
         head_dim: int,
         rotary_dim: int,
         num_slots: int,
+        largest: float,
+        least: float,
     ) -> None:
         num_heads = num_all_heads - 2 * num_kv_heads
         qkv = view(qkv_at, (num_tokens, num_all_heads, head_dim))
@@ -45,7 +48,8 @@ def _make_kernel(dtype: torch.dtype) -> Kernel:
             floats(cos_at, (num_tokens, rotary_dim)),
             floats(sin_at, (num_tokens, rotary_dim)),
         )
-        cache = view(cache_at, (num_slots, 2, num_kv_heads, head_dim))
+        cache = kv_view(cache_at, (num_slots * 2 * num_kv_heads, head_dim))
+        scales = floats(scales_at, (num_slots * 2 * num_kv_heads,))
         slots = int64s(slots_at, (num_tokens,))
         weight = floats(weight_at, (num_heads + num_kv_heads, head_dim))
         floor = floats(floor_at, (1,))
@@ -59,13 +63,23 @@ def _make_kernel(dtype: torch.dtype) -> Kernel:
                 if weight_at != 0:
                     _norm(x, weight[head], floor[0])
                 _rotate(x, cos[token], sin[token], rotated)
-                is_query = head < num_heads
-                target = qkv[token, head] if is_query else cache[slot, 0, head - num_heads]
-                narrow(rotated, target)
-            for head in range(num_kv_heads):
-                copy(qkv[token, num_heads + num_kv_heads + head], cache[slot, 1, head])
+                if is_scaled or head < num_heads:
+                    narrow(rotated, qkv[token, head])
+                else:
+                    row = slot * 2 * num_kv_heads + head - num_heads
+                    narrow(rotated, row_of(cache, row))
+            if is_scaled:
+                for i in range(2 * num_kv_heads):
+                    widen(qkv[token, num_heads + i], x)
+                    row = slot * 2 * num_kv_heads + i
+                    scales[row] = quantize(x, row_of(cache, row), largest, least)
+            else:
+                for head in range(num_kv_heads):
+                    row = (slot * 2 + 1) * num_kv_heads + head
+                    copy(qkv[token, num_heads + num_kv_heads + head], row_of(cache, row))
 
-    return Kernel(rotate_and_store, variant=str(dtype))
+    variant = f"{dtype} {kv_dtype}"
+    return Kernel(rotate_and_store, variant, is_ahead=is_common(dtype, kv_dtype))
 
 
 @compiled
@@ -86,4 +100,5 @@ def _rotate(x: Array, cos: Array, sin: Array, out: Array) -> None:
         out[i] = x[i]
 
 
-ROTATE_AND_STORE = {dtype: _make_kernel(dtype) for dtype in VIEWS}
+ROTATE_AND_STORE = {dtypes: _make_kernel(*dtypes) for dtypes in KV_DTYPES}
+"""The kernel for each dtype and that of its keys and values."""

@@ -45,15 +45,17 @@ class ThreadedKernel:
         function: Callable[[Task], None],
         needs: frozenset[str] = frozenset(),
         variant: str = "",
+        is_ahead: bool = True,
     ) -> None:
         """
         Args:
             needs: features of the processor, as LLVM names them.
-            variant: see `pagoda_kernels.cpu.compiled.Kernel`.
+            variant, is_ahead: see `pagoda_kernels.cpu.compiled.Kernel`.
         """
         self._function, self._cache = function, KernelCache(function, variant)
         self._compiled: Any = None
-        KERNELS.append((needs, self.prepare))
+        if is_ahead:
+            KERNELS.append((needs, self.prepare))
 
     def prepare(self) -> None:
         """Compile it, or find it in a file."""

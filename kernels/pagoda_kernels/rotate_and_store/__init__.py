@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pagoda_kernels.cpu.rotate_and_store import ROTATE_AND_STORE
-from pagoda_kernels.kv_cache import LARGEST, KVCache
+from pagoda_kernels.kv_cache import LARGEST, LEAST, KVCache
 from pagoda_kernels.launch import uses_triton
 from pagoda_kernels.rotate_and_store.reference import apply_rotary, rotate_and_store_reference
 
@@ -60,15 +60,16 @@ def rotate_and_store(
 
         rotate_and_store_triton(qkv, cos, sin, kv_cache, slot_mapping, norm_weight, norm_floor)
         return
-    is_compiled = qkv.device.type == "cpu" and numbers.dtype is qkv.dtype in ROTATE_AND_STORE
-    if not is_compiled:
+    dtypes = qkv.dtype, numbers.dtype
+    if qkv.device.type != "cpu" or dtypes not in ROTATE_AND_STORE:
         rotate_and_store_reference(qkv, cos, sin, kv_cache, slot_mapping, norm_weight, norm_floor)
         return
-    ROTATE_AND_STORE[qkv.dtype](
+    ROTATE_AND_STORE[dtypes](
         qkv,
         cos,
         sin,
         numbers,
+        kv_cache.scales if kv_cache.scales is not None else 0,
         slot_mapping,
         norm_weight if norm_weight is not None else 0,
         norm_floor if norm_floor is not None else 0,
@@ -78,4 +79,6 @@ def rotate_and_store(
         head_dim,
         angles[2],
         numbers.shape[0] * numbers.shape[1],
+        LARGEST.get(numbers.dtype, 0.0),
+        LEAST,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pagoda_kernels.paged_attention import AttentionBackend, AttentionSpec, make_backend
-from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.config import KV_CACHE_DTYPES, EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.models.check import verify_max_model_len
 from pagoda_runtime.models.config import ModelConfig
@@ -49,12 +49,20 @@ def make_attention(
             windows=model.windows,
             scale=model.attention_scale,
             dtype=model.placement.dtype,
-            kv_dtype=model.placement.dtype,
+            kv_dtype=_kv_dtype(config.kv_cache_dtype, model.placement.dtype),
             block_size=config.block_size,
             device=model.placement.device,
             is_deterministic=config.deterministic,
         )
     )
+
+
+def _kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Of --kv-cache-dtype and a model's dtype."""
+    if name == "auto":
+        return dtype
+    chosen: torch.dtype = getattr(torch, KV_CACHE_DTYPES[name])
+    return chosen
 
 
 def fit_kv_cache(
@@ -86,9 +94,10 @@ def fit_kv_cache(
         max_model_len=config.max_model_len,
     )
     logger.info(
-        "KV cache: %d blocks of %d tokens, %s",
+        "KV cache: %d blocks of %d tokens in %s, %s",
         size.num_blocks,
         size.block_size,
+        dtype_name(attention.spec.kv_dtype),
         format_bytes(size.total_bytes),
     )
     limit = model_config.max_position_embeddings
@@ -163,6 +172,10 @@ def _too_small(
 
 def format_bytes(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes} bytes"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def allocate(attention: AttentionBackend, size: KvCacheSize, platform: Platform) -> None:

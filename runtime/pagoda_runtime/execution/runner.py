@@ -7,7 +7,13 @@ import torch
 from pagoda_kernels.paged_attention import make_backend
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.loading import load_model, timed
-from pagoda_runtime.execution.memory import MakeBackend, allocate, fit_kv_cache, make_attention
+from pagoda_runtime.execution.memory import (
+    MakeBackend,
+    allocate,
+    dtype_name,
+    fit_kv_cache,
+    make_attention,
+)
 from pagoda_runtime.execution.steps import StepRunner
 from pagoda_runtime.ipc.messages import EngineReady, ScheduledRow
 from pagoda_runtime.models.source import OnProgress
@@ -74,7 +80,8 @@ class ModelRunner(StepRunner):
             sliding_window=0 if 0 in windows else max(windows),
             doubling_depth=model.doubling_depth,
             eos_token_ids=list(model.config.eos_token_ids),
-            dtype=str(model.placement.dtype).removeprefix("torch."),
+            dtype=dtype_name(model.placement.dtype),
+            kv_cache_dtype=dtype_name(self.attention.spec.kv_dtype),
             device=platform.name,
             tensor_parallel_size=parallel.size,
             default_sampling=dict(model.config.default_sampling),

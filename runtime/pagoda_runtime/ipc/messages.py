@@ -209,6 +209,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     vocab_size: int
     eos_token_ids: list[int]
     dtype: str
+    kv_cache_dtype: str
+    """Of keys and values, as torch names it."""
     device: str
     tensor_parallel_size: int = 1
     """Ranks that divide the model."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pagoda_runtime.config import SUPPORTED_DTYPES, EngineConfig
+from pagoda_runtime.config import KV_CACHE_DTYPES, SUPPORTED_DTYPES, EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.platforms.machine import allowed_cores
 
@@ -43,7 +43,7 @@ class Platform(ABC):
     defaults: ClassVar[Mapping[str, int]]
     """Of the fields of EngineConfig that are None."""
     dtypes: ClassVar[tuple[str, ...]] = SUPPORTED_DTYPES
-    kv_cache_dtypes: ClassVar[tuple[str, ...]] = ("auto",)
+    kv_cache_dtypes: ClassVar[tuple[str, ...]] = ("auto", *KV_CACHE_DTYPES)
     max_tensor_parallel_size: ClassVar[int]
     collectives: ClassVar[str]
     """What ranks talk through: gloo or nccl."""

@@ -57,6 +57,7 @@ READY = EngineReady(
     max_num_seqs=256,
     eos_token_ids=[0],
     dtype="float32",
+    kv_cache_dtype="float32",
     device="cpu",
 )
 

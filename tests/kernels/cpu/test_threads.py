@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pagoda_kernels.cpu import threads
-from pagoda_kernels.cpu.compiled import int64s
+from pagoda_kernels.cpu.formats import int64s
 from pagoda_kernels.cpu.threads import ThreadedKernel, claim
 
 

@@ -21,18 +21,27 @@ from pagoda_runtime.testing import make_core
 BLOCK_SIZE = 8
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
-def dtype(request):
-    return request.param
+# A family, its dtype, and that of its keys and values.
+KINDS = [
+    ("llama", "bfloat16", "auto"),
+    ("gemma3_text", "bfloat16", "auto"),
+    ("llama", "float32", "auto"),
+    ("gemma3_text", "float32", "auto"),
+    ("llama", "bfloat16", "fp8_e4m3"),
+    ("gemma3_text", "bfloat16", "int8"),
+    ("gemma3_text", "float32", "fp8_e5m2"),
+]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
-def runner(request, dtype, tmp_path_factory):
-    folder = make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), request.param)
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def runner(request, tmp_path_factory):
+    family, dtype, kv_cache_dtype = request.param
+    folder = make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), family)
     return ModelRunner(
         EngineConfig(
             model=str(folder),
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             device="cpu",
             num_threads=1,
             block_size=BLOCK_SIZE,

@@ -21,6 +21,7 @@ FACTS = EngineReady(
     vocab_size=1000,
     eos_token_ids=[EOS],
     dtype="float32",
+    kv_cache_dtype="float32",
     device="cpu",
     max_num_seqs=8,
     max_num_batched_tokens=64,

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.config import KV_CACHE_DTYPES, EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.memory import allocate, make_attention, size_kv_cache
 from pagoda_runtime.layers.rope_config import RopeConfig
@@ -89,6 +91,28 @@ def test_a_length_beyond_the_models_positions_is_an_invalid_flag():
     with pytest.raises(FatalError, match="at most 100") as caught:
         size(20, max_model_len=101)
     assert caught.value.reason == "InvalidFlags"
+
+
+@pytest.mark.parametrize("name", KV_CACHE_DTYPES)
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_8_bits_make_at_least_nine_tenths_more_blocks(name, head_dim):
+    config = dataclasses.replace(CONFIG, head_dim=head_dim, max_position_embeddings=1 << 20)
+    placement = Placement(torch.bfloat16, torch.device("cpu"), UnquantizedLinear)
+    model = make_model(config, placement)
+    counts = {
+        dtype: size_kv_cache(
+            config,
+            MemoryBudget(1 << 28, "--kv-cache-memory-bytes"),
+            block_size=16,
+            block_bytes=make_attention(
+                EngineConfig(model="", block_size=16, kv_cache_dtype=dtype), model
+            ).block_bytes,
+            max_num_seqs=8,
+            max_model_len=None,
+        ).num_blocks
+        for dtype in ("auto", name)
+    }
+    assert counts[name] >= 1.9 * counts["auto"]
 
 
 def test_each_layer_has_a_cache_with_the_padding_block_on_top():

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from pagoda_kernels.cpu.panels import BF16, INT8_AS_BF16, has_panels
+from pagoda_kernels.paged_attention import make_backend
+from pagoda_kernels.paged_attention.reference import ReferenceAttention
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.execution.testing import generate, transformers_tokens
@@ -53,7 +55,7 @@ def make_prompts(lengths, seed=0):
     return [[rng.randrange(3, 320) for _ in range(length)] for length in lengths]
 
 
-def make_runner(folder, **settings):
+def make_runner(folder, backend=make_backend, **settings):
     config = EngineConfig(
         model=str(folder),
         **{
@@ -64,7 +66,7 @@ def make_runner(folder, **settings):
             **settings,
         },
     )
-    return ModelRunner(config)
+    return ModelRunner(config, backend=backend)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,22 @@ def test_chunks_of_a_prompt_give_the_same_tokens_as_the_whole(family, tmp_path):
     whole = generate(runner, prompts, NUM_TOKENS)
     assert generate(runner, prompts, NUM_TOKENS, chunk_size=7) == whole
     assert generate(runner, prompts, NUM_TOKENS, chunk_size=1) == whole
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2", "int8"])
+def test_keys_and_values_of_8_bits_give_what_the_specification_gives(
+    family, kv_cache_dtype, tmp_path
+):
+    make_tiny_checkpoint(tmp_path, family)
+    prompts = make_prompts([45, 3, 20])
+    found = {
+        backend: generate(
+            make_runner(tmp_path, backend, kv_cache_dtype=kv_cache_dtype), prompts, NUM_TOKENS
+        )
+        for backend in (make_backend, ReferenceAttention)
+    }
+    assert found[make_backend] == found[ReferenceAttention]
 
 
 def test_a_request_has_the_same_tokens_alone_and_in_a_batch_of_16(llama):

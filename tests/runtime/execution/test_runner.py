@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.config import KV_CACHE_DTYPES, EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.execution.testing import generate
@@ -27,7 +27,7 @@ def make_runner(folder, **flags):
 @pytest.mark.parametrize(
     ("flags", "reason", "shown"),
     [
-        ({"kv_cache_dtype": "fp8"}, "InvalidFlags", "--kv-cache-dtype .* is fp8"),
+        ({"kv_cache_dtype": "fp4"}, "InvalidFlags", "--kv-cache-dtype .* is fp4"),
         ({"dtype": "int8"}, "InvalidFlags", "--dtype .* is int8"),
         ({"device": "tpu"}, "InvalidFlags", "--device is tpu"),
         ({"quantization": "awq"}, "QuantizationMismatch", "--quantization awq"),
@@ -50,8 +50,20 @@ def test_the_facts_are_those_of_the_model_and_the_cache(folder):
     facts = runner.ready_facts
     assert (facts.max_model_len, facts.block_size, facts.vocab_size) == (100, 32, 320)
     assert (facts.dtype, facts.device, facts.eos_token_ids) == ("bfloat16", "cpu", [2])
+    assert facts.kv_cache_dtype == "bfloat16"
     # A token takes 2 * 3 layers * 2 heads * 16 dimensions * 2 bytes; block 0 is not handed out.
     assert facts.num_blocks == runner.num_blocks == (1 << 22) // (384 * 32) - 1
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_e4m3", "fp8_e5m2", "int8"])
+def test_keys_and_values_of_8_bits_are_a_fact_and_leave_room_for_more_tokens(folder, caplog, name):
+    with caplog.at_level(logging.INFO):
+        runner = make_runner(folder, dtype="bfloat16", max_model_len=100, kv_cache_dtype=name)
+    dtype = KV_CACHE_DTYPES[name]
+    assert runner.ready_facts.kv_cache_dtype == dtype
+    assert f"of 32 tokens in {dtype}" in caplog.text
+    # 2 * 3 layers * 2 heads * (16 dimensions of a byte and 4 bytes of a scale).
+    assert runner.num_blocks == (1 << 22) // (240 * 32) - 1
 
 
 def test_progress_goes_through_load_and_warmup(folder):

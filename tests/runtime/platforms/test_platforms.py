@@ -46,7 +46,7 @@ def test_a_device_that_is_not_there_is_an_invalid_flag(monkeypatch):
     [
         ({"tensor_parallel_size": 17}, "--tensor-parallel-size .* is 17; .* at most 16"),
         ({"tensor_parallel_size": 4, "deterministic": True}, "at most 2 ranks, and .* is 4"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype .* is fp8; .* Set it to auto"),
+        ({"kv_cache_dtype": "fp4"}, "--kv-cache-dtype .* is fp4; .* Set it to auto or fp8 or"),
         ({"dtype": "int4"}, "--dtype .* is int4; it must be auto, bfloat16"),
     ],
 )

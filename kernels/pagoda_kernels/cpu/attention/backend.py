@@ -18,6 +18,7 @@ from pagoda_kernels.cpu.attention.chunks import attend_chunks
 from pagoda_kernels.cpu.attention.decode import DECODE, DecodePlan, plan_decode
 from pagoda_kernels.cpu.attention.gather import Batch, attend_batch, plan_batches
 from pagoda_kernels.cpu.attention.sequences import Sequences
+from pagoda_kernels.cpu.formats import DTYPES
 from pagoda_kernels.paged_attention.backend import (
     AttentionBackend,
     AttentionPlan,
@@ -29,14 +30,12 @@ from pagoda_kernels.rotate_and_store import rotate_and_store
 
 
 class CpuAttention(AttentionBackend):
-    """In bf16, fp16 and fp32."""
+    """In bf16, fp16 and fp32, with keys and values of the same dtype or of 8 bits."""
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
-        if spec.dtype not in DECODE:
-            raise ValueError(f"dtype is {spec.dtype}; it must be one of {list(DECODE)}.")
-        if spec.kv_dtype is not spec.dtype:
-            raise ValueError(f"kv_dtype is {spec.kv_dtype}; it must be {spec.dtype}.")
+        if spec.dtype not in DTYPES:
+            raise ValueError(f"dtype is {spec.dtype}; it must be one of {list(DTYPES)}.")
         if not spec.is_plain:
             raise ValueError("Soft caps, ALiBi and sinks are for GPUs.")
         self.scratch = _Scratch()
@@ -111,12 +110,13 @@ class CpuPlan(AttentionPlan):
             heads, rotary = heads[: self.num_tokens], rotary.of_first(self.num_tokens)
             out[self.num_tokens :] = 0
         rotate_and_store(heads, *rotary, kv_cache, self._slot_mapping, *(norm or ()))
-        numbers = kv_cache.numbers
+        numbers, scales = kv_cache
         if plan.decode is not None:
-            DECODE[spec.dtype](
+            DECODE[spec.dtype, spec.kv_dtype](
                 heads,
                 heads.stride(0),
                 numbers,
+                scales if scales is not None else 0,
                 numbers.shape[0] * numbers.shape[1],
                 plan.decode.slots,
                 len(plan.decode.slots),
@@ -131,11 +131,9 @@ class CpuPlan(AttentionPlan):
         q = heads[:, : spec.num_heads]
         if plan.chunks is not None:
             partials = self._scratch.numbers(plan.chunks.num_partial_numbers, torch.float32)
-            attend_chunks(q, numbers, plan.chunks, spec.scale, partials, out)
+            attend_chunks(q, kv_cache, plan.chunks, spec.scale, partials, out)
         for batch in plan.batches:
-            count = len(batch.head_rows)
-            gathered = self._scratch.numbers(count * spec.head_dim, spec.kv_dtype).view(count, -1)
-            attend_batch(q, numbers, batch, spec.scale, gathered, out)
+            attend_batch(q, kv_cache, batch, spec.scale, self._scratch.numbers, out)
         return out.flatten(1)
 
 
@@ -148,7 +146,7 @@ def _plan_window(spec: AttentionSpec, sequences: Sequences, window: int) -> _Win
     decode, chunks = None, None
     if len(singles):
         decode = plan_decode(sequences, singles, window)
-    if len(others) and can_pack_keys(spec.head_dim, spec.kv_dtype):
+    if len(others) and can_pack_keys(spec.head_dim, spec.dtype):
         chunks = plan_chunks(sequences, others, window, spec, torch.get_num_threads())
         others = others[:0]
     batches = plan_batches(sequences, others, window, spec.num_kv_heads, spec.dtype)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from pagoda_kernels.cpu.attention.chunk_plan import Arguments, Merge
-from pagoda_kernels.cpu.compiled import Array, address_of, compiled, exp2, fill, floats
+from pagoda_kernels.cpu.compiled import Array, address_of, compiled, exp2, fill
+from pagoda_kernels.cpu.formats import floats
 from pagoda_kernels.cpu.panels import BF16, GROUP_SIZE, VECTOR_BYTES, narrow_panel
 from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim, make_reader
 

@@ -65,6 +65,9 @@ class Arguments(NamedTuple):
     q: int
     q_stride: int
     kv_cache: int
+    scales: int
+    """0 where the dtype of keys and values has none."""
+    num_cache_slots: int
     slots: int
     num_slots: int
     partials: int
@@ -86,7 +89,7 @@ class Arguments(NamedTuple):
 def can_pack_keys(head_dim: int, dtype: torch.dtype) -> bool:
     """Whether prefill chunks are attended to by the processor's dot products of bf16.
 
-    With AMX torch's products are faster.
+    With AMX torch's products are faster. Args: dtype: of the queries.
     """
     if dtype is not torch.bfloat16 or head_dim % GROUP_SIZE or not has_panels(BF16):
         return False

@@ -17,34 +17,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from pagoda_kernels.cpu.attention.chunk_keys import ask_for, empty_packed_keys, pack_group
 from pagoda_kernels.cpu.attention.chunk_merge import merge_parts, narrow_group, write_row
 from pagoda_kernels.cpu.attention.chunk_plan import KEY_BLOCK, Arguments, ChunkPlan, Part
 from pagoda_kernels.cpu.compiled import (
     LOG2_E,
     Array,
     address_of,
-    bf16_bits,
     compiled,
     copy,
     exp2,
     fill,
-    floats,
-    int64s,
-    prefetch,
 )
-from pagoda_kernels.cpu.panels import (
-    BF16,
-    GROUP_SIZE,
-    MOST_ROWS,
-    PANEL_SIZE,
-    STEP_BYTES,
-    VECTOR_BYTES,
-    empty_panels,
-    interleave_group,
-    make_dot,
-    transpose_panel,
-)
+from pagoda_kernels.cpu.formats import UNITS, VIEWS, bf16_bits, floats, int64s
+from pagoda_kernels.cpu.panels import BF16, GROUP_SIZE, MOST_ROWS, STEP_BYTES, make_dot
 from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim, make_reader
+from pagoda_kernels.kv_cache import LARGEST, KVCache
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -56,7 +44,7 @@ _PART_BYTES = 8 * len(Part._fields)
 
 def attend_chunks(
     q: torch.Tensor,
-    kv_cache: torch.Tensor,
+    kv_cache: KVCache,
     plan: ChunkPlan,
     scale: float,
     partials: torch.Tensor,
@@ -66,22 +54,26 @@ def attend_chunks(
 
     Args:
         q: [num_tokens, num_heads, head_dim] bf16, heads contiguous.
-        kv_cache: see `pagoda_kernels.paged_attention.AttentionBackend`.
+        kv_cache: in bf16 or 8 bits.
         partials: [plan.num_partial_numbers] fp32: memory to use.
         out: shape and dtype of q, contiguous; written.
     """
+    numbers, scales = kv_cache
+    num_slots, (num_kv_heads, head_dim) = numbers.shape[:2].numel(), numbers.shape[3:]
     arguments = (
         q,
         q.stride(0),
-        kv_cache,
+        numbers,
+        scales if scales is not None else 0,
+        num_slots,
         plan.slots,
         len(plan.slots),
         partials,
         plan.partial_size,
         out,
         q.shape[1],
-        kv_cache.shape[3],
-        kv_cache.shape[4],
+        num_kv_heads,
+        head_dim,
         scale * float(LOG2_E),
         plan.window,
         plan.most_rows,
@@ -90,7 +82,7 @@ def attend_chunks(
         plan.merges,
         len(plan.merges),
     )
-    _attend(*arguments)
+    _ATTEND[numbers.dtype](*arguments)
     # With nothing to merge too, so that no later step waits for the compiler.
     merge_parts(*arguments)
 
@@ -100,10 +92,6 @@ class _Scratch(NamedTuple):
 
     queries: Array
     """[most_rows, head_dim] bf16."""
-    keys: Array
-    """Panels of GROUP_SIZE keys."""
-    values: Array
-    """Panels of KEY_BLOCK values."""
     scores: Array
     """[KEY_BLOCK / GROUP_SIZE, num_rows, GROUP_SIZE] fp32."""
     weights: Array
@@ -111,44 +99,60 @@ class _Scratch(NamedTuple):
     factors: Array
     """[most_rows] fp32: what each row's sums of before must be multiplied by."""
     zeros: Array
-    addresses: Array
-    """[GROUP_SIZE] int64, of keys."""
 
 
-def _attend_parts(task: Task) -> None:
-    """A part of the work is a Part of the plan for one key head."""
-    a = _arguments(task)
-    slots = int64s(a.slots, (a.num_slots,))
-    scratch = _Scratch(
-        np.empty((a.most_rows, a.head_dim), np.uint16),
-        empty_panels(GROUP_SIZE * a.head_dim),
-        empty_panels(KEY_BLOCK * a.head_dim),
-        np.empty(a.most_rows * KEY_BLOCK, np.float32),
-        np.empty(a.most_rows * KEY_BLOCK, np.uint16),
-        np.empty(a.most_rows, np.float32),
-        np.zeros(GROUP_SIZE, np.float32),
-        np.empty(GROUP_SIZE, np.int64),
-    )
-    own_sums = np.empty(a.partial_size, np.float32)
-    claimed = claim(task)
-    while claimed < a.num_parts * a.num_kv_heads:
-        part, head = (
-            _part(a.parts + claimed // a.num_kv_heads * _PART_BYTES),
-            claimed % a.num_kv_heads,
+def _make_kernel(kv_dtype: torch.dtype) -> ThreadedKernel:
+    view, is_scaled = VIEWS[kv_dtype], kv_dtype in LARGEST
+    unit = np.float32(UNITS.get(kv_dtype, 1.0))
+
+    def attend_parts(task: Task) -> None:
+        """A part of the work is a Part of the plan for one key head."""
+        a = _arguments(task)
+        slots = int64s(a.slots, (a.num_slots,))
+        scratch = _Scratch(
+            np.empty((a.most_rows, a.head_dim), np.uint16),
+            np.empty(a.most_rows * KEY_BLOCK, np.float32),
+            np.empty(a.most_rows * KEY_BLOCK, np.uint16),
+            np.empty(a.most_rows, np.float32),
+            np.zeros(GROUP_SIZE, np.float32),
         )
-        sums = address_of(own_sums)
-        if part.partial >= 0:
-            sums = a.partials + 4 * a.partial_size * (part.partial * a.num_kv_heads + head)
-        seen = slots[part.first_slot : part.first_slot + part.num_keys]
-        _attend_part(a, part, head, seen, scratch, sums)
+        packed = empty_packed_keys(KEY_BLOCK, a.head_dim, is_scaled)
+        num_rows = 2 * a.num_kv_heads * a.num_cache_slots
+        cache = view(a.kv_cache, (num_rows, a.head_dim))
+        scales = floats(a.scales, (num_rows,)) if is_scaled else None
+        own_sums = np.empty(a.partial_size, np.float32)
         claimed = claim(task)
+        while claimed < a.num_parts * a.num_kv_heads:
+            part, head = (
+                _part(a.parts + claimed // a.num_kv_heads * _PART_BYTES),
+                claimed % a.num_kv_heads,
+            )
+            sums = address_of(own_sums)
+            if part.partial >= 0:
+                sums = a.partials + 4 * a.partial_size * (part.partial * a.num_kv_heads + head)
+            seen = slots[part.first_slot : part.first_slot + part.num_keys]
+            _attend_part(a, part, head, cache, scales, unit, seen, packed, scratch, sums)
+            claimed = claim(task)
+
+    return ThreadedKernel(attend_parts, needs=BF16.features, variant=str(kv_dtype))
 
 
-_attend = ThreadedKernel(_attend_parts, needs=BF16.features)
+_ATTEND = {kv_dtype: _make_kernel(kv_dtype) for kv_dtype in (torch.bfloat16, *LARGEST)}
 
 
 @compiled
-def _attend_part(a: Any, part: Any, head: int, slots: Array, scratch: Any, sums_at: int) -> None:
+def _attend_part(
+    a: Any,
+    part: Any,
+    head: int,
+    cache: Array,
+    scales: Any,
+    unit: Any,
+    slots: Array,
+    packed: Any,
+    scratch: Any,
+    sums_at: int,
+) -> None:
     """Args: slots: of the part's keys; sums_at: where its sums and then their state go."""
     group = a.num_heads // a.num_kv_heads
     num_rows = part.num_tokens * group
@@ -164,13 +168,15 @@ def _attend_part(a: Any, part: Any, head: int, slots: Array, scratch: Any, sums_
     fill(floats(sums_at, (num_rows * a.head_dim,)), _ZERO)
     fill(largest, np.float32(-np.inf))
     fill(totals, _ZERO)
-    # Bytes from one slot to the next, of which the second half are values.
-    stride = 4 * a.num_kv_heads * a.head_dim
-    keys_at = a.kv_cache + 2 * head * a.head_dim
+    key_scales = packed.key_scales if scales is not None else None
+    value_scales = packed.value_scales if scales is not None else None
     for first in range(0, part.num_keys, KEY_BLOCK):
         count = min(KEY_BLOCK, part.num_keys - first)
         num_groups = (count + GROUP_SIZE - 1) // GROUP_SIZE
-        _score(scratch, num_rows, keys_at, stride, slots, first, num_groups)
+        for index in range(num_groups):
+            some = slots[first + index * GROUP_SIZE :]
+            pack_group(packed, cache, scales, unit, a.num_kv_heads, head, some, index, num_groups)
+            _score(scratch, packed.keys, num_rows, index, cache, a.num_kv_heads, head, some)
         for row in range(num_rows):
             # Keys of this block that the row sees.
             end = part.position + row // group + 1 - first
@@ -183,12 +189,14 @@ def _attend_part(a: Any, part: Any, head: int, slots: Array, scratch: Any, sums_
                 begin,
                 min(end, count),
                 np.float32(a.scale),
+                key_scales,
+                value_scales,
                 weights,
                 factors,
                 largest,
                 totals,
             )
-        _add_values(scratch, num_groups, num_rows, sums_at, a.head_dim)
+        _add_values(scratch, packed.values, num_groups, num_rows, sums_at, a.head_dim)
     if part.partial < 0:
         for row in range(num_rows):
             token, i = part.first_token + row // group, head * group + row % group
@@ -199,71 +207,36 @@ def _attend_part(a: Any, part: Any, head: int, slots: Array, scratch: Any, sums_
 @compiled
 def _score(
     scratch: Any,
+    keys: Array,
     num_rows: int,
-    keys_at: int,
-    stride: int,
+    index: int,
+    cache: Array,
+    num_kv_heads: int,
+    head: int,
     slots: Array,
-    first: int,
-    num_groups: int,
 ) -> None:
-    """Scores of some keys; and their values, packed."""
-    keys, values, zeros = scratch.keys, scratch.values, scratch.zeros
-    queries, scores, addresses = scratch.queries, scratch.scores, scratch.addresses
-    head_dim = queries.shape[1]
-    row_bytes = 2 * head_dim
-    values_stride = num_groups * GROUP_SIZE // 2 * STEP_BYTES
-    for group in range(num_groups):
-        begin = first + group * GROUP_SIZE
-        for i in range(GROUP_SIZE):
-            # Past the end the last key is repeated: slots that nobody wrote are never read.
-            addresses[i] = keys_at + stride * slots[min(begin + i, slots.size - 1)]
-        _pack_keys(addresses, head_dim, address_of(keys))
-        values_at = address_of(values) + group * GROUP_SIZE // 2 * STEP_BYTES
-        _pack_values(addresses, stride // 2, head_dim, values_at, values_stride)
-        wanted, following = begin + GROUP_SIZE, min(begin + 2 * GROUP_SIZE, slots.size)
-        row = 0
-        while row < num_rows:
-            # Each pass asks for its share of the next keys.
-            share = (row + MOST_ROWS) * GROUP_SIZE // num_rows
-            while wanted < min(begin + GROUP_SIZE + share, following):
-                key_at = keys_at + stride * slots[wanted]
-                prefetch(key_at, row_bytes)
-                prefetch(key_at + stride // 2, row_bytes)
-                wanted += 1
-            row += _dot(
-                address_of(keys),
-                address_of(queries) + row * row_bytes,
-                row_bytes,
-                num_rows - row,
-                address_of(zeros),
-                0,
-                address_of(scores) + 4 * (group * num_rows + row) * GROUP_SIZE,
-                address_of(keys),
-                0,
-            )
-
-
-@compiled
-def _pack_keys(addresses: Array, head_dim: int, to: int) -> None:
-    """A group of panels whose columns are keys."""
-    for panel in range(2):
-        some = address_of(addresses) + 8 * panel * PANEL_SIZE
-        for offset in range(0, 2 * head_dim, VECTOR_BYTES):
-            target = to + panel * VECTOR_BYTES + offset // 4 * STEP_BYTES
-            transpose_panel(some, offset, target, STEP_BYTES)
-
-
-@compiled
-def _pack_values(addresses: Array, offset: int, head_dim: int, to: int, stride: int) -> None:
-    """The same keys' values as GROUP_SIZE / 2 steps of panels whose columns are numbers of a head.
-
-    Args: stride: bytes from a group of panels to the next.
-    """
-    for column in range(head_dim // GROUP_SIZE):
-        at, target = offset + 2 * column * GROUP_SIZE, to + column * stride
-        for pair in range(GROUP_SIZE // 2):
-            even, odd = addresses[2 * pair] + at, addresses[2 * pair + 1] + at
-            interleave_group(even, odd, target + pair * STEP_BYTES)
+    """Scores of group number index. Args: slots: its keys', and then those to ask for meanwhile."""
+    queries, scores, zeros = scratch.queries, scratch.scores, scratch.zeros
+    row_bytes = 2 * queries.shape[1]
+    wanted, following = GROUP_SIZE, min(2 * GROUP_SIZE, slots.size)
+    row = 0
+    while row < num_rows:
+        # Each pass asks for its share of the next keys.
+        share = (row + MOST_ROWS) * GROUP_SIZE // num_rows
+        while wanted < min(GROUP_SIZE + share, following):
+            ask_for(cache, num_kv_heads, head, slots[wanted])
+            wanted += 1
+        row += _dot(
+            address_of(keys),
+            address_of(queries) + row * row_bytes,
+            row_bytes,
+            num_rows - row,
+            address_of(zeros),
+            0,
+            address_of(scores) + 4 * (index * num_rows + row) * GROUP_SIZE,
+            address_of(keys),
+            0,
+        )
 
 
 @compiled
@@ -275,6 +248,8 @@ def _weigh(
     begin: int,
     end: int,
     scale: Any,
+    key_scales: Any,
+    value_scales: Any,
     weights: Array,
     factors: Array,
     largest: Array,
@@ -283,6 +258,8 @@ def _weigh(
     """A row's scores of keys begin … end - 1 as weights in bf16, zero for all other keys.
 
     The row's largest score, its total of weights and its factor are updated.
+
+    Args: key_scales, value_scales: fp32, what scores and weights are times; or None.
     """
     weights_at = address_of(weights) + 2 * row * width
     stride, first = num_rows * GROUP_SIZE, row * GROUP_SIZE
@@ -290,6 +267,11 @@ def _weigh(
         fill(bf16_bits(weights_at, (width,)), np.uint16(0))
         factors[row] = _ONE
         return
+    if key_scales is not None:
+        for group in range(width // GROUP_SIZE):
+            some = scores[first + group * stride : first + group * stride + GROUP_SIZE]
+            for i in range(GROUP_SIZE):
+                some[i] *= key_scales[group * GROUP_SIZE + i]
     for i in range(begin):
         scores[first + i // GROUP_SIZE * stride + i % GROUP_SIZE] = np.float32(-np.inf)
     for i in range(end, width):
@@ -306,6 +288,9 @@ def _weigh(
         for i in range(GROUP_SIZE):
             some[i] = exp2((some[i] - most) * scale)
             total += some[i]
+        if value_scales is not None:
+            for i in range(GROUP_SIZE):
+                some[i] *= value_scales[group * GROUP_SIZE + i]
         narrow_group(address_of(some), weights_at + 2 * group * GROUP_SIZE)
     factor = exp2((before - most) * scale)
     largest[row], factors[row] = most, factor
@@ -313,9 +298,11 @@ def _weigh(
 
 
 @compiled
-def _add_values(scratch: Any, num_groups: int, num_rows: int, sums_at: int, head_dim: int) -> None:
+def _add_values(
+    scratch: Any, values: Array, num_groups: int, num_rows: int, sums_at: int, head_dim: int
+) -> None:
     """sums = sums * factors + weights @ values"""
-    values, weights, factors = scratch.values, scratch.weights, scratch.factors
+    weights, factors = scratch.weights, scratch.factors
     width = num_groups * GROUP_SIZE
     for column in range(head_dim // GROUP_SIZE):
         panels = address_of(values) + column * (width // 2 * STEP_BYTES)

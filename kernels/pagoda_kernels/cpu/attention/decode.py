@@ -13,21 +13,20 @@ import numpy as np
 import torch
 
 from pagoda_kernels.cpu.attention.sequences import Sequences
-from pagoda_kernels.cpu.compiled import (
-    LOG2_E,
+from pagoda_kernels.cpu.compiled import LOG2_E, Array, address_of, compiled, exp2, prefetch, row_of
+from pagoda_kernels.cpu.formats import (
+    KV_DTYPES,
+    UNITS,
     VIEWS,
-    Array,
-    address_of,
-    compiled,
-    exp2,
+    floats,
     int64s,
+    is_common,
     narrow,
-    prefetch,
-    row_of,
     widen,
     widened,
 )
 from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim, make_reader
+from pagoda_kernels.kv_cache import LARGEST
 
 # Keys asked for ahead of the one in use: memory answers after the time of about four.
 _AHEAD = 6
@@ -72,6 +71,8 @@ class DecodeArguments(NamedTuple):
     q: int
     q_stride: int
     kv_cache: int
+    scales: int
+    """0 where the dtype of keys and values has none."""
     num_slots: int
     slots: int
     num_keys: int
@@ -88,8 +89,9 @@ _arguments, _row = make_reader(DecodeArguments), make_reader(DecodeRow)
 _ROW_BYTES = 8 * len(DecodeRow._fields)
 
 
-def _make_kernel(dtype: torch.dtype) -> ThreadedKernel:
-    view, num_bytes = VIEWS[dtype], dtype.itemsize
+def _make_kernel(dtype: torch.dtype, kv_dtype: torch.dtype) -> ThreadedKernel:
+    view, num_bytes, kv_view = VIEWS[dtype], dtype.itemsize, VIEWS[kv_dtype]
+    is_scaled, unit = kv_dtype in LARGEST, np.float32(UNITS.get(kv_dtype, 1.0))
 
     def decode(task: Task) -> None:
         """A part is a key head of a row."""
@@ -97,7 +99,8 @@ def _make_kernel(dtype: torch.dtype) -> ThreadedKernel:
         slots = int64s(a.slots, (a.num_keys,))
         # A head's key or value in each row: of each slot all keys, then all values.
         stride = 2 * a.num_kv_heads
-        cache = view(a.kv_cache, (a.num_slots * stride, a.head_dim))
+        cache = kv_view(a.kv_cache, (a.num_slots * stride, a.head_dim))
+        scales = floats(a.scales, (a.num_slots * stride,)) if is_scaled else None
         group = a.num_heads // a.num_kv_heads
         queries = np.empty((group, a.head_dim), np.float32)
         sums = np.empty((group, a.head_dim), np.float32)
@@ -110,48 +113,67 @@ def _make_kernel(dtype: torch.dtype) -> ThreadedKernel:
             q = view(a.q + num_bytes * (row.token * a.q_stride + offset), (group, a.head_dim))
             for i in range(group):
                 widen(q[i], queries[i])
-            _score(queries, cache, stride, head, seen, scores)
+            _score(queries, cache, scales, unit, stride, head, seen, scores)
             for i in range(group):
                 _softmax(scores[i], np.float32(a.scale))
-            _weigh(scores, cache, stride, a.num_kv_heads + head, seen, sums)
+            first = a.num_kv_heads + head
+            _weigh(scores, cache, scales, unit, stride, first, seen, sums)
             at = row.token * a.num_heads * a.head_dim + offset
             out = view(a.out + num_bytes * at, (group, a.head_dim))
             for i in range(group):
                 narrow(sums[i], out[i])
             part = claim(task)
 
-    return ThreadedKernel(decode, variant=str(dtype))
+    variant = f"{dtype} {kv_dtype}"
+    return ThreadedKernel(decode, variant=variant, is_ahead=is_common(dtype, kv_dtype))
 
 
-DECODE = {dtype: _make_kernel(dtype) for dtype in VIEWS}
-"""The kernel for each dtype; called with DecodeArguments."""
+DECODE = {dtypes: _make_kernel(*dtypes) for dtypes in KV_DTYPES}
+"""The kernel for each dtype and that of its keys and values; called with DecodeArguments."""
 
 
 @compiled
-def _ask_for(numbers: Array) -> None:
+def _ask_for(cache: Array, scales: Any, row: int) -> None:
+    numbers = row_of(cache, row)
     prefetch(address_of(numbers), numbers.size * numbers.itemsize)
+    if scales is not None:
+        prefetch(address_of(scales) + 4 * row, 4)
+
+
+@compiled
+def _scale_of(scales: Any, unit: Any, row: int) -> Any:
+    """What a row of the cache is to be multiplied by."""
+    return np.float32(1) if scales is None else scales[row] * unit
 
 
 @compiled
 def _score(
-    queries: Array, cache: Array, stride: int, head: int, slots: Array, scores: Array
+    queries: Array,
+    cache: Array,
+    scales: Any,
+    unit: Any,
+    stride: int,
+    head: int,
+    slots: Array,
+    scores: Array,
 ) -> None:
     """scores[query, key] = query · key"""
     group = len(queries)
     for index in range(slots.size):
         if index + _AHEAD < slots.size:
-            _ask_for(row_of(cache, slots[index + _AHEAD] * stride + head))
-        key = row_of(cache, slots[index] * stride + head)
+            _ask_for(cache, scales, slots[index + _AHEAD] * stride + head)
+        row = slots[index] * stride + head
+        key, scale = row_of(cache, row), _scale_of(scales, unit, row)
         first = 0
         while first + 4 <= group:
-            _score_four(queries[first : first + 4], key, scores[first : first + 4, index])
+            _score_four(queries[first : first + 4], key, scale, scores[first : first + 4, index])
             first += 4
         for i in range(first, group):
-            scores[i, index] = _score_one(queries[i], key)
+            scores[i, index] = _score_one(queries[i], key) * scale
 
 
 @compiled
-def _score_four(queries: Array, key: Array, scores: Array) -> None:
+def _score_four(queries: Array, key: Array, scale: Any, scores: Array) -> None:
     """Four at once, because widening the key takes as long as one of them."""
     a = b = c = d = np.float32(0)
     for i in range(key.size):
@@ -160,7 +182,7 @@ def _score_four(queries: Array, key: Array, scores: Array) -> None:
         b += queries[1, i] * number
         c += queries[2, i] * number
         d += queries[3, i] * number
-    scores[0], scores[1], scores[2], scores[3] = a, b, c, d
+    scores[0], scores[1], scores[2], scores[3] = a * scale, b * scale, c * scale, d * scale
 
 
 @compiled
@@ -186,7 +208,16 @@ def _softmax(scores: Array, scale: Any) -> None:
 
 
 @compiled
-def _weigh(weights: Array, cache: Array, stride: int, head: int, slots: Array, sums: Array) -> None:
+def _weigh(
+    weights: Array,
+    cache: Array,
+    scales: Any,
+    unit: Any,
+    stride: int,
+    head: int,
+    slots: Array,
+    sums: Array,
+) -> None:
     """sums[query] = sum over keys of weights[query, key] * value"""
     group, head_dim = sums.shape
     for i in range(group):
@@ -194,11 +225,13 @@ def _weigh(weights: Array, cache: Array, stride: int, head: int, slots: Array, s
             sums[i, j] = np.float32(0)
     for index in range(0, slots.size - 1, 2):
         for ahead in range(index + _AHEAD, min(index + _AHEAD + 2, slots.size)):
-            _ask_for(row_of(cache, slots[ahead] * stride + head))
-        value, next_value = (
-            row_of(cache, slots[index] * stride + head),
-            row_of(cache, slots[index + 1] * stride + head),
-        )
+            _ask_for(cache, scales, slots[ahead] * stride + head)
+        row, next_row = slots[index] * stride + head, slots[index + 1] * stride + head
+        value, next_value = row_of(cache, row), row_of(cache, next_row)
+        scale, next_scale = _scale_of(scales, unit, row), _scale_of(scales, unit, next_row)
+        for i in range(group):
+            weights[i, index] *= scale
+            weights[i, index + 1] *= next_scale
         first = 0
         while first + 2 <= group:
             some = weights[first : first + 2, index : index + 2]
@@ -208,9 +241,10 @@ def _weigh(weights: Array, cache: Array, stride: int, head: int, slots: Array, s
             _weigh_one(weights[first, index], value, sums[first])
             _weigh_one(weights[first, index + 1], next_value, sums[first])
     if slots.size % 2:
-        value = row_of(cache, slots[slots.size - 1] * stride + head)
+        row = slots[slots.size - 1] * stride + head
+        value, scale = row_of(cache, row), _scale_of(scales, unit, row)
         for i in range(group):
-            _weigh_one(weights[i, slots.size - 1], value, sums[i])
+            _weigh_one(weights[i, slots.size - 1] * scale, value, sums[i])
 
 
 @compiled

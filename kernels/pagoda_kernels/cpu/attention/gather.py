@@ -11,13 +11,18 @@ of the products before the softmax, which does not show beside the rounding of k
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pagoda_kernels.cpu.attention.sequences import Sequences
+from pagoda_kernels.cpu.compiled import row_of
+from pagoda_kernels.cpu.formats import UNITS, VIEWS, floats, int64s, scale_row
+from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim, make_reader
+from pagoda_kernels.kv_cache import LARGEST, KVCache
 
 # Sequences up to this length are attended to many at a time.
 _LONGEST_BATCHED = 256
@@ -28,6 +33,25 @@ _QUERY_BLOCK = 128
 _LARGEST_SCORES = 1 << 21
 # Keys are gathered in multiples of this: oneDNN takes 0.3 ms to make a product of a new shape.
 _WIDTH_UNIT = 32
+
+
+# Of a head, that a thread gathers at a time.
+_ROWS_PER_PART = 64
+
+
+class _GatherArguments(NamedTuple):
+    """Addresses and numbers: see `_gather`."""
+
+    numbers: int
+    scales: int
+    num_cache_rows: int
+    rows: int
+    num_rows: int
+    head_dim: int
+    gathered: int
+
+
+_arguments = make_reader(_GatherArguments)
 
 
 class QueryBlock(NamedTuple):
@@ -126,22 +150,20 @@ def _visible(
 
 def attend_batch(
     q: torch.Tensor,
-    kv_cache: torch.Tensor,
+    kv_cache: KVCache,
     batch: Batch,
     scale: float,
-    gathered: torch.Tensor,
+    make_scratch: Callable[[int, torch.dtype], torch.Tensor],
     out: torch.Tensor,
 ) -> None:
     """Attend to the query tokens of a batch.
 
     Args:
         q, out: [num_tokens, num_heads, head_dim]; out is written.
-        kv_cache: see `pagoda_kernels.paged_attention.AttentionBackend`.
-        gathered: [len(batch.head_rows), head_dim] in the dtype of kv_cache: memory to use.
+        make_scratch: for so many numbers of a dtype memory to use, one after the other.
     """
-    num_kv_heads, head_dim = kv_cache.shape[3:]
-    torch.index_select(kv_cache.view(-1, head_dim), 0, batch.head_rows, out=gathered)
-    wide = gathered.to(_product_dtype(q.dtype))
+    num_kv_heads, head_dim = kv_cache.numbers.shape[3:]
+    wide = _gather(kv_cache, batch.head_rows, _product_dtype(q.dtype), make_scratch)
     keys, values = wide.view(2, batch.num_chunks * num_kv_heads, -1, head_dim)
     for block in batch.blocks:
         grouped = q.index_select(0, block.tokens).to(wide.dtype)
@@ -160,6 +182,51 @@ def attend_batch(
         attended = torch.bmm(scores.softmax(-1), values[:, seen]).view(by_head.shape)
         by_token = attended.permute(0, 3, 1, 2, 4).reshape(grouped.shape)
         out.index_copy_(0, block.tokens, by_token.to(out.dtype))
+
+
+def _gather(
+    kv_cache: KVCache,
+    rows: torch.Tensor,
+    dtype: torch.dtype,
+    make_scratch: Callable[[int, torch.dtype], torch.Tensor],
+) -> torch.Tensor:
+    """[num_rows, head_dim] in a dtype: what is stored at these rows."""
+    numbers, scales = kv_cache
+    size = len(rows), numbers.shape[4]
+    gathered_dtype = numbers.dtype if scales is None else dtype
+    gathered = make_scratch(size[0] * size[1], gathered_dtype).view(size)
+    if scales is None:
+        torch.index_select(numbers.view(-1, size[1]), 0, rows, out=gathered)
+        return gathered.to(dtype)
+    # In one pass: each number is read once, and rounded once after its scale.
+    _GATHER[numbers.dtype, dtype](numbers, scales, scales.numel(), rows, *size, gathered)
+    return gathered
+
+
+def _make_kernel(kv_dtype: torch.dtype, dtype: torch.dtype) -> ThreadedKernel:
+    view, wide_view = VIEWS[kv_dtype], VIEWS[dtype]
+    unit = np.float32(UNITS.get(kv_dtype, 1.0))
+
+    def gather_rows(task: Task) -> None:
+        """A part of the work is some rows."""
+        a = _arguments(task)
+        numbers = view(a.numbers, (a.num_cache_rows, a.head_dim))
+        scales, rows = floats(a.scales, (a.num_cache_rows,)), int64s(a.rows, (a.num_rows,))
+        gathered = wide_view(a.gathered, (a.num_rows, a.head_dim))
+        first = claim(task) * _ROWS_PER_PART
+        while first < a.num_rows:
+            for i in range(first, min(first + _ROWS_PER_PART, a.num_rows)):
+                scale = scales[rows[i]] * unit
+                scale_row(row_of(numbers, rows[i]), scale, row_of(gathered, i))
+            first = claim(task) * _ROWS_PER_PART
+
+    return ThreadedKernel(gather_rows, variant=f"{kv_dtype} {dtype}", is_ahead=False)
+
+
+_GATHER = {
+    dtypes: _make_kernel(*dtypes)
+    for dtypes in itertools.product(LARGEST, (torch.bfloat16, torch.float32))
+}
 
 
 @functools.cache

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pagoda_kernels.cpu.compiled import Kernel, int32s, int64s
+from pagoda_kernels.cpu.compiled import Kernel
+from pagoda_kernels.cpu.formats import int32s, int64s
 
 
 class Sequences:

@@ -7,20 +7,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from pagoda_kernels.cpu.compiled import (
-    Array,
-    Kernel,
-    address_of,
-    bf16_bits,
-    compiled,
-    emitted,
-    floats,
-    int32s,
-    int64s,
-    uint8s,
-    widen,
-    widened,
-)
+from pagoda_kernels.cpu.compiled import Array, Kernel, address_of, compiled, emitted
+from pagoda_kernels.cpu.formats import bf16_bits, floats, int32s, int64s, uint8s, widen, widened
 from pagoda_kernels.cpu.panels import (
     GROUP_SIZE,
     INT8,

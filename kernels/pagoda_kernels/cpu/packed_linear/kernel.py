@@ -7,16 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pagoda_kernels.cpu.compiled import (
-    LOG2_E,
-    Array,
-    address_of,
-    bf16_bits,
-    compiled,
-    exp2,
-    floats,
-    narrowed,
-)
+from pagoda_kernels.cpu.compiled import LOG2_E, Array, address_of, compiled, exp2
+from pagoda_kernels.cpu.formats import bf16_bits, floats, narrowed
 from pagoda_kernels.cpu.panels import (
     BF16,
     BYTES_PER_STEP,
