@@ -12,7 +12,7 @@ from torch.distributed import Work
 
 from pagoda_runtime.errors import FatalError
 
-LOOPBACK = "127.0.0.1"
+_LOOPBACK = "127.0.0.1"
 # Longer than any step: rank 0's process watches the others, and can name the one to blame.
 _TIMEOUT = timedelta(days=1)
 
@@ -93,7 +93,7 @@ def _connect_gloo(store: Any, rank: int, size: int) -> Group:
     gloo = _distributed.ProcessGroupGloo
     options = gloo._Options()
     # By default it asks for the address of the host's name, and some hosts have none.
-    options._devices = [gloo.create_device(hostname=LOOPBACK)]
+    options._devices = [gloo.create_device(hostname=_LOOPBACK)]
     options._timeout = _TIMEOUT
     group: Group = gloo(store, rank, size, options)
     return group

@@ -6,6 +6,7 @@ wait there for ever, rank 0 too, so a thread of its process watches, and ends it
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import threading
@@ -20,6 +21,7 @@ import msgspec
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import Runner, StepInFlight
+from pagoda_runtime.engine.failure import describe_failure
 from pagoda_runtime.ipc.death import count_oom_kills, describe_exit
 from pagoda_runtime.ipc.messages import (
     BlockCopy,
@@ -32,6 +34,8 @@ from pagoda_runtime.ipc.messages import (
     ScheduledRow,
     ToRank0,
 )
+
+logger = logging.getLogger("pagoda.engine")
 
 # After the first sign of trouble: a death breaks the connections of those who live, and what they
 # say of that may come first.
@@ -95,7 +99,7 @@ class Ranks:
             log_level=log_level if log_level == "debug" else "error",
         )
         self._ranks = [self._spawn(launch, command, number) for number in range(1, self._size)]
-        self._watch_thread = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
+        self._watch_thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
         self._watch_thread.start()
 
     def wait_ready(self) -> None:
@@ -142,6 +146,14 @@ class Ranks:
         launch = msgspec.structs.replace(launch, rank=number)
         ours.send_bytes(self._encoder.encode(launch))
         return _Rank(number, process, ours, os.pidfd_open(process.pid), time.monotonic())
+
+    def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:
+            # Without a watch nobody would end what waits for a rank.
+            logger.error("The watch of the ranks failed.", exc_info=error)
+            self._end(describe_failure(error, "The watch of the ranks"))
 
     def _watch(self) -> None:
         signs = [self._wake]

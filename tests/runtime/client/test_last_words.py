@@ -78,6 +78,14 @@ def test_an_exit_without_a_word_is_explained_by_its_status(status, is_out_of_mem
     assert "pid" not in failure.message
 
 
+def test_a_death_is_told_with_who_died_and_when():
+    failure = describe_exit(-9, True, "Rank 1 of 2", " in step 7")
+    assert failure.message.startswith("Rank 1 of 2 was killed by signal 9 (SIGKILL) in step 7: the")
+    assert describe_exit(3, False, "Rank 1 of 2", " in step 7").message.startswith(
+        "Rank 1 of 2 ended with status 3 in step 7"
+    )
+
+
 @pytest.mark.parametrize(
     ("own", "counter"),
     [

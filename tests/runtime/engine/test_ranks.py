@@ -16,7 +16,9 @@ import pytest
 
 from pagoda_runtime.client.engine_client import EngineClient
 from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.engine.ranks import Ranks
 from pagoda_runtime.errors import EngineDead, FatalError
+from pagoda_runtime.ipc.messages import EngineFailed
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.testing import fake_next_token
 
@@ -190,6 +192,17 @@ async def test_what_a_rank_fails_with_is_what_the_engine_says(options, reason, w
         assert caught.value.reason == reason
     finally:
         await engine.shutdown()
+
+
+def test_a_watch_that_fails_ends_the_engine(tmp_path):
+    ended: list[EngineFailed] = []
+    garbage = "import os, time; os.write(0, b'\\0\\0\\0\\1\\xc1'); time.sleep(60)"
+    config = EngineConfig(model="m", tensor_parallel_size=2)
+    command = [sys.executable, "-c", garbage]
+    ranks = Ranks(config, str(tmp_path), "error", command=command, end=ended.append)
+    ranks.await_verdict()
+    ranks.close()
+    assert ended[0].message.startswith("The watch of the ranks failed with ")
 
 
 async def test_no_rank_outlives_rank_0_even_if_it_is_stopped():
