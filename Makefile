@@ -3,7 +3,8 @@
 
 PYTHON ?= .venv/bin/python
 
-.PHONY: demo demo-down test check lint types unit interpreted venv model kubeconfig lock gpu-check gpu-compile \
+.PHONY: demo demo-down test check lint types unit interpreted venv model kubeconfig lock \
+  gpu-check gpu-compile gpu-rehearse \
   bench-cpu bench-versions bench-long bench-waste bench-overhead bench-quantization \
   bench-kv-cache bench-strangers soak
 
@@ -75,6 +76,9 @@ soak: venv      ## a server's memory over 10,000 requests: make soak [OUT=FILE]
 gpu-compile: venv ## every kernel of GPU engines, compiled without a GPU: make gpu-compile [OUT=FILE]
 	@PYTHONPATH=benchmarks $(PYTHON) -m gpu.compile \
 	  --out $(or $(OUT),benchmarks/results/gpu-compile.json)
+
+gpu-rehearse:   ## whole steps on a GPU that is not there: where would the host wait for it?
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/runtime/execution/test_rehearsal.py
 
 gpu-check:      ## on a machine with a CUDA device: every test that needs one
 	@$(or $(PYTHON),python3) -m pytest -q tests -m gpu

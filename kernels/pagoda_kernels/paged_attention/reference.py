@@ -14,6 +14,7 @@ from pagoda_kernels.paged_attention.backend import (
     Rotary,
 )
 from pagoda_kernels.rotate_and_store.reference import rotate_and_store_reference
+from pagoda_kernels.transfer import to_device
 
 
 class ReferenceAttention(AttentionBackend):
@@ -46,7 +47,7 @@ class ReferencePlan(AttentionPlan):
         super().__init__(backend.spec, int(query_lens.sum()))
         self.kv_caches, self.query_lens = backend.kv_caches, query_lens
         block_size, device = self.spec.block_size, self.spec.device
-        table = torch.from_numpy(block_table).to(device).long()
+        table = to_device(block_table, device).long()
         self.slots = []
         for blocks, seq_len in zip(table, seq_lens, strict=True):
             positions = torch.arange(seq_len, device=device)
