@@ -62,9 +62,12 @@ class DecodeSteps:
         self._replays: dict[int, Replay] = {}
         self._logits: torch.Tensor | None = None
 
-    def record(self, record: Record) -> None:
-        """Record the steps of all sizes; they share memory, so the largest comes first."""
-        for size in reversed(graph_sizes(self.row_tables.padding_place)):
+    def record(self, record: Record, sizes: Sequence[int] | None = None) -> None:
+        """Record steps, by default of all sizes; they share memory, so the largest comes first."""
+        # Rows of block 0, as fields of other sizes would not be.
+        self._fields.zero_()
+        self._table.zero_()
+        for size in sorted(sizes or graph_sizes(self.row_tables.padding_place), reverse=True):
             # Once before: what is compiled or allocated at the first call must not be recorded.
             logits = self._compute(size)
             if self._logits is None:

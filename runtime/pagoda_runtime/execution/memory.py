@@ -71,14 +71,16 @@ def fit_kv_cache(
     attention: AttentionBackend,
     platform: Platform,
     parallel: TensorParallel,
+    find_step_bytes: Callable[[], int],
 ) -> KvCacheSize:
     """The cache of an engine whose weights are loaded, of one size on all ranks.
 
+    Args:
+        find_step_bytes: says what the largest step needs beside weights and cache.
     Raises: FatalError: as `size_kv_cache`.
     """
     if config.kv_cache_memory_bytes is None:
-        step_bytes = _largest_step_bytes(config, model_config, attention.spec.dtype)
-        budget = platform.memory_budget(config, step_bytes)
+        budget = platform.memory_budget(config, find_step_bytes())
     else:
         budget = MemoryBudget(config.kv_cache_memory_bytes, "--kv-cache-memory-bytes")
     budget = replace(
@@ -109,17 +111,6 @@ def fit_kv_cache(
             limit,
         )
     return size
-
-
-def _largest_step_bytes(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype) -> int:
-    """What the largest step needs beside weights and cache."""
-    num_tokens = config.max_num_batched_tokens
-    assert num_tokens is not None
-    # Logits dominate: one row for each sequence, in the model's dtype, and once more in fp32.
-    number_bytes = dtype.itemsize + 4
-    vocabulary = min(config.max_num_seqs, num_tokens) * model_config.vocab_size * number_bytes
-    widest = 2 * model_config.intermediate_size + 4 * model_config.hidden_size
-    return vocabulary + num_tokens * widest * number_bytes
 
 
 def size_kv_cache(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from pagoda_kernels.paged_attention import make_backend
@@ -14,6 +16,7 @@ from pagoda_runtime.execution.memory import (
     fit_kv_cache,
     make_attention,
 )
+from pagoda_runtime.execution.profiling import find_step_bytes
 from pagoda_runtime.execution.steps import StepRunner
 from pagoda_runtime.ipc.messages import EngineReady, ScheduledRow
 from pagoda_runtime.models.source import OnProgress
@@ -51,7 +54,8 @@ class ModelRunner(StepRunner):
         config = platform.complete(config)
         model = load_model(config, platform, parallel, on_progress)
         attention = make_attention(config, model, backend)
-        size = fit_kv_cache(config, model.config, attention, platform, parallel)
+        find_bytes = partial(find_step_bytes, config, model, attention, platform)
+        size = fit_kv_cache(config, model.config, attention, platform, parallel, find_bytes)
         self.num_blocks, self.block_size = size.num_blocks, size.block_size
         self.max_model_len = size.max_model_len
         model.set_max_model_len(size.max_model_len)

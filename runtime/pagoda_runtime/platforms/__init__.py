@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.platforms.base import MemoryBudget, Platform, Record, Replay
+from pagoda_runtime.platforms.base import MemoryBudget, MemoryUse, Platform, Record, Replay
 from pagoda_runtime.platforms.cpu import CpuPlatform
 from pagoda_runtime.platforms.cuda import CudaPlatform
 
 __all__ = [
     "PLATFORMS",
     "MemoryBudget",
+    "MemoryUse",
     "Platform",
     "Record",
     "Replay",

@@ -33,6 +33,16 @@ class MemoryBudget:
     knob: str
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Of the device's memory, beside what was held before."""
+
+    peak_bytes: int
+    """The most at a time."""
+    kept_bytes: int
+    """What is held afterwards."""
+
+
 class Platform(ABC):
     """A kind of device that engines run on. A new kind is a file, and a row of `PLATFORMS`."""
 
@@ -84,6 +94,10 @@ class Platform(ABC):
     def num_threads(self, config: EngineConfig) -> int:
         """Of a rank: they divide what the flag says, or the cores that the cgroup allows."""
         return max(1, (config.num_threads or allowed_cores()) // config.tensor_parallel_size)
+
+    def measure(self, run: Callable[[], object]) -> MemoryUse | None:
+        """Run it, and tell what memory that took; None, and nothing is run, where nobody counts."""
+        return None
 
     def recorder(self) -> Record | None:
         """What records the device's work, in memory that all it records shares; None: nothing."""

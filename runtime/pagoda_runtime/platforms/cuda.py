@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from pagoda_runtime.config import EngineConfig
-from pagoda_runtime.platforms.base import MemoryBudget, Platform, Record, Replay
+from pagoda_runtime.platforms.base import MemoryBudget, MemoryUse, Platform, Record, Replay
 
 if TYPE_CHECKING:
     import torch
@@ -58,11 +58,28 @@ class CudaPlatform(Platform):
         """What gpu_memory_utilization leaves beside the weights and the largest step."""
         import torch
 
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         available = int(free - (1.0 - config.gpu_memory_utilization) * total)
         return MemoryBudget(
             available - step_bytes, "--gpu-memory-utilization (engine.gpuMemoryPercent)"
         )
+
+    def measure(self, run: Callable[[], object]) -> MemoryUse:
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        reserved = torch.cuda.memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        # Reserved, not allocated: what lies between is lost to a step as well.
+        peak = torch.cuda.max_memory_reserved() - reserved
+        torch.cuda.empty_cache()
+        # Of the whole device: graphs and kernels take memory that torch does not count.
+        return MemoryUse(peak, max(0, free - torch.cuda.mem_get_info()[0]))
 
     def recorder(self) -> Record:
         return _GraphRecorder()

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from pagoda_kernels.launch import LaunchRecorder
+from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.execution.profiling import largest_steps
 from pagoda_runtime.execution.rehearsal import Watch, absent_runner, rehearse
 from pagoda_runtime.ipc.messages import BlockCopy, ScheduledRow
 from pagoda_runtime.layers.rope_config import RopeConfig
@@ -134,6 +136,14 @@ def test_a_mixed_step_waits_for_nothing(model):
     assert plain.num_fetched == 1
     # The prompt's logprobs come in two pieces.
     assert with_logprobs.num_fetched == 3
+
+
+def test_the_largest_steps_wait_for_nothing(model):
+    config = EngineConfig(model="", max_num_batched_tokens=2048, max_num_seqs=24)
+    prompts, contexts = watch(model, *largest_steps(config, 16, 8192))
+    # Of 2025 tokens the logprobs come in 32 pieces.
+    assert prompts.num_fetched == 1 + 32
+    assert contexts.num_fetched == 1
 
 
 def test_blocks_are_copied_without_a_wait(model):
