@@ -17,6 +17,10 @@ FindModel = Callable[[EngineConfig, OnProgress], EngineConfig]
 """The config with a model that is on this machine."""
 
 
+UseDevice = Callable[[EngineConfig, int], None]
+"""Lets a thread compute on a rank's device."""
+
+
 def find_model(config: EngineConfig, on_progress: OnProgress) -> EngineConfig:
     """Raises: FatalError: as `resolve_model`."""
     folder = resolve_model(config.model, config.revision, on_progress)
@@ -41,3 +45,8 @@ def make_model_runner(
         device = platform.device(rank)
         parallel = connect(rank, size, socket_folder, device, backend=platform.collectives)
     return ModelRunner(config, on_progress, parallel)
+
+
+def use_device(config: EngineConfig, rank: int) -> None:
+    """Let this thread compute on a rank's device: threads begin with the first of the machine."""
+    choose_platform(config.device).use_device(rank)

@@ -19,7 +19,7 @@ import msgspec
 
 from pagoda_runtime.engine.core import Runner, StepInFlight
 from pagoda_runtime.engine.failure import describe_failure
-from pagoda_runtime.engine.loading import MakeRunner, make_model_runner
+from pagoda_runtime.engine.loading import MakeRunner, UseDevice, make_model_runner, use_device
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.ipc.messages import RankLaunch, RankReady, RankStep, RankStepDone
 from pagoda_runtime.logs import configure_logging
@@ -29,8 +29,8 @@ logger = logging.getLogger("pagoda.engine")
 _PR_SET_PDEATHSIG = 1
 
 
-def main(make_runner: MakeRunner) -> int:
-    """Run a rank's process to its end and return its exit status."""
+def main(make_runner: MakeRunner, use: UseDevice = lambda *_: None) -> int:
+    """Run a rank's process to its end and return its exit status. use: asked by each thread."""
     # Rank 0's process ends this one, whatever a terminal or a supervisor says to both.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -46,15 +46,21 @@ def main(make_runner: MakeRunner) -> int:
         gc.collect()
         gc.freeze()
         channel.send_bytes(msgspec.msgpack.encode(RankReady()))
-        _take_steps(channel, runner, launch.rank)
+        thread = ThreadPoolExecutor(1, "pagoda-result", use, (launch.config, launch.rank))
+        _take_steps(channel, runner, launch.rank, thread)
     except Exception as error:
         _tell_failure(channel, launch.rank, error)
         return 1
     return 0
 
 
-def _take_steps(channel: Connection, runner: Runner, rank: int) -> None:
-    """Begin each step as soon as it comes, until rank 0 closes the channel."""
+def _take_steps(channel: Connection, runner: Runner, rank: int, thread: ThreadPoolExecutor) -> None:
+    """Begin each step as soon as it comes, until rank 0 closes the channel.
+
+    Args:
+        thread: waits for their ends, because where the device runs beside the host the next step
+            is to be begun before one ends.
+    """
     decoder = msgspec.msgpack.Decoder(RankStep)
     done = msgspec.msgpack.encode(RankStepDone())
 
@@ -66,8 +72,6 @@ def _take_steps(channel: Connection, runner: Runner, rank: int) -> None:
             _tell_failure(channel, rank, error)
             os._exit(1)
 
-    # Where the device runs beside the host, the next step is to be begun before one ends.
-    thread = ThreadPoolExecutor(1, "pagoda-result")
     while True:
         try:
             step = decoder.decode(channel.recv_bytes())
@@ -86,4 +90,4 @@ def _tell_failure(channel: Connection, rank: int, error: Exception) -> None:
 
 if __name__ == "__main__":
     # Not sys.exit: a process group that broke off in the middle aborts where it is torn down.
-    os._exit(main(make_model_runner))
+    os._exit(main(make_model_runner, use_device))

@@ -85,6 +85,7 @@ class Platform(ABC):
         """Set torch's threads, and log them and the device."""
         import torch
 
+        self.use_device(rank)
         num_threads = self.num_threads(config)
         if torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)
@@ -162,6 +163,13 @@ class Platform(ABC):
         import torch
 
         return torch.device(self.name)
+
+    def use_device(self, rank: int) -> None:
+        """Let this thread compute on a rank's device where nothing says on which."""
+        import torch
+
+        if (index := self.device(rank).index) is not None:
+            torch.accelerator.set_device_index(index)
 
     def complete(self, config: EngineConfig) -> EngineConfig:
         """The config with this platform's defaults in the place of None."""

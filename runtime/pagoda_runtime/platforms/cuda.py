@@ -37,12 +37,6 @@ class CudaPlatform(Platform):
 
         return torch.cuda.device_count()
 
-    def configure(self, config: EngineConfig, rank: int) -> None:
-        import torch
-
-        torch.cuda.set_device(self.device(rank))
-        super().configure(config, rank)
-
     def device(self, rank: int = 0) -> torch.device:
         import torch
 

@@ -59,6 +59,11 @@ def test_there_is_a_gpu_for_each_rank(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     cuda = PLATFORMS["cuda"]
     cuda.verify_ranks(2)
+    used: list[int] = []
+    monkeypatch.setattr("torch.accelerator.set_device_index", used.append)
+    cuda.use_device(1)
+    CPU.use_device(1)
+    assert used == [1]
     assert [cuda.device(rank).index for rank in range(2)] == [0, 1]
     with pytest.raises(FatalError, match=r"is 4, but there are 2 devices .*gpu\.count") as caught:
         cuda.verify_ranks(4)
