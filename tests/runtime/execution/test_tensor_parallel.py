@@ -296,6 +296,17 @@ def test_a_rank_asks_for_its_share_of_what_is_cut_and_once_for_the_rest(
             assert stored.num_bytes == (whole if is_held_by_all else whole // 2), name
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "int8"])
+def test_heads_stored_in_8_bits_are_rounded_alike_on_two_ranks(pair, kv_cache_dtype):
+    one, two = pair("gemma3_text", kv_cache_dtype=kv_cache_dtype)
+    params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)]
+    expected, _ = run(make_core(one), params)
+    told, _ = run(make_core(two), params)
+    for name, (delta,) in expected.items():
+        for entry, other in zip(delta.prompt_logprobs, told[name][0].prompt_logprobs, strict=True):
+            assert entry.logprob == pytest.approx(other.logprob, abs=0.05)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_on_one_gpu_give_the_tokens_of_one(pair, family):
