@@ -126,7 +126,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
             or self.repetition_penalty != 1.0
-            or any(len(word) > 1 for word in self.bad_words_token_ids)
+            # Asked of each row at each step, mostly of those with no bad words at all.
+            or (self.bad_words_token_ids != () and max(map(len, self.bad_words_token_ids)) > 1)
         )
 
     @property

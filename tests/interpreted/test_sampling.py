@@ -8,6 +8,9 @@ import torch
 
 from pagoda_kernels.sampling import Draw, draw_tokens, make_state, pack_draws
 from pagoda_kernels.sampling.reference import draw_tokens_reference
+from pagoda_runtime.execution import sampler
+from pagoda_runtime.execution.testing import make_row
+from pagoda_runtime.sampling_params import SamplingParams
 
 
 def check(logits, draws):
@@ -77,6 +80,35 @@ def test_numbers_that_are_none_end_in_a_token_of_the_row():
     assert all(token in range(50) for token in tokens)
     assert all(token % 2 for token in tokens[6:9])
     assert tokens[9:] == [7, 7, 7]
+
+
+def test_a_step_gives_the_tokens_that_a_cpu_draws_row_by_row():
+    random = Random(0)
+    torch.manual_seed(0)
+    params = [
+        SamplingParams(temperature=0.0, logprobs=2),
+        SamplingParams(temperature=0.0, frequency_penalty=2.0),
+        SamplingParams(temperature=0.7, top_k=20, top_p=0.9, logprobs=0),
+        SamplingParams(top_p=0.95, min_p=0.05, repetition_penalty=1.3),
+        SamplingParams(top_p=0.5, allowed_token_ids=(4, 9, 300), logit_bias={9: 3.0}),
+        SamplingParams(top_p=1.0, bad_words_token_ids=((7,),), min_tokens=50),
+    ]
+    rows = [
+        make_row(
+            some,
+            seeds=[random.getrandbits(64)],
+            position=random.randrange(1, 5000),
+            history=random.choices(range(601), k=30),
+            num_prompt_tokens=11,
+            num_output_tokens=19,
+        )
+        for some in params
+    ]
+    rows.append(make_row(SamplingParams(use_beam_search=True, n=2), num_candidates=4))
+    logits = 3 * torch.randn(len(rows), 601)
+    found = sampler.sample(logits, rows, [0], in_batch=True)
+    expected = sampler.sample(logits, rows, [0], in_batch=False)
+    assert [row.token_ids for row in found] == [row.token_ids for row in expected]
 
 
 def test_draws_have_the_shares_of_the_weights():

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from random import Random
 
 import pytest
 import torch
 
 from pagoda_kernels.launch import LaunchRecorder
 from pagoda_kernels.sampling import Draw, draw_tokens, make_state, mix, pack_draws, uniform
+from pagoda_kernels.sampling.reference import draw_tokens_reference
 
 
 def draw(logits, draws):
@@ -84,6 +86,30 @@ def test_tensors_that_do_not_fit_are_refused():
         draw_tokens(logits, draws[:5])
     with pytest.raises(ValueError, match="contiguous, on the device"):
         draw_tokens(logits, draws.T.contiguous().T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [1, 63, 32003, 151936, 262144])
+def test_a_gpu_draws_the_tokens_of_the_reference(vocab_size, dtype):
+    random = Random(vocab_size)
+    torch.manual_seed(vocab_size)
+    logits = (3 * torch.randn(8, vocab_size)).to(dtype)
+    draws = [
+        Draw(
+            random.randrange(8),
+            random.choice([0, 2, 50, 5000]),
+            make_state(random.getrandbits(64), random.randrange(5000)),
+            random.choice([0.0, 0.5, 1.0, 2.0]),
+            random.choice([0.0, 0.05]),
+            random.choice([0.1, 0.9, 0.99, 1.0]),
+        )
+        for _ in range(100)
+    ]
+    packed = torch.from_numpy(pack_draws(draws))
+    found = draw_tokens(logits.cuda(), packed.cuda()).cpu()
+    # The rounding of a sum may fall on the other side of a border.
+    assert (found != draw_tokens_reference(logits, packed)).sum() <= 1
 
 
 def test_programs_of_all_multiprocessors_go_over_a_row():

@@ -11,7 +11,7 @@ from pagoda_kernels.launch import launch
 # Logits of which one maximum is kept, and those that a program takes the maxima of.
 _CHUNK, _BLOCK = 128, 2048
 # The most logits that a program of a draw has at hand, and those that are added in fp32.
-_TILE, _GROUP = 16384, 16
+_TILE, _GROUP = 8192, 16
 
 _LARGEST_LOGIT = tl.constexpr(1e30)
 
@@ -21,7 +21,9 @@ def draw_tokens_triton(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tenso
     num_rows, vocab_size = logits.shape
     num_chunks, num_draws = triton.cdiv(vocab_size, _CHUNK), draws.shape[1]
     # Sizes are the vocabulary's alone, so that no sum depends on the rows beside.
-    tile = min(_TILE, max(1024, triton.next_power_of_2(vocab_size)))
+    # Logits that are loaded one by one take registers for their addresses, too.
+    most = _TILE if vocab_size % 16 == 0 else _TILE // 2
+    tile = min(most, max(1024, triton.next_power_of_2(vocab_size)))
     maxima = torch.empty(num_rows, num_chunks, device=logits.device)
     launch(
         maxima_kernel,
@@ -52,7 +54,7 @@ def draw_tokens_triton(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tenso
         TILE=tile,
         TILES=triton.next_power_of_2(triton.cdiv(vocab_size, tile)),
         GROUP=_GROUP,
-        num_warps=min(16, tile // 512),
+        num_warps=min(16, tile // 256),
     )
     return tokens
 

@@ -38,20 +38,23 @@ class Batch(NamedTuple):
 
     def tell(self) -> list[RowOutput]:
         """Wait for the device; one output per row."""
-        ((token_ids, *others),) = self.on_host.wait()
+        ((numbers, *others),) = self.on_host.wait()
+        token_ids = numbers.astype(np.int64).tolist()
         described, candidates = (others[:4], others[4:]) if self.has_scores else ([], others)
-        outputs, num_draws, num_scored, num_beams = [], 0, 0, 0
+        outputs, first, first_scored, beam = [], 0, 0, 0
         for row in self.rows:
+            end, params = first + len(row.seeds), params_of(row)
             if row.num_candidates:
-                outputs.append(tell_candidates(row, *(column[num_beams] for column in candidates)))
-                num_beams += 1
+                outputs.append(tell_candidates(row, *(column[beam] for column in candidates)))
+                beam += 1
+            elif params.needs_logprobs:
+                end_scored = first_scored + len(row.seeds)
+                scores = [column[first_scored:end_scored] for column in described]
+                outputs.append(tell_row(token_ids[first:end], scores, params))
+                first_scored = end_scored
             else:
-                some = [int(i) for i in token_ids[num_draws : num_draws + len(row.seeds)]]
-                params, end = params_of(row), num_scored + len(row.seeds)
-                scores = [column[num_scored:end] for column in described]
-                outputs.append(tell_row(some, scores, params))
-                num_scored = end if params.needs_logprobs else num_scored
-            num_draws += len(row.seeds)
+                outputs.append(RowOutput(token_ids=token_ids[first:end]))
+            first = end
         return outputs
 
 
@@ -73,14 +76,14 @@ class _Places(NamedTuple):
 def _find_places(rows: Sequence[ScheduledRow]) -> _Places:
     places = _Places([], [], [], [], [])
     for index, row in enumerate(rows):
-        params, first = params_of(row), len(places.draws)
+        params, first, is_argmax = params_of(row), len(places.draws), is_plain(row)
         places.firsts.append(first)
         if row.num_candidates:
             places.beams.append(index)
         elif params.needs_logprobs:
             places.scored.extend(range(first, first + len(row.seeds)))
-        places.plain.extend([is_plain(row)] * len(row.seeds))
-        if params.is_greedy or row.num_candidates:
+        places.plain.extend([is_argmax] * len(row.seeds))
+        if is_argmax or row.num_candidates or params.is_greedy:
             places.draws.extend([Draw(index)] * len(row.seeds))
             continue
         position = row.start + len(row.token_ids)
