@@ -14,14 +14,15 @@ from fake_node import offer
 from kube import Kubectl, condition, show_services, wait_until
 from operator_process import OperatorProcess, without_installed_operator
 
-GOLDEN = stack.ROOT / "tests" / "operator" / "golden"
+SERVICE = stack.ROOT / "examples" / "two-gpus.yaml"
+GOLDEN = stack.ROOT / "tests" / "operator" / "two-gpus.golden.yaml"
 NAME = "llama-70b"
 PRODUCT = "nvidia.com/gpu.product"
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
 
 def children() -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((GOLDEN / "two-gpus.children.yaml").read_text()))
+    return list(yaml.safe_load_all(GOLDEN.read_text()))
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def service(
     operator = OperatorProcess(namespace, tmp_path / "operator.log", engine_image=image)
     with without_installed_operator(target.kubectl):
         operator.start()
-        namespace.apply((GOLDEN / "two-gpus.yaml").read_text())
+        namespace.apply(SERVICE.read_text())
         yield namespace
         operator.stop()
 

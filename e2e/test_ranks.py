@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 def service(name: str = NAME, tensor_parallel_size: int = 2) -> dict[str, Any]:
     engine = {
         "tensorParallelSize": tensor_parallel_size,
+        "kvCacheDtype": "FP8",
         "maxModelLen": 512,
         "extraArgs": ["--num-threads=2"],
     }
@@ -41,7 +42,7 @@ def service(name: str = NAME, tensor_parallel_size: int = 2) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def kubectl(target: stack.Target, images: dict[str, str]) -> Iterator[Kubectl]:
-    """A namespace in which an engine of two ranks is Ready."""
+    """A namespace in which an engine of two ranks with a KV cache in 8 bits is Ready."""
     stack.install_operator(target, images)
     with stack.restricted_namespace(target.kubectl, NAMESPACE) as kubectl:
         stack.ensure_model_volume(target, kubectl, images)
@@ -76,7 +77,7 @@ def answer(kubectl: Kubectl) -> str:
     return str(response.json()["choices"][0]["message"]["content"])
 
 
-def test_two_ranks_answer(kubectl: Kubectl) -> None:
+def test_two_ranks_with_keys_and_values_in_8_bits_answer(kubectl: Kubectl) -> None:
     assert "Paris" in answer(kubectl)
 
 

@@ -9,8 +9,8 @@ import yaml
 from pagoda_operator.render import render_children
 from pagoda_operator.spec import parse
 
-SERVICE = Path(__file__).parent / "golden" / "two-gpus.yaml"
-CHILDREN = Path(__file__).parent / "golden" / "two-gpus.children.yaml"
+SERVICE = Path(__file__).resolve().parents[2] / "examples" / "two-gpus.yaml"
+CHILDREN = Path(__file__).with_name("two-gpus.golden.yaml")
 ENGINE_IMAGE = "registry.example.com/pagoda-runtime:1"
 
 
