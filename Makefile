@@ -2,6 +2,10 @@
 # CONTEXT=… REGISTRY=… make demo: use that cluster and a registry that it can pull from.
 
 PYTHON ?= .venv/bin/python
+# A machine with a GPU may have torch and triton in a Python of its own, and no network.
+GPU_PYTHON ?= python3
+GPU_ARGUMENTS = $(if $(OUT),--out $(OUT)) $(if $(COMMIT),--commit $(COMMIT)) $(if $(REHEARSE),--rehearse)
+GPU_ENV = PYTHONPATH=kernels:runtime:benchmarks:out/gpu-packages
 
 .PHONY: demo demo-down test check lint types unit interpreted venv model kubeconfig lock \
   gpu-check gpu-compile gpu-rehearse \
@@ -80,12 +84,17 @@ gpu-compile: venv ## every kernel of GPU engines, compiled without a GPU: make g
 gpu-rehearse:   ## whole steps on a GPU that is not there: where would the host wait for it?
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/runtime/execution/test_rehearsal.py
 
-gpu-check:      ## on a machine with a CUDA device: every test that needs one
-	@$(or $(PYTHON),python3) -m pytest -q tests -m gpu
+gpu-packages:   ## in out/gpu-packages: what gpu-check and gpu-bench need on a machine without a network
+	@python3 e2e/phases.py gpu-packages
+
+gpu-check:      ## on a machine with a GPU: every test that needs one, in nine minutes at most
+	@$(GPU_ENV) $(GPU_PYTHON) -m gpu.check $(GPU_ARGUMENTS)
 
 lock:           ## renew requirements/*.txt from pyproject.toml
 	@for extra in operator router runtime; do \
 	  uv pip compile -q pyproject.toml --extra $$extra --generate-hashes --no-header --no-annotate \
 	    --python-version 3.11 -o requirements/$$extra.txt; done
+	@uv pip compile -q --group gpu --no-deps --generate-hashes --no-header --no-annotate \
+	  --python-version 3.11 -o requirements/gpu.txt
 	@uv pip compile -q pyproject.toml --all-extras --group dev --generate-hashes --no-header \
 	  --no-annotate --python-version 3.11 -o requirements/dev.txt

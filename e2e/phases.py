@@ -1,4 +1,4 @@
-"""The set-up behind `make demo`, `make test` and `make venv`: phases in order, with seconds.
+"""The set-up behind `make demo`, `make test` and others: phases in order, with seconds.
 
 Runs on a bare machine: standard library only, Python 3.11 or newer.
 """
@@ -19,6 +19,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 CLUSTER = ["python3", str(ROOT / "e2e" / "cluster")]
 UV_VERSION = "0.13.8"
+GPU_PYTHON_VERSION = "3.12"
 
 
 class PhaseFailed(Exception):
@@ -35,6 +36,9 @@ def main(argv: Sequence[str]) -> int:
             case "venv":
                 phase("venv", make_venv)
                 return 0
+            case "gpu-packages":
+                phase("gpu-packages", make_gpu_packages)
+                return 0
             case "demo":
                 return demo()
             case "test":
@@ -42,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     except PhaseFailed as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
-    print("usage: phases.py venv|demo|test [pytest arguments]", file=sys.stderr)
+    print("usage: phases.py venv|gpu-packages|demo|test [pytest arguments]", file=sys.stderr)
     return 2
 
 
@@ -97,6 +101,16 @@ def make_venv() -> None:
     run([uv, "pip", "sync", "--require-hashes", "--python", str(PYTHON), str(inputs[0])])
     run([uv, "pip", "install", "--quiet", "--python", str(PYTHON), "--no-deps", "-e", str(ROOT)])
     marker.write_text(key)
+
+
+def make_gpu_packages() -> None:
+    """Collect requirements/gpu.txt in a folder that goes along to a machine without a network."""
+    folder = ROOT / "out" / "gpu-packages"
+    shutil.rmtree(folder, ignore_errors=True)
+    wheels = ["--python-version", GPU_PYTHON_VERSION, "--python-platform", "x86_64-manylinux_2_28"]
+    wheels += ["--only-binary", ":all:", "--no-deps", "--target", str(folder)]
+    requirements = ["--require-hashes", "-r", str(ROOT / "requirements" / "gpu.txt")]
+    run([find_uv(), "pip", "install", "--quiet", *wheels, *requirements])
 
 
 def find_uv() -> str:
