@@ -56,7 +56,7 @@ class OnTheWay:
         self._numbers = torch.empty_like(tensor, device="cpu", pin_memory=True)
         self._numbers.copy_(tensor, non_blocking=True)
         if not hasattr(tensor, "fake_mode"):
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._arrived.record()
 
     def wait(self) -> npt.NDArray[np.generic]:

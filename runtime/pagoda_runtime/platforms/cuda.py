@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
@@ -85,6 +86,8 @@ class _GraphRecorder:
     def __init__(self) -> None:
         import torch
 
+        # Garbage that is a graph must not be found while another one is recorded.
+        gc.collect()
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
