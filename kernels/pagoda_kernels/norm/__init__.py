@@ -48,13 +48,7 @@ def norm(x: torch.Tensor, weights: NormWeights, dtype: torch.dtype) -> torch.Ten
         from pagoda_kernels.norm.kernel import norm_triton
 
         return norm_triton(x, weights, dtype)
-    if isinstance(weights, LayerNormWeights):
-        return layer_norm_reference(x, *weights).to(dtype)
-    if dtype is torch.bfloat16 and x.device.type == "cpu":
-        out = torch.empty(x.shape, dtype=dtype)
-        rms_norm_cpu(x, *weights, out, *x.shape)
-        return out
-    return rms_norm_reference(x, *weights).to(dtype)
+    return _norm(x, weights, dtype)
 
 
 def add_and_norm(
@@ -77,9 +71,10 @@ def add_and_norm(
         raise ValueError(
             f"total is {list(total.shape)} and x {list(x.shape)}; they must agree, contiguous."
         )
-    for weights in (of_x, of_total):
-        if weights is not None:
-            _check(total, weights)
+    if of_x is not None:
+        _check(x, of_x)
+    if of_total is not None:
+        _check(total, of_total)
     if uses_triton(x.device):
         from pagoda_kernels.norm.kernel import add_and_norm_triton
 
@@ -88,11 +83,21 @@ def add_and_norm(
         total.add_(x)
     elif isinstance(of_x, LayerNormWeights):
         total.add_(layer_norm_reference(x, *of_x))
-    elif x.dtype is torch.bfloat16 and x.device.type == "cpu":
+    elif x.dtype is torch.bfloat16 and x.is_cpu:
         add_rms_norm_cpu(total, x, *of_x, *x.shape)
     else:
         add_rms_norm_reference(total, x, *of_x)
-    return total if of_total is None else norm(total, of_total, x.dtype)
+    return total if of_total is None else _norm(total, of_total, x.dtype)
+
+
+def _norm(x: torch.Tensor, weights: NormWeights, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(weights, LayerNormWeights):
+        return layer_norm_reference(x, *weights).to(dtype)
+    if dtype is torch.bfloat16 and x.is_cpu:
+        out = torch.empty(x.shape, dtype=dtype)
+        rms_norm_cpu(x, *weights, out, *x.shape)
+        return out
+    return rms_norm_reference(x, *weights).to(dtype)
 
 
 def _check(x: torch.Tensor, weights: NormWeights) -> None:
