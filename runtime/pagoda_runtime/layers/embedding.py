@@ -49,7 +49,8 @@ class Embedding(Module):
             is_own = (places >= 0) & (places < len(self.own))
             rows = embedding(places * is_own, self.table) * is_own[:, None]
             rows = self.parallel.all_reduce(rows)
-        return rows.float().mul_(self.scale)
+        wide = rows.float()
+        return wide if self.scale == 1.0 else wide.mul_(self.scale)
 
 
 class LanguageModelHead(Module):
