@@ -198,7 +198,7 @@ def fresh_namespace(kubectl: Kubectl) -> Iterator[Kubectl]:
 @contextlib.contextmanager
 def restricted_namespace(kubectl: Kubectl, name: str) -> Iterator[Kubectl]:
     """kubectl in a namespace that lets in nothing but Pod Security restricted; gone afterwards,
-    and the volume of its model with it.
+    and the volume of its model with it. The cluster has the CRD.
     """
     _wait_for_namespace_gone(kubectl, name)
     kubectl.run("create", "namespace", name)
@@ -206,8 +206,16 @@ def restricted_namespace(kubectl: Kubectl, name: str) -> Iterator[Kubectl]:
     try:
         yield kubectl.in_namespace(name)
     finally:
+        _end_pods(kubectl.in_namespace(name))
         _wait_for_namespace_gone(kubectl, name)
         kubectl.run("delete", "pv", _volume_name(name), "--ignore-not-found")
+
+
+def _end_pods(kubectl: Kubectl) -> None:
+    """Let all pods end first: a namespace that goes looks again only after half their grace."""
+    kubectl.run("delete", "llmservices", "--all")
+    kubectl.run("delete", "pods", "--all", "--wait=false")
+    wait_until("the pods ended", lambda: not kubectl.items("pods"), timeout_seconds=120)
 
 
 def _volume_name(namespace: str) -> str:

@@ -41,7 +41,7 @@ def runs(kubectl: Kubectl) -> list[dict[str, Any]]:
 
 
 def test_a_pod_compiles_kernels_and_their_launcher_and_finds_them_after_a_restart(
-    target: stack.Target, images: dict[str, str]
+    target: stack.Target, images: dict[str, str], crds: None
 ) -> None:
     with stack.restricted_namespace(target.kubectl, "e2e-gpu-image") as kubectl:
         kubectl.run("create", "configmap", "probe", f"--from-file={PROBE}")
