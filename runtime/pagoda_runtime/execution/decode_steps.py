@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pagoda_kernels.paged_attention import AttentionBackend
-from pagoda_kernels.transfer import to_device
+from pagoda_kernels.transfer import all_to_device
 from pagoda_runtime.execution.row_tables import RowTables
 from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.layers.step_input import StepInput
@@ -99,10 +99,9 @@ class DecodeSteps:
             -1 if row.row_in_flight is None else row.row_in_flight for row in rows
         ]
         fields[2, :num_rows] = [row.start for row in rows]
-        numbers = np.concatenate((fields.reshape(-1), table.reshape(-1)))
-        sent = to_device(numbers, self._table.device)
-        self._fields[: fields.size].copy_(sent[: fields.size])
-        self._table[:size, : table.shape[1]].copy_(sent[fields.size :].view(table.shape))
+        sent_fields, sent_table = all_to_device((fields.reshape(-1), table), self._table.device)
+        self._fields[: fields.size].copy_(sent_fields)
+        self._table[:size, : table.shape[1]].copy_(sent_table)
 
     def _compute(self, size: int) -> torch.Tensor:
         token_ids, sources, starts = self._fields[: _NUM_FIELDS * size].view(_NUM_FIELDS, size)

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from pagoda_kernels.paged_attention import AttentionBackend
-from pagoda_kernels.transfer import to_device
+from pagoda_kernels.transfer import all_to_device
 from pagoda_runtime.execution.row_tables import RowTables
 from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.layers.step_input import StepInput
+
+_NONE = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class PreparedStep:
     """int64: indices of the tokens whose logits are wanted, in the rows' order."""
     sampled_rows: list[int]
     """Indices of the rows that they belong to."""
-    sampled_rows_on_device: torch.Tensor
+    sampled_rows_on_device: torch.Tensor | None
+    """The same, int64; None where the host knows all tokens."""
     first_tokens: list[int]
     """For each row, the index of its first token."""
 
@@ -51,29 +54,20 @@ def prepare_step(
     table = row_tables.gather(row_tables.place(rows), most_blocks)
     plan = attention.plan(query_lens, seq_lens, table)
     sampled = [index for index, row in enumerate(rows) if row.sampling_params is not None]
-    sampled_rows = np.array(sampled, dtype=np.int64)
-    in_flight = [
-        (i, row.row_in_flight) for i, row in enumerate(rows) if row.row_in_flight is not None
-    ]
-    waiting, sources = np.array(in_flight, dtype=np.int64).reshape(-1, 2).T
-    numbers = (
-        token_ids,
-        positions,
-        sampled_rows,
-        ends[sampled_rows] - 1,
-        ends[waiting] - 1,
-        sources,
-    )
-    on_device = to_device(np.concatenate(numbers), attention.spec.device)
-    parts = on_device.split([len(part) for part in numbers])
-    tokens, token_positions, rows_on_device, sampled_tokens, unknown, sampled_before = parts
-    if in_flight:
-        assert last_tokens is not None
-        tokens.index_copy_(0, unknown, last_tokens.index_select(0, sampled_before))
+    arrays = [token_ids, positions, ends[sampled] - 1 if sampled else _NONE]
+    if last_tokens is not None:
+        in_flight = [i for i, row in enumerate(rows) if row.row_in_flight is not None]
+        sources = [rows[index].row_in_flight for index in in_flight]
+        unknown = ends[in_flight] - 1 if in_flight else _NONE
+        arrays += [np.array(some, dtype=np.int64) for some in (sampled, unknown, sources)]
+    tokens, token_positions, sampled_tokens, *others = all_to_device(arrays, attention.spec.device)
+    if last_tokens is not None:
+        _, unknown_tokens, sampled_before = others
+        tokens.index_copy_(0, unknown_tokens, last_tokens.index_select(0, sampled_before))
     return PreparedStep(
         StepInput(tokens, token_positions, plan),
         sampled_tokens,
         sampled,
-        rows_on_device,
+        others[0] if others else None,
         (ends - query_lens).tolist(),
     )

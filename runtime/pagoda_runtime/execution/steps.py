@@ -114,6 +114,7 @@ class StepRunner:
                 in_batch=self.platform.is_asynchronous,
             )
             if self.last_tokens is not None:
+                assert prepared.sampled_rows_on_device is not None
                 places = prepared.sampled_rows_on_device
                 self.last_tokens.index_copy_(0, places, sampled.token_ids)
         prompts = [
