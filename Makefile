@@ -8,7 +8,7 @@ GPU_ARGUMENTS = $(if $(OUT),--out $(OUT)) $(if $(COMMIT),--commit $(COMMIT)) $(i
 GPU_ENV = PYTHONPATH=kernels:runtime:benchmarks:out/gpu-packages
 
 .PHONY: demo demo-down test check lint types unit interpreted venv model kubeconfig lock \
-  gpu-check gpu-compile gpu-rehearse \
+  gpu-check gpu-bench gpu-packages gpu-compile gpu-rehearse \
   bench-cpu bench-versions bench-long bench-waste bench-overhead bench-quantization \
   bench-kv-cache bench-strangers soak
 
@@ -87,8 +87,11 @@ gpu-rehearse:   ## whole steps on a GPU that is not there: where would the host 
 gpu-packages:   ## in out/gpu-packages: what gpu-check and gpu-bench need on a machine without a network
 	@python3 e2e/phases.py gpu-packages
 
-gpu-check:      ## on a machine with a GPU: every test that needs one, in nine minutes at most
+gpu-check:      ## on a machine with a GPU: every test that needs one, in nine minutes at most; REHEARSE=1 on a CPU
 	@$(GPU_ENV) $(GPU_PYTHON) -m gpu.check $(GPU_ARGUMENTS)
+
+gpu-bench:      ## on a machine with a GPU: speed, in nine minutes at most; REHEARSE=1 on a CPU
+	@$(GPU_ENV) $(GPU_PYTHON) -m gpu.bench $(GPU_ARGUMENTS)
 
 lock:           ## renew requirements/*.txt from pyproject.toml
 	@for extra in operator router runtime; do \

@@ -84,7 +84,7 @@ def run_file(path: Path, marks: str, deadline: float, root: Path) -> Outcome:
                 timeout=max(1.0, deadline - started),
                 check=False,
             )
-            output = done.stdout
+            output = f"{done.stdout}status {done.returncode}"
         except subprocess.TimeoutExpired as error:
             output = f"did not end in {error.timeout:.0f} s"
         outcome = Outcome(name, round(time.monotonic() - started, 1))

@@ -19,7 +19,8 @@ def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Ten
     tensor = torch.from_numpy(array)
     if device.type == "cpu":
         return tensor
-    pinned = torch.empty_like(tensor, pin_memory=True)
+    # Not like the tensor: of one number a fake one is computed with for real, without a GPU too.
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return pinned.copy_(tensor).to(device, non_blocking=True)
 
 
