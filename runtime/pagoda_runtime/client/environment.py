@@ -20,9 +20,14 @@ def engine_environment(environ: Mapping[str, str]) -> dict[str, str]:
     neighbour, was seen to take up to 1,690 ms, and takes 120 to 330 ms with a shorter loop.
     Without a neighbour both take the same time.
 
+    NCCL's group must not abort a process where another rank died: rank 0 says which one.
+
     These are read when a process starts. Where the user has set them, they stay as they are.
     """
-    defaults = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    defaults = {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    }
     if "OMP_WAIT_POLICY" not in environ:
         defaults["GOMP_SPINCOUNT"] = str(_SPIN_COUNT)
     return {**defaults, **environ}

@@ -8,6 +8,7 @@ deaths that leave this process no time for words.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -83,7 +84,9 @@ class Outbox:
         """End this process with last words, whatever its other threads do."""
         # Never given back: nobody else has the last word.
         if self._lock.acquire(timeout=LINGER_MILLISECONDS / 1000):
-            self._socket.send(self._encoder.encode(failure))
+            # An API process that hangs takes nothing more.
+            with contextlib.suppress(zmq.Again):
+                self._socket.send(self._encoder.encode(failure), zmq.NOBLOCK)
             self.close()
         os._exit(1)
 
@@ -214,6 +217,8 @@ def main(
         gc.freeze()
         outbox.send(core.scheduler.facts)
         serve(core, Inbox(input_socket), outbox)
+        # Ranks that end in the middle of a step break the others off, which is an error.
+        core.close()
     except Exception as error:
         if ranks is not None:
             ranks.await_verdict()

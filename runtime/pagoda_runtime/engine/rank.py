@@ -67,15 +67,17 @@ def _take_steps(channel: Connection, runner: Runner, rank: int, thread: ThreadPo
     def finish(step: StepInFlight) -> None:
         try:
             step.result()
-            channel.send_bytes(done)
         except Exception as error:
             _tell_failure(channel, rank, error)
             os._exit(1)
+        with contextlib.suppress(ConnectionError):
+            channel.send_bytes(done)
 
     while True:
         try:
             step = decoder.decode(channel.recv_bytes())
-        except EOFError:
+        except (EOFError, ConnectionError):
+            # The latter if it closed before it read all.
             return
         thread.submit(finish, runner.submit(step.rows, step.copies))
 

@@ -6,7 +6,9 @@ wait there for ever, rank 0 too, so a thread of its process watches, and ends it
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import subprocess
 import threading
@@ -40,8 +42,9 @@ logger = logging.getLogger("pagoda.engine")
 # After the first sign of trouble: a death breaks the connections of those who live, and what they
 # say of that may come first.
 _GRACE_SECONDS = 0.5
-_VERDICT_SECONDS = 4 * _GRACE_SECONDS
 _END_SECONDS = 2.0
+# Longer than the watch takes for all of it.
+_VERDICT_SECONDS = _GRACE_SECONDS + 2 * _END_SECONDS + 0.5
 
 
 @dataclass(slots=True)
@@ -50,8 +53,8 @@ class _Rank:
     process: subprocess.Popen[bytes]
     channel: Connection
     pidfd: int
-    since: float
-    """time.monotonic() when it could begin the step that it is in, or was seen to load."""
+    heard_seconds: float
+    """time.monotonic() of its last message, or when it was seen to load."""
     num_done: int = 0
     is_ready: bool = False
     is_gone: bool = False
@@ -82,9 +85,9 @@ class Ranks:
         self._timeout_seconds = config.collective_timeout_seconds
         self._end = end
         self._num_steps = 0
+        self._begun_seconds = time.monotonic()
+        """Of the last step. This and the one above only steps change, and all else the watch."""
         self._is_closing = False
-        self._lock = threading.Lock()
-        """Of what the steps and the watch both change: _num_steps, and a rank's num_done, since."""
         self._wake = os.eventfd(0)
         self._ready = threading.Event()
         self._encoder = msgspec.msgpack.Encoder()
@@ -109,13 +112,10 @@ class Ranks:
     def begin_step(self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy]) -> None:
         """Let all other ranks execute a step."""
         message = self._encoder.encode(RankStep(rows, copies))
-        with self._lock:
-            idle = [rank for rank in self._ranks if rank.num_done == self._num_steps]
-            self._num_steps += 1
-            for rank in idle:
-                rank.since = time.monotonic()
-        if len(idle) == len(self._ranks):
-            os.eventfd_write(self._wake, 1)
+        # In this order: the watch asks first whether there is a step.
+        self._begun_seconds = time.monotonic()
+        self._num_steps += 1
+        os.eventfd_write(self._wake, 1)
         for rank in self._ranks:
             rank.channel.send_bytes(message)
 
@@ -124,44 +124,48 @@ class Ranks:
         self._watch_thread.join(_VERDICT_SECONDS)
 
     def close(self) -> None:
-        """End all other ranks."""
+        """End all other ranks; a step in flight comes to nothing."""
         self._is_closing = True
         os.eventfd_write(self._wake, 1)
         self._watch_thread.join()
         for rank in self._ranks:
             rank.channel.close()
-        deadline = time.monotonic() + _END_SECONDS
-        for rank in self._ranks:
-            try:
-                rank.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                rank.process.kill()
-                rank.process.wait()
+        self._wait_for_ends()
+        self._kill()
+        for descriptor in (self._wake, *(rank.pidfd for rank in self._ranks)):
+            os.close(descriptor)
 
     def _spawn(self, launch: RankLaunch, command: Sequence[str], number: int) -> _Rank:
         ours, theirs = Pipe()
         # Its standard output is this process's standard error, as that of this process is.
         process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=2)
         theirs.close()
-        launch = msgspec.structs.replace(launch, rank=number)
-        ours.send_bytes(self._encoder.encode(launch))
+        # The watch notices a process that is dead already.
+        with contextlib.suppress(ConnectionError):
+            ours.send_bytes(self._encoder.encode(msgspec.structs.replace(launch, rank=number)))
         return _Rank(number, process, ours, os.pidfd_open(process.pid), time.monotonic())
 
     def _run(self) -> None:
         try:
-            self._watch()
+            failure = self._watch()
         except Exception as error:
             # Without a watch nobody would end what waits for a rank.
             logger.error("The watch of the ranks failed.", exc_info=error)
-            self._end(describe_failure(error, "The watch of the ranks"))
+            failure = describe_failure(error, "The watch of the ranks")
+        if failure is not None and not self._is_closing:
+            self._kill()
+            self._end(failure)
 
-    def _watch(self) -> None:
+    def _watch(self) -> EngineFailed | None:
+        """What is to end the engine; None once it is to end anyway."""
         signs = [self._wake]
         signs += [sign for rank in self._ranks for sign in (rank.channel.fileno(), rank.pidfd)]
         while True:
-            found = wait(signs, self._seconds_left())
+            due = min(map(self._due_seconds, self._ranks))
+            left = None if due == math.inf else max(0.0, due - time.monotonic())
+            found = wait(signs, left)
             if self._is_closing:
-                return
+                return None
             if self._wake in found:
                 os.eventfd_read(self._wake)
             for rank in self._ranks:
@@ -170,31 +174,25 @@ class Ranks:
             if all(rank.is_ready for rank in self._ranks):
                 self._ready.set()
             if any(rank.is_gone or rank.report for rank in self._ranks):
-                return self._conclude(self._explain_death)
-            if any(self._is_late(rank) for rank in self._ranks):
-                return self._conclude(self._explain_silence)
+                return self._explain_death()
+            if late := [rank for rank in self._ranks if self._is_late(rank)]:
+                return self._explain_silence(late)
 
-    def _seconds_left(self) -> float | None:
-        """Until some rank has been in its step for too long; None if all are idle."""
-        with self._lock:
-            since = [rank.since for rank in self._ranks if self._is_busy(rank)]
-        if not since:
-            return None
-        return max(0.0, min(since) + self._timeout_seconds - time.monotonic())
-
-    def _is_busy(self, rank: _Rank) -> bool:
-        return not rank.is_ready or rank.num_done < self._num_steps
+    def _due_seconds(self, rank: _Rank) -> float:
+        """time.monotonic() at which a rank will have been silent for too long."""
+        if rank.is_ready and rank.num_done == self._num_steps:
+            return math.inf
+        return max(rank.heard_seconds, self._begun_seconds) + self._timeout_seconds
 
     def _is_late(self, rank: _Rank) -> bool:
-        with self._lock:
-            now = time.monotonic()
-            if not self._is_busy(rank) or now - rank.since < self._timeout_seconds:
-                return False
-            if rank.is_ready or _is_stopped(rank.process.pid):
-                return True
-            # How long a model loads nobody knows.
-            rank.since = now
+        now = time.monotonic()
+        if now < self._due_seconds(rank):
             return False
+        if rank.is_ready or _is_stopped(rank):
+            return True
+        # How long a model loads nobody knows.
+        rank.heard_seconds = now
+        return False
 
     def _read(self, rank: _Rank) -> None:
         """Take all that a rank has said."""
@@ -202,54 +200,62 @@ class Ranks:
             while rank.channel.poll():
                 match self._decoder.decode(rank.channel.recv_bytes()):
                     case RankStepDone():
-                        with self._lock:
-                            rank.num_done += 1
-                            rank.since = time.monotonic()
+                        rank.num_done += 1
                     case RankReady():
                         rank.is_ready = True
                     case EngineFailed() as report:
-                        rank.report = report
+                        # What else it says follows from the first.
+                        rank.report = rank.report or report
+                rank.heard_seconds = time.monotonic()
         except (EOFError, OSError):
             rank.is_gone = True
-
-    def _conclude(self, explain: Callable[[], EngineFailed]) -> None:
-        failure = explain()
-        for rank in self._ranks:
-            # One that is stopped ends by no other signal.
-            rank.process.kill()
-            rank.process.wait()
-        if not self._is_closing:
-            self._end(failure)
 
     def _explain_death(self) -> EngineFailed:
         """What a rank says of its end, or what its status does; a signal comes before words."""
         time.sleep(_GRACE_SECONDS)
         for rank in self._ranks:
             self._read(rank)
-        statuses = [(rank, rank.process.poll()) for rank in self._ranks]
+        # A process closes its channel before it gives its memory back and ends.
+        self._wait_for_ends([rank for rank in self._ranks if rank.is_gone])
         is_out_of_memory = count_oom_kills() > self._oom_kills_before
-        deaths = [
-            describe_exit(status, is_out_of_memory, self._name(rank), self._when(rank))
-            for rank, status in statuses
-            if status is not None and (status < 0 or rank.report is None)
-        ]
-        reports = [rank.report for rank in self._ranks if rank.report is not None]
+        deaths, reports = [], []
+        for rank in self._ranks:
+            status, who, when = rank.process.poll(), self._name(rank), self._when(rank)
+            if rank.report is not None and (status is None or status >= 0):
+                reports.append(rank.report)
+            elif status is not None:
+                deaths.append(describe_exit(status, is_out_of_memory, who, when))
+            elif rank.is_gone:
+                message = f"{who} broke off{when}, and does not end; see the kernel's log."
+                deaths.append(EngineFailed(reason="RankDied", message=message))
         # A broken connection is RankDied; who says more knows the cause.
         reports.sort(key=lambda report: report.reason == "RankDied")
         return [*deaths, *reports][0]
 
-    def _explain_silence(self) -> EngineFailed:
-        late = [rank for rank in self._ranks if self._is_late(rank)]
-        stopped = [rank for rank in late if _is_stopped(rank.process.pid)]
-        rank = (stopped or late)[0]
-        cause = "it hangs, or waits for one that does"
-        if stopped:
-            cause = "its process is stopped"
+    def _explain_silence(self, late: Sequence[_Rank]) -> EngineFailed:
+        stopped = [rank for rank in late if _is_stopped(rank)]
+        rank = [*stopped, *late][0]
+        cause = "its process is stopped"
+        if not stopped:
+            cause = "it hangs, or waits for one that does. If steps take that long, raise it"
         return EngineFailed(
             reason="RankDied",
             message=f"{self._name(rank)} did not answer for {self._timeout_seconds:g} s "
             f"(--collective-timeout-seconds){self._when(rank)}: {cause}.",
         )
+
+    def _kill(self) -> None:
+        """Also what is stopped, and ends by no other signal."""
+        for rank in self._ranks:
+            rank.process.kill()
+        self._wait_for_ends()
+
+    def _wait_for_ends(self, ranks: Sequence[_Rank] | None = None) -> None:
+        """Not for ever: a process that hangs in a driver ends by no signal at all."""
+        deadline = time.monotonic() + _END_SECONDS
+        for rank in self._ranks if ranks is None else ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.process.wait(max(0.0, deadline - time.monotonic()))
 
     def _name(self, rank: _Rank) -> str:
         return f"Rank {rank.number} of {self._size} (--tensor-parallel-size)"
@@ -282,10 +288,10 @@ class RankedRunner:
         return self._runner.submit(rows, copies)
 
 
-def _is_stopped(pid: int) -> bool:
-    """Whether a process was stopped by a signal."""
+def _is_stopped(rank: _Rank) -> bool:
+    """Whether its process was stopped by a signal."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        stat = Path(f"/proc/{rank.process.pid}/stat").read_text()
     except OSError:
         return False
-    return fields[0] in ("T", "t")
+    return stat.rpartition(")")[2].split()[0] in ("T", "t")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -20,6 +21,8 @@ from pagoda_runtime.engine.ranks import Ranks
 from pagoda_runtime.errors import EngineDead, FatalError
 from pagoda_runtime.ipc.messages import EngineFailed
 from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.server.health import find_problem
+from pagoda_runtime.server.testing import make_config, make_state
 from pagoda_runtime.testing import fake_next_token
 
 COMMAND = (sys.executable, "-m", "pagoda_runtime.testing")
@@ -194,15 +197,45 @@ async def test_what_a_rank_fails_with_is_what_the_engine_says(options, reason, w
         await engine.shutdown()
 
 
-def test_a_watch_that_fails_ends_the_engine(tmp_path):
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        ("os.write(0, b'\\0\\0\\0\\1\\xc1')", r"^The watch of the ranks failed with "),
+        ("os.close(0)", r"^Rank 1 of 2 .* broke off while it loaded the model, and does not end"),
+    ],
+)
+def test_a_rank_that_does_what_none_should_ends_the_engine(tmp_path, act, words):
+    """A process that dies closes its files first; to take down a GPU's context takes it longer."""
     ended: list[EngineFailed] = []
-    garbage = "import os, time; os.write(0, b'\\0\\0\\0\\1\\xc1'); time.sleep(60)"
+    num_files = len(os.listdir("/proc/self/fd"))
     config = EngineConfig(model="m", tensor_parallel_size=2)
-    command = [sys.executable, "-c", garbage]
+    command = [sys.executable, "-c", f"import os, time; {act}; time.sleep(60)"]
     ranks = Ranks(config, str(tmp_path), "error", command=command, end=ended.append)
     ranks.await_verdict()
     ranks.close()
-    assert ended[0].message.startswith("The watch of the ranks failed with ")
+    assert re.search(words, ended[0].message)
+    assert len(os.listdir("/proc/self/fd")) == num_files
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+async def test_a_shutdown_in_the_middle_of_a_step_ends_all_ranks_without_a_word(overlap, capfd):
+    async with serving(LONG | {"step_seconds": 0.3}, async_scheduling=overlap) as (engine, _):
+        stream = engine.generate(engine.make_request("r", [1, 2], ENDLESS))
+        await anext(stream)
+    assert engine.failure is None
+    assert "rror" not in capfd.readouterr().err
+
+
+async def test_a_stopped_rank_0_shows_in_health():
+    async with serving(stall_seconds=0.5) as (engine, _):
+        stream = engine.generate(engine.make_request("r", [1, 2], ENDLESS))
+        await anext(stream)
+        state = make_state(engine, make_config("--stall-seconds", "0.5"))
+        assert find_problem(state, time.monotonic()) is None
+        os.kill(engine.pid, signal.SIGSTOP)
+        await asyncio.sleep(1.0)
+        assert "--stall-seconds 0.5" in (find_problem(state, time.monotonic()) or "")
+        os.kill(engine.pid, signal.SIGCONT)
 
 
 async def test_no_rank_outlives_rank_0_even_if_it_is_stopped():
