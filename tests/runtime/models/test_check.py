@@ -76,7 +76,6 @@ def test_a_folder_that_cannot_be_served_ends_the_command(folder, capsys, change,
             ["--tensor-parallel-size", "3"],
             ["is 3; it must divide", "2 attention heads", "one of: 1, 2."],
         ),
-        (["--kv-cache-dtype", "fp8"], ["--kv-cache-dtype", "fp8", "auto"]),
         (["--quantization", "awq"], ["--quantization", "awq"]),
     ],
 )
