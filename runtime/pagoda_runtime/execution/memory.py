@@ -41,6 +41,8 @@ def make_attention(
 ) -> AttentionBackend:
     """What the model's layers attend with; nothing is allocated yet."""
     assert config.block_size is not None
+    dtype = model.placement.dtype
+    kv_dtype = KV_CACHE_DTYPES.get(config.kv_cache_dtype)
     return backend(
         AttentionSpec(
             num_heads=model.heads.num_heads,
@@ -48,21 +50,13 @@ def make_attention(
             head_dim=model.heads.head_dim,
             windows=model.windows,
             scale=model.attention_scale,
-            dtype=model.placement.dtype,
-            kv_dtype=_kv_dtype(config.kv_cache_dtype, model.placement.dtype),
+            dtype=dtype,
+            kv_dtype=getattr(torch, kv_dtype) if kv_dtype else dtype,
             block_size=config.block_size,
             device=model.placement.device,
             is_deterministic=config.deterministic,
         )
     )
-
-
-def _kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Of --kv-cache-dtype and a model's dtype."""
-    if name == "auto":
-        return dtype
-    chosen: torch.dtype = getattr(torch, KV_CACHE_DTYPES[name])
-    return chosen
 
 
 def fit_kv_cache(
@@ -83,13 +77,10 @@ def fit_kv_cache(
         budget = platform.memory_budget(config, find_step_bytes())
     else:
         budget = MemoryBudget(config.kv_cache_memory_bytes, "--kv-cache-memory-bytes")
-    budget = replace(
-        budget,
-        available_bytes=parallel.smallest(budget.available_bytes, attention.spec.device),
-    )
+    available_bytes = parallel.smallest(budget.available_bytes, attention.spec.device)
     size = size_kv_cache(
         model_config,
-        budget,
+        replace(budget, available_bytes=available_bytes),
         block_size=attention.spec.block_size,
         block_bytes=attention.block_bytes,
         max_num_seqs=config.max_num_seqs,
@@ -99,7 +90,7 @@ def fit_kv_cache(
         "KV cache: %d blocks of %d tokens in %s, %s",
         size.num_blocks,
         size.block_size,
-        dtype_name(attention.spec.kv_dtype),
+        kv_dtype_name(attention.spec.kv_dtype),
         format_bytes(size.total_bytes),
     )
     limit = model_config.max_position_embeddings
@@ -138,7 +129,7 @@ def size_kv_cache(
     if affordable < needed and (max_model_len is not None or affordable < 1):
         raise _too_small(
             budget,
-            needed_bytes=(min(needed, needed if max_model_len else 1) + 1) * block_bytes,
+            needed_bytes=((needed if max_model_len else 1) + 1) * block_bytes,
             wanted_len=wanted_len if max_model_len else block_size,
             fitting_len=max(0, affordable * block_size),
         )
@@ -167,6 +158,12 @@ def format_bytes(num_bytes: int) -> str:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def kv_dtype_name(dtype: torch.dtype) -> str:
+    """As --kv-cache-dtype has it, with e4m3 written out."""
+    flags = {name: flag for flag, name in KV_CACHE_DTYPES.items()}
+    return flags.get(dtype_name(dtype), dtype_name(dtype))
 
 
 def allocate(attention: AttentionBackend, size: KvCacheSize, platform: Platform) -> None:

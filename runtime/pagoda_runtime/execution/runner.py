@@ -14,6 +14,7 @@ from pagoda_runtime.execution.memory import (
     allocate,
     dtype_name,
     fit_kv_cache,
+    kv_dtype_name,
     make_attention,
 )
 from pagoda_runtime.execution.profiling import find_step_bytes
@@ -85,7 +86,7 @@ class ModelRunner(StepRunner):
             doubling_depth=model.doubling_depth,
             eos_token_ids=list(model.config.eos_token_ids),
             dtype=dtype_name(model.placement.dtype),
-            kv_cache_dtype=dtype_name(self.attention.spec.kv_dtype),
+            kv_cache_dtype=kv_dtype_name(self.attention.spec.kv_dtype),
             device=platform.name,
             tensor_parallel_size=parallel.size,
             default_sampling=dict(model.config.default_sampling),

@@ -210,7 +210,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     eos_token_ids: list[int]
     dtype: str
     kv_cache_dtype: str
-    """Of keys and values, as torch names it."""
+    """Of keys and values, as --kv-cache-dtype names it; or the model's."""
     device: str
     tensor_parallel_size: int = 1
     """Ranks that divide the model."""

@@ -103,7 +103,7 @@ async def _load(state: ServerState, load_tokenizer: LoadTokenizer) -> None:
     gc.freeze()
     logger.info(
         "Ready after %.1f s: %s on %d × %s in %s, context %d tokens, "
-        "KV cache %d blocks of %d tokens",
+        "KV cache %d blocks of %d tokens in %s",
         time.monotonic() - started,
         ", ".join(state.model_names),
         ready.tensor_parallel_size,
@@ -112,6 +112,7 @@ async def _load(state: ServerState, load_tokenizer: LoadTokenizer) -> None:
         ready.max_model_len,
         ready.num_blocks,
         ready.block_size,
+        ready.kv_cache_dtype,
     )
 
 
