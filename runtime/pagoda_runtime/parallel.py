@@ -66,6 +66,8 @@ class TensorParallel:
 
 
 ALONE = TensorParallel()
+# torch declares no types for what is used of it here.
+_distributed: Any = torch.distributed
 
 
 def connect(
@@ -82,21 +84,12 @@ def connect(
     store = _distributed.FileStore(str(Path(folder, "ranks")), size)
     if backend == "nccl":
         return TensorParallel(rank, size, _connect_nccl(store, rank, size, device))
-    return TensorParallel(rank, size, _connect_gloo(store, rank, size))
-
-
-# torch declares no types for what is used of it here.
-_distributed: Any = torch.distributed
-
-
-def _connect_gloo(store: Any, rank: int, size: int) -> Group:
     gloo = _distributed.ProcessGroupGloo
     options = gloo._Options()
     # By default it asks for the address of the host's name, and some hosts have none.
     options._devices = [gloo.create_device(hostname=_LOOPBACK)]
     options._timeout = _TIMEOUT
-    group: Group = gloo(store, rank, size, options)
-    return group
+    return TensorParallel(rank, size, gloo(store, rank, size, options))
 
 
 def _connect_nccl(store: Any, rank: int, size: int, device: torch.device) -> Group:

@@ -14,6 +14,8 @@ from pagoda_runtime.platforms.machine import allowed_cores
 
 logger = logging.getLogger("pagoda.engine")
 
+_SIZE_FLAG = "--tensor-parallel-size (engine.tensorParallelSize)"
+
 if TYPE_CHECKING:
     # Flags' help is made from the defaults here, by a process that never needs torch.
     import torch
@@ -110,48 +112,42 @@ class Platform(ABC):
 
     def verify(self, config: EngineConfig) -> None:
         """Raises FatalError InvalidFlags for flags that this platform cannot serve."""
+        if fault := self._find_fault(config):
+            raise FatalError("InvalidFlags", fault)
+
+    def _find_fault(self, config: EngineConfig) -> str | None:
         size, most = config.tensor_parallel_size, self.max_tensor_parallel_size
         if size > most:
-            raise FatalError(
-                "InvalidFlags",
-                f"--tensor-parallel-size (engine.tensorParallelSize) is {size}; on {self.noun} it "
-                f"can be at most {most}.",
-            )
+            return f"{_SIZE_FLAG} is {size}; on {self.noun} it can be at most {most}."
         if config.kv_cache_dtype not in self.kv_cache_dtypes:
-            raise FatalError(
-                "InvalidFlags",
+            known = " or ".join(self.kv_cache_dtypes)
+            return (
                 f"--kv-cache-dtype (engine.kvCacheDtype) is {config.kv_cache_dtype}; this version "
-                f"has no such KV cache on {self.noun}. Set it to "
-                f"{' or '.join(self.kv_cache_dtypes)}.",
+                f"has no such KV cache on {self.noun}. Set it to {known}."
             )
         if config.dtype not in ("auto", *self.dtypes):
-            raise FatalError(
-                "InvalidFlags",
-                f"--dtype (engine.dtype) is {config.dtype}; it must be auto, "
-                f"{', '.join(self.dtypes)}.",
-            )
+            dtypes = ", ".join(self.dtypes)
+            return f"--dtype (engine.dtype) is {config.dtype}; it must be auto, {dtypes}."
         if config.deterministic and not self.is_deterministic:
-            raise FatalError(
-                "InvalidFlags",
+            return (
                 "--deterministic is for the CPU in this version. Leave it out, or give --device "
-                "cpu.",
+                "cpu."
             )
         if config.deterministic and size > 2:
             # In which order more than two numbers are added up depends on where in a step they are.
-            raise FatalError(
-                "InvalidFlags",
-                f"--deterministic is for at most 2 ranks, and --tensor-parallel-size "
-                f"(engine.tensorParallelSize) is {size}. Leave one of them out.",
+            return (
+                f"--deterministic is for at most 2 ranks, and {_SIZE_FLAG} is {size}. Leave one of "
+                "them out."
             )
+        return None
 
     def verify_ranks(self, size: int) -> None:
         """Raises FatalError InvalidFlags if there are fewer devices here than ranks."""
         if size > (count := self.count_devices()):
             raise FatalError(
                 "InvalidFlags",
-                f"--tensor-parallel-size (engine.tensorParallelSize) is {size}, but there are "
-                f"{count} devices of the kind {self.name} here. Lower it, or give the engine more "
-                "(resources.gpu.count).",
+                f"{_SIZE_FLAG} is {size}, but there are {count} devices of the kind {self.name} "
+                "here. Lower it, or give the engine more (resources.gpu.count).",
             )
 
     def count_devices(self) -> int:
