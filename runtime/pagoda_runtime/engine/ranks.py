@@ -168,6 +168,10 @@ class Ranks:
                 return None
             if self._wake in found:
                 os.eventfd_read(self._wake)
+            if time.monotonic() > due + _GRACE_SECONDS:
+                # This process was stopped too, and the ranks had not all that time.
+                for rank in self._ranks:
+                    rank.heard_seconds = time.monotonic()
             for rank in self._ranks:
                 self._read(rank)
                 rank.is_gone |= rank.pidfd in found
@@ -290,8 +294,5 @@ class RankedRunner:
 
 def _is_stopped(rank: _Rank) -> bool:
     """Whether its process was stopped by a signal."""
-    try:
-        stat = Path(f"/proc/{rank.process.pid}/stat").read_text()
-    except OSError:
-        return False
+    stat = Path(f"/proc/{rank.process.pid}/stat").read_text()
     return stat.rpartition(")")[2].split()[0] in ("T", "t")

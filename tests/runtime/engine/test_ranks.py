@@ -132,6 +132,23 @@ async def test_a_stopped_rank_ends_the_engine_after_the_timeout():
         assert 0.9 < seconds < 5
 
 
+async def test_ranks_that_were_stopped_together_go_on_together():
+    async with serving(collective_timeout_seconds=1.0) as (engine, ranks):
+        stream = engine.generate(engine.make_request("r", [1, 2], ENDLESS))
+        await anext(stream)
+        for pid in (engine.pid, *ranks):
+            os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(2.0)
+        os.kill(engine.pid, signal.SIGCONT)
+        await asyncio.sleep(0.3)
+        for pid in ranks:
+            os.kill(pid, signal.SIGCONT)
+        for _ in range(3):
+            await anext(stream)
+        await asyncio.sleep(1.2)
+        assert engine.failure is None
+
+
 async def test_a_rank_that_is_stopped_while_idle_is_missed_at_the_next_step():
     async with serving(collective_timeout_seconds=1.5) as (engine, ranks):
         await generate(engine, [1], GREEDY)
