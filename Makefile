@@ -36,7 +36,8 @@ unit: interpreted
 	@$(PYTHON) -m pytest -q tests -m "not model and not slow"
 
 interpreted:    ## Triton kernels, run by Python on the CPU
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/interpreted
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/interpreted \
+	  tests/kernels/test_attention_backends.py
 
 venv:           ## .venv with everything, the project editable
 	@python3 e2e/phases.py venv

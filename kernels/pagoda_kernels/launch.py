@@ -19,6 +19,13 @@ def uses_triton(device: torch.device) -> bool:
     return device.type == "cuda" or IS_INTERPRETED
 
 
+def num_processors(device: torch.device) -> int:
+    """Of a GPU; where there is none, as in rehearsals, an H100's."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 class Launch(NamedTuple):
     """A launch that was noted and not made."""
 

@@ -1,4 +1,7 @@
-"""What every attention backend does, against sums of one query, head and key at a time."""
+"""What every attention backend does, against sums of one query, head and key at a time.
+
+Where kernels in Triton are interpreted, their backend is the one that is tested.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +14,39 @@ import torch
 
 from pagoda_kernels.cpu.attention.backend import CpuAttention
 from pagoda_kernels.kv_cache import LARGEST
+from pagoda_kernels.launch import IS_INTERPRETED
 from pagoda_kernels.paged_attention import HeadNorm, Rotary, make_backend
 from pagoda_kernels.paged_attention.reference import ReferenceAttention
 from pagoda_kernels.paged_attention.testing import AttentionCase, brute_force, no_rotation
+from pagoda_kernels.paged_attention.triton_backend import TritonAttention
 
 TOLERANCE = {
     torch.float32: {"atol": 2e-5, "rtol": 1e-4},
     torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2},
     torch.float16: {"atol": 4e-3, "rtol": 4e-3},
 }
-BACKENDS = {
-    "reference": ReferenceAttention,
-    "cpu": CpuAttention,
-    "cpu, deterministic": lambda spec: CpuAttention(
-        dataclasses.replace(spec, is_deterministic=True)
-    ),
-}
+if IS_INTERPRETED:
+    # The interpreter does not compute in bf16.
+    del TOLERANCE[torch.bfloat16]
+BACKENDS = (
+    {"triton": TritonAttention}
+    if IS_INTERPRETED
+    else {
+        "reference": ReferenceAttention,
+        "cpu": CpuAttention,
+        "cpu, deterministic": lambda spec: CpuAttention(
+            dataclasses.replace(spec, is_deterministic=True)
+        ),
+    }
+)
+# The interpreter needs milliseconds for a token, and tiles are smaller on GPUs.
+LONG_CHUNK = 70 if IS_INTERPRETED else 300
 CASES = {
     "decode": ([1, 1, 1], [1, 5, 17]),
     "whole prompt": ([6], [6]),
     "chunk of a prompt": ([5], [13]),
     "mixed": ([1, 1, 7, 3, 9], [2, 30, 7, 11, 20]),
-    "a chunk of several blocks of queries": ([1, 300], [9, 340]),
+    "a chunk of several blocks of queries": ([1, LONG_CHUNK], [9, LONG_CHUNK + 40]),
     "short prompts of different length, some partly computed": (
         [1, 5, 2, 16, 9, 30],
         [4, 5, 40, 16, 21, 30],
@@ -51,8 +65,8 @@ SCORES = {
     "sinks": {"has_sinks": True},
     "all of them": {"soft_cap": 5.0, "alibi_slopes": (0.5, 0.1, 0.2, 0.3), "has_sinks": True},
 }
-CHANGING_SCORES = {"reference": ReferenceAttention}
-"""Backends that have more than q·k for a score."""
+FOR_GPUS = BACKENDS if IS_INTERPRETED else {"reference": ReferenceAttention}
+"""Backends that have more than q·k for a score, and plan on the device."""
 
 
 @pytest.fixture(params=BACKENDS)
@@ -68,17 +82,17 @@ def test_keys_and_values_of_8_bits_are_attended_to_as_they_are_stored(
     backend, kv_dtype, dtype, window
 ):
     case = {"heads": (6, 2, 32), "window": window, "dtype": dtype, "kv_dtype": kv_dtype}
-    lens = [1, 5, 30, 1, 300], [63, 13, 30, 1, 340]
+    lens = [1, 5, 30, 1, LONG_CHUNK], [63, 13, 30, 1, LONG_CHUNK + 40]
     world = AttentionCase(QUANTIZED[backend], *lens, **case)
     torch.testing.assert_close(world.attend().float(), world.expected(), **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("backend", CHANGING_SCORES)
+@pytest.mark.parametrize("backend", FOR_GPUS)
 @pytest.mark.parametrize("options", SCORES)
 @pytest.mark.parametrize("window", [0, 6])
 def test_scores_are_capped_and_biased_and_sinks_take_their_part(backend, options, window):
     lens = [1, 5, 30, 1], [63, 13, 30, 1]
-    world = AttentionCase(CHANGING_SCORES[backend], *lens, window=window, **SCORES[options])
+    world = AttentionCase(FOR_GPUS[backend], *lens, window=window, **SCORES[options])
     torch.testing.assert_close(world.attend(), world.expected(), **TOLERANCE[torch.float32])
 
 
@@ -92,7 +106,7 @@ def test_ragged_sequences_get_the_brute_force_sum(make, case, window):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_every_dtype_and_number_of_heads_per_key_gets_it_too(make, kv_heads, dtype):
-    lens = [1, 1, 1, 8, 150], [63, 100, 300, 40, 190]
+    lens = [1, 1, 1, 8, LONG_CHUNK], [63, 100, 300, 40, LONG_CHUNK + 40]
     world = AttentionCase(make, *lens, heads=(4, kv_heads, 16), dtype=dtype, scale=0.25)
     torch.testing.assert_close(world.attend().float(), world.expected(), **TOLERANCE[dtype])
 
@@ -139,6 +153,27 @@ def test_blocks_before_the_window_may_have_been_given_back(make):
     expected = world.attend()
     world.block_table[:, :6] = 0
     torch.testing.assert_close(world.attend(), expected)
+
+
+@pytest.mark.parametrize("backend", FOR_GPUS)
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("window", [0, 6])
+def test_a_plan_on_the_device_is_of_what_its_tensors_tell_when_it_attends(
+    backend, kv_dtype, window
+):
+    world = AttentionCase(FOR_GPUS[backend], [1, 1], [9, 30], window=window, kv_dtype=kv_dtype)
+    seq_lens = torch.ones(3, dtype=torch.int32)
+    block_table = torch.zeros(3, 9, dtype=torch.int32)
+    plan = world.backend.plan_on_device(seq_lens, block_table)
+    qkv, rotary = torch.stack([world.qkv[0][0]] * 3).flatten(1), no_rotation(3, 16)
+    padding = plan.attend(0, qkv.clone(), rotary)[:1]
+    seq_lens[:2] = torch.tensor([9, 30])
+    block_table[:2, :8] = torch.from_numpy(world.block_table)
+    qkv[0], qkv[1] = world.qkv[0][-1].flatten(), world.qkv[1][-1].flatten()
+    attended = plan.attend(0, qkv, rotary)
+    expected = world.expected().flatten(1)
+    torch.testing.assert_close(attended[:2], expected, **TOLERANCE[torch.float32])
+    torch.testing.assert_close(attended[2:], padding)
 
 
 @pytest.mark.parametrize("rotary_dim", [0, 4, 16])
@@ -213,9 +248,12 @@ def test_a_spec_that_nobody_computes_with_is_refused(fields, message):
 
 def test_the_device_decides_which_backend_a_spec_gets():
     spec = AttentionCase(ReferenceAttention, [1], [1]).spec
-    assert isinstance(make_backend(spec), CpuAttention)
-    other = dataclasses.replace(spec, device=torch.device("meta"))
-    assert isinstance(make_backend(other), ReferenceAttention)
+    assert isinstance(make_backend(spec), TritonAttention if IS_INTERPRETED else CpuAttention)
+    if not IS_INTERPRETED:
+        other = dataclasses.replace(spec, device=torch.device("meta"))
+        assert isinstance(make_backend(other), ReferenceAttention)
+    gpu = dataclasses.replace(spec, device=torch.device("cuda"))
+    assert isinstance(make_backend(gpu), TritonAttention)
 
 
 def test_what_a_backend_cannot_do_is_refused():
@@ -224,6 +262,8 @@ def test_what_a_backend_cannot_do_is_refused():
         CpuAttention(dataclasses.replace(spec, dtype=torch.float64, kv_dtype=torch.float64))
     with pytest.raises(ValueError, match="sinks"):
         CpuAttention(dataclasses.replace(spec, has_sinks=True))
+    with pytest.raises(ValueError, match="float64"):
+        TritonAttention(dataclasses.replace(spec, dtype=torch.float64, kv_dtype=torch.float64))
     with pytest.raises(ValueError, match="deterministic"):
         ReferenceAttention(dataclasses.replace(spec, is_deterministic=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pagoda_kernels.launch import uses_triton
 from pagoda_kernels.paged_attention.backend import (
     AttentionBackend,
     AttentionPlan,
@@ -23,6 +24,10 @@ __all__ = [
 def make_backend(spec: AttentionSpec) -> AttentionBackend:
     """The fastest for the spec's device. It is made at load, and is asked by every step."""
     # Implementations import the contract out of this package.
+    if uses_triton(spec.device):
+        from pagoda_kernels.paged_attention.triton_backend import TritonAttention
+
+        return TritonAttention(spec)
     from pagoda_kernels.cpu.attention.backend import CpuAttention
     from pagoda_kernels.paged_attention.reference import ReferenceAttention
 

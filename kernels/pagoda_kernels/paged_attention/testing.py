@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pagoda_kernels.kv_cache import LARGEST, quantize
+from pagoda_kernels.kv_cache import LARGEST, quantize, store_reference
 from pagoda_kernels.paged_attention import AttentionBackend, AttentionPlan, AttentionSpec, Rotary
 
 BLOCK_SIZE = 4
@@ -20,7 +20,7 @@ _ALL_ONES = 255
 class AttentionCase:
     """Random sequences in randomly ordered blocks; every slot that nobody wrote holds NaN.
 
-    All tokens before each sequence's last query_lens are stored, by an earlier step.
+    All tokens before each sequence's last query_lens are stored.
 
     Args:
         options: fields of AttentionSpec.
@@ -65,10 +65,17 @@ class AttentionCase:
         self.backend.allocate(sum(used) + 4)
         for part in itertools.chain(*(cache.tensors for cache in self.backend.kv_caches)):
             part.fill_(torch.nan if part.is_floating_point() else _ALL_ONES)
-        starts = [length - count for length, count in zip(seq_lens, query_lens, strict=True)]
-        stored = [(seq, 0, start) for seq, start in enumerate(starts) if start]
-        if stored:
-            self.step(stored)
+        for seq, (length, count) in enumerate(zip(seq_lens, query_lens, strict=True)):
+            self._store(seq, length - count)
+
+    def _store(self, seq: int, num_tokens: int) -> None:
+        """The keys and values of a sequence's first tokens, in every layer."""
+        positions = torch.arange(num_tokens)
+        blocks = torch.from_numpy(self.block_table[seq]).long()[positions // BLOCK_SIZE]
+        heads = self.qkv[seq][:num_tokens, self.spec.num_heads :]
+        kv = heads.reshape(num_tokens, 2, self.spec.num_kv_heads, -1)
+        for kv_cache in self.backend.kv_caches:
+            store_reference(kv_cache, blocks * BLOCK_SIZE + positions % BLOCK_SIZE, kv)
 
     def plan(self, tokens: Sequence[tuple[int, int, int]]) -> AttentionPlan:
         """Args: tokens: sequences, each with the first and the last of its positions, exclusive."""

@@ -27,7 +27,7 @@ def rotate_and_store_triton(
     num_tokens, num_all_heads, head_dim = qkv.shape
     num_blocks, block_size, _, num_kv_heads, _ = kv_cache.numbers.shape
     num_heads, rotary_dim = num_all_heads - 2 * num_kv_heads, cos.shape[-1]
-    half, rest = triton.next_power_of_2(rotary_dim // 2), head_dim - rotary_dim
+    half, rest = triton.next_power_of_2(max(1, rotary_dim // 2)), head_dim - rotary_dim
     rest = triton.next_power_of_2(rest) if rest else 0
     most_heads = triton.next_power_of_2(max(num_heads, 2 * num_kv_heads))
     heads = min(most_heads, max(1, _NUMBERS // triton.next_power_of_2(2 * half + rest)))

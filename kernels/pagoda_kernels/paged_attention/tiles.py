@@ -1,0 +1,183 @@
+"""What both kernels do with a tile of keys: read it by the block table, score it, add its values.
+
+A tile's keys are at consecutive positions, whatever the size of blocks. Rows are query heads of
+one key head: of one token, or of several.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language import target_info
+
+from pagoda_kernels.kv_cache import KVCache
+from pagoda_kernels.paged_attention.backend import AttentionSpec
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+class Step(NamedTuple):
+    """What both kernels are given of a layer's step."""
+
+    heads: torch.Tensor
+    """[num_tokens, num_heads + 2 * num_kv_heads, head_dim], contiguous: queries are read of it."""
+    kv_cache: KVCache
+    block_table: torch.Tensor
+    """[num_seqs, max_blocks] int32."""
+    slopes: torch.Tensor | None
+    """[num_heads] fp32."""
+    sinks: torch.Tensor | None
+    """[num_heads] fp32."""
+    out: torch.Tensor
+    """[num_tokens, num_heads, head_dim]: each kernel writes its tokens'."""
+
+    @property
+    def arguments(self) -> tuple[torch.Tensor | int | None, ...]:
+        """The first of both kernels'."""
+        numbers, scales = self.kv_cache
+        if numbers.dtype is torch.float8_e4m3fn:
+            # Not every GPU that decodes it has a type for it.
+            numbers = numbers.view(torch.uint8)
+        table = self.block_table
+        others = (table, self.slopes, self.sinks, self.out, table.stride(0))
+        return self.heads, numbers, scales, *others
+
+
+class Tile(NamedTuple):
+    """How a kernel goes along the keys."""
+
+    num_keys: int
+    num_warps: int
+    num_stages: int
+    """Tiles that are being read while one is computed with, and that one."""
+
+
+@triton.jit
+def add_keys(
+    acc, most, total, q, query_positions, slopes,
+    first, last, seen_from, seen_until, numbers_ptr, scales_ptr, table_ptr, kv_head, scale,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    SOFT_CAP: tl.constexpr, IS_E4M3: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Sums of softmax over the keys at positions first … last - 1, of blocks in table_ptr.
+
+    acc [ROWS, PADDED_DIM], most, total [ROWS]: sum of weights times values, largest score and sum
+        of weights so far; weights are powers of 2, scores the numbers in their exponents.
+    q [ROWS, PADDED_DIM]; query_positions [ROWS]: a row sees keys at its position and before it,
+        and above its position - WINDOW (0: all); slopes [ROWS], or None.
+    seen_from, seen_until: all rows see the keys at these positions, the last exclusive.
+    """
+    PADDED_DIM: tl.constexpr = acc.shape[1]
+    dims, offsets = tl.arange(0, PADDED_DIM), tl.arange(0, TILE)
+    is_plain: tl.constexpr = SOFT_CAP == 0.0 and slopes is None
+    # Without a change in between, one factor stands for the scale and for e as a power of 2.
+    factor = scale * LOG2_E if is_plain else LOG2_E
+    blocks = tl.load(table_ptr + (first + offsets) // BLOCK_SIZE, first + offsets < last, 0)
+    for start in tl.range(first, last, TILE):
+        positions = start + offsets
+        slots = blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+        # Of the next tile, so that its keys are asked for without waiting for the table.
+        after = positions + TILE
+        blocks = tl.load(table_ptr + after // BLOCK_SIZE, after < last, 0)
+        heads = slots * (2 * NUM_KV_HEADS) + kv_head
+        at = numbers_ptr + heads[:, None] * HEAD_DIM + dims
+        # Unused slots may hold NaN, which 0 times it would stay: they are not loaded.
+        inside = positions < last
+        within = inside[:, None] & (dims < HEAD_DIM)[None, :]
+        keys = tl.load(at, within, 0.0)
+        values = tl.load(at + NUM_KV_HEADS * HEAD_DIM, within, 0.0)
+        scores = tl.dot(q, tl.trans(widen(keys, q.dtype, IS_E4M3)), input_precision="ieee")
+        if scales_ptr is not None:
+            key_scales = tl.load(scales_ptr + heads, inside, 0.0)
+            value_scales = tl.load(scales_ptr + heads + NUM_KV_HEADS, inside, 0.0)
+            scores = scores * (key_scales * unit(IS_E4M3))[None, :]
+        if not is_plain:
+            scores = scores * scale
+        if SOFT_CAP != 0.0:
+            # tanh(x) = 1 - 2 / (1 + e^2x), which is right where e^2x is 0 or infinite, too.
+            grown = tl.exp2(scores * (2.0 * LOG2_E / SOFT_CAP))
+            scores = SOFT_CAP - 2.0 * SOFT_CAP / (1.0 + grown)
+        if slopes is not None:
+            scores += slopes[:, None] * (positions[None, :] - query_positions[:, None])
+        if (start < seen_from) | (start + TILE > seen_until):
+            distances = query_positions[:, None] - positions[None, :]
+            if WINDOW == 0:
+                scores = tl.where(distances >= 0, scores, float("-inf"))
+            else:
+                is_seen = (distances >= 0) & (distances < WINDOW)
+                scores = tl.where(is_seen, scores, float("-inf"))
+        new = tl.maximum(most, tl.max(scores, 1) * factor)
+        # A row that has seen no key yet has a largest score of -inf.
+        base = tl.where(new == float("-inf"), 0.0, new)
+        weights = tl.exp2(scores * factor - base[:, None])
+        past = tl.exp2(most - base)
+        total = total * past + tl.sum(weights, 1)
+        acc = acc * past[:, None]
+        values = widen(values, q.dtype, IS_E4M3)
+        if scales_ptr is None:
+            acc = tl.dot(weights.to(q.dtype), values, acc, input_precision="ieee")
+        elif q.dtype == tl.float16:
+            # fp16 holds no small products of weights and scales.
+            largest = tl.max(value_scales, 0)
+            weights = weights * (value_scales / largest)[None, :]
+            added = tl.dot(weights.to(q.dtype), values, input_precision="ieee")
+            acc += added * (largest * unit(IS_E4M3))
+        else:
+            weights = weights * (value_scales * unit(IS_E4M3))[None, :]
+            acc = tl.dot(weights.to(q.dtype), values, acc, input_precision="ieee")
+        most = new
+    return acc, most, total
+
+
+@triton.constexpr_function
+def has_tensor_memory() -> bool:
+    """Whether products take tiles from shared memory, of which there is much: Hopper, Blackwell.
+
+    Interpreted kernels do as on these.
+    """
+    target = target_info.current_target()
+    return target is None or (target.backend == "cuda" and 90 <= target.arch < 120)
+
+
+@triton.jit
+def widen(numbers, dtype: tl.constexpr, IS_E4M3: tl.constexpr):
+    """Numbers of the cache in the dtype of the queries, times 1 / unit(IS_E4M3)."""
+    if IS_E4M3:
+        if target_info.cuda_capability_geq(8, 9):
+            numbers = numbers.to(tl.float8e4nv, bitcast=True)
+        else:
+            # e4m3's exponent and fraction in the lowest places of fp16's: its bias is 8 more.
+            bits = numbers.to(tl.uint16)
+            bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+            numbers = bits.to(tl.float16, bitcast=True)
+    return numbers.to(dtype)
+
+
+@triton.jit
+def unit(IS_E4M3: tl.constexpr):
+    """What numbers are divided by in `widen`."""
+    if IS_E4M3 and not target_info.cuda_capability_geq(8, 9):
+        return 256.0
+    return 1.0
+
+
+def tile_arguments(spec: AttentionSpec, layer: int) -> dict[str, Any]:
+    """The constants of `add_keys` that a layer's launches have in common."""
+    return {
+        "NUM_KV_HEADS": spec.num_kv_heads,
+        "GROUP": spec.num_heads // spec.num_kv_heads,
+        "HEAD_DIM": spec.head_dim,
+        "PADDED_DIM": padded_dim(spec.head_dim),
+        "BLOCK_SIZE": spec.block_size,
+        "SOFT_CAP": spec.soft_cap,
+        "IS_E4M3": spec.kv_dtype is torch.float8_e4m3fn,
+        "WINDOW": spec.windows[layer],
+    }
+
+
+def padded_dim(head_dim: int) -> int:
+    """Products are of powers of 2, from 16 on; what is beyond head_dim is not read."""
+    return max(16, 1 << (head_dim - 1).bit_length())
