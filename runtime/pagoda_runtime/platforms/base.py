@@ -59,8 +59,6 @@ class Platform(ABC):
     max_tensor_parallel_size: ClassVar[int]
     collectives: ClassVar[str]
     """What ranks talk through: gloo or nccl."""
-    is_deterministic: ClassVar[bool]
-    """Whether it serves --deterministic."""
     is_asynchronous: ClassVar[bool]
     """Whether the host only tells the device what to do, and goes on: then a step's tokens stay
     there for the next one, and nothing is read before it is wanted."""
@@ -128,11 +126,6 @@ class Platform(ABC):
         if config.dtype not in ("auto", *self.dtypes):
             dtypes = ", ".join(self.dtypes)
             return f"--dtype (engine.dtype) is {config.dtype}; it must be auto, {dtypes}."
-        if config.deterministic and not self.is_deterministic:
-            return (
-                "--deterministic is for the CPU in this version. Leave it out, or give --device "
-                "cpu."
-            )
         if config.deterministic and size > 2:
             # In which order more than two numbers are added up depends on where in a step they are.
             return (

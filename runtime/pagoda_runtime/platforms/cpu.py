@@ -29,7 +29,6 @@ class CpuPlatform(Platform):
     # A matter of sense: ranks on one machine gain nothing but their own memory.
     max_tensor_parallel_size = 16
     collectives = "gloo"
-    is_deterministic = True
     is_asynchronous = False
     out_of_memory = "OutOfMemory"
 

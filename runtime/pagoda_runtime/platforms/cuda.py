@@ -24,7 +24,6 @@ class CudaPlatform(Platform):
     # Of a machine; how many it has is asked when the ranks connect.
     max_tensor_parallel_size = 1024
     collectives = "nccl"
-    is_deterministic = False
     is_asynchronous = True
     out_of_memory = "GpuOutOfMemory"
 

@@ -21,28 +21,34 @@ from pagoda_runtime.testing import make_core
 BLOCK_SIZE = 8
 
 
-# A family, its dtype, and that of its keys and values.
+# A family, its dtype, that of its keys and values, and the device.
 KINDS = [
-    ("llama", "bfloat16", "auto"),
-    ("gemma3_text", "bfloat16", "auto"),
-    ("llama", "float32", "auto"),
-    ("gemma3_text", "float32", "auto"),
-    ("llama", "bfloat16", "fp8_e4m3"),
-    ("gemma3_text", "bfloat16", "int8"),
-    ("gemma3_text", "float32", "fp8_e5m2"),
+    ("llama", "bfloat16", "auto", "cpu"),
+    ("gemma3_text", "bfloat16", "auto", "cpu"),
+    ("llama", "float32", "auto", "cpu"),
+    ("gemma3_text", "float32", "auto", "cpu"),
+    ("llama", "bfloat16", "fp8_e4m3", "cpu"),
+    ("gemma3_text", "bfloat16", "int8", "cpu"),
+    ("gemma3_text", "float32", "fp8_e5m2", "cpu"),
+    # With graphs, whose steps are padded.
+    *(
+        pytest.param((family, dtype, "auto", "cuda"), marks=pytest.mark.gpu)
+        for family in ("llama", "gemma3_text")
+        for dtype in ("bfloat16", "float32")
+    ),
 ]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def runner(request, tmp_path_factory):
-    family, dtype, kv_cache_dtype = request.param
+    family, dtype, kv_cache_dtype, device = request.param
     folder = make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), family)
     return ModelRunner(
         EngineConfig(
             model=str(folder),
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
-            device="cpu",
+            device=device,
             num_threads=1,
             block_size=BLOCK_SIZE,
             max_model_len=256,

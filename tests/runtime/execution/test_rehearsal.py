@@ -130,6 +130,11 @@ def test_a_decode_step_sends_rows_and_what_they_want_and_fetches_tokens(model, i
         assert (one.num_sent, one.num_fetched) == (2, 1)
 
 
+def test_with_deterministic_nothing_waits_either(model):
+    decode, mixed = watch(model, decode_rows(20), mixed_rows(), deterministic=True)
+    assert decode.num_fetched == mixed.num_fetched == 1
+
+
 def test_a_mixed_step_waits_for_nothing(model):
     prompt = make_row(80, start=0, num_tokens=70, prompt_targets=[5] * 69, num_prompt_logprobs=3)
     plain, with_logprobs = watch(model, mixed_rows(), [*mixed_rows(), prompt])

@@ -78,13 +78,6 @@ def test_ranks_divide_the_threads_and_the_default_cache_of_a_cpu(size, threads, 
     assert CPU.memory_budget(config, 0).available_bytes == pytest.approx(whole * share, rel=0.1)
 
 
-def test_only_a_cpu_is_deterministic():
-    config = EngineConfig(model="m", deterministic=True)
-    CPU.verify(config)
-    with pytest.raises(FatalError, match="--device cpu"):
-        PLATFORMS["cuda"].verify(config)
-
-
 def test_the_budget_of_a_gpu_is_what_utilization_weights_and_a_step_leave(monkeypatch):
     gib = 2**30
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (60 * gib, 80 * gib))
