@@ -73,7 +73,7 @@ class AttentionCase:
         positions = torch.arange(num_tokens)
         blocks = torch.from_numpy(self.block_table[seq]).long()[positions // BLOCK_SIZE]
         heads = self.qkv[seq][:num_tokens, self.spec.num_heads :]
-        kv = heads.reshape(num_tokens, 2, self.spec.num_kv_heads, -1)
+        kv = heads.reshape(num_tokens, 2, self.spec.num_kv_heads, self.spec.head_dim)
         for kv_cache in self.backend.kv_caches:
             store_reference(kv_cache, blocks * BLOCK_SIZE + positions % BLOCK_SIZE, kv)
 
