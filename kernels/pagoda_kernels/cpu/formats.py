@@ -71,7 +71,8 @@ VIEWS: Mapping[torch.dtype, Any] = MappingProxyType(
 
 def is_common(dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
     """Whether kernels for them are compiled ahead: others are at their first call."""
-    return dtype in (kv_dtype, torch.bfloat16)
+    usual = torch.float8_e4m3fn, torch.int8
+    return dtype is kv_dtype or (dtype is torch.bfloat16 and kv_dtype in usual)
 
 
 UNITS: Mapping[torch.dtype, float] = MappingProxyType({torch.float8_e4m3fn: 256.0})

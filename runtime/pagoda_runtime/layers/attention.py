@@ -90,13 +90,27 @@ class SelfAttention(Module):
 
 
 class QKNorm(Module):
-    """The norms of q's and k's heads."""
+    """The norms of q's and k's heads.
+
+    Some dimensions of keys are ten times as large as others, and in 8 bits would leave these few
+    steps. So k's weights are divided by powers of two that make them alike, and q's multiplied:
+    q·k keeps its bits. Dimensions that are rotated together share one.
+
+    Args:
+        rotary_dim: the dimensions of a head that are rotated, its first ones.
+    """
 
     def __init__(
-        self, heads: AttentionHeads, *, eps: float, weight_offset: float, placement: Placement
+        self,
+        heads: AttentionHeads,
+        *,
+        rotary_dim: int,
+        eps: float,
+        weight_offset: float,
+        placement: Placement,
     ) -> None:
         super().__init__()
-        self.weight_offset = weight_offset
+        self.weight_offset, self.rotary_dim = weight_offset, rotary_dim
         self.heads = heads.share(placement.parallel)
         layout = Layout([Part("q_norm", heads.head_dim), Part("k_norm", heads.head_dim)])
         self.parameters["weight"] = placement.parameter(layout, OUTPUT)
@@ -105,5 +119,17 @@ class QKNorm(Module):
     def use_parameters(self) -> None:
         q_and_k = self.parameters["weight"].data.view(2, -1)
         q_norm, k_norm = folded_weight(q_and_k, self.weight_offset)
+        sizes = _powers_of_two(k_norm, self.rotary_dim)
+        q_norm, k_norm = q_norm * sizes, k_norm / sizes
         rows = [q_norm] * self.heads.num_heads + [k_norm] * self.heads.num_kv_heads
         self.norm = HeadNorm(torch.stack(rows), self.floor)
+
+
+def _powers_of_two(weight: torch.Tensor, rotary_dim: int) -> torch.Tensor:
+    """About how many times a usual one each weight of a head is; of a pair, the larger."""
+    size = weight.abs()
+    pairs = size[:rotary_dim].view(2, rotary_dim // 2)
+    size = torch.cat((pairs.amax(0).repeat(2), size[rotary_dim:]))
+    usual = size.median()
+    # Of a weight of 0 nothing is left to scale.
+    return torch.where(size > 0.0, size / usual, 1.0).log2().round().clamp(-8, 8).exp2()

@@ -25,8 +25,10 @@ class DecoderLayer(Module):
         heads = heads_of(config)
         qk_norm = None
         if config.qk_norm:
+            share = config.rope[layer].partial_rotary_factor
             qk_norm = QKNorm(
                 heads,
+                rotary_dim=int(heads.head_dim * share),
                 eps=config.norm_eps,
                 weight_offset=config.norm_weight_offset,
                 placement=placement,

@@ -23,6 +23,8 @@ from pagoda_runtime.quantization.parameter import Shard
 
 logger = logging.getLogger(__name__)
 
+KV_SCALES = (".k_scale", ".v_scale")
+"""Last parts of the names of a whole layer's scales, which some exporters store."""
 _NAMES_SHOWN = 4
 
 
@@ -93,6 +95,7 @@ def load_weights(
     """
     faults: dict[str, list[str]] = {"missing": [], "unexpected": [], "mis-shaped": [], "twice": []}
     seen: set[str] = set()
+    num_scales = 0
     started = time.monotonic()
     bytes_done = bytes_read = 0
     files = find_weight_files(folder)
@@ -101,7 +104,9 @@ def load_weights(
         for name, stored in read_tensors(path):
             shape = tuple(stored.get_shape())
             shard = shards.get(name)
-            if shard is None:
+            if shard is None and name.endswith(KV_SCALES):
+                num_scales += 1
+            elif shard is None:
                 if not name.endswith(tuple(unused)):
                     faults["unexpected"].append(name)
             elif name in seen:
@@ -118,6 +123,13 @@ def load_weights(
             on_progress("load", 100.0 * bytes_done / max(bytes_total, bytes_done), speed)
     faults["missing"] = [name for name in shards if name not in seen]
     _raise_faults(folder, faults)
+    if num_scales:
+        logger.info(
+            "%d scales of keys and values in the checkpoint (%s) are not used: where "
+            "--kv-cache-dtype asks for 8 bits, each head of a token has its own.",
+            num_scales,
+            ", ".join(KV_SCALES),
+        )
     return bytes_read
 
 

@@ -13,6 +13,7 @@ import torch
 from pagoda_kernels.cpu.attention.backend import CpuAttention
 from pagoda_kernels.cpu.attention.chunk_plan import can_pack_keys
 from pagoda_kernels.kv_cache import KVCache
+from pagoda_kernels.paged_attention import HeadNorm, Rotary
 from pagoda_kernels.paged_attention.reference import ReferenceAttention
 from pagoda_kernels.paged_attention.testing import AttentionCase
 
@@ -56,6 +57,25 @@ def test_decode_rows_are_right_whatever_the_heads(heads, kv_heads, window):
 def test_decode_is_exact_whether_one_key_has_all_the_weight_or_all_have_the_same(scale):
     world = AttentionCase(CpuAttention, [1, 1], [60, 61], dtype=BF16, scale=scale)
     torch.testing.assert_close(world.attend().float(), world.expected(), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("query_lens", [[1], [9]], ids=["decode", "chunk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_powers_of_two_that_queries_have_instead_of_keys_change_no_bit(dtype, query_lens):
+    world = AttentionCase(CpuAttention, query_lens, [9], dtype=dtype, heads=(4, 2, 32))
+    turns = torch.randn(9, 1, 16)
+    cos, sin = turns.cos(), turns.sin()
+    rotary = Rotary(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+    weight, powers = torch.rand(6, 32), torch.exp2(torch.randint(-4, 5, (16,))).repeat(2)
+    results = []
+    for factor in (torch.ones(6, 32), torch.stack([powers] * 4 + [1 / powers] * 2)):
+        norm = HeadNorm(weight * factor, torch.tensor(0.1))
+        for first, last in ((0, 9), (9 - query_lens[0], 9)):
+            qkv = world.qkv[0][first:last].flatten(1).clone()
+            angles = Rotary(*(part[first:last].contiguous() for part in rotary))
+            attended = world.plan([(0, first, last)]).attend(0, qkv, angles, norm)
+        results.append(attended)
+    assert torch.equal(*results)
 
 
 CHUNKS = {

@@ -109,13 +109,27 @@ def test_a_loaded_tensor_is_dropped_as_soon_as_it_is_used():
         gc.enable()
 
 
-def test_heads_norms_are_repeated_for_each_head():
-    norm = QKNorm(AttentionHeads(2, 1, 4), eps=1e-6, weight_offset=0.0, placement=place())
-    tensors = {"a.q_norm.weight": torch.ones(4), "a.k_norm.weight": torch.full((4,), 3.0)}
+def loaded_qk_norm(q_norm, k_norm, rotary_dim):
+    heads = AttentionHeads(2, 1, len(q_norm))
+    norm = QKNorm(heads, rotary_dim=rotary_dim, eps=1e-6, weight_offset=0.0, placement=place())
+    tensors = {"a.q_norm.weight": q_norm, "a.k_norm.weight": k_norm}
     for name, shard in norm.shards("a.qk_norm"):
         shard.load(tensors[name])
     norm.after_loading()
-    assert (norm.norm.weight / 2).tolist() == [[1.0] * 4, [1.0] * 4, [3.0] * 4]
+    return norm.norm.weight / len(q_norm) ** 0.5
+
+
+def test_heads_norms_are_repeated_for_each_head():
+    weight = loaded_qk_norm(torch.ones(4), torch.full((4,), 3.0), 4)
+    assert weight.tolist() == [[1.0] * 4, [1.0] * 4, [3.0] * 4]
+
+
+def test_large_dimensions_of_keys_become_those_of_queries_by_powers_of_two():
+    # Of two pairs that are rotated, and of two dimensions that are not.
+    k_norm = torch.tensor([1.0, 20.0, 1.0, 1.0, -9.0, 0.0])
+    q, _, k = loaded_qk_norm(torch.ones(6), k_norm, 4)
+    assert torch.allclose(q, torch.tensor([1.0, 16.0, 1.0, 16.0, 8.0, 1.0]))
+    assert torch.allclose(k, torch.tensor([1.0, 1.25, 1.0, 0.0625, -1.125, 0.0]))
 
 
 @pytest.mark.parametrize("is_gated", [True, False])

@@ -97,6 +97,16 @@ def test_known_leftovers_are_ignored(llama):
     assert run(llama) == expected
 
 
+def test_scales_of_keys_and_values_are_told_and_not_used(llama, caplog):
+    expected = run(llama)
+    layer = "model.layers.0.self_attn"
+    names = [f"{layer}.k_scale", f"{layer}.v_scale", f"{layer}.k_proj.k_scale"]
+    edit(llama, lambda tensors: tensors.update({name: torch.ones(1) for name in names}))
+    with caplog.at_level(logging.INFO):
+        assert run(llama) == expected
+    assert "3 scales of keys and values in the checkpoint" in caplog.text
+
+
 def test_a_truncated_file_is_named(llama):
     path = llama / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])

@@ -29,7 +29,7 @@ from pagoda_kernels.cpu.compiled import (
     exp2,
     fill,
 )
-from pagoda_kernels.cpu.formats import UNITS, VIEWS, bf16_bits, floats, int64s
+from pagoda_kernels.cpu.formats import UNITS, VIEWS, bf16_bits, floats, int64s, is_common
 from pagoda_kernels.cpu.panels import BF16, GROUP_SIZE, MOST_ROWS, STEP_BYTES, make_dot
 from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim, make_reader
 from pagoda_kernels.kv_cache import LARGEST, KVCache
@@ -134,7 +134,12 @@ def _make_kernel(kv_dtype: torch.dtype) -> ThreadedKernel:
             _attend_part(a, part, head, cache, scales, unit, seen, packed, scratch, sums)
             claimed = claim(task)
 
-    return ThreadedKernel(attend_parts, needs=BF16.features, variant=str(kv_dtype))
+    return ThreadedKernel(
+        attend_parts,
+        needs=BF16.features,
+        variant=str(kv_dtype),
+        is_ahead=is_common(torch.bfloat16, kv_dtype),
+    )
 
 
 _ATTEND = {kv_dtype: _make_kernel(kv_dtype) for kv_dtype in (torch.bfloat16, *LARGEST)}
