@@ -54,8 +54,10 @@ def find_files(*, rehearses: bool) -> list[Path]:
     of_engines = sorted((TESTS / "gpu").glob("test_*.py"))
     if rehearses:
         return of_engines
-    others = [path for path in TESTS.rglob("test_*.py") if "mark.gpu" in path.read_text()]
-    return [*of_engines, *sorted(set(others) - set(of_engines))]
+    rooms = (TESTS / "kernels", TESTS / "runtime")
+    paths = (path for room in rooms for path in room.rglob("test_*.py"))
+    others = [path for path in paths if "mark.gpu" in path.read_text()]
+    return [*of_engines, *sorted(others)]
 
 
 def run_file(path: Path, marks: str, deadline: float, root: Path) -> Outcome:

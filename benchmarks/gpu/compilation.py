@@ -27,15 +27,8 @@ _ALIGNMENT = 256
 # From so many rows on a tile of queries fills Hopper's and Blackwell's own instructions.
 _LARGE_TILE = 64
 _DOTS = ("mma.sync", "wgmma", "tcgen05.mma", "v_mfma")
-_NUMBERS = {
-    "registers": r"REG:(\d+)",
-    "stack_bytes": r"STACK:(\d+)",
-}
-_AMD_NUMBERS = {
-    "registers": r"\.vgpr_count:\s+(\d+)",
-    "stack_bytes": r"\.private_segment_fixed_size:\s+(\d+)",
-    "spills": r"\.vgpr_spill_count:\s+(\d+)",
-}
+# Loads and stores of a thread's own stack. A call that has a stack touches it by nothing else.
+_SPILLS = re.compile(r"\b(STL|LDL)\b")
 
 
 class Target(NamedTuple):
@@ -163,7 +156,7 @@ class Compiled:
 
     registers: int
     """Of a thread; on AMD vector registers."""
-    stack_bytes: int
+    spilled_bytes: int
     """Of a thread; above 0: registers did not suffice."""
     shared_bytes: int
     """Of a block."""
@@ -175,16 +168,15 @@ class Compiled:
 
 def examine(binary: Any, target: Target) -> Compiled:
     """Look at what Triton compiled for a target."""
-    if target.gpu.backend == "cuda":
-        text, numbers = binary.asm["ptx"], _find(_NUMBERS, _resource_usage(binary.asm["cubin"]))
-    else:
-        text = binary.asm["amdgcn"]
-        numbers = _find(_AMD_NUMBERS, text)
+    is_nvidia = target.gpu.backend == "cuda"
+    text = binary.asm["ptx" if is_nvidia else "amdgcn"]
+    find = _find_nvidia_numbers if is_nvidia else _find_amd_numbers
+    registers, spilled_bytes = find(binary.asm["cubin"] if is_nvidia else text)
     found = tuple(dot for dot in _DOTS if dot in text)
     shared_bytes = binary.metadata.shared
     faults = []
-    if numbers["stack_bytes"] or numbers.get("spills"):
-        faults.append(f"spills {numbers['stack_bytes']} bytes of registers")
+    if spilled_bytes:
+        faults.append(f"spills {spilled_bytes} bytes of registers")
     if shared_bytes > target.shared_limit_bytes:
         faults.append(
             f"takes {shared_bytes} bytes of shared memory, and a block may take "
@@ -195,8 +187,8 @@ def examine(binary: Any, target: Target) -> Compiled:
         shown = " and ".join(sorted(wanted)) or "no tensor cores"
         faults.append(f"multiplies by {' and '.join(found) or 'no tensor cores'}, not {shown}")
     return Compiled(
-        numbers["registers"],
-        numbers["stack_bytes"],
+        registers,
+        spilled_bytes,
         shared_bytes,
         binary.metadata.num_warps,
         found,
@@ -210,18 +202,30 @@ def wanted_dots(ttir: str, target: Target) -> set[str]:
     return {target.large_dot if num >= _LARGE_TILE else target.small_dot for num in rows}
 
 
-def _find(patterns: Mapping[str, str], text: str) -> dict[str, int]:
-    found = {name: re.search(pattern, text) for name, pattern in patterns.items()}
-    assert all(found.values()), text
-    return {name: int(match[1]) for name, match in found.items() if match}
+def _find_nvidia_numbers(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of registers that went to memory."""
+    usage = _dump(cubin, "-res-usage")
+    stack_bytes = _number_after("STACK:", usage)
+    has_spilled = stack_bytes > 0 and _SPILLS.search(_dump(cubin, "-sass")) is not None
+    return _number_after("REG:", usage), stack_bytes if has_spilled else 0
 
 
-def _resource_usage(cubin: bytes) -> str:
+def _find_amd_numbers(amdgcn: str) -> tuple[int, int]:
+    """The same of vector registers."""
+    registers = _number_after(r"\.vgpr_count:\s+", amdgcn)
+    return registers, _number_after(r"\.private_segment_fixed_size:\s+", amdgcn)
+
+
+def _number_after(pattern: str, text: str) -> int:
+    found = re.search(rf"{pattern}(\d+)", text)
+    assert found is not None, text
+    return int(found[1])
+
+
+def _dump(cubin: bytes, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run(
-            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    return done.stdout
+        command = [str(tool), what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -30,7 +30,7 @@ from gpu.compilation import TARGETS, Compiled, Specialisation, examine, speciali
 from gpu.recording import BLOCK_SIZES, KV_DTYPES, record
 from gpu.shapes import SHAPES
 
-COLUMNS = ("registers", "stack_bytes", "shared_bytes", "num_warps", "dots")
+COLUMNS = ("registers", "spilled_bytes", "shared_bytes", "num_warps", "dots")
 
 
 @dataclass(slots=True)
@@ -108,7 +108,7 @@ def faults_of(kernels: Iterable[Kernel]) -> Iterator[str]:
                 yield f"{target}: {made.kernel}({constants}) {fault}. Launched by {users}."
 
 
-def write(path: Path, kernels: Iterable[Kernel], seconds: float) -> None:
+def write(path: Path, kernels: Sequence[Kernel], seconds: float) -> None:
     """A kernel a line."""
     head = {
         "name": "gpu-compile",
@@ -116,6 +116,7 @@ def write(path: Path, kernels: Iterable[Kernel], seconds: float) -> None:
         "commit": current_commit(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "seconds": round(seconds),
+        "faults": list(faults_of(kernels)),
         "columns": COLUMNS,
     }
     lines = [json.dumps(kernel.to_dict()) for kernel in kernels]

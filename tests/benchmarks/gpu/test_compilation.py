@@ -101,5 +101,5 @@ def test_registers_that_do_not_suffice_are_a_fault(target, size):
         launch(crowded, [1], torch.empty(1 << 16, device="cuda"), SIZE=size, num_warps=1)
 
     (compiled,) = compile_launches(launch_crowded, target)
-    assert compiled.stack_bytes > 0
-    assert compiled.faults == (f"spills {compiled.stack_bytes} bytes of registers",)
+    assert compiled.spilled_bytes > 0
+    assert compiled.faults == (f"spills {compiled.spilled_bytes} bytes of registers",)

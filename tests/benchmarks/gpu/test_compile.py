@@ -34,7 +34,7 @@ def test_the_table_has_a_kernel_a_line(kernels, tmp_path):
     first = table["kernels"][0]
     assert first["used_by"] == {"qwen3-0.6b": ["fp8_e4m3 16"]}
     columns = dict(zip(table["columns"], first["targets"]["90"], strict=True))
-    assert columns["stack_bytes"] == 0
+    assert columns["spilled_bytes"] == 0
     assert columns["registers"] > 0
 
 
