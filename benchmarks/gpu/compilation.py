@@ -211,9 +211,10 @@ def _find_nvidia_numbers(cubin: bytes) -> tuple[int, int]:
 
 
 def _find_amd_numbers(amdgcn: str) -> tuple[int, int]:
-    """The same of vector registers."""
-    registers = _number_after(r"\.vgpr_count:\s+", amdgcn)
-    return registers, _number_after(r"\.private_segment_fixed_size:\s+", amdgcn)
+    """The same of vector registers; some go to the accumulators' registers, not to memory."""
+    scratch_bytes = _number_after(r"\.private_segment_fixed_size:\s+", amdgcn)
+    num_spilled = _number_after(r"\.vgpr_spill_count:\s+", amdgcn)
+    return _number_after(r"\.vgpr_count:\s+", amdgcn), max(scratch_bytes, 4 * num_spilled)
 
 
 def _number_after(pattern: str, text: str) -> int:
