@@ -10,7 +10,7 @@ GPU_ENV = PYTHONPATH=kernels:runtime:benchmarks:out/gpu-packages
 .PHONY: demo demo-down test check lint types unit interpreted venv model kubeconfig lock \
   gpu-check gpu-bench gpu-packages gpu-compile gpu-rehearse \
   bench-cpu bench-versions bench-long bench-waste bench-overhead bench-quantization \
-  bench-kv-cache bench-strangers soak
+  bench-kv-cache bench-attention-bytes bench-strangers soak
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
 	@python3 e2e/phases.py demo
@@ -71,6 +71,10 @@ bench-quantization: model ## weights rounded to int8 beside bf16: make bench-qua
 bench-kv-cache: model ## keys and values of 8 bits beside bf16's: make bench-kv-cache [ROUNDS=20] [OUT=FILE]
 	@$(PYTHON) benchmarks/kv_cache.py --rounds $(or $(ROUNDS),20) \
 	  --out $(or $(OUT),out/bench-kv-cache.json)
+
+bench-attention-bytes: ## what attention on a GPU loads, counted: make bench-attention-bytes [OUT=FILE]
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) benchmarks/attention_bytes.py \
+	  --out $(or $(OUT),out/bench-attention-bytes.json)
 
 bench-strangers: venv ## what attacks cost a server and its other clients: make bench-strangers [OUT=FILE]
 	@$(PYTHON) benchmarks/strangers.py --out $(or $(OUT),out/bench-strangers.json)

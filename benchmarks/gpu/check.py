@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 # Tests of how much memory an engine takes want it for themselves.
 ALONE = TESTS / "gpu" / "test_memory.py"
+AT_ONCE = 8
 _LAST_LINES = 15
 
 
@@ -144,7 +145,7 @@ def main() -> int:
     report: dict[str, Any] = describe_run("gpu-check", rehearses=rehearses, commit=arguments.commit)
     marks = "not gpu" if rehearses else "gpu"
     files = find_files(rehearses=rehearses)
-    outcomes = run_files(files, marks, arguments.seconds, 1 if rehearses else 4)
+    outcomes = run_files(files, marks, arguments.seconds, 1 if rehearses else AT_ONCE)
     report["files"] = [asdict(outcome) for outcome in outcomes]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

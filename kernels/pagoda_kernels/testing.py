@@ -14,6 +14,7 @@ class Moves:
     """The addresses that kernels loaded from and stored to, in their order."""
 
     def __init__(self) -> None:
+        self.loaded_bytes = 0
         self._loads: list[np.ndarray] = []
         self._stores: list[np.ndarray] = []
 
@@ -42,7 +43,9 @@ def watch_moves() -> Iterator[Moves]:
     moves, load, store = Moves(), Builder.create_masked_load, Builder.create_masked_store
 
     def watched_load(self: Any, ptrs: Any, mask: Any, *others: Any) -> Any:
-        moves._loads.append(ptrs.data[mask.data])
+        addresses = ptrs.data[mask.data]
+        moves._loads.append(addresses)
+        moves.loaded_bytes += addresses.size * ptrs.get_element_ty().primitive_bitwidth // 8
         return load(self, ptrs, mask, *others)
 
     def watched_store(self: Any, ptrs: Any, value: Any, mask: Any, *others: Any) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pagoda_kernels.kv_cache import LARGEST
 from pagoda_kernels.paged_attention.decode_kernel import split_keys
 from pagoda_kernels.paged_attention.testing import AttentionCase, no_rotation
 from pagoda_kernels.paged_attention.triton_backend import TritonAttention
+from pagoda_kernels.testing import watch_moves
 
 TOLERANCE = {"atol": 4e-3, "rtol": 4e-3}
 
@@ -18,6 +20,14 @@ def test_every_head_dim_is_read_whole_and_nothing_beside_it(head_dim, kv_dtype):
     shape = {"heads": (6, 2, head_dim), "scale": head_dim**-0.5, "kv_dtype": kv_dtype}
     world = AttentionCase(TritonAttention, [1, 5], [130, 70], dtype=torch.float16, **shape)
     torch.testing.assert_close(world.attend().float(), world.expected(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kv_dtype", LARGEST)
+def test_queries_in_bf16_meet_keys_and_values_of_8_bits_in_fp16(kv_dtype):
+    # bf16 is only widened and rounded to, which the interpreter does right.
+    case = {"heads": (4, 1, 64), "scale": 0.125, "dtype": torch.bfloat16, "kv_dtype": kv_dtype}
+    world = AttentionCase(TritonAttention, [1, 5], [300, 70], **case)
+    torch.testing.assert_close(world.attend().float(), world.expected(), atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("heads", [(1, 1, 16), (5, 1, 16), (40, 2, 16), (71, 1, 16)])
@@ -47,3 +57,34 @@ def test_keys_are_split_until_every_processor_has_something_to_read():
     parts = [split_keys(spec, num_rows, 8192, 132).num_programs for num_rows in (1, 4, 32, 256)]
     assert parts == [32, 17, 3, 1]
     assert split_keys(spec, 1, 300, 132).num_programs == 3
+
+
+def reads_of_keys(world):
+    """[num_tokens of the first sequence]: how often a step reads each key and value; all alike."""
+    with watch_moves() as moves:
+        world.attend()
+    reads = moves.loads(world.backend.kv_caches[0].tensors[0])[world.block_table[0]].flatten(0, 1)
+    assert torch.all(reads == reads[:, :1, :1, :1])
+    return reads[: world.seq_lens[0], 0, 0, 0]
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("kv_dtype", [torch.float16, torch.float8_e4m3fn])
+def test_a_row_reads_what_it_sees_once_for_all_heads(window, kv_dtype):
+    case = {"heads": (8, 2, 64), "window": window, "dtype": torch.float16, "kv_dtype": kv_dtype}
+    reads = reads_of_keys(AttentionCase(TritonAttention, [1, 1], [333, 50], **case))
+    num_seen = window or 333
+    assert torch.all(reads[:-num_seen] == 0)
+    assert torch.all(reads[-num_seen:] == 1)
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_a_chunk_reads_keys_once_for_each_tile_that_sees_them(window):
+    case = {"heads": (8, 2, 64), "window": window, "dtype": torch.float16}
+    reads = reads_of_keys(AttentionCase(TritonAttention, [100], [150], **case))
+    expected = torch.zeros(150, dtype=torch.int64)
+    # Tiles have 64 rows, of 4 heads.
+    for token in range(50, 150, 16):
+        oldest = max(0, token + 1 - window) if window else 0
+        expected[oldest : token + 16] += 1
+    assert torch.equal(reads, expected)

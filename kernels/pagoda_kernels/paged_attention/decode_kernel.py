@@ -16,10 +16,10 @@ from pagoda_kernels.paged_attention.backend import AttentionSpec
 from pagoda_kernels.paged_attention.tiles import (
     LOG2_E,
     Step,
-    Tile,
     add_keys,
     padded_dim,
     tile_arguments,
+    to_factors,
 )
 
 MOST_SPLITS = 32
@@ -67,7 +67,7 @@ def split_keys(spec: AttentionSpec, num_rows: int, longest: int, num_processors:
 
 def attend_rows(step: Step, spec: AttentionSpec, layer: int, rows: Rows, splits: Splits) -> None:
     """Write the rows' tokens of the step."""
-    num_rows, tile = len(rows.tokens), decode_tile(spec)
+    num_rows, dim = len(rows.tokens), padded_dim(spec.head_dim)
     most_rows, sums, weights = num_rows, None, None
     if splits.num_programs > 1:
         most_rows = min(num_rows, max(1, _MOST_SUMS // spec.num_heads))
@@ -91,9 +91,11 @@ def attend_rows(step: Step, spec: AttentionSpec, layer: int, rows: Rows, splits:
             _LEAST_SPLIT,
             **constants,
             ROWS=max(16, triton.next_power_of_2(constants["GROUP"])),
-            TILE=tile.num_keys,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            # Small tiles and few warps: several programs fit a processor, and hide each other's
+            # waits; more warps would do the same sums of scores.
+            TILE=min(64, 4096 // dim),
+            num_warps=2,
+            num_stages=3,
         )
         if sums is not None:
             launch(
@@ -109,13 +111,6 @@ def attend_rows(step: Step, spec: AttentionSpec, layer: int, rows: Rows, splits:
                 MOST_SPLITS=MOST_SPLITS,
                 num_warps=4,
             )
-
-
-def decode_tile(spec: AttentionSpec) -> Tile:
-    """Small ones, for several programs at a time on a processor."""
-    tile_bytes = padded_dim(spec.head_dim) * spec.kv_dtype.itemsize
-    num_keys = min(128, max(32, triton.next_power_of_2(8192 // tile_bytes)))
-    return Tile(num_keys, num_warps=4, num_stages=3 if num_keys * tile_bytes <= 8192 else 2)
 
 
 @triton.jit(
@@ -147,6 +142,7 @@ def decode_kernel(
     is_head, within = group < GROUP, (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     places = heads[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(q_ptr + token * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM) + places, within, 0.0)
+    q, scales = to_factors(q, scale, scales_ptr is not None)
     slopes = None if slopes_ptr is None else tl.load(slopes_ptr + heads, is_head, 0.0)
     acc = tl.full([ROWS, PADDED_DIM], 0.0, tl.float32)
     most = tl.full([ROWS], float("-inf"), tl.float32)
@@ -158,8 +154,8 @@ def decode_kernel(
     positions = tl.full([ROWS], 0, tl.int32) + (num_keys - 1)
     # fmt: off
     acc, most, total = add_keys(
-        acc, most, total, q, positions, slopes, first, last, first, last,
-        numbers_ptr, scales_ptr, table_ptr + seq * table_stride, kv_head, scale,
+        acc, most, total, q, scales, positions, slopes, first, last, first, last,
+        numbers_ptr, scales_ptr, table_ptr + seq * table_stride, kv_head,
         NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SOFT_CAP, IS_E4M3, 0, TILE,
     )
     # fmt: on

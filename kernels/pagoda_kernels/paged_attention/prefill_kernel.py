@@ -15,9 +15,10 @@ from pagoda_kernels.paged_attention.tiles import (
     LOG2_E,
     Step,
     add_keys,
-    has_tensor_memory,
+    has_much_shared_memory,
     padded_dim,
     tile_arguments,
+    to_factors,
 )
 
 
@@ -73,7 +74,7 @@ def attend_chunks(step: Step, spec: AttentionSpec, layer: int, chunks: Chunks) -
         chunks.tiles,
         **tile_arguments(spec, layer),
         ROWS=chunks.num_rows,
-        LARGE_TILE=64 if dim <= 128 else 32,
+        LARGE_TILE=64 if dim <= 128 and spec.kv_dtype is spec.dtype else 32,
         num_warps=8 if chunks.num_rows * dim > 64 * 128 else 4,
         num_stages=3,
     )
@@ -105,6 +106,7 @@ def prefill_kernel(
     places = heads[:, None] * HEAD_DIM + dims[None, :]
     token_at = (first_token + tokens)[:, None] * (NUM_KV_HEADS * HEAD_DIM)
     q = tl.load(q_ptr + token_at * (GROUP + 2) + places, within, 0.0)
+    q, scales = to_factors(q, scale, scales_ptr is not None)
     slopes = None if slopes_ptr is None else tl.load(slopes_ptr + heads)
     acc = tl.full([ROWS, PADDED_DIM], 0.0, tl.float32)
     most = tl.full([ROWS], float("-inf"), tl.float32)
@@ -112,7 +114,9 @@ def prefill_kernel(
         most = tl.load(sinks_ptr + heads) * LOG2_E
     total = tl.where(most > float("-inf"), 1.0, 0.0)
     # Others have too little shared memory, or too few registers beside the products.
-    TILE: tl.constexpr = LARGE_TILE if has_tensor_memory() else LARGE_TILE // 2
+    TILE: tl.constexpr = (
+        LARGE_TILE if has_much_shared_memory() else min(LARGE_TILE, 4096 // PADDED_DIM)
+    )
     last = position + num_tokens
     first, seen_from = 0, 0
     if WINDOW != 0:
@@ -120,8 +124,8 @@ def prefill_kernel(
         seen_from = tl.maximum(last - WINDOW, 0)
     # fmt: off
     acc, most, total = add_keys(
-        acc, most, total, q, query_positions, slopes, first, last, seen_from, position + 1,
-        numbers_ptr, scales_ptr, table_ptr, kv_head, scale,
+        acc, most, total, q, scales, query_positions, slopes, first, last, seen_from, position + 1,
+        numbers_ptr, scales_ptr, table_ptr, kv_head,
         NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SOFT_CAP, IS_E4M3, WINDOW, TILE,
     )
     # fmt: on

@@ -54,7 +54,8 @@ class AttentionCase:
         self.query_lens, self.seq_lens = query_lens, seq_lens
         shape = (num_heads + 2 * num_kv_heads, head_dim)
         self.qkv = [torch.randn(length, *shape).to(dtype) for length in seq_lens]
-        used = [-(-length // BLOCK_SIZE) for length in seq_lens]
+        size = self.spec.block_size
+        used = [-(-length // size) for length in seq_lens]
         order = np.random.default_rng(0).permutation(sum(used) + 3) + 1
         # Past a sequence's blocks there is one that nobody writes to.
         self.block_table = np.full((len(seq_lens), max(used)), order[-1], dtype=np.int32)
@@ -70,12 +71,13 @@ class AttentionCase:
 
     def _store(self, seq: int, num_tokens: int) -> None:
         """The keys and values of a sequence's first tokens, in every layer."""
-        positions = torch.arange(num_tokens)
-        blocks = torch.from_numpy(self.block_table[seq]).long()[positions // BLOCK_SIZE]
+        positions, size = torch.arange(num_tokens), self.spec.block_size
+        blocks = torch.from_numpy(self.block_table[seq]).long()[positions // size]
         heads = self.qkv[seq][:num_tokens, self.spec.num_heads :]
         kv = heads.reshape(num_tokens, 2, self.spec.num_kv_heads, self.spec.head_dim)
+        slots, device = blocks * size + positions % size, self.spec.device
         for kv_cache in self.backend.kv_caches:
-            store_reference(kv_cache, blocks * BLOCK_SIZE + positions % BLOCK_SIZE, kv)
+            store_reference(kv_cache, slots.to(device), kv.to(device))
 
     def plan(self, tokens: Sequence[tuple[int, int, int]]) -> AttentionPlan:
         """Args: tokens: sequences, each with the first and the last of its positions, exclusive."""
@@ -86,9 +88,11 @@ class AttentionCase:
         """[num_tokens + num_padding, num_heads, head_dim]: attention of the tokens of `plan`."""
         qkv = torch.cat([self.qkv[seq][first:last] for seq, first, last in tokens]).flatten(1)
         qkv = torch.nn.functional.pad(qkv, (0, 0, 0, num_padding), value=torch.nan)
-        rotary = no_rotation(len(qkv), self.spec.head_dim)
-        attended = self.plan(tokens).attend(0, qkv, rotary, sinks=self.sinks)
-        return attended.view(len(qkv), self.spec.num_heads, -1)
+        device = self.spec.device
+        rotary = no_rotation(len(qkv), self.spec.head_dim, device)
+        sinks = self.sinks.to(device) if self.sinks is not None else None
+        attended = self.plan(tokens).attend(0, qkv.to(device), rotary, sinks=sinks)
+        return attended.view(len(qkv), self.spec.num_heads, -1).cpu()
 
     def attend(self) -> torch.Tensor:
         """Of the last query_lens tokens of each sequence."""
@@ -144,6 +148,6 @@ def brute_force(
     return out
 
 
-def no_rotation(num_tokens: int, rotary_dim: int) -> Rotary:
+def no_rotation(num_tokens: int, rotary_dim: int, device: torch.device | None = None) -> Rotary:
     shape = (num_tokens, 1, rotary_dim)
-    return Rotary(torch.ones(shape), torch.zeros(shape))
+    return Rotary(torch.ones(shape, device=device), torch.zeros(shape, device=device))

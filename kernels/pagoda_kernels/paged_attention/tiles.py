@@ -46,19 +46,10 @@ class Step(NamedTuple):
         return self.heads, numbers, scales, *others
 
 
-class Tile(NamedTuple):
-    """How a kernel goes along the keys."""
-
-    num_keys: int
-    num_warps: int
-    num_stages: int
-    """Tiles that are being read while one is computed with, and that one."""
-
-
 @triton.jit
 def add_keys(
-    acc, most, total, q, query_positions, slopes,
-    first, last, seen_from, seen_until, numbers_ptr, scales_ptr, table_ptr, kv_head, scale,
+    acc, most, total, q, scales, query_positions, slopes,
+    first, last, seen_from, seen_until, numbers_ptr, scales_ptr, table_ptr, kv_head,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SOFT_CAP: tl.constexpr, IS_E4M3: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -66,36 +57,47 @@ def add_keys(
 
     acc [ROWS, PADDED_DIM], most, total [ROWS]: sum of weights times values, largest score and sum
         of weights so far; weights are powers of 2, scores the numbers in their exponents.
-    q [ROWS, PADDED_DIM]; query_positions [ROWS]: a row sees keys at its position and before it,
-        and above its position - WINDOW (0: all); slopes [ROWS], or None.
+    q [ROWS, PADDED_DIM], scales [ROWS]: see `to_factors`; query_positions [ROWS]: a row sees keys
+        at its position and before it, and above its position - WINDOW (0: all); slopes [ROWS], or
+        None.
     seen_from, seen_until: all rows see the keys at these positions, the last exclusive.
     """
     PADDED_DIM: tl.constexpr = acc.shape[1]
     dims, offsets = tl.arange(0, PADDED_DIM), tl.arange(0, TILE)
     is_plain: tl.constexpr = SOFT_CAP == 0.0 and slopes is None
     # Without a change in between, one factor stands for the scale and for e as a power of 2.
-    factor = scale * LOG2_E if is_plain else LOG2_E
-    blocks = tl.load(table_ptr + (first + offsets) // BLOCK_SIZE, first + offsets < last, 0)
+    factors = scales * LOG2_E if is_plain else tl.full([scales.shape[0]], LOG2_E, tl.float32)
+    # Numbers of a token; unsigned positions are parted by shifts.
+    STRIDE: tl.constexpr = 2 * NUM_KV_HEADS * HEAD_DIM
+    numbers_ptr += kv_head * HEAD_DIM
+    positions = first + offsets
+    blocks = tl.load(table_ptr + positions.to(tl.uint32) // BLOCK_SIZE, positions < last, 0)
+    largest = 0.0
     for start in tl.range(first, last, TILE):
         positions = start + offsets
-        slots = blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
-        # Of the next tile, so that its keys are asked for without waiting for the table.
-        after = positions + TILE
-        blocks = tl.load(table_ptr + after // BLOCK_SIZE, after < last, 0)
-        heads = slots * (2 * NUM_KV_HEADS) + kv_head
-        at = numbers_ptr + heads[:, None] * HEAD_DIM + dims
-        # Unused slots may hold NaN, which 0 times it would stay: they are not loaded.
         inside = positions < last
-        within = inside[:, None] & (dims < HEAD_DIM)[None, :]
+        places = (positions.to(tl.uint32) % BLOCK_SIZE).to(tl.int32)
+        at = blocks.to(tl.int64) * (BLOCK_SIZE * STRIDE) + places * STRIDE
+        at = numbers_ptr + at[:, None] + dims[None, :]
+        # Unused slots may hold NaN, which 0 times it would stay: they are not loaded.
+        within = inside[:, None]
+        if HEAD_DIM != PADDED_DIM:
+            within = within & (dims < HEAD_DIM)[None, :]
         keys = tl.load(at, within, 0.0)
         values = tl.load(at + NUM_KV_HEADS * HEAD_DIM, within, 0.0)
+        if scales_ptr is not None:
+            heads = blocks.to(tl.int64) * (BLOCK_SIZE * 2 * NUM_KV_HEADS)
+            of_keys = scales_ptr + heads + (places * (2 * NUM_KV_HEADS) + kv_head)
+            key_scales = tl.load(of_keys, inside, 0.0)
+            value_scales = tl.load(of_keys + NUM_KV_HEADS, inside, 0.0)
+        # Of the next tile, so that its keys are asked for without waiting for the table.
+        after = positions + TILE
+        blocks = tl.load(table_ptr + after.to(tl.uint32) // BLOCK_SIZE, after < last, 0)
         scores = tl.dot(q, tl.trans(widen(keys, q.dtype, IS_E4M3)), input_precision="ieee")
         if scales_ptr is not None:
-            key_scales = tl.load(scales_ptr + heads, inside, 0.0)
-            value_scales = tl.load(scales_ptr + heads + NUM_KV_HEADS, inside, 0.0)
             scores = scores * (key_scales * unit(IS_E4M3))[None, :]
         if not is_plain:
-            scores = scores * scale
+            scores = scores * scales[:, None]
         if SOFT_CAP != 0.0:
             # tanh(x) = 1 - 2 / (1 + e^2x), which is right where e^2x is 0 or infinite, too.
             grown = tl.exp2(scores * (2.0 * LOG2_E / SOFT_CAP))
@@ -109,37 +111,49 @@ def add_keys(
             else:
                 is_seen = (distances >= 0) & (distances < WINDOW)
                 scores = tl.where(is_seen, scores, float("-inf"))
-        new = tl.maximum(most, tl.max(scores, 1) * factor)
+        new = tl.maximum(most, tl.max(scores, 1) * factors)
         # A row that has seen no key yet has a largest score of -inf.
         base = tl.where(new == float("-inf"), 0.0, new)
-        weights = tl.exp2(scores * factor - base[:, None])
+        weights = tl.exp2(scores * factors[:, None] - base[:, None])
         past = tl.exp2(most - base)
         total = total * past + tl.sum(weights, 1)
-        acc = acc * past[:, None]
+        if scales_ptr is not None:
+            # As parts of the largest, since fp16 holds no small products of weights and scales.
+            grown = tl.maximum(largest, tl.max(value_scales, 0))
+            weights = weights * (value_scales * (1.0 / grown))[None, :]
+            past = past * (largest / grown)
+            largest = grown
         values = widen(values, q.dtype, IS_E4M3)
-        if scales_ptr is None:
-            acc = tl.dot(weights.to(q.dtype), values, acc, input_precision="ieee")
-        elif q.dtype == tl.float16:
-            # fp16 holds no small products of weights and scales.
-            largest = tl.max(value_scales, 0)
-            weights = weights * (value_scales / largest)[None, :]
-            added = tl.dot(weights.to(q.dtype), values, input_precision="ieee")
-            acc += added * (largest * unit(IS_E4M3))
-        else:
-            weights = weights * (value_scales * unit(IS_E4M3))[None, :]
-            acc = tl.dot(weights.to(q.dtype), values, acc, input_precision="ieee")
+        acc = tl.dot(weights.to(q.dtype), values, acc * past[:, None], input_precision="ieee")
         most = new
+    if scales_ptr is not None:
+        acc = acc * (largest * unit(IS_E4M3))
     return acc, most, total
 
 
 @triton.constexpr_function
-def has_tensor_memory() -> bool:
-    """Whether products take tiles from shared memory, of which there is much: Hopper, Blackwell.
+def has_much_shared_memory() -> bool:
+    """Whether this is Hopper or a Blackwell for servers, whose products take tiles from there.
 
     Interpreted kernels do as on these.
     """
     target = target_info.current_target()
     return target is None or (target.backend == "cuda" and 90 <= target.arch < 120)
+
+
+@triton.jit
+def to_factors(q, scale, IS_QUANTIZED: tl.constexpr):
+    """q as products take it, and of each row what scores are to be multiplied by.
+
+    Numbers of 8 bits are widened to fp16 in fewer steps than to bf16, and exactly; queries fit into
+    it once they are divided by their row's largest. Weights are finer in fp16, too.
+    """
+    if IS_QUANTIZED and q.dtype != tl.float32:
+        wide = q.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(wide), 1), 1e-30)
+        return (wide / largest[:, None]).to(tl.float16), largest * scale
+    else:
+        return q, tl.full([q.shape[0]], 0.0, tl.float32) + scale
 
 
 @triton.jit
@@ -153,6 +167,10 @@ def widen(numbers, dtype: tl.constexpr, IS_E4M3: tl.constexpr):
             bits = numbers.to(tl.uint16)
             bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
             numbers = bits.to(tl.float16, bitcast=True)
+    elif numbers.dtype == tl.int8 and dtype == tl.float16:
+        # 1024 + 128 + the number, whose lowest bits fp16 has in the places of an integer's.
+        bits = (numbers.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint16) | 0x6400
+        return bits.to(tl.float16, bitcast=True) - 1152.0
     return numbers.to(dtype)
 
 
