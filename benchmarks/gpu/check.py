@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 # Tests of how much memory an engine takes want it for themselves.
 ALONE = TESTS / "gpu" / "test_memory.py"
+# Files of tests, on a machine with 16 cores.
 AT_ONCE = 8
 _LAST_LINES = 15
 
@@ -81,6 +83,7 @@ def run_file(path: Path, marks: str, deadline: float, root: Path) -> Outcome:
             done = subprocess.run(
                 command,
                 cwd=root,
+                env=os.environ | {"OMP_NUM_THREADS": "2"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -26,7 +26,7 @@ MOST_SPLITS = 32
 # A split of fewer keys would not be worth what adding it up costs.
 _LEAST_SPLIT = 128
 # Programs for each processor of a GPU that there should be, to keep its memory busy.
-_PROGRAMS_PER_PROCESSOR = 4
+_PROGRAMS_PER_PROCESSOR = 3
 # Of a deterministic step, whatever its other rows are.
 _FIXED_SPLITS = 16
 # Sums of splits are kept for so many rows times query heads at a time.
@@ -67,7 +67,7 @@ def split_keys(spec: AttentionSpec, num_rows: int, longest: int, num_processors:
 
 def attend_rows(step: Step, spec: AttentionSpec, layer: int, rows: Rows, splits: Splits) -> None:
     """Write the rows' tokens of the step."""
-    num_rows, dim = len(rows.tokens), padded_dim(spec.head_dim)
+    num_rows, dim = len(rows.tokens), padded_dim(spec)
     most_rows, sums, weights = num_rows, None, None
     if splits.num_programs > 1:
         most_rows = min(num_rows, max(1, _MOST_SUMS // spec.num_heads))
@@ -92,9 +92,9 @@ def attend_rows(step: Step, spec: AttentionSpec, layer: int, rows: Rows, splits:
             **constants,
             ROWS=max(16, triton.next_power_of_2(constants["GROUP"])),
             # Small tiles and few warps: several programs fit a processor, and hide each other's
-            # waits; more warps would do the same sums of scores.
+            # waits; each warp does all sums of scores, for which numbers of 8 bits leave less time.
             TILE=min(64, 4096 // dim),
-            num_warps=2,
+            num_warps=2 if spec.kv_dtype is spec.dtype or dim > 128 else 1,
             num_stages=3,
         )
         if sums is not None:
@@ -123,7 +123,7 @@ def decode_kernel(
     most_splits, least_split,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, SOFT_CAP: tl.constexpr,
-    IS_E4M3: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    KIND: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The program (row * NUM_KV_HEADS + key head, split): an equal part of the keys in tiles."""
     row, kv_head = tl.program_id(0) // NUM_KV_HEADS, tl.program_id(0) % NUM_KV_HEADS
@@ -156,7 +156,7 @@ def decode_kernel(
     acc, most, total = add_keys(
         acc, most, total, q, scales, positions, slopes, first, last, first, last,
         numbers_ptr, scales_ptr, table_ptr + seq * table_stride, kv_head,
-        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SOFT_CAP, IS_E4M3, 0, TILE,
+        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SOFT_CAP, KIND, 0, TILE,
     )
     # fmt: on
     if sums_ptr is None:

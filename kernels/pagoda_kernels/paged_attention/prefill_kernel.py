@@ -39,7 +39,7 @@ def rows_of_tiles(spec: AttentionSpec, query_lens: np.ndarray, num_processors: i
     group = spec.num_heads // spec.num_kv_heads
     num_programs = int((-(-query_lens // max(1, 128 // group))).sum()) * spec.num_kv_heads
     # Numbers of 8 bits are widened in registers, of which 128 rows leave too few.
-    has_room = padded_dim(spec.head_dim) <= 128 and spec.kv_dtype is spec.dtype
+    has_room = padded_dim(spec) <= 128 and spec.kv_dtype is spec.dtype
     is_large = has_room and num_programs >= num_processors
     # A token's heads are not parted.
     return max(128 if is_large else 64, int(triton.next_power_of_2(group)))
@@ -65,7 +65,7 @@ def cut_chunks(
 
 def attend_chunks(step: Step, spec: AttentionSpec, layer: int, chunks: Chunks) -> None:
     """Write the chunks' tokens of the step."""
-    dim = padded_dim(spec.head_dim)
+    dim = padded_dim(spec)
     launch(
         prefill_kernel,
         (len(chunks.tiles) * spec.num_kv_heads,),
@@ -74,9 +74,9 @@ def attend_chunks(step: Step, spec: AttentionSpec, layer: int, chunks: Chunks) -
         chunks.tiles,
         **tile_arguments(spec, layer),
         ROWS=chunks.num_rows,
-        LARGE_TILE=64 if dim <= 128 and spec.kv_dtype is spec.dtype else 32,
+        LARGE_TILE=64 if dim <= 128 else 32,
         num_warps=8 if chunks.num_rows * dim > 64 * 128 else 4,
-        num_stages=3,
+        num_stages=3 if spec.kv_dtype is spec.dtype else 2,
     )
 
 
@@ -88,7 +88,7 @@ def prefill_kernel(
     scale, tiles_ptr,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, SOFT_CAP: tl.constexpr,
-    IS_E4M3: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, LARGE_TILE: tl.constexpr,
+    KIND: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, LARGE_TILE: tl.constexpr,
 ):  # fmt: skip
     """The program tile * NUM_KV_HEADS + key head. Row i is head i % GROUP of token i // GROUP."""
     tile_ptr = tiles_ptr + tl.program_id(0) // NUM_KV_HEADS * 4
@@ -126,7 +126,7 @@ def prefill_kernel(
     acc, most, total = add_keys(
         acc, most, total, q, scales, query_positions, slopes, first, last, seen_from, position + 1,
         numbers_ptr, scales_ptr, table_ptr, kv_head,
-        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SOFT_CAP, IS_E4M3, WINDOW, TILE,
+        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SOFT_CAP, KIND, WINDOW, TILE,
     )
     # fmt: on
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)

@@ -15,6 +15,7 @@ from triton.language import target_info
 
 from pagoda_kernels.kv_cache import KVCache
 from pagoda_kernels.paged_attention.backend import AttentionSpec
+from pagoda_kernels.paged_attention.widen import NUMBERS, unit, widen
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -38,9 +39,9 @@ class Step(NamedTuple):
     def arguments(self) -> tuple[torch.Tensor | int | None, ...]:
         """The first of both kernels'."""
         numbers, scales = self.kv_cache
-        if numbers.dtype is torch.float8_e4m3fn:
-            # Not every GPU that decodes it has a type for it.
-            numbers = numbers.view(torch.uint8)
+        if scales is not None:
+            # Two numbers of 8 bits each.
+            numbers = numbers.view(torch.int16)
         table = self.block_table
         others = (table, self.slopes, self.sinks, self.out, table.stride(0))
         return self.heads, numbers, scales, *others
@@ -51,7 +52,7 @@ def add_keys(
     acc, most, total, q, scales, query_positions, slopes,
     first, last, seen_from, seen_until, numbers_ptr, scales_ptr, table_ptr, kv_head,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SOFT_CAP: tl.constexpr, IS_E4M3: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
+    SOFT_CAP: tl.constexpr, KIND: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Sums of softmax over the keys at positions first … last - 1, of blocks in table_ptr.
 
@@ -62,14 +63,21 @@ def add_keys(
         None.
     seen_from, seen_until: all rows see the keys at these positions, the last exclusive.
     """
-    PADDED_DIM: tl.constexpr = acc.shape[1]
-    dims, offsets = tl.arange(0, PADDED_DIM), tl.arange(0, TILE)
+    # Numbers of 8 bits are read as words of two, of which products take one after the other.
+    PER_WORD: tl.constexpr = 1 if KIND is None else 2
+    ROWS: tl.constexpr = acc.shape[0]
+    WORDS: tl.constexpr = acc.shape[1] // PER_WORD
+    HEAD_WORDS: tl.constexpr = HEAD_DIM // PER_WORD
+    words, offsets = tl.arange(0, WORDS), tl.arange(0, TILE)
+    if KIND is not None:
+        low_q, high_q = tl.split(tl.reshape(q, [ROWS, WORDS, 2]))
+        low_acc, high_acc = tl.split(tl.reshape(acc, [ROWS, WORDS, 2]))
     is_plain: tl.constexpr = SOFT_CAP == 0.0 and slopes is None
     # Without a change in between, one factor stands for the scale and for e as a power of 2.
     factors = scales * LOG2_E if is_plain else tl.full([scales.shape[0]], LOG2_E, tl.float32)
-    # Numbers of a token; unsigned positions are parted by shifts.
-    STRIDE: tl.constexpr = 2 * NUM_KV_HEADS * HEAD_DIM
-    numbers_ptr += kv_head * HEAD_DIM
+    # Words of a token; unsigned positions are parted by shifts.
+    STRIDE: tl.constexpr = 2 * NUM_KV_HEADS * HEAD_WORDS
+    numbers_ptr += kv_head * HEAD_WORDS
     positions = first + offsets
     blocks = tl.load(table_ptr + positions.to(tl.uint32) // BLOCK_SIZE, positions < last, 0)
     largest = 0.0
@@ -78,13 +86,13 @@ def add_keys(
         inside = positions < last
         places = (positions.to(tl.uint32) % BLOCK_SIZE).to(tl.int32)
         at = blocks.to(tl.int64) * (BLOCK_SIZE * STRIDE) + places * STRIDE
-        at = numbers_ptr + at[:, None] + dims[None, :]
+        at = numbers_ptr + at[:, None] + words[None, :]
         # Unused slots may hold NaN, which 0 times it would stay: they are not loaded.
         within = inside[:, None]
-        if HEAD_DIM != PADDED_DIM:
-            within = within & (dims < HEAD_DIM)[None, :]
-        keys = tl.load(at, within, 0.0)
-        values = tl.load(at + NUM_KV_HEADS * HEAD_DIM, within, 0.0)
+        if HEAD_WORDS != WORDS:
+            within = within & (words < HEAD_WORDS)[None, :]
+        keys = tl.load(at, within, 0)
+        values = tl.load(at + NUM_KV_HEADS * HEAD_WORDS, within, 0)
         if scales_ptr is not None:
             heads = blocks.to(tl.int64) * (BLOCK_SIZE * 2 * NUM_KV_HEADS)
             of_keys = scales_ptr + heads + (places * (2 * NUM_KV_HEADS) + kv_head)
@@ -93,9 +101,13 @@ def add_keys(
         # Of the next tile, so that its keys are asked for without waiting for the table.
         after = positions + TILE
         blocks = tl.load(table_ptr + after.to(tl.uint32) // BLOCK_SIZE, after < last, 0)
-        scores = tl.dot(q, tl.trans(widen(keys, q.dtype, IS_E4M3)), input_precision="ieee")
-        if scales_ptr is not None:
-            scores = scores * (key_scales * unit(IS_E4M3))[None, :]
+        if KIND is None:
+            scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
+        else:
+            low, high = widen(keys, q.dtype, KIND)
+            scores = tl.dot(low_q, tl.trans(low), input_precision="ieee")
+            scores = tl.dot(high_q, tl.trans(high), scores, input_precision="ieee")
+            scores = scores * (key_scales * unit(KIND))[None, :]
         if not is_plain:
             scores = scores * scales[:, None]
         if SOFT_CAP != 0.0:
@@ -123,11 +135,17 @@ def add_keys(
             weights = weights * (value_scales * (1.0 / grown))[None, :]
             past = past * (largest / grown)
             largest = grown
-        values = widen(values, q.dtype, IS_E4M3)
-        acc = tl.dot(weights.to(q.dtype), values, acc * past[:, None], input_precision="ieee")
+        weights, past = weights.to(q.dtype), past[:, None]
+        if KIND is None:
+            acc = tl.dot(weights, values, acc * past, input_precision="ieee")
+        else:
+            low, high = widen(values, q.dtype, KIND)
+            low_acc = tl.dot(weights, low, low_acc * past, input_precision="ieee")
+            high_acc = tl.dot(weights, high, high_acc * past, input_precision="ieee")
         most = new
-    if scales_ptr is not None:
-        acc = acc * (largest * unit(IS_E4M3))
+    if KIND is not None:
+        acc = tl.reshape(tl.join(low_acc, high_acc), [ROWS, 2 * WORDS])
+        acc = acc * (largest * unit(KIND))
     return acc, most, total
 
 
@@ -156,46 +174,21 @@ def to_factors(q, scale, IS_QUANTIZED: tl.constexpr):
         return q, tl.full([q.shape[0]], 0.0, tl.float32) + scale
 
 
-@triton.jit
-def widen(numbers, dtype: tl.constexpr, IS_E4M3: tl.constexpr):
-    """Numbers of the cache in the dtype of the queries, times 1 / unit(IS_E4M3)."""
-    if IS_E4M3:
-        if target_info.cuda_capability_geq(8, 9):
-            numbers = numbers.to(tl.float8e4nv, bitcast=True)
-        else:
-            # e4m3's exponent and fraction in the lowest places of fp16's: its bias is 8 more.
-            bits = numbers.to(tl.uint16)
-            bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-            numbers = bits.to(tl.float16, bitcast=True)
-    elif numbers.dtype == tl.int8 and dtype == tl.float16:
-        # 1024 + 128 + the number, whose lowest bits fp16 has in the places of an integer's.
-        bits = (numbers.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint16) | 0x6400
-        return bits.to(tl.float16, bitcast=True) - 1152.0
-    return numbers.to(dtype)
-
-
-@triton.jit
-def unit(IS_E4M3: tl.constexpr):
-    """What numbers are divided by in `widen`."""
-    if IS_E4M3 and not target_info.cuda_capability_geq(8, 9):
-        return 256.0
-    return 1.0
-
-
 def tile_arguments(spec: AttentionSpec, layer: int) -> dict[str, Any]:
     """The constants of `add_keys` that a layer's launches have in common."""
     return {
         "NUM_KV_HEADS": spec.num_kv_heads,
         "GROUP": spec.num_heads // spec.num_kv_heads,
         "HEAD_DIM": spec.head_dim,
-        "PADDED_DIM": padded_dim(spec.head_dim),
+        "PADDED_DIM": padded_dim(spec),
         "BLOCK_SIZE": spec.block_size,
         "SOFT_CAP": spec.soft_cap,
-        "IS_E4M3": spec.kv_dtype is torch.float8_e4m3fn,
+        "KIND": NUMBERS.get(spec.kv_dtype),
         "WINDOW": spec.windows[layer],
     }
 
 
-def padded_dim(head_dim: int) -> int:
+def padded_dim(spec: AttentionSpec) -> int:
     """Products are of powers of 2, from 16 on; what is beyond head_dim is not read."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    least = 16 if spec.kv_dtype is spec.dtype else 32
+    return max(least, 1 << (spec.head_dim - 1).bit_length())

@@ -301,7 +301,7 @@ def test_a_gpu_chooses_what_a_cpu_chooses():
     ]
     rows.append(make_row(SamplingParams(use_beam_search=True), num_candidates=9))
     logits = torch.cat([logits, logits[:1]])
-    found = sample(logits.cuda(), rows)
+    found = sampler.sample(logits.cuda(), rows, in_batch=True)
     for output, expected in zip(found, sampler.sample(logits, rows, in_batch=False), strict=True):
         assert output.token_ids == expected.token_ids
         assert output.token_logprobs == (
