@@ -24,12 +24,20 @@ import torch
 from report import Bar, Result, format_table
 
 from gpu.attention_speed import measure_attention
-from gpu.engine_speed import measure_engine, measure_transformers
+from gpu.engine_speed import measure_batching, measure_engine, measure_generate
 from gpu.machine import REHEARSAL, describe_run, report_path
 from gpu.random_model import write_random_model
 from gpu.scale import FULL, TINY, Scale
 
-PARTS = ("attention", "checkpoint", "engine", "engine_fp8", "engine_eager", "transformers")
+PARTS = (
+    "attention",
+    "checkpoint",
+    "engine",
+    "engine_fp8",
+    "engine_eager",
+    "generate",
+    "batching",
+)
 READY_SECONDS = 20.0
 _LAST_LINES = 15
 
@@ -43,13 +51,15 @@ def run_part(name: str, scale: Scale, folder: Path) -> dict[str, Any]:
         case "checkpoint":
             return {"weight_bytes": write_random_model(folder, scale.model, device)}
         case "engine":
-            return measure_engine(folder, scale, serves=True)
+            return measure_engine(folder, scale, ("depths", "requests"))
         case "engine_fp8":
-            return measure_engine(folder, scale, serves=False, kv_cache_dtype="fp8_e4m3")
+            return measure_engine(folder, scale, ("depths",), kv_cache_dtype="fp8_e4m3")
         case "engine_eager":
-            return measure_engine(folder, scale, serves=False, enforce_eager=True)
-        case "transformers":
-            return measure_transformers(folder, scale, device)
+            return measure_engine(folder, scale, (), enforce_eager=True)
+        case "generate":
+            return measure_generate(folder, scale, device)
+        case "batching":
+            return measure_batching(folder, scale, device)
     raise ValueError(f"There is no part {name}.")
 
 
@@ -92,7 +102,7 @@ def make_results(figures: Mapping[str, Mapping[str, Any]], scale: Scale) -> list
     return [
         *_attention_results(figures.get("attention", {})),
         *_decode_results(figures),
-        *_serving_results(engine, figures.get("transformers", {})),
+        *_serving_results(engine, figures),
         *_slope_results(engine, figures.get("engine_fp8", {}), scale),
         *_graph_results(engine, figures.get("engine_eager", {})),
     ]
@@ -126,15 +136,19 @@ def _decode_results(figures: Mapping[str, Mapping[str, Any]]) -> list[Result]:
     return [Result("decode_1", engine["decode_1"], "tokens/s", "reading the weights", limit, bar)]
 
 
-def _serving_results(engine: Mapping[str, Any], peers: Mapping[str, Any]) -> list[Result]:
+def _serving_results(
+    engine: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]]
+) -> list[Result]:
     if not engine:
         return []
     speed, unit = engine["output_tokens_per_second"], "output tokens/s"
     ready = engine["ready_seconds"]
     results = [Result("ready", ready, "s", "seconds allowed", READY_SECONDS, Bar(at_most=1.0))]
-    for peer, least in (("generate", 6.0), ("batching", 1.5)) if peers else ():
-        theirs, name = peers[f"{peer}_tokens_per_second"], f"transformers {peer}"
-        results.append(Result(f"requests_{peer}", speed, unit, name, theirs, Bar(at_least=least)))
+    for peer, least in (("generate", 6.0), ("batching", 1.5)):
+        if peer in figures:
+            theirs, name = figures[peer]["tokens_per_second"], f"transformers {peer}"
+            bar = Bar(at_least=least)
+            results.append(Result(f"requests_{peer}", speed, unit, name, theirs, bar))
     return results
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,14 @@ Request = tuple[list[int], int]
 """A prompt, and how many tokens are wanted."""
 
 
-def measure_engine(folder: Path, scale: Scale, *, serves: bool, **flags: Any) -> dict[str, Any]:
-    """Seconds to ready, tokens/s of one request, milliseconds between tokens by depth, and the
-    tokens of a few requests; output tokens/s of many requests, if it serves.
+def measure_engine(
+    folder: Path, scale: Scale, wanted: Collection[str], **flags: Any
+) -> dict[str, Any]:
+    """Seconds to ready, tokens/s of one request, and the tokens of a few requests.
+
+    Args:
+        wanted: "depths": milliseconds between tokens by depth; "requests": output tokens/s of many.
+        flags: of the engine.
     """
     started = time.perf_counter()
     settings = {"dtype": "bfloat16", "max_model_len": scale.max_model_len, **scale.flags, **flags}
@@ -34,10 +39,11 @@ def measure_engine(folder: Path, scale: Scale, *, serves: bool, **flags: Any) ->
             tokens for prompts in (some[:1], some) for tokens in _generate(llm, prompts, most)
         ]
         figures["decode_1"] = 1000 / _milliseconds_between(llm, some[:1], scale)
-        for name, context in zip(("short", "long"), scale.itl_contexts, strict=True):
-            prompts = make_prompts(scale.itl_seqs, context, vocab_size, "itl", context)
-            figures[f"itl_{name}_ms"] = _milliseconds_between(llm, prompts, scale)
-        if serves:
+        if "depths" in wanted:
+            for name, context in zip(("short", "long"), scale.itl_contexts, strict=True):
+                prompts = make_prompts(scale.itl_seqs, context, vocab_size, "itl", context)
+                figures[f"itl_{name}_ms"] = _milliseconds_between(llm, prompts, scale)
+        if "requests" in wanted:
             figures["output_tokens_per_second"] = _serve(llm, make_requests(scale, vocab_size))
     return figures
 
@@ -81,21 +87,10 @@ def _run(llm: LLM, prompts: Iterable[list[int]], wanted: Iterable[int]) -> list[
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def measure_transformers(folder: Path, scale: Scale, device: torch.device) -> dict[str, Any]:
-    """Output tokens/s that the requests want, of `generate` on a batch and of its own batching."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=scale.dtype, attn_implementation="sdpa"
-    ).to(device)
-    requests = make_requests(scale, model.config.vocab_size)
-    return {
-        "generate_tokens_per_second": _static(model, requests[: scale.static_batch], device),
-        "batching_tokens_per_second": _batching(model, requests, scale),
-    }
-
-
-def _static(model: Any, requests: Sequence[Request], device: torch.device) -> float:
+def measure_generate(folder: Path, scale: Scale, device: torch.device) -> dict[str, Any]:
+    """Output tokens/s that the requests of a batch want, of transformers' `generate`."""
+    model = _load(folder, scale, device)
+    requests = make_requests(scale, model.config.vocab_size)[: scale.static_batch]
     longest = max(len(prompt) for prompt, _ in requests)
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt, _ in requests])
     mask = torch.tensor(
@@ -106,14 +101,17 @@ def _static(model: Any, requests: Sequence[Request], device: torch.device) -> fl
     model.generate(**inputs, max_new_tokens=2)
     started = time.perf_counter()
     model.generate(**inputs, max_new_tokens=max(wanted for _, wanted in requests)).cpu()
-    return sum(wanted for _, wanted in requests) / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return {"tokens_per_second": sum(wanted for _, wanted in requests) / seconds}
 
 
-def _batching(model: Any, requests: Sequence[Request], scale: Scale) -> float:
-    """Of the requests that are done in time."""
+def measure_batching(folder: Path, scale: Scale, device: torch.device) -> dict[str, Any]:
+    """Output tokens/s of transformers' continuous batching, of the requests done in time."""
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+    model = _load(folder, scale, device)
+    requests = make_requests(scale, model.config.vocab_size)
     # An end token that no vocabulary has.
     generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
     with model.continuous_batching_context_manager(
@@ -135,4 +133,13 @@ def _batching(model: Any, requests: Sequence[Request], scale: Scale) -> float:
                 num_tokens += len(output.generated_tokens)
             elif output is None and not manager.is_running():
                 raise RuntimeError("transformers' continuous batching ended by itself")
-        return num_tokens / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+    return {"tokens_per_second": num_tokens / seconds, "num_finished": num_finished}
+
+
+def _load(folder: Path, scale: Scale, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=scale.dtype, attn_implementation="sdpa"
+    ).to(device)

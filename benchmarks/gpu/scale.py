@@ -29,7 +29,7 @@ class Scale:
     """Of a prompt, and of what is generated, at least and at most."""
     static_batch: int = 64
     """Requests that transformers' generate gets."""
-    batching_seconds: float = 75.0
+    batching_seconds: float = 70.0
     """After which transformers' continuous batching is stopped."""
     batching: Mapping[str, int] = field(default_factory=dict)
     """Its settings; by default it takes what memory is free."""
