@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,3 +19,18 @@ def test_angles_equal_their_specification(num_tokens, num_pairs):
         strict=True,
     ):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_angles_of_all_sizes_and_quarters_are_exact():
+    """An angle for each token: small ones, the corners between quarters, the largest that occur."""
+    corners = torch.arange(0, 4096) * (torch.pi / 4)
+    angles = torch.cat((torch.logspace(-6, 7, 4096), corners, corners + 1e-3)).float()
+    cos, sin = rotary(torch.ones(1, dtype=torch.int64), angles)
+    expected = angles.double().numpy()
+    of_pairs = slice(len(angles), None)
+    torch.testing.assert_close(
+        cos[0, 0, of_pairs].double(), torch.from_numpy(np.cos(expected)), atol=1e-7, rtol=0
+    )
+    torch.testing.assert_close(
+        sin[0, 0, of_pairs].double(), torch.from_numpy(np.sin(expected)), atol=1e-7, rtol=0
+    )
