@@ -11,13 +11,6 @@ from pagoda_kernels.cpu.int8_argmax import (
     quantize,
 )
 from pagoda_kernels.cpu.int8_argmax.kernel import CHUNK_GROUPS
-from pagoda_kernels.cpu.int8_argmax.reference import (
-    choose_tokens_reference,
-    find_largest_reference,
-    largest_of_columns,
-    quantize_reference,
-    rotate,
-)
 from pagoda_kernels.cpu.panels import GROUP_SIZE, INT8, has_panels
 
 CHUNK = CHUNK_GROUPS * GROUP_SIZE
@@ -27,13 +20,54 @@ needs_panels = pytest.mark.skipif(
 )
 
 
+def rotate(x: torch.Tensor, rotation_size: int) -> torch.Tensor:
+    """[num_rows, size]: x, each rotation_size numbers multiplied by Hadamard's matrix."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < rotation_size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return (x.float().view(len(x), -1, rotation_size) @ matrix).flatten(1)
+
+
+def quantize_reference(matrix: torch.Tensor, rotation_size: int, offset: int = 0) -> Quantized:
+    # The rotation makes numbers larger by the square root of its size.
+    numbers = rotate(matrix, rotation_size) * rotation_size**-0.5
+    scales = numbers.abs().amax(-1).clamp(min=1e-30) / 127
+    numbers /= scales[:, None]
+    whole = numbers.round()
+    squares = torch.stack([(numbers - whole).square().sum(-1), whole.square().sum(-1)], -1)
+    dtype = torch.uint8 if offset else torch.int8
+    return Quantized((whole + offset).to(dtype), scales, whole.sum(-1).int(), squares)
+
+
+def largest_of_columns(logits: torch.Tensor) -> torch.Tensor:
+    """[num_rows, num_chunks, GROUP_SIZE] fp32: of [num_rows, vocab_size] logits."""
+    missing = -logits.shape[1] % (CHUNK_GROUPS * GROUP_SIZE)
+    padded = torch.nn.functional.pad(logits.float(), (0, missing), value=-torch.inf)
+    return padded.view(len(logits), -1, CHUNK_GROUPS, GROUP_SIZE).amax(2)
+
+
+def choose_tokens_reference(
+    hidden: torch.Tensor,
+    table: torch.Tensor,
+    largest: torch.Tensor,
+    errors: torch.Tensor,
+    most_candidates: int,
+) -> torch.Tensor:
+    best = largest.flatten(1).amax(1)
+    may_be = largest >= (best - 2 * errors)[:, None, None]
+    candidates = may_be[:, :, None].expand(-1, -1, CHUNK_GROUPS, -1).flatten(1)[:, : len(table)]
+    exact = (hidden.float() @ table.float().T).masked_fill(~candidates, -torch.inf)
+    counts = candidates.sum(1)
+    tokens = exact.argmax(1)
+    # Not a number: there is no largest.
+    tokens[counts == 0] = len(table) - 1
+    tokens[counts > most_candidates] = -1
+    return tokens
+
+
 def int8_table(integers, scales):
-    return Int8Table(quantized(integers, scales))
-
-
-def quantized(integers, scales):
     sums = integers.sum(1, dtype=torch.int32)
-    return Quantized(integers, scales, sums, torch.empty(len(integers), 2))
+    return Int8Table(Quantized(integers, scales, sums, torch.empty(len(integers), 2)))
 
 
 def choose(hidden, table, logits, errors, most=CHUNK):
@@ -83,9 +117,7 @@ def test_the_largest_logits_are_those_of_the_whole_numbers(rows, vocab_size):
     x = torch.randint(1, 256, (rows, 24), dtype=torch.uint8)
     logits = (x.double() - 128) @ integers.double().T * scales.double()
     expected = largest_of_columns(logits)
-    table = quantized(integers, scales)
-    torch.testing.assert_close(find_largest_reference(x, table), expected)
-    largest = Int8Table(table).find_largest(x)
+    largest = int8_table(integers, scales).find_largest(x)
     is_padding = expected == -torch.inf
     assert torch.all(largest[is_padding] < logits.min() * 10)
     torch.testing.assert_close(largest[~is_padding], expected[~is_padding])

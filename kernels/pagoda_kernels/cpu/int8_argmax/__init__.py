@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from pagoda_kernels.cpu.int8_argmax.kernel import (
-    CHUNK_GROUPS,
-    choose,
-    find_largest,
-    quantize_rows,
-)
-from pagoda_kernels.cpu.int8_argmax.reference import ROW_OFFSET, Quantized
+from pagoda_kernels.cpu.int8_argmax.kernel import CHUNK_GROUPS, choose, find_largest, quantize_rows
 from pagoda_kernels.cpu.packing import pack
 from pagoda_kernels.cpu.panels import BYTES_PER_STEP, GROUP_SIZE, INT8, has_panels
 
-__all__ = [
-    "ROW_OFFSET",
-    "Int8Argmax",
-    "Int8Table",
-    "Quantized",
-    "choose_tokens",
-    "has_int8_argmax",
-    "quantize",
-]
+ROW_OFFSET = 128
+"""What is added to a row's whole numbers: the processor multiplies unsigned by signed bytes."""
 
 # How many standard deviations of its error a logit may be off. The error is a sum over hidden_size
 # of independent roundings, so it is close to normal: one largest in 1e9 is missed.
@@ -33,6 +21,19 @@ _DEVIATIONS = 6.0
 _MOST_CANDIDATES = 1 << 14
 # Numbers of a vector that are rotated together, or a smaller power of two if the vectors need it.
 _LARGEST_ROTATION = 128
+
+
+class Quantized(NamedTuple):
+    """A matrix in whole numbers between -127 and 127, each row with a scale of its own."""
+
+    integers: torch.Tensor
+    """[num_rows, size] int8, or uint8 with ROW_OFFSET added."""
+    scales: torch.Tensor
+    """[num_rows] fp32."""
+    sums: torch.Tensor
+    """[num_rows] int32, of each row's whole numbers."""
+    squares: torch.Tensor
+    """[num_rows, 2] fp32: sums of squares of the roundings, and of the whole numbers."""
 
 
 def has_int8_argmax(table: torch.Tensor) -> bool:
