@@ -25,3 +25,9 @@ def test_angles_are_exact_in_the_longest_contexts(device):
     cos, sin = rotary(POSITIONS.to(device), FREQUENCIES.to(device), 2.0)
     torch.testing.assert_close(cos.cpu(), expected(math.cos, 1.0), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(sin.cpu(), expected(math.sin, -1.0), atol=1e-6, rtol=1e-6)
+
+
+def test_a_factor_scales_cos_and_sin():
+    plain = rotary(POSITIONS, FREQUENCIES)
+    scaled = rotary(POSITIONS, FREQUENCIES, 1.5)
+    torch.testing.assert_close(scaled, tuple(part * 1.5 for part in plain))

@@ -6,8 +6,6 @@ import math
 
 import torch
 
-from pagoda_kernels.paged_attention import Rotary
-from pagoda_kernels.rotary import rotary
 from pagoda_runtime.layers.rope_config import RopeConfig
 
 
@@ -76,15 +74,3 @@ def _yarn_frequencies(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tens
     pairs = torch.arange(num_pairs, dtype=torch.float32)
     share = ((pairs - first) / max(last - first, 0.001)).clamp(0.0, 1.0)
     return torch.lerp(frequencies, frequencies / rope.factor, share)
-
-
-def rotary_of(
-    positions: torch.Tensor, frequencies: torch.Tensor, attention_factor: float = 1.0
-) -> Rotary:
-    """What a step's tokens are rotated by.
-
-    Args:
-        positions: [num_tokens].
-        frequencies: [rotary_dim / 2] fp32; a head's dimensions after rotary_dim stay.
-    """
-    return Rotary(*rotary(positions, frequencies, attention_factor))

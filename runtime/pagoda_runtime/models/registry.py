@@ -37,9 +37,9 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigFile], ModelConfig]] = MappingProxyT
 def make_model(config: ModelConfig, placement: Placement) -> Model:
     """The model of a config, its weights not yet loaded."""
     # Not above: who only reads configs needs no torch.
-    from pagoda_runtime.models.decoder import Decoder
+    from pagoda_runtime.models.model import Model
 
-    return Decoder(config, placement)
+    return Model(config, placement)
 
 
 def load_model_config(

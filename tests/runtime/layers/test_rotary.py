@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pagoda_runtime.layers.rope_config import RopeConfig
-from pagoda_runtime.layers.rotary import inverse_frequencies, rotary_of
+from pagoda_runtime.layers.rotary import inverse_frequencies
 from pagoda_runtime.models.registry import load_model_config
 
 HEAD_DIM = 16
@@ -74,14 +74,6 @@ def test_frequencies_equal_those_of_transformers(name, max_model_len, tmp_path):
     expected, attention_factor = function(theirs, torch.device("cpu"), seq_len=max_model_len)
     torch.testing.assert_close(inverse_frequencies(rope, HEAD_DIM, max_model_len), expected)
     assert rope.attention_factor == pytest.approx(attention_factor)
-
-
-def test_an_attention_factor_scales_the_angles():
-    positions, frequencies = torch.tensor([3, 9]), torch.tensor([1.0, 0.1])
-    plain = rotary_of(positions, frequencies)
-    scaled = rotary_of(positions, frequencies, 1.5)
-    torch.testing.assert_close(scaled.cos, plain.cos * 1.5)
-    torch.testing.assert_close(scaled.sin, plain.sin * 1.5)
 
 
 def test_llama3_rope_keeps_short_waves_divides_long_ones_and_blends_between():
