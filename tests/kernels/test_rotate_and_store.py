@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pagoda_kernels.kv_cache import LARGEST, KVCache, load_reference, make_kv_cache
-from pagoda_kernels.rotate_and_store import apply_rotary, rotate_and_store
-from pagoda_kernels.rotate_and_store.reference import rotate_and_store_reference
+from pagoda_kernels.rotate_and_store import rotate_and_store
+from pagoda_kernels.rotate_and_store.reference import apply_rotary, rotate_and_store_reference
 
 
 def make_case(*, heads=4, kv_heads=2, head_dim=16, dtype=torch.bfloat16, with_norm=True):

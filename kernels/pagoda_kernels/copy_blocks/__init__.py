@@ -9,8 +9,6 @@ import torch
 from pagoda_kernels.copy_blocks.reference import copy_blocks_reference
 from pagoda_kernels.launch import uses_triton
 
-__all__ = ["copy_blocks"]
-
 
 def copy_blocks(
     tensors: Sequence[torch.Tensor], sources: Sequence[int], targets: Sequence[int]

@@ -14,8 +14,6 @@ from pagoda_kernels.norm.reference import (
     rms_norm_reference,
 )
 
-__all__ = ["LayerNormWeights", "NormWeights", "RMSNormWeights", "add_and_norm", "norm"]
-
 
 class RMSNormWeights(NamedTuple):
     """x / hypot(|x|, floor) * weight; weight is [size] fp32, floor [] fp32."""
@@ -45,9 +43,9 @@ def norm(x: torch.Tensor, weights: NormWeights, dtype: torch.dtype) -> torch.Ten
     """
     _check(x, weights)
     if uses_triton(x.device):
-        from pagoda_kernels.norm.kernel import norm_triton
+        from pagoda_kernels.norm.kernel import add_and_norm_triton
 
-        return norm_triton(x, weights, dtype)
+        return add_and_norm_triton(x, None, None, weights, dtype)
     return _norm(x, weights, dtype)
 
 
@@ -78,7 +76,7 @@ def add_and_norm(
     if uses_triton(x.device):
         from pagoda_kernels.norm.kernel import add_and_norm_triton
 
-        return add_and_norm_triton(total, x, of_x, of_total)
+        return add_and_norm_triton(total, x, of_x, of_total, x.dtype)
     if of_x is None:
         total.add_(x)
     elif isinstance(of_x, LayerNormWeights):

@@ -10,33 +10,16 @@ from pagoda_kernels.launch import launch
 from pagoda_kernels.norm import NormWeights, RMSNormWeights
 
 
-def norm_triton(x: torch.Tensor, weights: NormWeights, dtype: torch.dtype) -> torch.Tensor:
-    """See `pagoda_kernels.norm.norm`."""
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _launch(x, None, out, None, weights)
-    return out
-
-
 def add_and_norm_triton(
     total: torch.Tensor,
-    x: torch.Tensor,
-    of_x: NormWeights | None,
-    of_total: NormWeights | None,
-) -> torch.Tensor:
-    """See `pagoda_kernels.norm.add_and_norm`."""
-    out = None if of_total is None else torch.empty_like(x)
-    _launch(total, x, out, of_x, of_total)
-    return total if out is None else out
-
-
-def _launch(
-    total: torch.Tensor,
     x: torch.Tensor | None,
-    out: torch.Tensor | None,
     of_x: NormWeights | None,
     of_total: NormWeights | None,
-) -> None:
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `pagoda_kernels.norm.add_and_norm`; without x nothing is added. dtype: of the norm."""
     num_rows, size = total.shape
+    out = None if of_total is None else total.new_empty(total.shape, dtype=dtype)
     block = triton.next_power_of_2(size)
     launch(
         _add_and_norm_kernel,
@@ -50,6 +33,7 @@ def _launch(
         BLOCK=block,
         num_warps=num_warps(block),
     )
+    return total if out is None else out
 
 
 def _pointers(weights: NormWeights | None) -> tuple[object, ...]:

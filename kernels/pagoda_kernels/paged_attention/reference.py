@@ -81,7 +81,7 @@ class ReferencePlan(AttentionPlan):
             positions = torch.arange(len(keys), device=scores.device)
             distances = positions - positions[len(keys) - len(queries) :, None]
             scores = _score(scores, distances, spec)
-            hidden = _hidden(count, len(slots), spec.windows[layer], qkv.device)
+            hidden = _hidden(distances, spec.windows[layer])
             weights = _weigh(scores.masked_fill(hidden, -torch.inf), sinks)
             # A key that nobody sees may be in a block that was given back, and hold anything.
             unseen = hidden.all(dim=0)[:, None, None]
@@ -123,9 +123,7 @@ class ReferenceDevicePlan(AttentionPlan):
         keys, values = kv.repeat_interleave(group, dim=3).unbind(2)
         scores = torch.einsum("qhd,qkhd->hqk", heads[:, : spec.num_heads].float(), keys)
         distances = torch.arange(slots.shape[1], device=qkv.device) - last
-        hidden = distances > 0
-        if window := spec.windows[layer]:
-            hidden |= distances <= -window
+        hidden = _hidden(distances, spec.windows[layer])
         scores = _score(scores, distances, spec).masked_fill(hidden, -torch.inf)
         seen = values.masked_fill(hidden[:, :, None, None], 0.0)
         out[: self.num_tokens] = torch.einsum("hqk,qkhd->qhd", _weigh(scores, sinks), seen)
@@ -155,9 +153,7 @@ def _weigh(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     return torch.cat((scores, of_sinks), dim=-1).softmax(dim=-1)[..., :-1]
 
 
-def _hidden(num_queries: int, num_keys: int, window: int, device: torch.device) -> torch.Tensor:
-    """[num_queries, num_keys]: whether a key is after a query, or before its window."""
-    keys = torch.arange(num_keys, device=device)
-    queries = keys[num_keys - num_queries :, None]
-    hidden = keys > queries
-    return hidden | (keys <= queries - window) if window else hidden
+def _hidden(distances: torch.Tensor, window: int) -> torch.Tensor:
+    """Whether a key is after a query, or before its window: see `_score`."""
+    hidden = distances > 0
+    return hidden | (distances <= -window) if window else hidden

@@ -7,8 +7,6 @@ import torch
 from pagoda_kernels.launch import uses_triton
 from pagoda_kernels.rotary.reference import rotary_reference
 
-__all__ = ["rotary"]
-
 
 def rotary(
     positions: torch.Tensor, frequencies: torch.Tensor, factor: float = 1.0

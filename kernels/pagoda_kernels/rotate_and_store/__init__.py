@@ -7,9 +7,7 @@ import torch
 from pagoda_kernels.cpu.rotate_and_store import ROTATE_AND_STORE
 from pagoda_kernels.kv_cache import LARGEST, LEAST, KVCache
 from pagoda_kernels.launch import uses_triton
-from pagoda_kernels.rotate_and_store.reference import apply_rotary, rotate_and_store_reference
-
-__all__ = ["apply_rotary", "rotate_and_store"]
+from pagoda_kernels.rotate_and_store.reference import rotate_and_store_reference
 
 
 def rotate_and_store(

@@ -20,15 +20,7 @@ import torch
 from pagoda_kernels.cpu.attention.chunk_keys import ask_for, empty_packed_keys, pack_group
 from pagoda_kernels.cpu.attention.chunk_merge import merge_parts, narrow_group, write_row
 from pagoda_kernels.cpu.attention.chunk_plan import KEY_BLOCK, Arguments, ChunkPlan, Part
-from pagoda_kernels.cpu.compiled import (
-    LOG2_E,
-    Array,
-    address_of,
-    compiled,
-    copy,
-    exp2,
-    fill,
-)
+from pagoda_kernels.cpu.compiled import LOG2_E, Array, address_of, compiled, copy, exp2, fill
 from pagoda_kernels.cpu.formats import UNITS, VIEWS, bf16_bits, floats, int64s, is_common
 from pagoda_kernels.cpu.panels import BF16, GROUP_SIZE, MOST_ROWS, STEP_BYTES, make_dot
 from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim, make_reader

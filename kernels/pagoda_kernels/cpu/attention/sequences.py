@@ -32,43 +32,28 @@ class Sequences:
         return np.minimum(lens, self.query_lens[seqs] + window - 1) if window else lens
 
     def newest_slots(self, seqs: np.ndarray, counts: np.ndarray) -> torch.Tensor:
-        """[sum of counts] int64: of each sequence the slots of its newest tokens, oldest first."""
+        """[sum of counts] int64: of each sequence the slots of its newest tokens, oldest first.
+
+        Raises: IndexError: a token has no block in the table, or one outside the cache.
+        """
         lasts = self.seq_lens[seqs]
-        table = self._block_table[seqs]
-        return list_slots(table, self._block_size, self._num_blocks, lasts - counts, lasts)
-
-
-def list_slots(
-    block_table: np.ndarray,
-    block_size: int,
-    num_blocks: int,
-    firsts: np.ndarray,
-    lasts: np.ndarray,
-) -> torch.Tensor:
-    """[num_keys] int64: the slots of positions firsts[0] … lasts[0] - 1, then of firsts[1] …
-
-    Args:
-        block_table: [num_seqs, max_blocks] int32: of each range its blocks.
-        num_blocks: of the cache.
-        firsts, lasts: [num_seqs] int64, contiguous.
-    Raises: IndexError if a position has no block in the table, or one outside the cache.
-    """
-    table = np.ascontiguousarray(block_table, dtype=np.int32)
-    if len(table) != len(firsts) or np.any(lasts > table.shape[1] * block_size):
-        raise IndexError("a position without a block")
-    slots = torch.empty(int((lasts - firsts).sum()), dtype=torch.int64)
-    _fill(
-        table.ctypes.data,
-        table.shape[1],
-        block_size,
-        num_blocks,
-        firsts.ctypes.data,
-        lasts.ctypes.data,
-        len(firsts),
-        slots,
-        len(slots),
-    )
-    return slots
+        firsts, block_size = lasts - counts, self._block_size
+        table = np.ascontiguousarray(self._block_table[seqs], dtype=np.int32)
+        if np.any(lasts > table.shape[1] * block_size):
+            raise IndexError("a position without a block")
+        slots = torch.empty(int(counts.sum()), dtype=torch.int64)
+        _fill(
+            table.ctypes.data,
+            table.shape[1],
+            block_size,
+            self._num_blocks,
+            firsts.ctypes.data,
+            lasts.ctypes.data,
+            len(firsts),
+            slots,
+            len(slots),
+        )
+        return slots
 
 
 @Kernel

@@ -7,15 +7,7 @@ from torch.nn.functional import pad
 
 from pagoda_kernels.cpu.packed_linear import kernel
 from pagoda_kernels.cpu.packing import pack
-from pagoda_kernels.cpu.panels import (
-    BF16,
-    BYTES_PER_STEP,
-    GROUP_SIZE,
-    INT8_AS_BF16,
-    has_panels,
-)
-
-__all__ = ["GATES", "PackedLinear", "can_pack"]
+from pagoda_kernels.cpu.panels import BF16, BYTES_PER_STEP, GROUP_SIZE, INT8_AS_BF16, has_panels
 
 GATES = {"silu": kernel.SILU, "gelu": kernel.GELU, "gelu_pytorch_tanh": kernel.GELU_TANH}
 """The activations that a gate can have."""
