@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -65,15 +66,23 @@ def _serve(llm: LLM, requests: Sequence[Request]) -> float:
 
 
 def _milliseconds_between(llm: LLM, prompts: Sequence[list[int]], scale: Scale) -> float:
-    """Of a decode step: what more steps take more, with the prompts in the prefix cache."""
+    """Of a decode step: what more steps take more, with the prompts in the prefix cache.
+
+    The median of three: where a run is the first of its kind, a GPU's libraries load more.
+    """
     _generate(llm, prompts, 1)
-    seconds = []
-    for num_tokens in scale.output_tokens:
-        started = time.perf_counter()
-        _generate(llm, prompts, num_tokens)
-        seconds.append(time.perf_counter() - started)
-    (short, long), (fewer, more) = seconds, scale.output_tokens
-    return 1000 * (long - short) / (more - fewer)
+    fewer, more = scale.output_tokens
+    found = []
+    for _ in range(3):
+        short, long = (_seconds_of(llm, prompts, num_tokens) for num_tokens in (fewer, more))
+        found.append(1000 * (long - short) / (more - fewer))
+    return median(found)
+
+
+def _seconds_of(llm: LLM, prompts: Sequence[list[int]], num_tokens: int) -> float:
+    started = time.perf_counter()
+    _generate(llm, prompts, num_tokens)
+    return time.perf_counter() - started
 
 
 def _generate(llm: LLM, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
