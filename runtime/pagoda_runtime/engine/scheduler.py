@@ -54,7 +54,8 @@ class _Schedule:
     """Sequences in the step that compute their last token."""
     num_scheduled_tokens: dict[Sequence, int] = field(default_factory=dict)
     source_of: dict[int, int] = field(default_factory=dict)
-    """Block copies, by target."""
+    """Block copies, by target. That of a sequence that is preempted is done all the same: the
+    prefix cache keeps the target, and who takes it instead writes after the copies."""
     admitted: list[Request] = field(default_factory=list)
     has_preempted: bool = False
 
@@ -67,8 +68,6 @@ class _Schedule:
         if sequence in self.num_scheduled_tokens:
             self.token_budget += self.num_scheduled_tokens.pop(sequence)
             self.num_decoding -= sequence.num_pending_tokens == 1
-        for block in sequence.block_table:
-            self.source_of.pop(block, None)
 
 
 class Scheduler:

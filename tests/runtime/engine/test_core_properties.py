@@ -237,6 +237,42 @@ def test_preemption_with_shared_prefixes_changes_no_token():
         assert outputs[request.request_id] == unbatched(request, 33)[0]
 
 
+def test_a_block_that_was_to_be_copied_is_of_use_after_its_owner_was_preempted():
+    """The choices of "forks" part in the step in which the prompts of the others need new blocks:
+    what becomes its own tail is preempted, stays in the prefix cache and is found there.
+    """
+    core = make_core(
+        FakeRunner(num_blocks=9, block_size=4, vocab_size=VOCAB_SIZE),
+        max_num_seqs=5,
+        max_num_batched_tokens=64,
+        long_prefill_token_threshold=64,
+    )
+    prompts = {"first": [1, 2, 1, 2, 1], "forks": [1, 2, 1, 2, 1, 1], "b": [2] * 8, "c": [1] * 8}
+    requests = [
+        EngineRequest(
+            request_id=name,
+            prompt_token_ids=prompt,
+            sampling_params=SamplingParams(
+                n=2 if name == "forks" else 1, seed=1, max_tokens=4, ignore_eos=True
+            ),
+            arrival_seconds=0.0,
+        )
+        for name, prompt in prompts.items()
+    ]
+    for request in requests:
+        core.add(request)
+    outputs: dict[tuple[str, int], list[int]] = {}
+    while core.has_work:
+        output = core.step(0.0)
+        core.check()
+        for delta in output.deltas:
+            outputs.setdefault((delta.request_id, delta.index), []).extend(delta.new_token_ids)
+    assert output.stats.preemptions_total >= 2
+    for request in requests:
+        for index in range(request.sampling_params.n):
+            assert outputs[request.request_id, index] == unbatched(request, 33, index)[0]
+
+
 def test_the_fake_runner_shows_a_wrong_block_table_in_the_tokens():
     core = make_core(FakeRunner(num_blocks=4, block_size=2, vocab_size=100))
     params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
