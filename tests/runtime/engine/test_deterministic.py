@@ -7,6 +7,7 @@ depends on the number of rows (seen with fp32 on AVX512).
 from __future__ import annotations
 
 import random
+from operator import itemgetter
 
 import pytest
 
@@ -66,10 +67,17 @@ def run(
     budget: int = 512,
     slots: int = 16,
     rounds: int = 1,
+    overlap: bool = False,
+    kinds: tuple[dict, dict] = ({"temperature": 0.0, "logprobs": 3}, {"logprobs": 3}),
 ) -> tuple[list[list[tuple]], EngineCore]:
-    """Every token of each prompt with its logprobs: equal only if the logits' bits are."""
+    """Every token of each prompt with its logprobs: equal only if the logits' bits are.
+
+    Args:
+        kinds: SamplingParams of every other prompt.
+    """
     core = make_core(
         runner,
+        overlap=overlap,
         num_blocks=num_blocks,
         max_num_seqs=slots,
         max_num_batched_tokens=budget,
@@ -81,7 +89,7 @@ def run(
         found = [[] for _ in prompts]
         for number, prompt in enumerate(prompts):
             params = SamplingParams(
-                temperature=number % 2, seed=number, max_tokens=12, ignore_eos=True, logprobs=3
+                seed=number, max_tokens=12, ignore_eos=True, **kinds[number % 2]
             )
             core.add(
                 EngineRequest(
@@ -93,9 +101,11 @@ def run(
             )
         while core.has_work:
             for delta in core.step(0.0).deltas:
-                entry = delta.logprobs[0]
-                found[int(delta.request_id)].append((entry.token_id, entry.logprob, *entry.top))
-    return found, core
+                found[int(delta.request_id)].append(
+                    (delta.index, delta.new_token_ids, delta.cumulative_logprob, delta.logprobs)
+                )
+    core.close()
+    return [sorted(some, key=itemgetter(0)) for some in found], core
 
 
 @pytest.fixture(scope="module")
@@ -131,5 +141,13 @@ def test_with_cache_hits_as_without(runner, prompts, alone):
 
 def test_with_preemptions_as_without(runner, prompts, alone):
     found, core = run(runner, prompts, num_blocks=24)
+    assert core.scheduler.preemptions_total > 0
+    assert found == alone
+
+
+def test_choices_and_beams_planned_ahead_with_preemptions_as_alone(runner, prompts):
+    kinds = {"n": 2, "logprobs": 3}, {"temperature": 0.0, "n": 2, "use_beam_search": True}
+    alone, _ = run(runner, prompts, slots=2, kinds=kinds)
+    found, core = run(runner, prompts, num_blocks=24, overlap=True, kinds=kinds)
     assert core.scheduler.preemptions_total > 0
     assert found == alone
