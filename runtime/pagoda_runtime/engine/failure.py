@@ -20,8 +20,8 @@ def describe_failure(error: BaseException, who: str = "The engine") -> EngineFai
     if type(error).__name__ == "OutOfMemoryError":
         return EngineFailed(
             reason="GpuOutOfMemory",
-            message=f"The GPU's memory is full: {error} Lower --gpu-memory-utilization, "
-            "--max-model-len or --max-num-batched-tokens.",
+            message=f"The GPU's memory is full: {error} Lower --gpu-memory-utilization "
+            "(engine.gpuMemoryPercent), --max-model-len or --max-num-batched-tokens.",
         )
     if _is_out_of_memory(error):
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from pagoda_runtime.config import EngineConfig
-from pagoda_runtime.errors import FatalError
-from pagoda_runtime.execution.memory import format_bytes
+from pagoda_runtime.execution.memory import format_bytes, must_fit
 from pagoda_runtime.models.check import verify_tensor_parallel
 from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.model import Model
@@ -46,15 +45,13 @@ def load_model(
     method = get_linear_method(model_config.quantization, dtype, device)
     placement = Placement(dtype, device, method, parallel, config.deterministic)
     on_progress("load", 0.0, 0.0)
-    try:
-        with timed("Loading the weights"), torch.inference_mode():
-            model = _load_weights(folder, model_config, placement, on_progress)
-    except torch.OutOfMemoryError as error:
-        raise FatalError(
-            platform.out_of_memory,
-            f"The weights in {folder} do not fit the memory of {platform.name}: {error}. "
-            "Use a smaller model or a larger device.",
-        ) from error
+    remedy = "Use a smaller model or a larger device."
+    with (
+        must_fit(platform, f"The weights in {folder} do", remedy),
+        timed("Loading the weights"),
+        torch.inference_mode(),
+    ):
+        model = _load_weights(folder, model_config, placement, on_progress)
     _log_prediction(model.step_bytes, platform)
     return model
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -166,13 +167,15 @@ def kv_dtype_name(dtype: torch.dtype) -> str:
     return flags.get(dtype_name(dtype), dtype_name(dtype))
 
 
-def allocate(attention: AttentionBackend, size: KvCacheSize, platform: Platform) -> None:
-    """Make room for all blocks. Raises: FatalError: OutOfMemory or GpuOutOfMemory."""
+@contextmanager
+def must_fit(platform: Platform, what: str, remedy: str) -> Iterator[None]:
+    """Raises FatalError OutOfMemory or GpuOutOfMemory if memory cannot be had: `what` not fit."""
     try:
-        attention.allocate(size.num_blocks + 1)
-    except (RuntimeError, torch.OutOfMemoryError) as error:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "CPUAllocator" not in str(error):
+            raise
         raise FatalError(
             platform.out_of_memory,
-            f"{format_bytes(size.total_bytes)} of KV cache could not be allocated on "
-            f"{platform.name}. Lower --kv-cache-memory-bytes or --max-num-seqs.",
+            f"{what} not fit the memory of {platform.name}: {error} {remedy}",
         ) from error

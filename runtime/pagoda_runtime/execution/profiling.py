@@ -10,9 +10,8 @@ import torch
 
 from pagoda_kernels.paged_attention import AttentionBackend
 from pagoda_runtime.config import EngineConfig
-from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.decode_steps import graph_sizes
-from pagoda_runtime.execution.memory import format_bytes
+from pagoda_runtime.execution.memory import format_bytes, must_fit
 from pagoda_runtime.execution.steps import StepRunner
 from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.models.model import Model
@@ -42,20 +41,18 @@ def find_step_bytes(
     Afterwards the attention has to be allocated anew.
     Raises: FatalError: the platform's out_of_memory.
     """
-    try:
-        with torch.inference_mode():
-            measured = _measure(config, model, attention, platform)
-    except torch.OutOfMemoryError as error:
-        raise FatalError(
-            platform.out_of_memory,
-            f"A step of {config.max_num_batched_tokens} tokens and {config.max_num_seqs} sequences "
-            f"does not fit the memory of {platform.name} beside the weights: {error} Lower "
-            "--max-num-batched-tokens or --max-num-seqs (engine.maxNumSeqs), or use a larger "
+    with (
+        torch.inference_mode(),
+        must_fit(
+            platform,
+            f"The weights, and a step of {config.max_num_batched_tokens} tokens and "
+            f"{config.max_num_seqs} sequences, do",
+            "Lower --max-num-batched-tokens or --max-num-seqs (engine.maxNumSeqs), or use a larger "
             "device.",
-        ) from error
-    if measured is None:
-        return _estimate(config, model)
-    return measured
+        ),
+    ):
+        measured = _measure(config, model, attention, platform)
+    return _estimate(config, model) if measured is None else measured
 
 
 def _measure(

@@ -11,11 +11,12 @@ from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.loading import load_model, timed
 from pagoda_runtime.execution.memory import (
     MakeBackend,
-    allocate,
     dtype_name,
     fit_kv_cache,
+    format_bytes,
     kv_dtype_name,
     make_attention,
+    must_fit,
 )
 from pagoda_runtime.execution.profiling import find_step_bytes
 from pagoda_runtime.execution.steps import StepRunner
@@ -60,21 +61,27 @@ class ModelRunner(StepRunner):
         self.num_blocks, self.block_size = size.num_blocks, size.block_size
         self.max_model_len = size.max_model_len
         model.set_max_model_len(size.max_model_len)
-        with torch.inference_mode():
-            allocate(attention, size, platform)
-            super().__init__(
-                model,
-                attention,
-                platform,
-                max_num_seqs=config.max_num_seqs,
-                max_model_len=size.max_model_len,
-            )
-        on_progress("warmup", 0.0, 0.0)
-        with timed("Warming up"):
-            self._warm_up()
-        if not config.enforce_eager:
-            with timed("Recording graphs"):
-                self.record_graphs()
+        flag = Platform.cache_flag if config.kv_cache_memory_bytes else platform.cache_flag
+        with must_fit(
+            platform,
+            f"{format_bytes(size.total_bytes)} of KV cache, and steps and graphs beside it, do",
+            f"Lower {flag} or --max-num-seqs (engine.maxNumSeqs).",
+        ):
+            with torch.inference_mode():
+                attention.allocate(size.num_blocks + 1)
+                super().__init__(
+                    model,
+                    attention,
+                    platform,
+                    max_num_seqs=config.max_num_seqs,
+                    max_model_len=size.max_model_len,
+                )
+            on_progress("warmup", 0.0, 0.0)
+            with timed("Warming up"):
+                self._warm_up()
+            if not config.enforce_eager:
+                with timed("Recording graphs"):
+                    self.record_graphs()
         on_progress("warmup", 100.0, 0.0)
         windows = model.windows
         self.ready_facts = EngineReady(

@@ -64,6 +64,8 @@ class Platform(ABC):
     there for the next one, and nothing is read before it is wanted."""
     out_of_memory: ClassVar[str]
     """The reason of a FatalError."""
+    cache_flag: ClassVar[str] = "--kv-cache-memory-bytes"
+    """What the user lowers for a smaller KV cache."""
 
     @abstractmethod
     def is_available(self) -> bool:

@@ -26,6 +26,7 @@ class CudaPlatform(Platform):
     collectives = "nccl"
     is_asynchronous = True
     out_of_memory = "GpuOutOfMemory"
+    cache_flag = "--gpu-memory-utilization (engine.gpuMemoryPercent)"
 
     def is_available(self) -> bool:
         import torch
@@ -55,9 +56,7 @@ class CudaPlatform(Platform):
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         available = int(free - (1.0 - config.gpu_memory_utilization) * total)
-        return MemoryBudget(
-            available - step_bytes, "--gpu-memory-utilization (engine.gpuMemoryPercent)"
-        )
+        return MemoryBudget(available - step_bytes, self.cache_flag)
 
     def measure(self, run: Callable[[], object]) -> MemoryUse:
         import torch

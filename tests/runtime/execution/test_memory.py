@@ -7,11 +7,11 @@ import torch
 
 from pagoda_runtime.config import KV_CACHE_DTYPES, EngineConfig
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.execution.memory import allocate, make_attention, size_kv_cache
+from pagoda_runtime.execution.memory import make_attention, size_kv_cache
 from pagoda_runtime.layers.rope_config import RopeConfig
 from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.registry import make_model
-from pagoda_runtime.platforms import PLATFORMS, MemoryBudget
+from pagoda_runtime.platforms import MemoryBudget
 from pagoda_runtime.quantization.base import Placement
 from pagoda_runtime.quantization.unquantized import UnquantizedLinear
 
@@ -121,6 +121,6 @@ def test_each_layer_has_a_cache_with_the_padding_block_on_top():
     model = make_model(CONFIG, placement)
     attention = make_attention(config, model)
     assert attention.block_bytes == BLOCK_BYTES
-    allocate(attention, size(20), PLATFORMS["cpu"])
+    attention.allocate(size(20).num_blocks + 1)
     assert [cache.numbers.shape for cache in attention.kv_caches] == [(20, 16, 2, 1, 8)] * 2
     assert sum(cache.numbers.nbytes for cache in attention.kv_caches) == size(20).total_bytes

@@ -13,7 +13,7 @@ from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.execution.steps import StepRunner
 from pagoda_runtime.execution.testing import CpuAsDevice
 from pagoda_runtime.models.testing import make_tiny_checkpoint
-from pagoda_runtime.platforms import MemoryBudget, MemoryUse
+from pagoda_runtime.platforms import PLATFORMS, MemoryBudget, MemoryUse, Record, Replay
 
 MIB = 2**20
 
@@ -40,6 +40,16 @@ class Full(CpuAsDevice):
     def measure(self, run: Callable[[], object]) -> MemoryUse:
         run()
         raise torch.OutOfMemoryError("Tried to allocate 3 GiB.")
+
+
+class WithoutRoomForGraphs(CpuAsDevice):
+    cache_flag = PLATFORMS["cuda"].cache_flag
+
+    def recorder(self) -> Record:
+        def record(run: Callable[[], None]) -> Replay:
+            raise torch.OutOfMemoryError("Tried to allocate 2 GiB.")
+
+        return record
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +104,21 @@ def test_a_device_that_is_full_names_the_step_and_the_flags(folder):
     assert "Tried to allocate 3 GiB." in caught.value.message
     assert "--max-num-batched-tokens or --max-num-seqs" in caught.value.message
     assert caught.value.reason == Full.out_of_memory
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({}, "--gpu-memory-utilization (engine.gpuMemoryPercent)"),
+        ({"kv_cache_memory_bytes": 8 * MIB}, "--kv-cache-memory-bytes"),
+    ],
+)
+def test_graphs_that_find_no_memory_name_the_flag_that_took_it(folder, flags, named):
+    with pytest.raises(FatalError, match="graphs beside it, do not fit") as caught:
+        make_runner(folder, WithoutRoomForGraphs(), **flags)
+    assert "Tried to allocate 2 GiB." in caught.value.message
+    assert f"Lower {named} or --max-num-seqs (engine.maxNumSeqs)" in caught.value.message
+    assert caught.value.reason == WithoutRoomForGraphs.out_of_memory
 
 
 @pytest.mark.parametrize(
