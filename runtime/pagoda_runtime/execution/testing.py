@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from pagoda_kernels.launch import Launch
+from pagoda_runtime.execution.rehearsal import absent_runner
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.ipc.messages import ScheduledRow
+from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.platforms import Record, Replay
 from pagoda_runtime.platforms.cpu import CpuPlatform
 from pagoda_runtime.sampling_params import SamplingParams
+
+_COPIES = ("aten::to.", "aten::_to_copy", "aten::copy_")
 
 
 class CpuAsDevice(CpuPlatform):
@@ -128,3 +136,69 @@ def transformers_tokens(
             )
             outputs.append(output[0, len(prompt) :].tolist())
     return outputs
+
+
+def rehearse(
+    config: ModelConfig, steps: Sequence[Sequence[ScheduledRow]], **settings: Any
+) -> list[Launch]:
+    """What kernels the steps would launch, in this order.
+
+    Args:
+        settings: of `absent_runner`.
+    """
+    with absent_runner(config, **settings) as (runner, recorder):
+        for rows in steps:
+            runner.submit(rows)
+    return recorder.launches
+
+
+class Watch(TorchDispatchMode):
+    """Sees what goes between host and device. Raises AssertionError where the host would wait.
+
+    A look at a number, or a shape that depends on numbers, raises under a LaunchRecorder anyway.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_sent = 0
+        """Copies from the host to the device."""
+        self.num_fetched = 0
+        """And back."""
+        self.num_operations: Counter[str] = Counter()
+        """Of torch, on tensors of the device, by name."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func.name()
+        if name.startswith("prim::"):
+            return result
+        inputs, outputs = _devices((args, kwargs)), _devices(result)
+        if name.startswith(_COPIES):
+            source = _devices(args[1] if name.startswith("aten::copy_") else args[0])
+            if source != outputs:
+                self._verify_copy(func, args, kwargs)
+                self.num_sent += "cuda" in outputs
+                self.num_fetched += "cpu" in outputs
+                return result
+        else:
+            assert inputs != {"cpu", "cuda"}, f"{name} takes tensors of the host and of the device"
+        if "cuda" in outputs:
+            self.num_operations[name] += 1
+        return result
+
+    def _verify_copy(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        assert given.get("non_blocking"), f"{func.name()} copies while the host waits"
+
+
+def _devices(values: Any) -> set[str]:
+    """Of the tensors; a number on the host goes with any device's."""
+    return {
+        value.device.type
+        for value in tree_leaves(values)
+        if isinstance(value, torch.Tensor) and (value.dim() or value.device.type != "cpu")
+    }

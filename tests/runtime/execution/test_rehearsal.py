@@ -12,7 +12,8 @@ import torch
 from pagoda_kernels.launch import LaunchRecorder
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.profiling import largest_steps
-from pagoda_runtime.execution.rehearsal import Watch, absent_runner, rehearse
+from pagoda_runtime.execution.rehearsal import absent_runner
+from pagoda_runtime.execution.testing import Watch, rehearse
 from pagoda_runtime.ipc.messages import BlockCopy, ScheduledRow
 from pagoda_runtime.layers.rope_config import RopeConfig
 from pagoda_runtime.models.config import ModelConfig
