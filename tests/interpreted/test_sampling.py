@@ -8,7 +8,8 @@ import torch
 
 from pagoda_kernels.sampling import Draw, draw_tokens, make_state, pack_draws
 from pagoda_kernels.sampling.reference import draw_tokens_reference
-from pagoda_runtime.execution import sampler
+from pagoda_runtime.execution.batch_sampler import start_batch
+from pagoda_runtime.execution.sampler import sample
 from pagoda_runtime.execution.testing import make_row
 from pagoda_runtime.sampling_params import SamplingParams
 
@@ -106,8 +107,8 @@ def test_a_step_gives_the_tokens_that_a_cpu_draws_row_by_row():
     ]
     rows.append(make_row(SamplingParams(use_beam_search=True, n=2), num_candidates=4))
     logits = 3 * torch.randn(len(rows), 601)
-    found = sampler.sample(logits, rows, [0], in_batch=True)
-    expected = sampler.sample(logits, rows, [0], in_batch=False)
+    found = start_batch(logits, rows, [0]).tell()
+    expected = sample(logits, rows, [0])
     assert [row.token_ids for row in found] == [row.token_ids for row in expected]
 
 

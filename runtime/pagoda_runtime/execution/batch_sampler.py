@@ -14,7 +14,6 @@ from pagoda_runtime.execution.logits import (
     change_logits,
     clean_logits,
     find_changes,
-    is_plain,
     is_processed,
     params_of,
 )
@@ -29,11 +28,12 @@ from pagoda_runtime.ipc.messages import RowOutput, ScheduledRow
 
 
 class Batch(NamedTuple):
-    """Rows whose tokens a device computes: see `sampler.Sampled`."""
+    """Rows whose tokens a device may still be computing."""
 
     rows: Sequence[ScheduledRow]
     has_scores: bool
     token_ids: torch.Tensor
+    """[num_rows] int64, on the device: each row's first token; for a beam any token."""
     on_host: ToHost
 
     def tell(self) -> list[RowOutput]:
@@ -63,8 +63,6 @@ class _Places(NamedTuple):
 
     draws: list[Draw]
     """One for each seed of each row."""
-    plain: list[bool]
-    """Whether a draw is of the largest logit as computed."""
     firsts: list[int]
     """Each row's first draw."""
     scored: list[int]
@@ -74,16 +72,15 @@ class _Places(NamedTuple):
 
 
 def _find_places(rows: Sequence[ScheduledRow]) -> _Places:
-    places = _Places([], [], [], [], [])
+    places = _Places([], [], [], [])
     for index, row in enumerate(rows):
-        params, first, is_argmax = params_of(row), len(places.draws), is_plain(row)
+        params, first = params_of(row), len(places.draws)
         places.firsts.append(first)
         if row.num_candidates:
             places.beams.append(index)
         elif params.needs_logprobs:
             places.scored.extend(range(first, first + len(row.seeds)))
-        places.plain.extend([is_argmax] * len(row.seeds))
-        if is_argmax or row.num_candidates or params.is_greedy:
+        if row.num_candidates or params.is_greedy:
             places.draws.extend([Draw(index)] * len(row.seeds))
             continue
         position = row.start + len(row.token_ids)
@@ -98,34 +95,29 @@ def start_batch(
     logits: torch.Tensor,
     rows: Sequence[ScheduledRow],
     eos_token_ids: Collection[int],
-    argmax: torch.Tensor | None = None,
 ) -> Batch:
-    """Choose tokens as `sampler.sample` does: one transfer to the device, one from it at the end.
+    """Begin to choose tokens as `sampler.sample` does, unless a sum is rounded to the other side of
+    what is drawn: one transfer to the device, and one from it, which waits for nothing later.
 
     Args:
         logits: [num_rows, vocab_size], any float dtype.
-        argmax: [num_rows] int64: the tokens of the largest logits, found more exactly, for rows
-            that take these as computed.
     """
     places = _find_places(rows)
     arrays = [pack_draws(places.draws), *(np.array(some, np.int64) for some in places[1:])]
     if any(is_processed(row) for row in rows):
         arrays += find_changes(rows, eos_token_ids, logits.shape[1])
-    draws, plain, firsts, scored, beams, *changes = all_to_device(arrays, logits.device)
+    draws, firsts, scored, beams, *changes = all_to_device(arrays, logits.device)
     processed = logits
     if changes:
         processed = clean_logits(logits)
         change_logits(processed, changes)
     tokens = draw_tokens(processed, draws)
-    if argmax is not None:
-        tokens = argmax.index_select(0, draws[0]).where(plain.bool(), tokens)
     found = [tokens]
     if places.scored:
         found += describe_tokens(
             logits.index_select(0, draws[0].index_select(0, scored)),
             tokens.index_select(0, scored),
             max(params_of(row).logprobs or 0 for row in rows),
-            is_argmax=plain.bool().index_select(0, scored),
         )
     if places.beams:
         most, some = max(row.num_candidates for row in rows), processed.index_select(0, beams)

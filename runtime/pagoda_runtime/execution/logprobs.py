@@ -64,7 +64,7 @@ def describe_tokens(
     token_ids: torch.Tensor,
     num_top: int,
     *,
-    is_argmax: bool | torch.Tensor = False,
+    is_argmax: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """The logprob and rank of one token per row, and the num_top largest with theirs.
 
@@ -72,22 +72,18 @@ def describe_tokens(
         logits: [num_rows, vocab_size], any float dtype.
         token_ids: [num_rows] int64.
         is_argmax: the tokens were found to be the largest: by the order of logits before they were
-            rounded, or as the first of equals. [num_rows] bools, or one for all.
+            rounded, or as the first of equals.
     Returns: logprobs and ranks, [num_rows]; ids and logprobs, best first, [num_rows, num_top].
     """
-    may_be_argmax = is_argmax is not False
-    values, token_ids = logits.to(torch.float32, copy=may_be_argmax), token_ids[:, None]
-    if may_be_argmax:
+    values, token_ids = logits.to(torch.float32, copy=is_argmax), token_ids[:, None]
+    if is_argmax:
         # So they are here, too; what is added is less than what the rounding may have taken.
         largest = values.amax(-1, keepdim=True)
-        largest = largest.nextafter(torch.full_like(largest, torch.inf))
-        if isinstance(is_argmax, torch.Tensor):
-            largest = largest.where(is_argmax[:, None], values.gather(1, token_ids))
-        values.scatter_(1, token_ids, largest)
+        values.scatter_(1, token_ids, largest.nextafter(torch.full_like(largest, torch.inf)))
     logprobs = values.log_softmax(-1)
     # Ranked by their logits: logprobs of different tokens may be rounded to the same number.
     _, top_ids = top_k(values, min(num_top, values.shape[1]))
-    if is_argmax is True:
+    if is_argmax:
         ranks = torch.ones_like(logprobs[:, 0])
     else:
         # In fp32, exact up to 2**24 tokens: on a CPU, sums of bools are several times slower.
@@ -127,7 +123,8 @@ def start_logprobs(
 
     Args:
         logits: [num_rows, vocab_size], any float dtype.
-        in_batch: see `sampler.sample`.
+        in_batch: all rows at once, as is best for a device that the host waits for; on a CPU the
+            numbers of one row stay in its cache.
     """
     targets = to_device(np.array(token_ids, np.int64), logits.device)
     at_once = len(logits) if in_batch else 1
@@ -189,8 +186,3 @@ class ToHost:
                 found[-1].append(numbers[start : start + size].reshape(shape))
                 start += size
         return found
-
-
-def to_host(groups: Sequence[Sequence[torch.Tensor]]) -> list[list[Numbers]]:
-    """The tensors on the host, as float64, in one transfer."""
-    return ToHost(groups).wait()

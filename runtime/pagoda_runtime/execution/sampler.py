@@ -1,4 +1,5 @@
-"""Choose the tokens of each row from its logits.
+"""Choose the tokens of each row from its logits, on a CPU: as many rows of a kind at once as its
+cache holds. `batch_sampler` chooses the same tokens on a device.
 
 A draw depends on the row's logits, parameters, history, seed and position alone, so a request gets
 the same tokens whatever else is in the batch, and again after a preemption.
@@ -7,21 +8,20 @@ the same tokens whatever else is in the batch, and again after a preemption.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from pagoda_kernels.sampling import Draw, make_state
-from pagoda_runtime.execution.batch_sampler import start_batch
 from pagoda_runtime.execution.draw import draw_each
 from pagoda_runtime.execution.logits import is_plain, params_of, process_logits
 from pagoda_runtime.execution.logprobs import (
     Numbers,
+    ToHost,
     describe_tokens,
     find_candidates,
     tell_candidates,
     tell_row,
-    to_host,
     top_k,
 )
 from pagoda_runtime.ipc.messages import RowOutput, ScheduledRow
@@ -34,84 +34,37 @@ _CACHED = 1 << 18
 _TOP_K_STEP = 64
 
 
-class Sampled(Protocol):
-    """The tokens of rows, which a device may still be computing."""
-
-    @property
-    def token_ids(self) -> torch.Tensor:
-        """[num_rows] int64, where the logits are: each row's first token; for a beam any token."""
-
-    def tell(self) -> list[RowOutput]:
-        """Wait for the tokens and the rest; what `sample` returns."""
-
-
-def start_sampling(
+def sample_hidden(
     model: Model,
     hidden: torch.Tensor,
     rows: Sequence[ScheduledRow],
     eos_token_ids: Collection[int],
-    *,
-    in_batch: bool,
-) -> Sampled:
-    """Choose the tokens of each row of hidden: see `sample`.
+) -> list[RowOutput]:
+    """What `sample` returns for the logits of each row of hidden.
 
     A model that finds the largest logit without the others, and more exactly, is asked for it
     whether logprobs are wanted or not, and whatever the other rows want: a request's tokens must
     depend on neither.
-
-    Args:
-        in_batch: with nothing read from the device before `Sampled.tell`.
     """
     plain = [index for index, row in enumerate(rows) if is_plain(row)]
-    if in_batch:
-        tokens = model.argmax(hidden) if plain else None
-        return start_batch(model.logits(hidden), rows, eos_token_ids, tokens)
     tokens = model.argmax(_take(hidden, plain)) if plain else None
     if tokens is None:
-        return start_with_logits(model.logits(hidden), rows, eos_token_ids, in_batch=False)
+        return sample(model.logits(hidden), rows, eos_token_ids)
     argmax = dict(zip(plain, tokens.tolist(), strict=True))
     found = {i: RowOutput(token_ids=[argmax[i]] * len(rows[i].seeds)) for i in plain}
     others = [i for i, row in enumerate(rows) if i not in argmax or params_of(row).needs_logprobs]
     if others:
         logits, some = model.logits(_take(hidden, others)), [rows[index] for index in others]
         known = [argmax.get(index, -1) for index in others]
-        found |= zip(others, _sample_groups(logits, some, eos_token_ids, known), strict=True)
-    return _Told([found[index] for index in range(len(rows))], hidden.device)
-
-
-class _Told(NamedTuple):
-    """Tokens that the host knows."""
-
-    outputs: list[RowOutput]
-    device: torch.device
-
-    @property
-    def token_ids(self) -> torch.Tensor:
-        firsts = [[*output.token_ids, 0][0] for output in self.outputs]
-        return torch.tensor(firsts, device=self.device)
-
-    def tell(self) -> list[RowOutput]:
-        return self.outputs
-
-
-def sample_hidden(
-    model: Model,
-    hidden: torch.Tensor,
-    rows: Sequence[ScheduledRow],
-    eos_token_ids: Collection[int],
-    *,
-    in_batch: bool,
-) -> list[RowOutput]:
-    """What `start_sampling` tells."""
-    return start_sampling(model, hidden, rows, eos_token_ids, in_batch=in_batch).tell()
+        found |= zip(others, sample(logits, some, eos_token_ids, known), strict=True)
+    return [found[index] for index in range(len(rows))]
 
 
 def sample(
     logits: torch.Tensor,
     rows: Sequence[ScheduledRow],
     eos_token_ids: Collection[int] = (),
-    *,
-    in_batch: bool,
+    argmax: Sequence[int] = (),
 ) -> list[RowOutput]:
     """One output per row: one token for each of its seeds, or a beam's candidates.
 
@@ -122,45 +75,13 @@ def sample(
         logits: [num_rows, vocab_size], any float dtype.
         rows: with sampling_params.
         eos_token_ids: the model's end tokens.
-        in_batch: compute all rows together and read all results at once, as is best for a device
-            that the host waits for; otherwise as many rows of a kind as a CPU's cache holds. The
-            tokens are the same, unless a sum is rounded to the other side of what is drawn.
-    """
-    return start_with_logits(logits, rows, eos_token_ids, in_batch=in_batch).tell()
-
-
-def start_with_logits(
-    logits: torch.Tensor,
-    rows: Sequence[ScheduledRow],
-    eos_token_ids: Collection[int],
-    *,
-    in_batch: bool,
-) -> Sampled:
-    """Choose the tokens of each row of logits: see `sample` and `start_sampling`.
-
-    What comes to the host is on its way from here on, whatever is begun before it is asked for.
-    """
-    if in_batch:
-        return start_batch(logits, rows, eos_token_ids)
-    return _Told(_sample_groups(logits, rows, eos_token_ids), logits.device)
-
-
-def _sample_groups(
-    logits: torch.Tensor,
-    rows: Sequence[ScheduledRow],
-    eos_token_ids: Collection[int],
-    argmax: Sequence[int] = (),
-) -> list[RowOutput]:
-    """What `sample` returns, row by row.
-
-    Args:
         argmax: where they are known the tokens of the largest logits, if there are rows that take
             these as computed.
     """
     groups = _make_groups(logits, rows)
     outputs: dict[int, RowOutput] = {}
     chosen = [group.choose(eos_token_ids, argmax) for group in groups]
-    for group, found in zip(groups, to_host(chosen), strict=True):
+    for group, found in zip(groups, ToHost(chosen).wait(), strict=True):
         outputs |= zip(group.indices, group.tell(found), strict=True)
     return [outputs[index] for index in range(len(rows))]
 

@@ -15,8 +15,6 @@ from pagoda_runtime.execution.row_tables import RowTables
 from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.layers.step_input import StepInput
 
-_NONE = np.empty(0, dtype=np.int64)
-
 
 @dataclass(frozen=True, slots=True)
 class PreparedStep:
@@ -27,8 +25,8 @@ class PreparedStep:
     """int64: indices of the tokens whose logits are wanted, in the rows' order."""
     sampled_rows: list[int]
     """Indices of the rows that they belong to."""
-    sampled_rows_on_device: torch.Tensor | None
-    """The same, int64; None where the host knows all tokens."""
+    sampled_rows_on_device: torch.Tensor
+    """The same, int64."""
     first_tokens: list[int]
     """For each row, the index of its first token."""
 
@@ -54,20 +52,21 @@ def prepare_step(
     table = row_tables.gather(row_tables.place(rows), most_blocks)
     plan = attention.plan(query_lens, seq_lens, table)
     sampled = [index for index, row in enumerate(rows) if row.sampling_params is not None]
-    arrays = [token_ids, positions, ends[sampled] - 1 if sampled else _NONE]
+    in_flight = [index for index, row in enumerate(rows) if row.row_in_flight is not None]
+    sources = [rows[index].row_in_flight for index in in_flight]
+    sampling, waiting, awaited = (
+        np.array(some, np.int64) for some in (sampled, in_flight, sources)
+    )
+    tokens, token_positions, sampled_tokens, sampled_rows, unknown, known = all_to_device(
+        [token_ids, positions, ends[sampling] - 1, sampling, ends[waiting] - 1, awaited],
+        attention.spec.device,
+    )
     if last_tokens is not None:
-        in_flight = [i for i, row in enumerate(rows) if row.row_in_flight is not None]
-        sources = [rows[index].row_in_flight for index in in_flight]
-        unknown = ends[in_flight] - 1 if in_flight else _NONE
-        arrays += [np.array(some, dtype=np.int64) for some in (sampled, unknown, sources)]
-    tokens, token_positions, sampled_tokens, *others = all_to_device(arrays, attention.spec.device)
-    if last_tokens is not None:
-        _, unknown_tokens, sampled_before = others
-        tokens.index_copy_(0, unknown_tokens, last_tokens.index_select(0, sampled_before))
+        tokens.index_copy_(0, unknown, last_tokens.index_select(0, known))
     return PreparedStep(
         StepInput(tokens, token_positions, plan),
         sampled_tokens,
         sampled,
-        others[0] if others else None,
+        sampled_rows,
         (ends - query_lens).tolist(),
     )

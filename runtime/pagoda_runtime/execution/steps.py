@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
 import torch
 
 from pagoda_kernels.paged_attention import AttentionBackend
+from pagoda_runtime.execution.batch_sampler import start_batch
 from pagoda_runtime.execution.decode_steps import DecodeSteps, is_decode_step
 from pagoda_runtime.execution.logprobs import StartedLogprobs, start_logprobs
 from pagoda_runtime.execution.row_tables import RowTables
-from pagoda_runtime.execution.sampler import Sampled, start_sampling, start_with_logits
-from pagoda_runtime.execution.step_input import prepare_step
+from pagoda_runtime.execution.sampler import sample_hidden
+from pagoda_runtime.execution.step_input import PreparedStep, prepare_step
 from pagoda_runtime.ipc.messages import BlockCopy, RowOutput, ScheduledRow
 from pagoda_runtime.models.model import Model
 from pagoda_runtime.platforms import Platform
@@ -29,8 +30,8 @@ class RunningStep:
 
     num_rows: int
     sampled_rows: Sequence[int]
-    sampled: Sampled | None
-    """Of these rows."""
+    tell: Callable[[], list[RowOutput]]
+    """Waits for the outputs of these rows."""
     prompts: Sequence[tuple[int, list[StartedLogprobs]]]
     """Rows, each with the logprobs of its prompt, piece by piece."""
 
@@ -38,9 +39,8 @@ class RunningStep:
     def result(self) -> list[RowOutput]:
         """Wait for what each row asked for."""
         outputs = [_NOTHING] * self.num_rows
-        if self.sampled is not None:
-            for index, output in zip(self.sampled_rows, self.sampled.tell(), strict=True):
-                outputs[index] = output
+        for index, output in zip(self.sampled_rows, self.tell(), strict=True):
+            outputs[index] = output
         for index, pieces in self.prompts:
             told = [token for piece in pieces for token in piece.tell()]
             outputs[index] = msgspec.structs.replace(outputs[index], prompt_logprobs=told)
@@ -101,34 +101,33 @@ class StepRunner:
                 [copy.source for copy in copies], [copy.target for copy in copies]
             )
         if self.decode_steps is not None and is_decode_step(rows):
-            return self._decode(self.decode_steps, rows)
+            batch = start_batch(self.decode_steps.run(rows), rows, self.model.config.eos_token_ids)
+            self.decode_steps.last_tokens[: len(rows)].copy_(batch.token_ids)
+            return RunningStep(len(rows), range(len(rows)), batch.tell, ())
         prepared = prepare_step(rows, self.row_tables, self.attention, self.last_tokens)
         hidden = self.model(prepared.step_input)
-        sampled = None
+        tell: Callable[[], list[RowOutput]] = list
         if prepared.sampled_rows:
-            sampled = start_sampling(
-                self.model,
-                hidden.index_select(0, prepared.sampled_tokens),
-                [rows[index] for index in prepared.sampled_rows],
-                self.model.config.eos_token_ids,
-                in_batch=self.platform.is_asynchronous,
-            )
-            if self.last_tokens is not None:
-                assert prepared.sampled_rows_on_device is not None
-                places = prepared.sampled_rows_on_device
-                self.last_tokens.index_copy_(0, places, sampled.token_ids)
+            tell = self._sample(hidden, rows, prepared)
         prompts = [
             (index, list(self._prompt_logprobs(hidden[first:], row)))
             for index, (row, first) in enumerate(zip(rows, prepared.first_tokens, strict=True))
             if row.prompt_targets
         ]
-        return RunningStep(len(rows), prepared.sampled_rows, sampled, prompts)
+        return RunningStep(len(rows), prepared.sampled_rows, tell, prompts)
 
-    def _decode(self, steps: DecodeSteps, rows: Sequence[ScheduledRow]) -> RunningStep:
-        logits = steps.run(rows)
-        sampled = start_with_logits(logits, rows, self.model.config.eos_token_ids, in_batch=True)
-        steps.last_tokens[: len(rows)].copy_(sampled.token_ids)
-        return RunningStep(len(rows), range(len(rows)), sampled, ())
+    def _sample(
+        self, hidden: torch.Tensor, rows: Sequence[ScheduledRow], prepared: PreparedStep
+    ) -> Callable[[], list[RowOutput]]:
+        hidden = hidden.index_select(0, prepared.sampled_tokens)
+        some = [rows[index] for index in prepared.sampled_rows]
+        eos_token_ids = self.model.config.eos_token_ids
+        if self.last_tokens is None:
+            outputs = sample_hidden(self.model, hidden, some, eos_token_ids)
+            return lambda: outputs
+        batch = start_batch(self.model.logits(hidden), some, eos_token_ids)
+        self.last_tokens.index_copy_(0, prepared.sampled_rows_on_device, batch.token_ids)
+        return batch.tell
 
     def _prompt_logprobs(
         self, hidden: torch.Tensor, row: ScheduledRow

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagoda_runtime.execution.logprobs import (
+    ToHost,
     describe_tokens,
     find_candidates,
     start_logprobs,
     tell_tokens,
-    to_host,
     top_k,
 )
 
@@ -90,7 +90,7 @@ def test_logprobs_do_not_depend_on_the_rows_beside(in_batch):
 def test_a_token_known_to_be_the_largest_is_the_first_of_all():
     # Rounded, another one is as large as the third token, and the last one is larger.
     logits = torch.tensor([[1.0, 17.0, 17.0, 2.0, 17.125]], dtype=torch.bfloat16)
-    described = to_host([describe_tokens(logits, torch.tensor([2]), 3, is_argmax=True)])[0]
+    described = ToHost([describe_tokens(logits, torch.tensor([2]), 3, is_argmax=True)]).wait()[0]
     (token,) = tell_tokens([2], *described, num_top=3)
     assert token.rank == 1
     assert [token_id for token_id, _ in token.top] == [2, 4, 1]
@@ -98,7 +98,9 @@ def test_a_token_known_to_be_the_largest_is_the_first_of_all():
 
 
 def candidates(logits, num_candidates):
-    token_ids, logprobs = to_host([find_candidates(torch.tensor([logits]), num_candidates)])[0]
+    token_ids, logprobs = ToHost([find_candidates(torch.tensor([logits]), num_candidates)]).wait()[
+        0
+    ]
     return token_ids[0].tolist(), logprobs[0].tolist()
 
 

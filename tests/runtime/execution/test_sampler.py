@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagoda_runtime.execution import sampler
+from pagoda_runtime.execution.batch_sampler import start_batch
 from pagoda_runtime.execution.testing import make_row
 from pagoda_runtime.sampling_params import SamplingParams
 
@@ -22,7 +23,9 @@ def in_batch(request):
 
 
 def sample(logits, rows, eos_token_ids=()):
-    return sampler.sample(logits, rows, eos_token_ids, in_batch=sample.in_batch)
+    if sample.in_batch:
+        return start_batch(logits, rows, eos_token_ids).tell()
+    return sampler.sample(logits, rows, eos_token_ids)
 
 
 def draw(logits, params, num_draws, position=7):
@@ -280,7 +283,7 @@ def test_greedy_tokens_are_the_same_whatever_logprobs_are_asked_for():
     asked = [{}, {"logprobs": 0}, {"logprobs": 4}, {"best_of": 2}, {"temperature": 1.0, "top_p": 1}]
     rows = [make_row(SamplingParams(**{"temperature": 0.0, **params})) for params in asked] * 2
     hidden = torch.tensor([[0.0, 70.0]] * len(asked) + [[1.0, 70.0]] * len(asked))
-    outputs = sampler.sample_hidden(TiedModel(), hidden, rows, [], in_batch=sample.in_batch)
+    outputs = sampler.sample_hidden(TiedModel(), hidden, rows, [])
     for output, row in zip(outputs, rows, strict=True):
         if row.sampling_params.is_greedy:
             assert output.token_ids == [70]
@@ -301,8 +304,8 @@ def test_a_gpu_chooses_what_a_cpu_chooses():
     ]
     rows.append(make_row(SamplingParams(use_beam_search=True), num_candidates=9))
     logits = torch.cat([logits, logits[:1]])
-    found = sampler.sample(logits.cuda(), rows, in_batch=True)
-    for output, expected in zip(found, sampler.sample(logits, rows, in_batch=False), strict=True):
+    found = start_batch(logits.cuda(), rows, []).tell()
+    for output, expected in zip(found, sampler.sample(logits, rows), strict=True):
         assert output.token_ids == expected.token_ids
         assert output.token_logprobs == (
             expected.token_logprobs and pytest.approx(expected.token_logprobs, abs=1e-5)

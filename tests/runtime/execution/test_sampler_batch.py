@@ -6,11 +6,11 @@ from random import Random
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pagoda_kernels.launch import LaunchRecorder
-from pagoda_runtime.execution import sampler
-from pagoda_runtime.execution.testing import make_row
+from pagoda_runtime.execution.batch_sampler import start_batch
+from pagoda_runtime.execution.sampler import sample
+from pagoda_runtime.execution.testing import Watch, make_row
 from pagoda_runtime.sampling_params import SamplingParams
 
 NUM_MIXED = 100
@@ -23,10 +23,8 @@ def test_a_batch_chooses_what_row_by_row_is_chosen(vocab_size, dtype):
     rows = [random_row(random, vocab_size) for _ in range(NUM_MIXED)]
     torch.manual_seed(vocab_size)
     logits = (3 * torch.randn(NUM_MIXED, vocab_size)).to(dtype)
-    found = sampler.sample(logits, rows, [0, 3], in_batch=True)
-    for output, expected in zip(
-        found, sampler.sample(logits, rows, [0, 3], in_batch=False), strict=True
-    ):
+    found = start_batch(logits, rows, [0, 3]).tell()
+    for output, expected in zip(found, sample(logits, rows, [0, 3]), strict=True):
         assert output.token_ids == expected.token_ids
         assert output.token_logprobs == (
             expected.token_logprobs and pytest.approx(expected.token_logprobs, abs=1e-5)
@@ -69,60 +67,14 @@ def random_row(random, vocab_size):
     )
 
 
-class Logits:
-    """A model of nothing but logits."""
-
-    def __init__(self, knows_argmax):
-        self.knows_argmax = knows_argmax
-
-    def argmax(self, hidden):
-        return hidden.argmax(-1) if self.knows_argmax else None
-
-    def logits(self, hidden):
-        return hidden
-
-
-@pytest.mark.parametrize("in_batch", [False, True])
-@pytest.mark.parametrize("knows_argmax", [False, True])
-def test_the_first_tokens_of_rows_are_where_the_logits_are(in_batch, knows_argmax):
+def test_the_first_tokens_of_rows_are_where_the_logits_are():
     random = Random(1)
     rows = [random_row(random, 300) for _ in range(NUM_MIXED)]
-    logits = 3 * torch.randn(NUM_MIXED, 300)
-    started = sampler.start_sampling(Logits(knows_argmax), logits, rows, [0], in_batch=in_batch)
+    started = start_batch(3 * torch.randn(NUM_MIXED, 300), rows, [0])
     assert started.token_ids.dtype is torch.int64
     for token_id, row, output in zip(started.token_ids, rows, started.tell(), strict=True):
         assert int(token_id) in range(300)
         assert row.num_candidates or int(token_id) == output.token_ids[0]
-
-
-class Watch(TorchDispatchMode):
-    """Counts copies between host and device, and raises where the device would be waited for."""
-
-    def __init__(self):
-        super().__init__()
-        self.to_host = self.to_device = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name()
-        assert name not in (
-            "aten::_local_scalar_dense",
-            "aten::nonzero",
-            "aten::is_nonzero",
-            "aten::equal",
-            "aten::masked_select",
-        ), name
-        if name.startswith("aten::index") and args[1:] and isinstance(args[1], list | tuple):
-            assert all(index is None or index.dtype is not torch.bool for index in args[1])
-            assert all(index is None or index.is_cuda for index in args[1])
-        result = func(*args, **(kwargs or {}))
-        if name in ("aten::copy_", "aten::_to_copy"):
-            source = args[1] if name == "aten::copy_" else args[0]
-            if source.device != result.device:
-                # Nothing is waited for.
-                assert args[2] if name == "aten::copy_" else kwargs["non_blocking"]
-                self.to_host += source.is_cuda
-                self.to_device += result.is_cuda
-        return result
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -132,10 +84,10 @@ def test_a_device_is_not_waited_for(seed):
     rows = [random_row(random, 2001) for _ in range(NUM_MIXED)]
     with LaunchRecorder() as recorder, Watch() as watch:
         logits = torch.empty(len(rows), 2001, dtype=torch.bfloat16, device="cuda")
-        started = sampler.start_with_logits(logits, rows, [0], in_batch=True)
+        started = start_batch(logits, rows, [0])
     assert started.token_ids.is_cuda
     assert started.token_ids.shape == (len(rows),)
-    assert (watch.to_device, watch.to_host) == (1, 1)
+    assert (watch.num_sent, watch.num_fetched) == (1, 1)
     assert len(recorder.launches) == 2
 
 
@@ -143,8 +95,8 @@ def test_a_batch_of_greedy_rows_costs_a_device_little():
     rows = [make_row(SamplingParams(temperature=0.0))] * 5
     with LaunchRecorder() as recorder, Watch() as watch:
         logits = torch.empty(5, 2001, device="cuda")
-        sampler.start_with_logits(logits, rows, [0], in_batch=True)
-    assert (watch.to_device, watch.to_host) == (1, 1)
+        start_batch(logits, rows, [0])
+    assert (watch.num_sent, watch.num_fetched) == (1, 1)
     assert len(recorder.launches) == 2
 
 
@@ -152,5 +104,5 @@ def test_a_draw_that_needs_many_attempts_gets_them():
     torch.manual_seed(0)
     logits = torch.randn(1, 3000) / 4
     rows = [make_row(SamplingParams(top_p=0.002), seeds=range(30), position=3)]
-    (expected,) = sampler.sample(logits, rows, in_batch=False)
-    assert sampler.sample(logits, rows, in_batch=True) == [expected]
+    (expected,) = sample(logits, rows)
+    assert start_batch(logits, rows, []).tell() == [expected]
