@@ -262,7 +262,8 @@ class Ranks:
                 rank.process.wait(max(0.0, deadline - time.monotonic()))
 
     def _name(self, rank: _Rank) -> str:
-        return f"Rank {rank.number} of {self._size} (--tensor-parallel-size)"
+        size = f"{self._size} (--tensor-parallel-size, engine.tensorParallelSize)"
+        return f"Rank {rank.number} of {size}"
 
     def _when(self, rank: _Rank) -> str:
         if not rank.is_ready:
