@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
-LARGEST: Mapping[torch.dtype, float] = MappingProxyType(
-    {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
-)
+LARGEST: Mapping[torch.dtype, float] = {
+    torch.float8_e4m3fn: 448.0,
+    torch.float8_e5m2: 57344.0,
+    torch.int8: 127.0,
+}
 """dtypes of 8 bits, each with its largest number. A token's head is divided by what makes its own
 largest number that one."""
 

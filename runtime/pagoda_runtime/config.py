@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
-KV_CACHE_DTYPES: Mapping[str, str] = MappingProxyType(
-    {
-        "fp8": "float8_e4m3fn",
-        "fp8_e4m3": "float8_e4m3fn",
-        "fp8_e5m2": "float8_e5m2",
-        "int8": "int8",
-    }
-)
+KV_CACHE_DTYPES: Mapping[str, str] = {
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+    "int8": "int8",
+}
 """Of --kv-cache-dtype beside auto, each with torch's name."""
 
 

@@ -59,3 +59,11 @@ def test_numbers_are_moved_once():
 def test_blocks_of_part_of_a_word_are_refused():
     with pytest.raises(ValueError, match="multiple of 4 bytes"):
         copy_blocks([torch.zeros(3, 2, dtype=torch.uint8)], [1], [2])
+
+
+def test_blocks_beyond_2_to_the_31_bytes_are_copied():
+    """Pages that nobody touches take no memory."""
+    tensor = torch.empty((1 << 31) // 64 + 2, 64, dtype=torch.uint8)
+    tensor[0] = torch.arange(64)
+    copy_blocks([tensor], [0], [len(tensor) - 1])
+    assert torch.equal(tensor[-1], tensor[0])

@@ -173,3 +173,16 @@ def test_no_tokens_are_none():
     case = make_case(slots=[]) | {"slot_mapping": torch.empty(0, dtype=torch.int64)}
     rotate_and_store(**case)
     assert all(torch.all(part.isnan()) for part in case["kv_cache"].tensors)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8])
+def test_slots_beyond_2_to_the_31_numbers_are_stored(kv_dtype):
+    """Pages that nobody touches take no memory."""
+    case = make_case(kv_dtype=kv_dtype)
+    num_blocks = (1 << 31) // (4 * 2 * 2 * 64) + 6
+    far = make_kv_cache((num_blocks, 4, 2, 64), kv_dtype, torch.device("cpu"))
+    slots = torch.tensor(SLOTS) + 4 * (num_blocks - 6)
+    rotate_and_store(**copy.deepcopy(case) | {"kv_cache": far, "slot_mapping": slots})
+    rotate_and_store(**case)
+    for part, other in zip(written(far, slots), written(case["kv_cache"]), strict=True):
+        assert torch.equal(part, other)

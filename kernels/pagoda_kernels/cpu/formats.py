@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -56,16 +55,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What models compute in."""
 KV_DTYPES = tuple((dtype, kv_dtype) for dtype in DTYPES for kv_dtype in (dtype, *LARGEST))
 """What models compute in, with what their keys and values may be stored in."""
-VIEWS: Mapping[torch.dtype, Any] = MappingProxyType(
-    {
-        torch.bfloat16: bf16_bits,
-        torch.float16: fp16_bits,
-        torch.float32: floats,
-        torch.float8_e4m3fn: _make_view(_E4M3),
-        torch.float8_e5m2: _make_view(_E5M2),
-        torch.int8: _make_view(types.int8),
-    }
-)
+VIEWS: Mapping[torch.dtype, Any] = {
+    torch.bfloat16: bf16_bits,
+    torch.float16: fp16_bits,
+    torch.float32: floats,
+    torch.float8_e4m3fn: _make_view(_E4M3),
+    torch.float8_e5m2: _make_view(_E5M2),
+    torch.int8: _make_view(types.int8),
+}
 """How a kernel sees numbers of a dtype; what is below knows what it sees."""
 
 
@@ -75,7 +72,7 @@ def is_common(dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
     return dtype is kv_dtype or (dtype is torch.bfloat16 and kv_dtype in usual)
 
 
-UNITS: Mapping[torch.dtype, float] = MappingProxyType({torch.float8_e4m3fn: 256.0})
+UNITS: Mapping[torch.dtype, float] = {torch.float8_e4m3fn: 256.0}
 """What `widened` numbers are to be multiplied by, where that is not 1."""
 
 
@@ -132,10 +129,8 @@ _half_bits: Any = intrinsic(_make_half_bits)
 def _make_float8_bits(kind: _Float8, num_mantissa_bits: int, bias: int) -> Any:
     """A function for kernels: the nearest of these to an fp32 number that their range holds."""
     shift = np.uint32(23 - num_mantissa_bits)
-    almost_half, offset = (
-        np.uint32((1 << int(shift) - 1) - 1),
-        np.uint32((127 - bias) << num_mantissa_bits),
-    )
+    almost_half = np.uint32((1 << int(shift) - 1) - 1)
+    offset = np.uint32((127 - bias) << num_mantissa_bits)
     least_normal = np.uint32((128 - bias) << 23)
     # Its last bit is the least number's: adding it rounds to whole ones of these.
     coarse = np.float32(2.0 ** (24 - bias - num_mantissa_bits))

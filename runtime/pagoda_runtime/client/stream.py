@@ -6,10 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-import msgspec
-
 from pagoda_runtime.errors import EngineDead
-from pagoda_runtime.ipc.messages import RequestDelta, TokenLogprobs
+from pagoda_runtime.ipc.messages import RequestDelta
 
 
 @dataclass(slots=True)
@@ -32,7 +30,7 @@ class Mailbox:
     def put(self, delta: RequestDelta) -> None:
         self.is_complete = self.is_complete or delta.is_last
         held = self._deltas.get(delta.index)
-        self._deltas[delta.index] = delta if held is None else _join(held, delta)
+        self._deltas[delta.index] = delta if held is None else held.join(delta)
         self._wake_reader()
 
     @property
@@ -56,28 +54,6 @@ class Mailbox:
     def _wake_reader(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
-
-
-def _join(first: RequestDelta, second: RequestDelta) -> RequestDelta:
-    """One delta of the same choice. The lists are the mailbox's own since they were decoded."""
-    first.new_token_ids.extend(second.new_token_ids)
-    return msgspec.structs.replace(
-        second,
-        new_token_ids=first.new_token_ids,
-        logprobs=_extend(first.logprobs, second.logprobs),
-        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
-        num_cached_tokens=first.num_cached_tokens or second.num_cached_tokens,
-        queue_seconds=first.queue_seconds,
-    )
-
-
-def _extend(
-    first: list[TokenLogprobs] | None, second: list[TokenLogprobs] | None
-) -> list[TokenLogprobs] | None:
-    if first is None or second is None:
-        return first or second
-    first.extend(second)
-    return first
 
 
 class RequestStream(AsyncIterator[RequestDelta]):

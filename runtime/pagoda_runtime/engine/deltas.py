@@ -46,13 +46,7 @@ class DeltaBuffer:
         is_first = delta.index not in held
         before = held.get(delta.index)
         if before is not None:
-            delta = replace(
-                delta,
-                new_token_ids=[*before.new_token_ids, *delta.new_token_ids],
-                logprobs=None
-                if delta.logprobs is None
-                else [*(before.logprobs or []), *delta.logprobs],
-            )
+            delta = before.join(delta)
         is_told = (
             is_first
             or delta.finish_reason is not None

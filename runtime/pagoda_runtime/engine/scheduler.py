@@ -264,9 +264,6 @@ class Scheduler:
         for member in victim.unit:
             step.give_back(member)
         step.has_preempted = True
-        self._preempt(victim)
-
-    def _preempt(self, victim: Sequence) -> None:
         self.preemptions_total += 1
         request = victim.request
         if request.beams is not None:

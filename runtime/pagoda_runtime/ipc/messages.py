@@ -155,6 +155,20 @@ class RequestDelta(msgspec.Struct, frozen=True, kw_only=True):
     queue_seconds: float | None = None
     """Seconds from arrival to the first scheduling; sent with the first delta of choice 0."""
 
+    def join(self, later: RequestDelta) -> RequestDelta:
+        """Both as one; this delta's lists become the result's."""
+        self.new_token_ids.extend(later.new_token_ids)
+        if self.logprobs is not None and later.logprobs is not None:
+            self.logprobs.extend(later.logprobs)
+        return msgspec.structs.replace(
+            later,
+            new_token_ids=self.new_token_ids,
+            logprobs=self.logprobs or later.logprobs,
+            prompt_logprobs=self.prompt_logprobs or later.prompt_logprobs,
+            num_cached_tokens=self.num_cached_tokens or later.num_cached_tokens,
+            queue_seconds=self.queue_seconds,
+        )
+
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's state after a step; counters count from the start of the process."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pagoda_runtime.quantization.parameter import Layout, Parameter, Part, Shard
+from pagoda_runtime.quantization.parameter import Parameter, Shard
 
 
 class Module:
@@ -61,8 +61,3 @@ class Module:
     def bytes_per_step(self) -> int:
         """Bytes of this part's own weights that a decode step reads."""
         return self.weight_bytes
-
-
-def own_layout(size: int, in_features: int = 0) -> Layout:
-    """Of a vector or a matrix that every rank holds whole."""
-    return Layout([Part("", size)], in_features)

@@ -8,9 +8,9 @@ import torch
 
 from pagoda_kernels import norm as kernels
 from pagoda_kernels.norm import LayerNormWeights, RMSNormWeights
-from pagoda_runtime.layers.module import Module, own_layout
+from pagoda_runtime.layers.module import Module
 from pagoda_runtime.quantization.base import Placement
-from pagoda_runtime.quantization.parameter import OUTPUT
+from pagoda_runtime.quantization.parameter import OUTPUT, Layout, Part
 
 
 class RMSNorm(Module):
@@ -31,7 +31,7 @@ class RMSNorm(Module):
         super().__init__()
         self.dtype = placement.dtype
         self.weight_offset = weight_offset
-        self.parameters["weight"] = placement.parameter(own_layout(size), OUTPUT)
+        self.parameters["weight"] = placement.parameter(Layout([Part("", size)]), OUTPUT)
         self.floor = norm_floor(eps, size, placement.device)
 
     def use_parameters(self) -> None:
@@ -62,7 +62,7 @@ class LayerNorm(Module):
         super().__init__()
         self.dtype, self.eps = placement.dtype, eps
         for name in ("weight", "bias"):
-            self.parameters[name] = placement.parameter(own_layout(size), OUTPUT)
+            self.parameters[name] = placement.parameter(Layout([Part("", size)]), OUTPUT)
 
     def use_parameters(self) -> None:
         weight, bias = (self.parameters[name].data.float() for name in ("weight", "bias"))

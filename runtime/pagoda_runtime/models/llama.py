@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
+from collections.abc import Mapping
 
 from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.models.config import ModelConfig, common_fields
 from pagoda_runtime.models.rope import max_positions, read_rope
 
-NAMES = MappingProxyType(
-    {
-        "embed_tokens": "model.embed_tokens",
-        "layers": "model.layers",
-        "norm": "model.norm",
-        "attention_norm": "input_layernorm",
-        "mlp_norm": "post_attention_layernorm",
-    }
-)
+NAMES: Mapping[str, str] = {
+    "embed_tokens": "model.embed_tokens",
+    "layers": "model.layers",
+    "norm": "model.norm",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+}
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 

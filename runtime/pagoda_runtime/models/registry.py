@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from pagoda_runtime.config_file import ConfigFile
@@ -23,15 +22,13 @@ if TYPE_CHECKING:
     from pagoda_runtime.models.model import Model
     from pagoda_runtime.quantization.base import Placement
 
-ARCHITECTURES: Mapping[str, Callable[[ConfigFile], ModelConfig]] = MappingProxyType(
-    {
-        "LlamaForCausalLM": llama,
-        "MistralForCausalLM": mistral,
-        "Qwen2ForCausalLM": qwen2,
-        "Qwen3ForCausalLM": qwen3,
-        "Gemma3ForCausalLM": gemma3,
-    }
-)
+ARCHITECTURES: Mapping[str, Callable[[ConfigFile], ModelConfig]] = {
+    "LlamaForCausalLM": llama,
+    "MistralForCausalLM": mistral,
+    "Qwen2ForCausalLM": qwen2,
+    "Qwen3ForCausalLM": qwen3,
+    "Gemma3ForCausalLM": gemma3,
+}
 
 
 def make_model(config: ModelConfig, placement: Placement) -> Model:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from pagoda_runtime.errors import FatalError
@@ -21,7 +20,7 @@ def _int8() -> type[LinearMethod]:
     return Int8Linear
 
 
-ONLINE: Mapping[str, Callable[[], type[LinearMethod]]] = MappingProxyType({"int8": _int8})
+ONLINE: Mapping[str, Callable[[], type[LinearMethod]]] = {"int8": _int8}
 """What the matrices of an unquantized checkpoint can be made when they are loaded."""
 
 

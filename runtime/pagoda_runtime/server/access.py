@@ -29,43 +29,19 @@ MAX_LOGGED_TARGET_BYTES = 500
 PROBES = frozenset({"/startup", "/health", "/ready", "/load", "/metrics"})
 
 
-class LoadObserver:
-    """Tells the load with every answer and counts it; closes connections while the server drains.
-
-    Paths are told apart in metrics; all others are one.
-    """
-
-    def __init__(self, state: ServerState, paths: Collection[str]) -> None:
-        self.state = state
-        self.paths = frozenset(paths)
-
-    def add_headers(self, headers: MutableHeaders) -> None:
-        headers[LOAD_HEADER] = msgspec.json.encode(self.state.load()).decode()
-        if self.state.is_draining:
-            headers["connection"] = "close"
-
-    def observe(self, scope: Scope, status: int, elapsed_seconds: float) -> None:
-        # Labels come from fixed sets: a client must not be able to make new series.
-        method, path = scope["method"], scope["path"]
-        if path not in self.paths:
-            path = "/v1/models/{model}" if path.startswith("/v1/models/") else OTHER
-        method = method if method in KNOWN_METHODS else OTHER
-        self.state.metrics.observe_http(method, status, path, elapsed_seconds)
-
-
 class Access:
     """Gives a request its id, for the answer and for every log line about it, and logs its end.
 
     The id is that of the header X-Request-Id if it is 1 to 128 visible ASCII characters, else a
     new one. Probes are logged at the level debug.
+
+    Args:
+        paths: told apart in metrics, where all others are one. Where there are any, each answer
+            tells the load, and closes its connection while the server drains.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, is_logged: bool, observer: LoadObserver | None = None
-    ) -> None:
-        self.app = app
-        self.is_logged = is_logged
-        self.observer = observer
+    def __init__(self, app: ASGIApp, state: ServerState, paths: Collection[str] = ()) -> None:
+        self.app, self.state, self.paths = app, state, frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -79,8 +55,8 @@ class Access:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID_HEADER] = name
-                if self.observer is not None:
-                    self.observer.add_headers(headers)
+                if self.paths:
+                    self._tell_load(headers)
             await send(message)
 
         # It stays set, for what the server logs of an exception that leaves here; each request is
@@ -90,10 +66,23 @@ class Access:
             await self.app(scope, receive, send_with_id)
         finally:
             elapsed = time.perf_counter() - started
-            if self.observer is not None:
-                self.observer.observe(scope, status, elapsed)
-            if self.is_logged:
+            if self.paths:
+                self._count(scope, status, elapsed)
+            if not self.state.config.disable_access_log:
                 _log(scope, status, elapsed)
+
+    def _tell_load(self, headers: MutableHeaders) -> None:
+        headers[LOAD_HEADER] = msgspec.json.encode(self.state.load()).decode()
+        if self.state.is_draining:
+            headers["connection"] = "close"
+
+    def _count(self, scope: Scope, status: int, elapsed_seconds: float) -> None:
+        # Labels come from fixed sets: a client must not be able to make new series.
+        method, path = scope["method"], scope["path"]
+        if path not in self.paths:
+            path = "/v1/models/{model}" if path.startswith("/v1/models/") else OTHER
+        method = method if method in KNOWN_METHODS else OTHER
+        self.state.metrics.observe_http(method, status, path, elapsed_seconds)
 
 
 def read_request_id(scope: Scope) -> str:

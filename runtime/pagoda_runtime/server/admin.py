@@ -34,4 +34,4 @@ def create_admin_app(state: ServerState) -> ASGIApp:
 
     app = make_app([Route(RESET, reset_prefix_cache, methods=["POST"])])
     inner = ReadHead(Authenticate(app, state.keys, prefix=""), [RESET])
-    return Access(inner, is_logged=not state.config.disable_access_log)
+    return Access(inner, state)

@@ -9,7 +9,7 @@ from pagoda_runtime.client.engine_client import EngineClient
 from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.server import health, openai, openapi
-from pagoda_runtime.server.access import LOAD_HEADER, REQUEST_ID_HEADER, Access, LoadObserver
+from pagoda_runtime.server.access import LOAD_HEADER, REQUEST_ID_HEADER, Access
 from pagoda_runtime.server.errors import make_app
 from pagoda_runtime.server.framing import ReadHead
 from pagoda_runtime.server.middleware import Authenticate, LimitBody
@@ -45,11 +45,7 @@ def create_app(state: ServerState) -> ASGIApp:
     app = make_app(routes)
     paths = [route.split(" ")[1] for route in ROUTES]
     inner = _allow_origins(Authenticate(LimitBody(app, state), state.keys), state.config)
-    return Access(
-        ReadHead(inner, paths),
-        is_logged=not state.config.disable_access_log,
-        observer=LoadObserver(state, paths),
-    )
+    return Access(ReadHead(inner, paths), state, paths)
 
 
 def _allow_origins(app: ASGIApp, config: ServerConfig) -> ASGIApp:

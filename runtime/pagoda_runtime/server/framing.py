@@ -23,7 +23,13 @@ class ReadHead:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if is_length_ambiguous(scope):
-            await _refuse_length().to_response()(scope, receive, send)
+            error = ApiError(
+                400,
+                "Transfer-Encoding stands beside Content-Length, or in HTTP/1.0; send one length.",
+                code="bad_http",
+                headers={"connection": "close"},
+            )
+            await error.to_response()(scope, receive, send)
             return
         path = read_path(scope["path"])
         # Here and not by a redirect, which behind a proxy names the wrong scheme or host.
@@ -47,12 +53,3 @@ def read_path(target: str) -> str:
         return target
     _, slash, rest = target.partition("://")[2].partition("/")
     return slash + rest or "/"
-
-
-def _refuse_length() -> ApiError:
-    return ApiError(
-        400,
-        "Transfer-Encoding stands beside Content-Length, or in HTTP/1.0; send one length.",
-        code="bad_http",
-        headers={"connection": "close"},
-    )

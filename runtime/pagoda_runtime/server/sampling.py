@@ -25,13 +25,13 @@ def to_sampling_params(
     asked = {name: v for name in SAME_FORM if (v := getattr(body, name)) is not None}
     values: dict[str, Any] = {} if asked.get("use_beam_search") else dict(defaults)
     values |= {**asked, "max_tokens": None}
-    stop = body.stop or ()
+    stop, allowed = body.stop or (), body.allowed_token_ids
     params = SamplingParams(
         **values,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logit_bias={int(key): bias for key, bias in (body.logit_bias or {}).items()},
-        allowed_token_ids=_as_tuple(body.allowed_token_ids),
+        allowed_token_ids=None if allowed is None else tuple(allowed),
         bad_words=tuple(body.bad_words or ()),
         logprobs=body.num_logprobs,
     )
@@ -41,10 +41,6 @@ def to_sampling_params(
         most = max(params.logprobs, params.prompt_logprobs or 0)
         params = msgspec.structs.replace(params, prompt_logprobs=most)
     return add_bad_words(tokenizer, params)
-
-
-def _as_tuple(value: list[int] | None) -> tuple[int, ...] | None:
-    return None if value is None else tuple(value)
 
 
 def _verify_body(body: GenerationRequest, params: SamplingParams) -> None:
