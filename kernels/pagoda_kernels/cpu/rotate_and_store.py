@@ -44,10 +44,8 @@ def _make_kernel(dtype: torch.dtype, kv_dtype: torch.dtype) -> Kernel:
     ) -> None:
         num_heads = num_all_heads - 2 * num_kv_heads
         qkv = view(qkv_at, (num_tokens, num_all_heads, head_dim))
-        cos, sin = (
-            floats(cos_at, (num_tokens, rotary_dim)),
-            floats(sin_at, (num_tokens, rotary_dim)),
-        )
+        cos = floats(cos_at, (num_tokens, rotary_dim))
+        sin = floats(sin_at, (num_tokens, rotary_dim))
         cache = kv_view(cache_at, (num_slots * 2 * num_kv_heads, head_dim))
         scales = floats(scales_at, (num_slots * 2 * num_kv_heads,))
         slots = int64s(slots_at, (num_tokens,))

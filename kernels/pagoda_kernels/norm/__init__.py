@@ -50,10 +50,7 @@ def norm(x: torch.Tensor, weights: NormWeights, dtype: torch.dtype) -> torch.Ten
 
 
 def add_and_norm(
-    total: torch.Tensor,
-    x: torch.Tensor,
-    of_x: NormWeights | None,
-    of_total: NormWeights | None,
+    total: torch.Tensor, x: torch.Tensor, of_x: NormWeights | None, of_total: NormWeights | None
 ) -> torch.Tensor:
     """Add x, or its norm, to total in place, and return the norm of that sum.
 

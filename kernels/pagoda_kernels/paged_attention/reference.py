@@ -81,7 +81,9 @@ class ReferencePlan(AttentionPlan):
             positions = torch.arange(len(keys), device=scores.device)
             distances = positions - positions[len(keys) - len(queries) :, None]
             scores = _score(scores, distances, spec)
-            hidden = _hidden(distances, spec.windows[layer])
+            hidden = distances > 0
+            if window := spec.windows[layer]:
+                hidden |= distances <= -window
             weights = _weigh(scores.masked_fill(hidden, -torch.inf), sinks)
             # A key that nobody sees may be in a block that was given back, and hold anything.
             unseen = hidden.all(dim=0)[:, None, None]
@@ -91,13 +93,13 @@ class ReferencePlan(AttentionPlan):
 
 
 class ReferenceDevicePlan(AttentionPlan):
-    """Rows of one token, each of which sees as many slots as its row of the table has."""
+    """Rows of one token, whose tables are fetched when a layer attends."""
 
     def __init__(
         self, backend: ReferenceAttention, seq_lens: torch.Tensor, block_table: torch.Tensor
     ) -> None:
         super().__init__(backend.spec, len(seq_lens))
-        self.kv_caches, self.seq_lens, self.block_table = backend.kv_caches, seq_lens, block_table
+        self.backend, self.seq_lens, self.block_table = backend, seq_lens, block_table
 
     def attend(
         self,
@@ -107,27 +109,9 @@ class ReferenceDevicePlan(AttentionPlan):
         norm: HeadNorm | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        self._require_agreement(qkv)
-        spec, kv_cache = self.spec, self.kv_caches[layer]
-        out = qkv.new_zeros(len(qkv), spec.num_heads, spec.head_dim)
-        heads = qkv[: self.num_tokens].view(self.num_tokens, -1, spec.head_dim)
-        offsets = torch.arange(spec.block_size, device=qkv.device)
-        slots = (self.block_table.long()[:, :, None] * spec.block_size + offsets).flatten(1)
-        last = self.seq_lens.long()[:, None] - 1
-        written = slots.gather(1, last)[:, 0]
-        cos, sin = rotary.of_first(self.num_tokens)
-        rotate_and_store_reference(heads, cos, sin, kv_cache, written, *(norm or (None, None)))
-        kv = load_reference(kv_cache, slots.flatten())
-        kv = kv.view(*slots.shape, *kv.shape[1:])
-        group = spec.num_heads // spec.num_kv_heads
-        keys, values = kv.repeat_interleave(group, dim=3).unbind(2)
-        scores = torch.einsum("qhd,qkhd->hqk", heads[:, : spec.num_heads].float(), keys)
-        distances = torch.arange(slots.shape[1], device=qkv.device) - last
-        hidden = _hidden(distances, spec.windows[layer])
-        scores = _score(scores, distances, spec).masked_fill(hidden, -torch.inf)
-        seen = values.masked_fill(hidden[:, :, None, None], 0.0)
-        out[: self.num_tokens] = torch.einsum("hqk,qkhd->qhd", _weigh(scores, sinks), seen)
-        return out.flatten(1)
+        seq_lens, table = self.seq_lens.cpu().numpy(), self.block_table.cpu().numpy()
+        plan = self.backend.plan(np.ones_like(seq_lens), seq_lens, table)
+        return plan.attend(layer, qkv, rotary, norm, sinks)
 
 
 def _score(scores: torch.Tensor, distances: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
@@ -151,9 +135,3 @@ def _weigh(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         return scores.softmax(dim=-1)
     of_sinks = sinks[:, None, None].expand(*scores.shape[:2], 1)
     return torch.cat((scores, of_sinks), dim=-1).softmax(dim=-1)[..., :-1]
-
-
-def _hidden(distances: torch.Tensor, window: int) -> torch.Tensor:
-    """Whether a key is after a query, or before its window: see `_score`."""
-    hidden = distances > 0
-    return hidden | (distances <= -window) if window else hidden

@@ -18,7 +18,6 @@ from pagoda_runtime.client.engine_client import ENGINE_COMMAND, EngineClient
 from pagoda_runtime.config import ServerConfig
 from pagoda_runtime.errors import EngineDead, FatalError, PagodaError, QueueFull
 from pagoda_runtime.server.answers import ChatCompletion, Completion
-from pagoda_runtime.server.app import create_state
 from pagoda_runtime.server.errors import ApiError, to_api_error
 from pagoda_runtime.server.lifecycle import StopSignals
 from pagoda_runtime.server.openai import BODIES, complete
@@ -178,7 +177,7 @@ async def _running_state(
     started = time.monotonic()
     engine = EngineClient(config.engine, command=engine_command, log_level=config.log_level)
     try:
-        state = create_state(config, engine, chat_template)
+        state = ServerState(config, engine, chat_template)
         await engine.wait_ready()
         state.tokenizer = await load_from_folder(config.engine)(engine)
         logger.info("Loaded %s in %.1f s", config.engine.model, time.monotonic() - started)

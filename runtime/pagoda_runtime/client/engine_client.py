@@ -170,11 +170,7 @@ class EngineClient:
         self._mailboxes[request.request_id] = mailbox
         self._send(request)
         return RequestStream(
-            mailbox,
-            self._loop,
-            params.num_choices,
-            abort=self._abort,
-            finish=self._finish_choice,
+            mailbox, self._loop, params.num_choices, abort=self._abort, finish=self._finish_choice
         )
 
     async def reset_prefix_cache(self) -> int:

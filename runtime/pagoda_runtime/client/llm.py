@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from pagoda_runtime.client.engine_client import ENGINE_COMMAND, EngineClient
@@ -28,6 +27,8 @@ EncodedPrompt = tuple[str | None, list[int]]
 Conversation = Sequence[Mapping[str, Any]]
 """Messages with role and content."""
 T = TypeVar("T")
+_Request = tuple[str | None, SamplingParams, EngineRequest]
+"""The prompt and parameters as the user gave them, and what the engine is asked for."""
 _OnFinished = Callable[[int, int], None]
 """Takes the number of a prompt's tokens, and of those generated over all its choices."""
 
@@ -235,7 +236,7 @@ class LLM:
                 )
         # All are verified before the first one runs.
         requests = [
-            _Request(
+            (
                 text,
                 params,
                 client.make_request(
@@ -256,10 +257,7 @@ class LLM:
             return self._run(self._finish_all(client, requests, on_finished))
 
     async def _finish_all(
-        self,
-        client: EngineClient,
-        requests: Sequence[_Request],
-        on_finished: _OnFinished,
+        self, client: EngineClient, requests: Sequence[_Request], on_finished: _OnFinished
     ) -> list[RequestOutput]:
         # The rest waits here: the engine's own queue would refuse it.
         places = asyncio.Semaphore(self.config.max_num_seqs + self.config.max_num_waiting)
@@ -278,13 +276,13 @@ class LLM:
     async def _finish_one(
         self, client: EngineClient, request: _Request, on_finished: _OnFinished
     ) -> RequestOutput:
-        params, tokenizer = request.params, self._tokenizer
-        prompt_token_ids = request.of_engine.prompt_token_ids
+        (prompt, params, of_engine), tokenizer = request, self._tokenizer
+        prompt_token_ids = of_engine.prompt_token_ids
         outputs = OutputProcessor(
             tokenizer, params, prompt_token_ids, eos_token_ids=self.facts.eos_token_ids
         )
         choices = [WholeChoice() for _ in range(params.num_choices)]
-        stream = client.generate(request.of_engine)
+        stream = client.generate(of_engine)
         async with aclosing(stream):
             async for delta in stream:
                 shown = outputs.take(delta)
@@ -294,8 +292,8 @@ class LLM:
         on_finished(len(prompt_token_ids), sum(len(c.token_ids) for c in choices))
         prompt_logprobs = outputs.prompt_logprobs or ()
         return RequestOutput(
-            request_id=request.of_engine.request_id,
-            prompt=request.prompt,
+            request_id=of_engine.request_id,
+            prompt=prompt,
             prompt_token_ids=prompt_token_ids,
             outputs=make_outputs(tokenizer, params, choices),
             num_cached_tokens=outputs.num_cached_tokens,
@@ -305,14 +303,6 @@ class LLM:
                 else [None, *describe(tokenizer, prompt_logprobs)]
             ),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    prompt: str | None
-    params: SamplingParams
-    """As the user gave them."""
-    of_engine: EngineRequest
 
 
 def _list_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:

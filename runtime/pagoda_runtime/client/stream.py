@@ -25,13 +25,13 @@ class Mailbox:
     _deltas: dict[int, RequestDelta] = field(default_factory=dict)
     """By choice, in the order in which they began to wait."""
     _error: str | None = None
-    _reader: asyncio.Future[None] | None = None
+    _has_changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, delta: RequestDelta) -> None:
         self.is_complete = self.is_complete or delta.is_last
         held = self._deltas.get(delta.index)
         self._deltas[delta.index] = delta if held is None else held.join(delta)
-        self._wake_reader()
+        self._has_changed.set()
 
     @property
     def is_over(self) -> bool:
@@ -40,20 +40,16 @@ class Mailbox:
 
     def fail(self, message: str) -> None:
         self._error = message
-        self._wake_reader()
+        self._has_changed.set()
 
     async def take(self) -> RequestDelta:
         """Wait for tokens. Raises EngineDead once all that came before the death is taken."""
         while not self._deltas:
             if self._error is not None:
                 raise EngineDead(self._error)
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
+            self._has_changed.clear()
+            await self._has_changed.wait()
         return self._deltas.pop(next(iter(self._deltas)))
-
-    def _wake_reader(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
 
 
 class RequestStream(AsyncIterator[RequestDelta]):

@@ -50,12 +50,7 @@ class EngineCore:
     """
 
     def __init__(
-        self,
-        runner: Runner,
-        config: SchedulerConfig,
-        *,
-        seed: int = 0,
-        overlap: bool = False,
+        self, runner: Runner, config: SchedulerConfig, *, seed: int = 0, overlap: bool = False
     ) -> None:
         self.runner = runner
         self.seed = seed

@@ -93,9 +93,7 @@ class Scheduler:
         assert facts.max_num_batched_tokens >= 1
         assert config.long_prefill_token_threshold >= 1
         self.block_pool = BlockPool(
-            facts.num_blocks,
-            facts.block_size,
-            enable_prefix_caching=config.enable_prefix_caching,
+            facts.num_blocks, facts.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
         self.block_tables = BlockTables(self.block_pool, sliding_window=facts.sliding_window)
         self.eos_token_ids = frozenset(facts.eos_token_ids)

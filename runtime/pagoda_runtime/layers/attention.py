@@ -63,11 +63,7 @@ class SelfAttention(Module):
         self.layer = layer
         qkv_bias, output_bias = biases
         self.qkv_proj = Linear(
-            hidden_size,
-            heads.qkv_parts(),
-            cut=Axis.OUTPUT,
-            bias=qkv_bias,
-            placement=placement,
+            hidden_size, heads.qkv_parts(), cut=Axis.OUTPUT, bias=qkv_bias, placement=placement
         )
         self.o_proj = Linear(
             heads.num_heads * heads.head_dim,

@@ -62,12 +62,7 @@ class LanguageModelHead(Module):
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        hidden_size: int,
-        *,
-        tied_to: Embedding | None,
-        placement: Placement,
+        self, vocab_size: int, hidden_size: int, *, tied_to: Embedding | None, placement: Placement
     ) -> None:
         super().__init__()
         self.method = UnquantizedLinear(placement)

@@ -86,10 +86,7 @@ class Model(Module):
         super().__init__()
         self.config, self.placement = config, placement
         self.embed_tokens = Embedding(
-            config.vocab_size,
-            config.hidden_size,
-            scale=config.embedding_scale,
-            placement=placement,
+            config.vocab_size, config.hidden_size, scale=config.embedding_scale, placement=placement
         )
         self.layers = [DecoderLayer(config, layer, placement) for layer in range(config.num_layers)]
         self.norm = _make_norm(config, placement)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,22 +18,13 @@ from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.errors import FatalError, unreadable
 from pagoda_runtime.models.config import DTYPE_OF_WEIGHTS, ModelConfig
 from pagoda_runtime.models.source import OnProgress
-from pagoda_runtime.quantization.parameter import Shard
+from pagoda_runtime.quantization.parameter import Shard, StoredTensor
 
 logger = logging.getLogger(__name__)
 
 KV_SCALES = (".k_scale", ".v_scale")
 """Last parts of the names of a whole layer's scales, which some exporters store."""
 _NAMES_SHOWN = 4
-
-
-class StoredTensor(Protocol):
-    """A tensor in its file, as safetensors' `get_slice` gives it."""
-
-    def get_shape(self) -> list[int]: ...
-
-    def __getitem__(self, index: Any, /) -> torch.Tensor:
-        """Of its file, mapped, not copied."""
 
 
 def settle_by_weights(config: ModelConfig, folder: Path) -> ModelConfig:

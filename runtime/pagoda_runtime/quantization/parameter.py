@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -128,10 +128,13 @@ class Parameter:
         self.data[target].copy_(tensor)
 
 
-class Sliceable(Protocol):
-    """A tensor, or one that still lies in its file."""
+class StoredTensor(Protocol):
+    """A tensor in its file, as safetensors' `get_slice` gives it."""
 
-    def __getitem__(self, index: tuple[slice, ...], /) -> torch.Tensor: ...
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, index: Any, /) -> torch.Tensor:
+        """Of its file, mapped, not copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,7 @@ class Shard:
     """Which part of it this rank holds."""
     target: tuple[slice, ...]
 
-    def load(self, tensor: Sliceable) -> torch.Tensor:
+    def load(self, tensor: StoredTensor) -> torch.Tensor:
         """Take this rank's part of the checkpoint's tensor, and return it; no other is read."""
         piece = tensor[self.source]
         self.parameter.store(self.target, piece)

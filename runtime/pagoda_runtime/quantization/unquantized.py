@@ -68,10 +68,7 @@ class PrepackedLinear:
     """
 
     def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        activation: str | None = None,
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
     ) -> None:
         num_parts = 1 if activation is None else 2
         biases = [None] * num_parts if bias is None else bias.chunk(num_parts)

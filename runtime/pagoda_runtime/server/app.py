@@ -5,34 +5,14 @@ from __future__ import annotations
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from pagoda_runtime.client.engine_client import EngineClient
 from pagoda_runtime.config import ServerConfig
-from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.server import health, openai, openapi
 from pagoda_runtime.server.access import LOAD_HEADER, REQUEST_ID_HEADER, Access
 from pagoda_runtime.server.errors import make_app
 from pagoda_runtime.server.framing import ReadHead
 from pagoda_runtime.server.middleware import Authenticate, LimitBody
-from pagoda_runtime.server.openapi import DOCUMENTED
+from pagoda_runtime.server.openapi import ROUTES
 from pagoda_runtime.server.state import ServerState
-
-ROUTES = (
-    *(f"{route.method} {route.path}" for route in DOCUMENTED),
-    "GET /openapi.json",
-    "GET /docs",
-)
-
-
-def create_state(
-    config: ServerConfig,
-    engine: EngineClient,
-    chat_template: str | None = None,
-    keys: ApiKeys | None = None,
-) -> ServerState:
-    """The state of a server whose tokenizer comes later; its metrics follow the engine."""
-    state = ServerState(config, engine, chat_template=chat_template, keys=keys, handlers=ROUTES)
-    engine.on_stats = state.metrics.observe_step
-    return state
 
 
 def create_app(state: ServerState) -> ASGIApp:

@@ -81,7 +81,10 @@ async def _load_and_serve(
             loading.result()
             await _first_of(asked, failing)
             if not failing.done():
-                async with running(_drain(state, _delay(state, stop))) as (draining,):
+                # A person's Ctrl-C has no load balancer behind it that could lag.
+                is_by_machine = stop.first == signal.SIGTERM
+                delay = state.config.drain_delay_seconds if is_by_machine else 0.0
+                async with running(_drain(state, delay)) as (draining,):
                     await _first_of(draining, failing)
         if failing.done():
             failing.result()
@@ -132,11 +135,6 @@ async def _wait_for_failure(engine: EngineClient) -> None:
     while engine.failure is None:
         await asyncio.sleep(POLL_SECONDS)
     raise FatalError(engine.failure.reason, engine.failure.message)
-
-
-def _delay(state: ServerState, stop: StopSignals) -> float:
-    # A person's Ctrl-C has no load balancer behind it that could lag.
-    return state.config.drain_delay_seconds if stop.first == signal.SIGTERM else 0.0
 
 
 async def _drain(state: ServerState, delay_seconds: float) -> None:

@@ -71,10 +71,8 @@ class LogprobsWriter:
         if logprobs is None:
             return None
         top: dict[str, float] = {}
-        for token_id, logprob in (
-            *logprobs.top[: self.num_top],
-            (logprobs.token_id, logprobs.logprob),
-        ):
+        own = logprobs.token_id, logprobs.logprob
+        for token_id, logprob in (*logprobs.top[: self.num_top], own):
             # Tokens may share a text; then the likeliest of them is shown.
             top.setdefault(self._text(token_id), clamp(logprob))
         return top
@@ -92,9 +90,8 @@ class LogprobsWriter:
     def _decode(self, token_id: int) -> str:
         text = self._texts.get(token_id)
         if text is None:
-            text = self.tokenizer.piece(token_id)
-            if text is None:
-                text = self.tokenizer.token_text(token_id)
+            piece = self.tokenizer.piece(token_id)
+            text = self.tokenizer.token_text(token_id) if piece is None else piece
             self._texts[token_id] = text
         return text
 

@@ -81,6 +81,12 @@ DOCUMENTED = (
         errors=_BODY,
     ),
 )
+ROUTES = (
+    *(f"{route.method} {route.path}" for route in DOCUMENTED),
+    "GET /openapi.json",
+    "GET /docs",
+)
+"""All of a server."""
 
 
 def make_routes(*, are_keys_asked: bool) -> list[routing.Route]:

@@ -22,7 +22,7 @@ from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.logs import configure_logging
 from pagoda_runtime.models.source import resolve_model
 from pagoda_runtime.server.admin import create_admin_app
-from pagoda_runtime.server.app import create_app, create_state
+from pagoda_runtime.server.app import create_app
 from pagoda_runtime.server.connections import (
     PROBE_ROOM,
     Connection,
@@ -31,6 +31,7 @@ from pagoda_runtime.server.connections import (
     share_files,
 )
 from pagoda_runtime.server.lifecycle import LoadTokenizer, StopSignals, live
+from pagoda_runtime.server.state import ServerState
 from pagoda_runtime.tokenizer.chat_template import ChatTemplate
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -77,7 +78,7 @@ async def serve_async(
             )
         stack.enter_context(stop.installed())
         engine = EngineClient(config.engine, command=engine_command, log_level=config.log_level)
-        state = create_state(config, engine, chat_template, keys)
+        state = ServerState(config, engine, chat_template, keys)
         state.max_num_requests = limit - PROBE_ROOM
         servers = [_start_http(http_config(create_app(state), limit, backlog), listener)]
         logger.info("Listening on %s; loading %s", _url(listener), config.engine.model)

@@ -83,9 +83,7 @@ def _make_answer(
         model=body.model or state.model_names[0],
         created=int(time.time()),
         logprobs=LogprobsWriter(
-            tokenizer,
-            num_top=body.num_logprobs,
-            as_token_ids=bool(body.return_tokens_as_token_ids),
+            tokenizer, num_top=body.num_logprobs, as_token_ids=bool(body.return_tokens_as_token_ids)
         ),
     )
 

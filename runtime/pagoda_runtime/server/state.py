@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -20,6 +20,7 @@ from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.metrics import Metrics
 from pagoda_runtime.server.answers import Load
 from pagoda_runtime.server.body import default_max_body_bytes
+from pagoda_runtime.server.openapi import ROUTES
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -38,16 +39,15 @@ MAX_WARNED_CHARACTERS = 100
 
 
 class ServerState:
-    """Belongs to one event loop. `tokenizer` is None until the model is loaded."""
+    """Belongs to one event loop. `tokenizer` is None until the model is loaded; metrics follow the
+    engine."""
 
     def __init__(
         self,
         config: ServerConfig,
         engine: EngineClient,
-        *,
         chat_template: str | None = None,
         keys: ApiKeys | None = None,
-        handlers: Sequence[str] = (),
     ) -> None:
         self.config = config
         self.engine = engine
@@ -67,7 +67,8 @@ class ServerState:
         self.num_tokenizing = 0
         """Prompts that are accepted and not yet in the engine."""
         self.warned_fields: set[str] = set()
-        self.metrics = Metrics(self.model_names[0], self, handlers)
+        self.metrics = Metrics(self.model_names[0], self, ROUTES)
+        engine.on_stats = self.metrics.observe_step
         # Few threads: tokenizing must leave the other cores to the engine.
         self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._long_text_thread = ThreadPoolExecutor(1, thread_name_prefix="long-text")

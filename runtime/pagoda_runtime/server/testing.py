@@ -41,7 +41,7 @@ from pagoda_runtime.ipc.messages import (
 from pagoda_runtime.last_words import TERMINATION_LOG_VARIABLE, write_last_words
 from pagoda_runtime.logs import configure_logging
 from pagoda_runtime.sampling_params import SamplingParams
-from pagoda_runtime.server.app import create_app, create_state
+from pagoda_runtime.server.app import create_app
 from pagoda_runtime.server.flags import parse_serve_args
 from pagoda_runtime.server.run import http_config, serve_async
 from pagoda_runtime.server.state import ServerState
@@ -297,7 +297,7 @@ def make_state(
     engine: FakeEngine, config: ServerConfig, template: str | None = None
 ) -> ServerState:
     """The state of a server whose model is loaded."""
-    state = create_state(config, cast(EngineClient, engine), template)
+    state = ServerState(config, cast(EngineClient, engine), template)
     state.tokenizer = cast(Tokenizer, ByteTokenizer())
     return state
 

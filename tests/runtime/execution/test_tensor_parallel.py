@@ -20,10 +20,11 @@ from pagoda_runtime.layers.embedding import Embedding, LanguageModelHead
 from pagoda_runtime.models import weights
 from pagoda_runtime.models.registry import load_model_config, make_model
 from pagoda_runtime.models.testing import make_tiny_checkpoint
-from pagoda_runtime.models.weights import StoredTensor, load_weights, read_tensors
+from pagoda_runtime.models.weights import load_weights, read_tensors
 from pagoda_runtime.parallel import TensorParallel, connect
 from pagoda_runtime.platforms import choose_platform
 from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.parameter import StoredTensor
 from pagoda_runtime.quantization.unquantized import UnquantizedLinear
 from pagoda_runtime.sampling_params import SamplingParams
 

@@ -115,10 +115,8 @@ def _make_kernel(kv_dtype: torch.dtype) -> ThreadedKernel:
         own_sums = np.empty(a.partial_size, np.float32)
         claimed = claim(task)
         while claimed < a.num_parts * a.num_kv_heads:
-            part, head = (
-                _part(a.parts + claimed // a.num_kv_heads * _PART_BYTES),
-                claimed % a.num_kv_heads,
-            )
+            head = claimed % a.num_kv_heads
+            part = _part(a.parts + claimed // a.num_kv_heads * _PART_BYTES)
             sums = address_of(own_sums)
             if part.partial >= 0:
                 sums = a.partials + 4 * a.partial_size * (part.partial * a.num_kv_heads + head)
@@ -126,12 +124,8 @@ def _make_kernel(kv_dtype: torch.dtype) -> ThreadedKernel:
             _attend_part(a, part, head, cache, scales, unit, seen, packed, scratch, sums)
             claimed = claim(task)
 
-    return ThreadedKernel(
-        attend_parts,
-        needs=BF16.features,
-        variant=str(kv_dtype),
-        is_ahead=is_common(torch.bfloat16, kv_dtype),
-    )
+    is_ahead = is_common(torch.bfloat16, kv_dtype)
+    return ThreadedKernel(attend_parts, BF16.features, str(kv_dtype), is_ahead)
 
 
 _ATTEND = {kv_dtype: _make_kernel(kv_dtype) for kv_dtype in (torch.bfloat16, *LARGEST)}
