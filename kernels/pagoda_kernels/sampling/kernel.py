@@ -25,37 +25,19 @@ def draw_tokens_triton(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tenso
     most = _TILE if vocab_size % 16 == 0 else _TILE // 2
     tile = min(most, max(1024, triton.next_power_of_2(vocab_size)))
     maxima = torch.empty(num_rows, num_chunks, device=logits.device)
-    launch(
-        maxima_kernel,
-        [num_rows, triton.cdiv(vocab_size, _BLOCK)],
-        logits,
-        maxima,
-        vocab_size,
-        num_chunks,
-        logits.stride(0),
-        CHUNK=_CHUNK,
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
     tokens = torch.empty(num_draws, dtype=torch.int64, device=logits.device)
-    launch(
-        draw_kernel,
-        [num_draws],
-        logits,
-        maxima,
-        draws,
-        tokens,
-        num_draws,
-        vocab_size,
-        num_chunks,
-        logits.stride(0),
-        CHUNK=_CHUNK,
-        CHUNKS=max(_GROUP, triton.next_power_of_2(num_chunks)),
-        TILE=tile,
-        TILES=triton.next_power_of_2(triton.cdiv(vocab_size, tile)),
-        GROUP=_GROUP,
-        num_warps=min(16, tile // 256),
-    )
+    sizes = vocab_size, num_chunks, logits.stride(0)
+    grid = num_rows, triton.cdiv(vocab_size, _BLOCK)
+    launch(maxima_kernel, grid, logits, maxima, *sizes, CHUNK=_CHUNK, BLOCK=_BLOCK, num_warps=4)
+    options = {
+        "CHUNK": _CHUNK,
+        "CHUNKS": max(_GROUP, triton.next_power_of_2(num_chunks)),
+        "TILE": tile,
+        "TILES": triton.next_power_of_2(triton.cdiv(vocab_size, tile)),
+        "GROUP": _GROUP,
+        "num_warps": min(16, tile // 256),
+    }
+    launch(draw_kernel, [num_draws], logits, maxima, draws, tokens, num_draws, *sizes, **options)
     return tokens
 
 

@@ -58,37 +58,29 @@ class Batch(NamedTuple):
         return outputs
 
 
-class _Places(NamedTuple):
-    """Of the rows of a batch."""
-
-    draws: list[Draw]
-    """One for each seed of each row."""
-    firsts: list[int]
-    """Each row's first draw."""
-    scored: list[int]
-    """Draws whose logprobs are wanted."""
-    beams: list[int]
-    """Rows that are beams."""
-
-
-def _find_places(rows: Sequence[ScheduledRow]) -> _Places:
-    places = _Places([], [], [], [])
+def _find_places(
+    rows: Sequence[ScheduledRow],
+) -> tuple[list[Draw], list[int], list[int], list[int]]:
+    """A draw for each seed of each row; the rows' first draws, the draws whose logprobs are wanted,
+    and the rows that are beams.
+    """
+    draws, firsts, scored, beams = list[Draw](), list[int](), list[int](), list[int]()
     for index, row in enumerate(rows):
-        params, first = params_of(row), len(places.draws)
-        places.firsts.append(first)
+        params, first = params_of(row), len(draws)
+        firsts.append(first)
         if row.num_candidates:
-            places.beams.append(index)
+            beams.append(index)
         elif params.needs_logprobs:
-            places.scored.extend(range(first, first + len(row.seeds)))
+            scored.extend(range(first, first + len(row.seeds)))
         if row.num_candidates or params.is_greedy:
-            places.draws.extend([Draw(index)] * len(row.seeds))
+            draws.extend([Draw(index)] * len(row.seeds))
             continue
         position = row.start + len(row.token_ids)
         limits = (params.temperature, params.min_p, params.top_p)
-        places.draws.extend(
+        draws.extend(
             Draw(index, params.top_k, make_state(seed, position), *limits) for seed in row.seeds
         )
-    return places
+    return draws, firsts, scored, beams
 
 
 def start_batch(
@@ -102,8 +94,8 @@ def start_batch(
     Args:
         logits: [num_rows, vocab_size], any float dtype.
     """
-    places = _find_places(rows)
-    arrays = [pack_draws(places.draws), *(np.array(some, np.int64) for some in places[1:])]
+    all_draws, *places = _find_places(rows)
+    arrays = [pack_draws(all_draws), *(np.array(some, np.int64) for some in places)]
     if any(is_processed(row) for row in rows):
         arrays += find_changes(rows, eos_token_ids, logits.shape[1])
     draws, firsts, scored, beams, *changes = all_to_device(arrays, logits.device)
@@ -112,14 +104,14 @@ def start_batch(
         processed = clean_logits(logits)
         change_logits(processed, changes)
     tokens = draw_tokens(processed, draws)
-    found = [tokens]
-    if places.scored:
+    found, has_scores = [tokens], len(scored) > 0
+    if has_scores:
         found += describe_tokens(
             logits.index_select(0, draws[0].index_select(0, scored)),
             tokens.index_select(0, scored),
             max(params_of(row).logprobs or 0 for row in rows),
         )
-    if places.beams:
+    if len(beams):
         most, some = max(row.num_candidates for row in rows), processed.index_select(0, beams)
         found += find_candidates(some if changes else clean_logits(some), most)
-    return Batch(rows, bool(places.scored), tokens.index_select(0, firsts), ToHost([found]))
+    return Batch(rows, has_scores, tokens.index_select(0, firsts), ToHost([found]))

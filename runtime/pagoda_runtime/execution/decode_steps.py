@@ -44,23 +44,18 @@ class DecodeSteps:
     A row that only fills up the number is of block 0, which nobody reads.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        attention: AttentionBackend,
-        row_tables: RowTables,
-        last_tokens: torch.Tensor,
-    ) -> None:
-        """Args: last_tokens: int64: of each row of the step before, what it has sampled."""
+    def __init__(self, model: Model, attention: AttentionBackend, row_tables: RowTables) -> None:
         device, most = attention.spec.device, row_tables.padding_place
         self.model, self.attention = model, attention
-        self.row_tables, self.last_tokens = row_tables, last_tokens
+        self.row_tables = row_tables
+        self.last_tokens = torch.zeros(most, dtype=torch.int64, device=device)
+        """Of each row of the step before, of whatever kind, what it has sampled."""
         self._fields = torch.zeros(_NUM_FIELDS * most, dtype=torch.int32, device=device)
         columns = row_tables.table.shape[1]
         self._table = torch.zeros((most, columns), dtype=torch.int32, device=device)
         self._sizes: list[int] = []
         self._replays: dict[int, Replay] = {}
-        self._logits: torch.Tensor | None = None
+        self._logits = torch.empty(0, device=device)
 
     def record(self, record: Record, sizes: Sequence[int] | None = None) -> None:
         """Record steps, by default of all sizes; they share memory, so the largest comes first."""
@@ -70,7 +65,7 @@ class DecodeSteps:
         for size in sorted(sizes or graph_sizes(self.row_tables.padding_place), reverse=True):
             # Once before: what is compiled or allocated at the first call must not be recorded.
             logits = self._compute(size)
-            if self._logits is None:
+            if not self._replays:
                 self._logits = torch.empty_like(logits)
             self._replays[size] = record(partial(self._compute_into, size))
         self._sizes = sorted(self._replays)
@@ -83,7 +78,6 @@ class DecodeSteps:
         if size is None:
             return self._compute(num_rows)
         self._replays[size]()
-        assert self._logits is not None
         return self._logits[:num_rows]
 
     def _send(self, rows: Sequence[ScheduledRow], size: int) -> None:
@@ -113,5 +107,4 @@ class DecodeSteps:
         return self.model.logits(hidden)
 
     def _compute_into(self, size: int) -> None:
-        assert self._logits is not None
         self._logits[:size].copy_(self._compute(size))

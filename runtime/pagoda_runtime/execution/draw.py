@@ -54,17 +54,10 @@ def _draw(weights: torch.Tensor, draw: Draw) -> int:
 def _larger(weights: torch.Tensor, index: int) -> torch.Tensor:
     """The weights, with 0 in place of the one at index and of all that are not larger."""
     weight = float(weights[index])
-    return torch.cat(
-        [
-            F.threshold(weights[:index], _just_below(weight), 0.0),
-            F.threshold(weights[index:], weight, 0.0),
-        ]
-    )
-
-
-def _just_below(weight: float) -> float:
-    """The fp32 number before this one: what is above it is at least the weight."""
-    return float(np.nextafter(np.float32(weight), np.float32(-math.inf)))
+    # What is above the fp32 number before this one is at least the weight.
+    below = float(np.nextafter(np.float32(weight), np.float32(-math.inf)))
+    before, after = weights[:index], weights[index:]
+    return torch.cat([F.threshold(before, below, 0.0), F.threshold(after, weight, 0.0)])
 
 
 def _chunk_sums(weights: torch.Tensor) -> torch.Tensor:

@@ -6,14 +6,12 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.memory import format_bytes, must_fit
 from pagoda_runtime.models.check import verify_tensor_parallel
-from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.model import Model
 from pagoda_runtime.models.registry import load_model_config, make_model
 from pagoda_runtime.models.source import OnProgress, resolve_model
@@ -51,34 +49,22 @@ def load_model(
         timed("Loading the weights"),
         torch.inference_mode(),
     ):
-        model = _load_weights(folder, model_config, placement, on_progress)
-    _log_prediction(model.step_bytes, platform)
-    return model
-
-
-def _load_weights(
-    folder: Path, model_config: ModelConfig, placement: Placement, on_progress: OnProgress
-) -> Model:
-    model = make_model(model_config, placement)
-    num_bytes = load_weights(
-        model.weights(), folder, unused=model.unused_weights, on_progress=on_progress
-    )
-    model.after_loading()
+        model = make_model(model_config, placement)
+        num_bytes = load_weights(
+            model.weights(), folder, unused=model.unused_weights, on_progress=on_progress
+        )
+        model.after_loading()
     logger.info("Read %s of weights", format_bytes(num_bytes))
     if copies := model.vocabulary_copies:
         forms = ", ".join(f"{form}: {format_bytes(size)}" for form, size in copies.items())
         logger.info("The tied vocabulary is held as a table, and %s", forms)
-    return model
-
-
-def _log_prediction(weight_bytes: int, platform: Platform) -> None:
-    bandwidth_gbps = platform.memory_bandwidth_gbps()
-    if bandwidth_gbps is not None:
+    if (bandwidth_gbps := platform.memory_bandwidth_gbps()) is not None:
         logger.info(
             "Memory is read at %.1f GB/s, so one request gets about %.0f tokens/s at most",
             bandwidth_gbps,
-            predicted_tokens_per_second(weight_bytes, bandwidth_gbps),
+            predicted_tokens_per_second(model.step_bytes, bandwidth_gbps),
         )
+    return model
 
 
 @contextmanager

@@ -78,8 +78,23 @@ def find_changes(
     tokens, bias, repetition, presence and frequency the places in flattened logits, int64, each
     with numbers, fp32.
     """
-    allowed, added = _find_restrictions(rows, eos_token_ids, vocab_size)
-    entries = (allowed, added, *_find_penalties(rows))
+    allowed, added, repeated, present, frequent = entries = [_Entries() for _ in range(5)]
+    for index, row in enumerate(rows):
+        params, said = params_of(row), row.history or []
+        output = said[row.num_prompt_tokens :]
+        if params.allowed_token_ids is not None:
+            allowed.append((index, params.allowed_token_ids, 0.0))
+        forbidden = _forbidden_token_ids(row, eos_token_ids)
+        if forbidden and not forbidden.issuperset(params.allowed_token_ids or range(vocab_size)):
+            added.append((index, forbidden, -np.inf))
+        if params.logit_bias:
+            added.append((index, params.logit_bias, list(params.logit_bias.values())))
+        if params.repetition_penalty != 1.0:
+            repeated.append((index, said, params.repetition_penalty))
+        if params.presence_penalty:
+            present.append((index, output, params.presence_penalty))
+        if params.frequency_penalty:
+            frequent.append((index, output, -params.frequency_penalty))
     restricted = np.array([index for index, *_ in allowed], np.int64)
     return [restricted, *(array for some in entries for array in _locate(some, vocab_size))]
 
@@ -111,24 +126,6 @@ def change_logits(logits: torch.Tensor, changes: Sequence[torch.Tensor]) -> None
         flat.index_add_(0, frequent, frequencies)
 
 
-def _find_restrictions(
-    rows: Sequence[ScheduledRow], eos_token_ids: Collection[int], vocab_size: int
-) -> tuple[_Entries, _Entries]:
-    """Allowed tokens, and biases, which are -inf for forbidden tokens."""
-    allowed, added = _Entries(), _Entries()
-    for index, row in enumerate(rows):
-        params = params_of(row)
-        if params.allowed_token_ids is not None:
-            allowed.append((index, params.allowed_token_ids, 0.0))
-        forbidden = _forbidden_token_ids(row, eos_token_ids)
-        possible = params.allowed_token_ids or range(vocab_size)
-        if forbidden and not forbidden.issuperset(possible):
-            added.append((index, forbidden, -np.inf))
-        if params.logit_bias:
-            added.append((index, params.logit_bias, list(params.logit_bias.values())))
-    return allowed, added
-
-
 def _forbidden_token_ids(row: ScheduledRow, eos_token_ids: Collection[int]) -> set[int]:
     """Tokens that would complete a bad word, and those that end a row of too few tokens."""
     params = params_of(row)
@@ -139,21 +136,6 @@ def _forbidden_token_ids(row: ScheduledRow, eos_token_ids: Collection[int]) -> s
     if row.num_output_tokens < params.min_tokens:
         forbidden.update(eos_token_ids, params.stop_token_ids)
     return forbidden
-
-
-def _find_penalties(rows: Sequence[ScheduledRow]) -> tuple[_Entries, _Entries, _Entries]:
-    """Tokens of the rows' histories with penalties for repetition, presence and frequency."""
-    repeated, present, frequent = _Entries(), _Entries(), _Entries()
-    for index, row in enumerate(rows):
-        params, said = params_of(row), row.history or []
-        output = said[row.num_prompt_tokens :]
-        if params.repetition_penalty != 1.0:
-            repeated.append((index, said, params.repetition_penalty))
-        if params.presence_penalty:
-            present.append((index, output, params.presence_penalty))
-        if params.frequency_penalty:
-            frequent.append((index, output, -params.frequency_penalty))
-    return repeated, present, frequent
 
 
 def _locate(entries: _Entries, vocab_size: int) -> tuple[Array, Array]:

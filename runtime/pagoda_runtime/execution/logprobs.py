@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -103,23 +102,10 @@ def find_candidates(logits: torch.Tensor, num_candidates: int) -> tuple[torch.Te
     return token_ids, logits.log_softmax(-1).gather(1, token_ids)
 
 
-class StartedLogprobs(NamedTuple):
-    """Logprobs that a device may still be computing."""
-
-    token_ids: Sequence[int]
-    described: ToHost
-    num_top: int
-
-    def tell(self) -> list[TokenLogprobs]:
-        """Wait for them."""
-        columns = (np.concatenate(column) for column in zip(*self.described.wait(), strict=True))
-        return tell_tokens(self.token_ids, *columns, num_top=self.num_top)
-
-
 def start_logprobs(
     logits: torch.Tensor, token_ids: Sequence[int], num_top: int, *, in_batch: bool
-) -> StartedLogprobs:
-    """Compute the logprobs of one token per row, and of the num_top largest ones.
+) -> Callable[[], list[TokenLogprobs]]:
+    """Begin to compute the logprobs of one token per row, and of the num_top largest ones.
 
     Args:
         logits: [num_rows, vocab_size], any float dtype.
@@ -130,7 +116,12 @@ def start_logprobs(
     at_once = len(logits) if in_batch else 1
     parts = zip(logits.split(at_once), targets.split(at_once), strict=True)
     described = ToHost([describe_tokens(*part, num_top) for part in parts])
-    return StartedLogprobs(token_ids, described, num_top)
+
+    def tell() -> list[TokenLogprobs]:
+        columns = (np.concatenate(column) for column in zip(*described.wait(), strict=True))
+        return tell_tokens(token_ids, *columns, num_top=num_top)
+
+    return tell
 
 
 def tell_tokens(token_ids: Sequence[int], *described: Numbers, num_top: int) -> list[TokenLogprobs]:

@@ -36,7 +36,7 @@ _COSTLY = SamplingParams(
 def find_step_bytes(
     config: EngineConfig, model: Model, attention: AttentionBackend, platform: Platform
 ) -> int:
-    """What the largest step and the graphs take; estimated where the platform measures nothing.
+    """What the largest step and the graphs take; 0 where the platform measures nothing.
 
     Afterwards the attention has to be allocated anew.
     Raises: FatalError: the platform's out_of_memory.
@@ -51,13 +51,12 @@ def find_step_bytes(
             "device.",
         ),
     ):
-        measured = _measure(config, model, attention, platform)
-    return _estimate(config, model) if measured is None else measured
+        return _measure(config, model, attention, platform)
 
 
 def _measure(
     config: EngineConfig, model: Model, attention: AttentionBackend, platform: Platform
-) -> int | None:
+) -> int:
     limit = model.config.max_position_embeddings
     max_model_len = min(config.max_model_len or limit, limit)
     trial: list[StepRunner] = []
@@ -78,7 +77,7 @@ def _measure(
 
     use = platform.measure(run_largest_steps)
     if use is None:
-        return None
+        return 0
     graph_bytes = 0 if config.enforce_eager else _measure_graphs(trial.pop(), platform)
     logger.info(
         "The largest step takes %s, graphs %s",
@@ -129,13 +128,3 @@ def largest_steps(
 
     prompts = [make_row(number, 0, count) for number, count in enumerate(counts.tolist())]
     return prompts, [make_row(number, max_model_len - 1, 1) for number in range(num_rows)]
-
-
-def _estimate(config: EngineConfig, model: Model) -> int:
-    num_tokens, dtype = config.max_num_batched_tokens, model.placement.dtype
-    assert num_tokens is not None
-    # Logits dominate: one row for each sequence, in the model's dtype, and once more in fp32.
-    number_bytes = dtype.itemsize + 4
-    vocabulary = min(config.max_num_seqs, num_tokens) * model.config.vocab_size * number_bytes
-    widest = 2 * model.config.intermediate_size + 4 * model.config.hidden_size
-    return vocabulary + num_tokens * widest * number_bytes

@@ -105,15 +105,12 @@ class ModelRunner(StepRunner):
         params = SamplingParams(temperature=0.0)
         for start, token_ids in ((0, [0] * num_tokens), (num_tokens, [0])):
             num_blocks = -(-(start + len(token_ids)) // self.block_size)
-            self.submit(
-                [
-                    ScheduledRow(
-                        request_id="warmup",
-                        token_ids=token_ids,
-                        start=start,
-                        # Block 0 holds padding: nothing of the warm-up can be seen by a request.
-                        block_table=[0] * num_blocks,
-                        sampling_params=params,
-                    )
-                ]
-            ).result()
+            row = ScheduledRow(
+                request_id="warmup",
+                token_ids=token_ids,
+                start=start,
+                # Block 0 holds padding: nothing of the warm-up can be seen by a request.
+                block_table=[0] * num_blocks,
+                sampling_params=params,
+            )
+            self.submit([row]).result()

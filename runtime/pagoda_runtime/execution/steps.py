@@ -11,11 +11,11 @@ import torch
 from pagoda_kernels.paged_attention import AttentionBackend
 from pagoda_runtime.execution.batch_sampler import start_batch
 from pagoda_runtime.execution.decode_steps import DecodeSteps, is_decode_step
-from pagoda_runtime.execution.logprobs import StartedLogprobs, start_logprobs
+from pagoda_runtime.execution.logprobs import start_logprobs
 from pagoda_runtime.execution.row_tables import RowTables
 from pagoda_runtime.execution.sampler import sample_hidden
 from pagoda_runtime.execution.step_input import PreparedStep, prepare_step
-from pagoda_runtime.ipc.messages import BlockCopy, RowOutput, ScheduledRow
+from pagoda_runtime.ipc.messages import BlockCopy, RowOutput, ScheduledRow, TokenLogprobs
 from pagoda_runtime.models.model import Model
 from pagoda_runtime.platforms import Platform
 
@@ -32,7 +32,7 @@ class RunningStep:
     sampled_rows: Sequence[int]
     tell: Callable[[], list[RowOutput]]
     """Waits for the outputs of these rows."""
-    prompts: Sequence[tuple[int, list[StartedLogprobs]]]
+    prompts: Sequence[tuple[int, list[Callable[[], list[TokenLogprobs]]]]]
     """Rows, each with the logprobs of its prompt, piece by piece."""
 
     @torch.inference_mode()
@@ -42,7 +42,7 @@ class RunningStep:
         for index, output in zip(self.sampled_rows, self.tell(), strict=True):
             outputs[index] = output
         for index, pieces in self.prompts:
-            told = [token for piece in pieces for token in piece.tell()]
+            told = [token for tell in pieces for token in tell()]
             outputs[index] = msgspec.structs.replace(outputs[index], prompt_logprobs=told)
         return outputs
 
@@ -71,9 +71,8 @@ class StepRunner:
         self.last_tokens: torch.Tensor | None = None
         self.decode_steps: DecodeSteps | None = None
         if platform.is_asynchronous:
-            device = attention.spec.device
-            self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-            self.decode_steps = DecodeSteps(model, attention, self.row_tables, self.last_tokens)
+            self.decode_steps = DecodeSteps(model, attention, self.row_tables)
+            self.last_tokens = self.decode_steps.last_tokens
 
     @torch.inference_mode()
     def record_graphs(self) -> None:
@@ -131,7 +130,7 @@ class StepRunner:
 
     def _prompt_logprobs(
         self, hidden: torch.Tensor, row: ScheduledRow
-    ) -> Iterator[StartedLogprobs]:
+    ) -> Iterator[Callable[[], list[TokenLogprobs]]]:
         """Of row.prompt_targets, the first of which follows the first row of hidden."""
         targets = row.prompt_targets
         assert targets is not None

@@ -164,7 +164,5 @@ class Platform(ABC):
 
     def complete(self, config: EngineConfig) -> EngineConfig:
         """The config with this platform's defaults in the place of None."""
-        missing: dict[str, Any] = {
-            name: n for name, n in self.defaults.items() if getattr(config, name) is None
-        }
+        missing: Any = {n: v for n, v in self.defaults.items() if getattr(config, n) is None}
         return replace(config, **missing) if missing else config

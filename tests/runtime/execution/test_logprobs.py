@@ -20,7 +20,7 @@ INF = math.inf
 
 
 def describe(logits, token_ids, num_top, *, in_batch=False):
-    return start_logprobs(logits, token_ids, num_top, in_batch=in_batch).tell()
+    return start_logprobs(logits, token_ids, num_top, in_batch=in_batch)()
 
 
 @settings(deadline=None)
