@@ -25,11 +25,10 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class KvCacheSize:
-    """num_blocks blocks of block_size tokens, which hold one sequence of max_model_len at least."""
+    """num_blocks blocks, which hold one sequence of max_model_len tokens at least."""
 
     num_blocks: int
     """Blocks that the scheduler may hand out; block 0 comes on top of them."""
-    block_size: int
     max_model_len: int
     total_bytes: int
 
@@ -90,7 +89,7 @@ def fit_kv_cache(
     logger.info(
         "KV cache: %d blocks of %d tokens in %s, %s",
         size.num_blocks,
-        size.block_size,
+        attention.spec.block_size,
         kv_dtype_name(attention.spec.kv_dtype),
         format_bytes(size.total_bytes),
     )
@@ -122,35 +121,28 @@ def size_kv_cache(
         KvCacheTooSmall if one sequence of max_model_len tokens does not fit.
     """
     verify_max_model_len(config, max_model_len)
-    limit = config.max_position_embeddings
-    wanted_len = limit if max_model_len is None else max_model_len
     # Block 0 is never handed out: padding is written there.
     affordable = budget.available_bytes // block_bytes - 1
-    needed = -(-wanted_len // block_size)
-    if affordable < needed and (max_model_len is not None or affordable < 1):
-        raise _too_small(
-            budget,
-            needed_bytes=((needed if max_model_len else 1) + 1) * block_bytes,
-            wanted_len=wanted_len if max_model_len else block_size,
-            fitting_len=max(0, affordable * block_size),
+    least_len = max_model_len or block_size
+    needed = -(-least_len // block_size)
+    fitting_len = affordable * block_size
+    if affordable < needed:
+        needed_bytes = (needed + 1) * block_bytes
+        remedy = f"Raise {budget.knob} to at least {needed_bytes} bytes"
+        if budget.knob != "--kv-cache-memory-bytes":
+            remedy = (
+                f"Raise {budget.knob}, or set --kv-cache-memory-bytes to at least {needed_bytes}"
+            )
+        if affordable > 0:
+            remedy += f", or lower --max-model-len to at most {fitting_len}"
+        raise FatalError(
+            "KvCacheTooSmall",
+            f"One sequence of {least_len} tokens needs {format_bytes(needed_bytes)} of KV cache, "
+            f"but {format_bytes(max(0, budget.available_bytes))} is available. {remedy}.",
         )
-    model_len = min(wanted_len, affordable * block_size)
+    model_len = min(max_model_len or config.max_position_embeddings, fitting_len)
     num_blocks = min(affordable, max_num_seqs * -(-model_len // block_size))
-    return KvCacheSize(num_blocks, block_size, model_len, (num_blocks + 1) * block_bytes)
-
-
-def _too_small(
-    budget: MemoryBudget, *, needed_bytes: int, wanted_len: int, fitting_len: int
-) -> FatalError:
-    remedy = f"Raise {budget.knob} to at least {needed_bytes} bytes"
-    if budget.knob != "--kv-cache-memory-bytes":
-        remedy = f"Raise {budget.knob}, or set --kv-cache-memory-bytes to at least {needed_bytes}"
-    shorter = f", or lower --max-model-len to at most {fitting_len}" if fitting_len else ""
-    return FatalError(
-        "KvCacheTooSmall",
-        f"One sequence of {wanted_len} tokens needs {format_bytes(needed_bytes)} of KV cache, but "
-        f"{format_bytes(max(0, budget.available_bytes))} is available. {remedy}{shorter}.",
-    )
+    return KvCacheSize(num_blocks, model_len, (num_blocks + 1) * block_bytes)
 
 
 def format_bytes(num_bytes: int) -> str:

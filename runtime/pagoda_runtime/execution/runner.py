@@ -58,7 +58,7 @@ class ModelRunner(StepRunner):
         attention = make_attention(config, model, backend)
         find_bytes = partial(find_step_bytes, config, model, attention, platform)
         size = fit_kv_cache(config, model.config, attention, platform, parallel, find_bytes)
-        self.num_blocks, self.block_size = size.num_blocks, size.block_size
+        self.num_blocks, self.block_size = size.num_blocks, attention.spec.block_size
         self.max_model_len = size.max_model_len
         model.set_max_model_len(size.max_model_len)
         flag = Platform.cache_flag if config.kv_cache_memory_bytes else platform.cache_flag
@@ -86,7 +86,7 @@ class ModelRunner(StepRunner):
         windows = model.windows
         self.ready_facts = EngineReady(
             max_model_len=size.max_model_len,
-            block_size=size.block_size,
+            block_size=self.block_size,
             num_blocks=size.num_blocks,
             vocab_size=model.config.vocab_size,
             sliding_window=0 if 0 in windows else max(windows),

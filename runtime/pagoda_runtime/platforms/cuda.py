@@ -75,32 +75,25 @@ class CudaPlatform(Platform):
         return MemoryUse(peak, max(0, free - torch.cuda.mem_get_info()[0]))
 
     def recorder(self) -> Record:
-        return _GraphRecorder()
-
-
-class _GraphRecorder:
-    """Records CUDA graphs, whose tensors lie in one pool of memory: only one runs at a time."""
-
-    def __init__(self) -> None:
+        """Of CUDA graphs, whose tensors lie in one pool of memory: only one runs at a time."""
         import torch
 
         # Garbage that is a graph must not be found while another one is recorded.
         gc.collect()
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
-    def __call__(self, run: Callable[[], None]) -> Replay:
-        import torch
+        def record(run: Callable[[], None]) -> Replay:
+            graph = torch.cuda.CUDAGraph()
+            stream.wait_stream(torch.cuda.current_stream())
+            # Not torch.cuda.graph, which collects all garbage and gives all memory back each time.
+            with torch.cuda.stream(stream):
+                # What other threads do meanwhile, as NCCL's, is none of the graph's business.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    run()
+                finally:
+                    graph.capture_end()
+            torch.cuda.current_stream().wait_stream(stream)
+            return graph.replay
 
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        # Not torch.cuda.graph, which collects all garbage and gives all memory back each time.
-        with torch.cuda.stream(self._stream):
-            # What other threads do meanwhile, as NCCL's, is none of the graph's business.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                run()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return graph.replay
+        return record
