@@ -41,22 +41,6 @@ def find_step_bytes(
     Afterwards the attention has to be allocated anew.
     Raises: FatalError: the platform's out_of_memory.
     """
-    with (
-        torch.inference_mode(),
-        must_fit(
-            platform,
-            f"The weights, and a step of {config.max_num_batched_tokens} tokens and "
-            f"{config.max_num_seqs} sequences, do",
-            "Lower --max-num-batched-tokens or --max-num-seqs (engine.maxNumSeqs), or use a larger "
-            "device.",
-        ),
-    ):
-        return _measure(config, model, attention, platform)
-
-
-def _measure(
-    config: EngineConfig, model: Model, attention: AttentionBackend, platform: Platform
-) -> int:
     limit = model.config.max_position_embeddings
     max_model_len = min(config.max_model_len or limit, limit)
     trial: list[StepRunner] = []
@@ -75,23 +59,29 @@ def _measure(
             runner.execute(rows)
         trial.append(runner)
 
-    use = platform.measure(run_largest_steps)
-    if use is None:
-        return 0
-    graph_bytes = 0 if config.enforce_eager else _measure_graphs(trial.pop(), platform)
-    logger.info(
-        "The largest step takes %s, graphs %s",
-        format_bytes(use.peak_bytes),
-        format_bytes(graph_bytes),
+    what = (
+        f"The weights, and a step of {config.max_num_batched_tokens} tokens and "
+        f"{config.max_num_seqs} sequences, do"
     )
+    remedy = (
+        "Lower --max-num-batched-tokens or --max-num-seqs (engine.maxNumSeqs), or use a larger "
+        "device."
+    )
+    with torch.inference_mode(), must_fit(platform, what, remedy):
+        use = platform.measure(run_largest_steps)
+        if use is None:
+            return 0
+        graph_bytes = 0 if config.enforce_eager else _measure_graphs(trial.pop(), platform)
+    step, graphs = format_bytes(use.peak_bytes), format_bytes(graph_bytes)
+    logger.info("The largest step takes %s, graphs %s", step, graphs)
     return use.peak_bytes + graph_bytes
 
 
 def _measure_graphs(runner: StepRunner, platform: Platform) -> int:
     """What graphs of all sizes take, from the two largest: the others fit into their memory."""
     record, steps = platform.recorder(), runner.decode_steps
-    if record is None or steps is None:
-        return 0
+    assert record is not None
+    assert steps is not None
     sizes = graph_sizes(runner.row_tables.padding_place)
     kept = []
     for size in sizes[:-3:-1]:

@@ -79,7 +79,7 @@ class ModelRunner(StepRunner):
             on_progress("warmup", 0.0, 0.0)
             with timed("Warming up"):
                 self._warm_up()
-            if not config.enforce_eager:
+            if self.decode_steps is not None and not config.enforce_eager:
                 with timed("Recording graphs"):
                     self.record_graphs()
         on_progress("warmup", 100.0, 0.0)
