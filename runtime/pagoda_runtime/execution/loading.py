@@ -58,13 +58,19 @@ def load_model(
     if copies := model.vocabulary_copies:
         forms = ", ".join(f"{form}: {format_bytes(size)}" for form, size in copies.items())
         logger.info("The tied vocabulary is held as a table, and %s", forms)
+    if parallel.rank == 0:
+        # By one rank: several that measure at once slow each other down.
+        _log_prediction(model.step_bytes, platform)
+    return model
+
+
+def _log_prediction(weight_bytes: int, platform: Platform) -> None:
     if (bandwidth_gbps := platform.memory_bandwidth_gbps()) is not None:
         logger.info(
             "Memory is read at %.1f GB/s, so one request gets about %.0f tokens/s at most",
             bandwidth_gbps,
-            predicted_tokens_per_second(model.step_bytes, bandwidth_gbps),
+            predicted_tokens_per_second(weight_bytes, bandwidth_gbps),
         )
-    return model
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def size_kv_cache(
     if affordable < needed:
         needed_bytes = (needed + 1) * block_bytes
         remedy = f"Raise {budget.knob} to at least {needed_bytes} bytes"
-        if budget.knob != "--kv-cache-memory-bytes":
+        if budget.knob != Platform.cache_flag:
             remedy = (
                 f"Raise {budget.knob}, or set --kv-cache-memory-bytes to at least {needed_bytes}"
             )

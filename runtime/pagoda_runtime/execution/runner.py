@@ -83,20 +83,23 @@ class ModelRunner(StepRunner):
                 with timed("Recording graphs"):
                     self.record_graphs()
         on_progress("warmup", 100.0, 0.0)
-        windows = model.windows
-        self.ready_facts = EngineReady(
-            max_model_len=size.max_model_len,
+        self.ready_facts = self._describe(parallel.size)
+
+    def _describe(self, tensor_parallel_size: int) -> EngineReady:
+        config, windows = self.model.config, self.model.windows
+        return EngineReady(
+            max_model_len=self.max_model_len,
             block_size=self.block_size,
-            num_blocks=size.num_blocks,
-            vocab_size=model.config.vocab_size,
+            num_blocks=self.num_blocks,
+            vocab_size=config.vocab_size,
             sliding_window=0 if 0 in windows else max(windows),
-            doubling_depth=model.doubling_depth,
-            eos_token_ids=list(model.config.eos_token_ids),
-            dtype=dtype_name(model.placement.dtype),
+            doubling_depth=self.model.doubling_depth,
+            eos_token_ids=list(config.eos_token_ids),
+            dtype=dtype_name(self.model.placement.dtype),
             kv_cache_dtype=kv_dtype_name(self.attention.spec.kv_dtype),
-            device=platform.name,
-            tensor_parallel_size=parallel.size,
-            default_sampling=dict(model.config.default_sampling),
+            device=self.platform.name,
+            tensor_parallel_size=tensor_parallel_size,
+            default_sampling=dict(config.default_sampling),
         )
 
     def _warm_up(self) -> None:
