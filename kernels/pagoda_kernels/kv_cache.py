@@ -15,6 +15,13 @@ LARGEST: Mapping[torch.dtype, float] = {
 """dtypes of 8 bits, each with its largest number. A token's head is divided by what makes its own
 largest number that one."""
 
+FORMATS: Mapping[torch.dtype, str] = {
+    torch.float8_e4m3fn: "e4m3",
+    torch.float8_e5m2: "e5m2",
+    torch.int8: "int8",
+}
+"""What Triton kernels call them."""
+
 # A head of zeros is divided by this over the largest number, and not by 0.
 LEAST = 1e-30
 

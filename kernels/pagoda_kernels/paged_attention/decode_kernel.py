@@ -123,7 +123,7 @@ def decode_kernel(
     most_splits, least_split,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, SOFT_CAP: tl.constexpr,
-    KIND: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    FORMAT: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The program (row * NUM_KV_HEADS + key head, split): an equal part of the keys in tiles."""
     row, kv_head = tl.program_id(0) // NUM_KV_HEADS, tl.program_id(0) % NUM_KV_HEADS
@@ -142,9 +142,8 @@ def decode_kernel(
     is_head, within = group < GROUP, (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     places = heads[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(q_ptr + token * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM) + places, within, 0.0)
-    q, scales = to_factors(q, scale, scales_ptr is not None)
+    q, scales = to_factors(q, scale, FORMAT)
     slopes = None if slopes_ptr is None else tl.load(slopes_ptr + heads, is_head, 0.0)
-    acc = tl.full([ROWS, PADDED_DIM], 0.0, tl.float32)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     if sinks_ptr is not None:
         sinks = tl.load(sinks_ptr + heads, is_head, float("-inf")) * LOG2_E
@@ -154,9 +153,9 @@ def decode_kernel(
     positions = tl.full([ROWS], 0, tl.int32) + (num_keys - 1)
     # fmt: off
     acc, most, total = add_keys(
-        acc, most, total, q, scales, positions, slopes, first, last, first, last,
+        most, total, q, scales, positions, slopes, first, last, first, last,
         numbers_ptr, scales_ptr, table_ptr + seq * table_stride, kv_head,
-        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SOFT_CAP, KIND, 0, TILE,
+        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SOFT_CAP, FORMAT, 0, TILE,
     )
     # fmt: on
     if sums_ptr is None:

@@ -88,7 +88,7 @@ def prefill_kernel(
     scale, tiles_ptr,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, SOFT_CAP: tl.constexpr,
-    KIND: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, LARGE_TILE: tl.constexpr,
+    FORMAT: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, LARGE_TILE: tl.constexpr,
 ):  # fmt: skip
     """The program tile * NUM_KV_HEADS + key head. Row i is head i % GROUP of token i // GROUP."""
     tile_ptr = tiles_ptr + tl.program_id(0) // NUM_KV_HEADS * 4
@@ -106,9 +106,8 @@ def prefill_kernel(
     places = heads[:, None] * HEAD_DIM + dims[None, :]
     token_at = (first_token + tokens)[:, None] * (NUM_KV_HEADS * HEAD_DIM)
     q = tl.load(q_ptr + token_at * (GROUP + 2) + places, within, 0.0)
-    q, scales = to_factors(q, scale, scales_ptr is not None)
+    q, scales = to_factors(q, scale, FORMAT)
     slopes = None if slopes_ptr is None else tl.load(slopes_ptr + heads)
-    acc = tl.full([ROWS, PADDED_DIM], 0.0, tl.float32)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     if sinks_ptr is not None:
         most = tl.load(sinks_ptr + heads) * LOG2_E
@@ -124,9 +123,9 @@ def prefill_kernel(
         seen_from = tl.maximum(last - WINDOW, 0)
     # fmt: off
     acc, most, total = add_keys(
-        acc, most, total, q, scales, query_positions, slopes, first, last, seen_from, position + 1,
+        most, total, q, scales, query_positions, slopes, first, last, seen_from, position + 1,
         numbers_ptr, scales_ptr, table_ptr, kv_head,
-        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SOFT_CAP, KIND, WINDOW, TILE,
+        NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SOFT_CAP, FORMAT, WINDOW, TILE,
     )
     # fmt: on
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)

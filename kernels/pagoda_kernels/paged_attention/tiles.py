@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from triton.language import target_info
 
-from pagoda_kernels.kv_cache import KVCache
+from pagoda_kernels.kv_cache import FORMATS, KVCache
 from pagoda_kernels.paged_attention.backend import AttentionSpec
-from pagoda_kernels.paged_attention.widen import NUMBERS, unit, widen
+from pagoda_kernels.paged_attention.widen import unit, widen
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -49,29 +49,31 @@ class Step(NamedTuple):
 
 @triton.jit
 def add_keys(
-    acc, most, total, q, scales, query_positions, slopes,
+    most, total, q, scales, query_positions, slopes,
     first, last, seen_from, seen_until, numbers_ptr, scales_ptr, table_ptr, kv_head,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SOFT_CAP: tl.constexpr, KIND: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
+    SOFT_CAP: tl.constexpr, FORMAT: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Sums of softmax over the keys at positions first … last - 1, of blocks in table_ptr.
 
-    acc [ROWS, PADDED_DIM], most, total [ROWS]: sum of weights times values, largest score and sum
-        of weights so far; weights are powers of 2, scores the numbers in their exponents.
+    most, total [ROWS]: largest score and sum of weights before; weights are powers of 2, scores the
+        numbers in their exponents.
     q [ROWS, PADDED_DIM], scales [ROWS]: see `to_factors`; query_positions [ROWS]: a row sees keys
         at its position and before it, and above its position - WINDOW (0: all); slopes [ROWS], or
         None.
     seen_from, seen_until: all rows see the keys at these positions, the last exclusive.
+    Returns: [ROWS, PADDED_DIM] sum of weights times values; most and total with these keys.
     """
     # Numbers of 8 bits are read as words of two, of which products take one after the other.
-    PER_WORD: tl.constexpr = 1 if KIND is None else 2
-    ROWS: tl.constexpr = acc.shape[0]
-    WORDS: tl.constexpr = acc.shape[1] // PER_WORD
+    PER_WORD: tl.constexpr = 1 if FORMAT is None else 2
+    ROWS: tl.constexpr = q.shape[0]
+    WORDS: tl.constexpr = q.shape[1] // PER_WORD
     HEAD_WORDS: tl.constexpr = HEAD_DIM // PER_WORD
     words, offsets = tl.arange(0, WORDS), tl.arange(0, TILE)
-    if KIND is not None:
+    acc = tl.full([ROWS, WORDS], 0.0, tl.float32)
+    if FORMAT is not None:
         low_q, high_q = tl.split(tl.reshape(q, [ROWS, WORDS, 2]))
-        low_acc, high_acc = tl.split(tl.reshape(acc, [ROWS, WORDS, 2]))
+        high_acc = acc
     is_plain: tl.constexpr = SOFT_CAP == 0.0 and slopes is None
     # Without a change in between, one factor stands for the scale and for e as a power of 2.
     factors = scales * LOG2_E if is_plain else tl.full([scales.shape[0]], LOG2_E, tl.float32)
@@ -93,7 +95,7 @@ def add_keys(
             within = within & (words < HEAD_WORDS)[None, :]
         keys = tl.load(at, within, 0)
         values = tl.load(at + NUM_KV_HEADS * HEAD_WORDS, within, 0)
-        if scales_ptr is not None:
+        if FORMAT is not None:
             heads = blocks.to(tl.int64) * (BLOCK_SIZE * 2 * NUM_KV_HEADS)
             of_keys = scales_ptr + heads + (places * (2 * NUM_KV_HEADS) + kv_head)
             key_scales = tl.load(of_keys, inside, 0.0)
@@ -101,13 +103,13 @@ def add_keys(
         # Of the next tile, so that its keys are asked for without waiting for the table.
         after = positions + TILE
         blocks = tl.load(table_ptr + after.to(tl.uint32) // BLOCK_SIZE, after < last, 0)
-        if KIND is None:
+        if FORMAT is None:
             scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
         else:
-            low, high = widen(keys, q.dtype, KIND)
+            low, high = widen(keys, q.dtype, FORMAT)
             scores = tl.dot(low_q, tl.trans(low), input_precision="ieee")
             scores = tl.dot(high_q, tl.trans(high), scores, input_precision="ieee")
-            scores = scores * (key_scales * unit(KIND))[None, :]
+            scores = scores * (key_scales * unit(FORMAT))[None, :]
         if not is_plain:
             scores = scores * scales[:, None]
         if SOFT_CAP != 0.0:
@@ -129,23 +131,23 @@ def add_keys(
         weights = tl.exp2(scores * factors[:, None] - base[:, None])
         past = tl.exp2(most - base)
         total = total * past + tl.sum(weights, 1)
-        if scales_ptr is not None:
+        if FORMAT is not None:
             # As parts of the largest, since fp16 holds no small products of weights and scales.
             grown = tl.maximum(largest, tl.max(value_scales, 0))
             weights = weights * (value_scales * (1.0 / grown))[None, :]
             past = past * (largest / grown)
             largest = grown
         weights, past = weights.to(q.dtype), past[:, None]
-        if KIND is None:
+        if FORMAT is None:
             acc = tl.dot(weights, values, acc * past, input_precision="ieee")
         else:
-            low, high = widen(values, q.dtype, KIND)
-            low_acc = tl.dot(weights, low, low_acc * past, input_precision="ieee")
+            low, high = widen(values, q.dtype, FORMAT)
+            acc = tl.dot(weights, low, acc * past, input_precision="ieee")
             high_acc = tl.dot(weights, high, high_acc * past, input_precision="ieee")
         most = new
-    if KIND is not None:
-        acc = tl.reshape(tl.join(low_acc, high_acc), [ROWS, 2 * WORDS])
-        acc = acc * (largest * unit(KIND))
+    if FORMAT is not None:
+        acc = tl.reshape(tl.join(acc, high_acc), [ROWS, 2 * WORDS])
+        acc = acc * (largest * unit(FORMAT))
     return acc, most, total
 
 
@@ -160,13 +162,13 @@ def has_much_shared_memory() -> bool:
 
 
 @triton.jit
-def to_factors(q, scale, IS_QUANTIZED: tl.constexpr):
+def to_factors(q, scale, FORMAT: tl.constexpr):
     """q as products take it, and of each row what scores are to be multiplied by.
 
     Numbers of 8 bits are widened to fp16 in fewer steps than to bf16, and exactly; queries fit into
     it once they are divided by their row's largest. Weights are finer in fp16, too.
     """
-    if IS_QUANTIZED and q.dtype != tl.float32:
+    if FORMAT is not None and q.dtype != tl.float32:
         wide = q.to(tl.float32)
         largest = tl.maximum(tl.max(tl.abs(wide), 1), 1e-30)
         return (wide / largest[:, None]).to(tl.float16), largest * scale
@@ -183,7 +185,7 @@ def tile_arguments(spec: AttentionSpec, layer: int) -> dict[str, Any]:
         "PADDED_DIM": padded_dim(spec),
         "BLOCK_SIZE": spec.block_size,
         "SOFT_CAP": spec.soft_cap,
-        "KIND": NUMBERS.get(spec.kv_dtype),
+        "FORMAT": FORMATS.get(spec.kv_dtype),
         "WINDOW": spec.windows[layer],
     }
 

@@ -6,13 +6,9 @@ a word become two tensors, so none of them has to change places.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from triton.language import target_info
-
-NUMBERS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8"}
-"""What kernels call a cache's dtype."""
 
 # Two words in $2, their lower numbers to $0, the upper ones to $1. Left to itself the compiler
 # takes three times as many instructions.
@@ -55,12 +51,12 @@ _INT8 = """{
 
 
 @triton.jit
-def widen(words, dtype: tl.constexpr, KIND: tl.constexpr):
-    """The lower and the upper numbers of int16 words, in a dtype, times 1 / unit(KIND)."""
-    PTX: tl.constexpr = find_ptx(KIND)
+def widen(words, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """The lower and the upper numbers of int16 words, in a dtype, times 1 / unit(FORMAT)."""
+    PTX: tl.constexpr = find_ptx(FORMAT)
     if PTX is None:
-        lower = widen_byte(words & 0xFF, KIND)
-        upper = widen_byte((words >> 8) & 0xFF, KIND)
+        lower = widen_byte(words & 0xFF, FORMAT)
+        upper = widen_byte((words >> 8) & 0xFF, FORMAT)
     else:
         lower, upper = tl.inline_asm_elementwise(
             PTX, "=&r,=&r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
@@ -69,34 +65,27 @@ def widen(words, dtype: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def widen_byte(bits, KIND: tl.constexpr):
+def widen_byte(bits, FORMAT: tl.constexpr):
     """The number whose bits are the lowest 8 of an int16."""
-    if KIND == "int8":
+    if FORMAT == "int8":
         return (bits ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
-    elif KIND == "e5m2":
+    elif FORMAT == "e5m2":
         return (bits << 8).to(tl.float16, bitcast=True)
     else:
         return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def unit(KIND: tl.constexpr):
+def unit(FORMAT: tl.constexpr):
     """What numbers are divided by in `widen`."""
-    return 256.0 if KIND == "e4m3" and not has_e4m3() else 1.0
+    return 256.0 if FORMAT == "e4m3" and not target_info.cuda_capability_geq(8, 9) else 1.0
 
 
 @triton.constexpr_function
-def find_ptx(kind: str) -> str | None:
+def find_ptx(name: str) -> str | None:
     """The assembly for the target; the interpreter and AMD have none."""
     target = target_info.current_target()
     if target is None or target.backend != "cuda":
         return None
-    e4m3 = _E4M3 if has_e4m3() else _E4M3_BITS
-    return {"e4m3": e4m3, "e5m2": _E5M2, "int8": _INT8}[kind]
-
-
-@triton.constexpr_function
-def has_e4m3() -> bool:
-    """Whether the target has an instruction for it, as from compute capability 8.9 on."""
-    target = target_info.current_target()
-    return target is not None and target.backend == "cuda" and target.arch >= 89
+    e4m3 = _E4M3 if target_info.cuda_capability_geq(8, 9) else _E4M3_BITS
+    return {"e4m3": e4m3, "e5m2": _E5M2, "int8": _INT8}[name]

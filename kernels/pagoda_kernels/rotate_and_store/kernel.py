@@ -6,12 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from pagoda_kernels.kv_cache import LARGEST, LEAST, KVCache
+from pagoda_kernels.kv_cache import FORMATS, LARGEST, LEAST, KVCache
 from pagoda_kernels.launch import launch
 
 # Numbers of a program: 16 for each thread of two warps, so that one load brings 16 bytes of bf16.
 _NUMBERS, _NUM_WARPS = 1024, 2
-_FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
 def rotate_and_store_triton(
@@ -46,7 +45,7 @@ def rotate_and_store_triton(
         num_heads,
         num_kv_heads,
         num_blocks * block_size * 2 * num_kv_heads,
-        FORMAT=_FORMATS.get(dtype),
+        FORMAT=FORMATS.get(dtype),
         LARGEST=LARGEST.get(dtype),
         LEAST=LEAST,
         HEAD_DIM=head_dim,
