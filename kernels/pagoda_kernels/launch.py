@@ -26,6 +26,13 @@ def num_processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of NVIDIA's GPUs; of others (0, 0); where there is none, as in rehearsals, an H100's."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 9, 0
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
 class Launch(NamedTuple):
     """A launch that was noted and not made."""
 

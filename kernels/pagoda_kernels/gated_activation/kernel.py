@@ -44,12 +44,12 @@ def _gated_activation_kernel(
     gate_ptr = gate_up_ptr + row * 2 * size + columns
     gate = tl.load(gate_ptr, inside, 0.0).to(tl.float32)
     up = tl.load(gate_ptr + size, inside, 0.0).to(tl.float32)
-    out = _activate(gate, ACTIVATION) * up
+    out = activate(gate, ACTIVATION) * up
     tl.store(out_ptr + row * size + columns, out.to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         return x * _sigmoid(x)
     elif ACTIVATION == "gelu":

@@ -132,10 +132,10 @@ def _rotate_and_store_kernel(
             factor = tl.div_rn(LARGEST, most)
             tl.store(scales_ptr + rows, tl.div_rn(most, LARGEST), is_stored & (heads < end))
             at = numbers_ptr + rows * HEAD_DIM
-            tl.store(at + pairs, _encode(a, factor, LARGEST, FORMAT), is_stored & of_pairs)
-            tl.store(at + PAIRS + pairs, _encode(b, factor, LARGEST, FORMAT), is_stored & of_pairs)
+            tl.store(at + pairs, encode(a, factor, LARGEST, FORMAT), is_stored & of_pairs)
+            tl.store(at + PAIRS + pairs, encode(b, factor, LARGEST, FORMAT), is_stored & of_pairs)
             if REST:
-                tl.store(at + others, _encode(c, factor, LARGEST, FORMAT), is_stored & of_others)
+                tl.store(at + others, encode(c, factor, LARGEST, FORMAT), is_stored & of_others)
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def _largest(x):
 
 
 @triton.jit
-def _encode(x, factor, LARGEST: tl.constexpr, FORMAT: tl.constexpr):
+def encode(x, factor, LARGEST: tl.constexpr, FORMAT: tl.constexpr):
     """The bits of numbers times a factor, rounded to the nearest of a format, half to even."""
     x = tl.clamp(x.to(tl.float32) * factor, -LARGEST, LARGEST)
     if FORMAT == "int8":

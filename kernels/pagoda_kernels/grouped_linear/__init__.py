@@ -1,0 +1,77 @@
+"""Products with a matrix of whole numbers that share scales in groups."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pagoda_kernels.launch import uses_triton
+
+
+class Grouped(NamedTuple):
+    """Some rows of a matrix in whole numbers: weight = (integers - zeros) * scales."""
+
+    integers: Tensor
+    """[outputs, inputs] uint8, 0 ... 2**bits - 1."""
+    scales: Tensor
+    """[outputs, inputs / group_size] fp32."""
+    zeros: Tensor | None
+    """The same shape, fp32; None: 2 ** (bits - 1)."""
+
+
+class GroupedShape(NamedTuple):
+    """The matrix of a product; group_size divides inputs."""
+
+    outputs: int
+    inputs: int
+    bits: int
+    group_size: int
+
+
+class GroupedLinear(ABC):
+    """x @ weight.T + bias; with an activation, of a matrix that stacks gate and up,
+    activation(gate) * up.
+    """
+
+    @abstractmethod
+    def fill(self, first_output: int, rows: Grouped) -> None:
+        """Take over some rows of the matrix, from an output on."""
+
+    @abstractmethod
+    def finish(self, bias: Tensor | None) -> None:
+        """After all rows; bias: [outputs], or none."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_rows, outputs] in the dtype of x, [num_rows, inputs]."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Of the matrix, as it is held."""
+
+
+def make_grouped_linear(
+    shape: GroupedShape,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    activation: str | None = None,
+    is_symmetric: bool = False,
+) -> GroupedLinear:
+    """The fastest product that the device has. is_symmetric: no rows have zeros."""
+    if uses_triton(device):
+        from pagoda_kernels.grouped_linear.packing import choose_packing
+
+        if packing := choose_packing(shape):
+            from pagoda_kernels.grouped_linear.triton_linear import TritonGroupedLinear
+
+            return TritonGroupedLinear(
+                shape, packing, dtype, device, activation, is_symmetric=is_symmetric
+            )
+    from pagoda_kernels.grouped_linear.reference import ReferenceGroupedLinear
+
+    return ReferenceGroupedLinear(shape, dtype, device, activation)

@@ -1,0 +1,104 @@
+"""Products with a matrix of numbers of 8 bits, e4m3 or int8, and with rows that may be rounded to
+the same.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pagoda_kernels.launch import compute_capability, uses_triton
+
+GROUP_SIZE = 128
+"""Of the columns that share a scale in checkpoints with blocks."""
+
+
+class Rounding(Enum):
+    """What is done to the rows that the matrix is multiplied with."""
+
+    NONE = "none"
+    STATIC = "static"
+    """Rounded to the matrix's dtype by a scale that is given, once for all."""
+    DYNAMIC = "dynamic"
+    """By each row's largest number, or that of each of its groups."""
+
+
+class Scaled(NamedTuple):
+    """Some rows of a matrix: weight = numbers * scales."""
+
+    numbers: Tensor
+    """[outputs, inputs] e4m3 or int8."""
+    scales: Tensor
+    """[outputs, inputs / group_size, rounded up] fp32. Who has a scale for the whole matrix, or for
+    blocks, repeats it for each output."""
+
+
+class ScaledShape(NamedTuple):
+    """The matrix of a product.
+
+    dtype: float8_e4m3fn or int8.
+    group_size: of the columns that share a scale: as many as there are, or 128.
+    """
+
+    outputs: int
+    inputs: int
+    dtype: torch.dtype
+    group_size: int
+
+
+class ScaledLinear(ABC):
+    """x @ weight.T + bias; with an activation, of a matrix that stacks gate and up,
+    activation(gate) * up.
+    """
+
+    @abstractmethod
+    def fill(self, first_output: int, rows: Scaled) -> None:
+        """Take over some rows of the matrix, from an output on."""
+
+    @abstractmethod
+    def finish(self, bias: Tensor | None, input_scale: Tensor | None = None) -> None:
+        """After all rows. bias: [outputs], or none; input_scale: [] fp32, for Rounding.STATIC."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_rows, outputs] in the dtype of x, [num_rows, inputs]."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Of the matrix, as it is held."""
+
+
+def make_scaled_linear(
+    shape: ScaledShape,
+    rounding: Rounding,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    activation: str | None = None,
+) -> ScaledLinear:
+    """The fastest product that the device has. Where it does not multiply the matrix's dtype by
+    itself, or rounding is none, the matrix is widened, and rows are not rounded.
+
+    Raises: ValueError: groups of another size.
+    """
+    if shape.group_size not in (shape.inputs, GROUP_SIZE):
+        raise ValueError(
+            f"Groups have {shape.group_size} of {shape.inputs} columns; a scale is for all columns "
+            f"or for {GROUP_SIZE}."
+        )
+    if not uses_triton(device):
+        from pagoda_kernels.scaled_linear.reference import ReferenceScaledLinear
+
+        return ReferenceScaledLinear(shape, dtype, device, activation)
+    from pagoda_kernels.scaled_linear.triton_linear import TritonScaledLinear
+    from pagoda_kernels.scaled_linear.widened import WidenedLinear
+
+    is_fast = shape.dtype is torch.int8 or compute_capability(device) >= (8, 9)
+    if rounding is Rounding.NONE or not is_fast:
+        return WidenedLinear(shape, dtype, device, activation)
+    return TritonScaledLinear(shape, rounding, dtype, device, activation)
