@@ -129,11 +129,13 @@ def render_gpu_kernels() -> str:
     for name, kernels in sorted(by_name.items()):
         rows = {
             target: [
-                dict(zip(found["columns"], k["targets"][target], strict=True)) for k in kernels
+                dict(zip(found["columns"], k["targets"][target], strict=True))
+                for k in kernels
+                if target in k["targets"]
             ]
             for target in targets
         }
-        warps = _range(row["num_warps"] for row in rows[targets[0]])
+        warps = _range(row["num_warps"] for some in rows.values() for row in some)
         cells = " | ".join(_describe_kernels(rows[target]) for target in targets)
         lines.append(f"| `{name}` | {len(kernels)} | {warps} | {cells} |")
     text = GPU_KERNELS.format(
@@ -147,6 +149,8 @@ def render_gpu_kernels() -> str:
 
 def _describe_kernels(rows: list[dict[str, Any]]) -> str:
     """The same kernel, compiled several times for one target."""
+    if not rows:
+        return "not launched"
     shared = max(row["shared_bytes"] for row in rows)
     parts = [_range(row["registers"] for row in rows)]
     parts += [f"{shared / 1024:.0f} KiB"] if shared >= 1024 else []

@@ -26,11 +26,13 @@ from report import Bar, Result, format_table
 from gpu.attention_speed import measure_attention
 from gpu.engine_speed import measure_batching, measure_engine, measure_generate
 from gpu.machine import REHEARSAL, describe_run, report_path
+from gpu.product_speed import measure_products
 from gpu.random_model import write_random_model
 from gpu.scale import FULL, TINY, Scale
 
 PARTS = (
     "attention",
+    "products",
     "checkpoint",
     "engine",
     "engine_fp8",
@@ -48,6 +50,8 @@ def run_part(name: str, scale: Scale, folder: Path) -> dict[str, Any]:
     match name:
         case "attention":
             return measure_attention(scale, device)
+        case "products":
+            return measure_products(scale, device)
         case "checkpoint":
             return {"weight_bytes": write_random_model(folder, scale.model, device)}
         case "engine":
@@ -101,6 +105,7 @@ def make_results(figures: Mapping[str, Mapping[str, Any]], scale: Scale) -> list
     engine = figures.get("engine", {})
     return [
         *_attention_results(figures.get("attention", {})),
+        *_product_results(figures.get("products", {})),
         *_decode_results(figures),
         *_serving_results(engine, figures),
         *_slope_results(engine, figures.get("engine_fp8", {}), scale),
@@ -124,6 +129,17 @@ def _attention_results(found: Mapping[str, Any]) -> list[Result]:
         ours, theirs = found["prefill_attention_tflops"], found["sdpa_tflops"]
         bar = Bar(at_least=0.6)
         results.append(Result("prefill_attention", ours, "TFLOP/s", "SDPA's flash", theirs, bar))
+    return results
+
+
+def _product_results(found: Mapping[str, Any]) -> list[Result]:
+    bars = {"int4_1": Bar(at_least=2.5), "fp8_2048": Bar(at_least=1.6)}
+    results = []
+    for name, speed in found.items():
+        kind, _, num_rows = name.rpartition("_")
+        if kind != "plain":
+            plain, bar = found[f"plain_{num_rows}"], bars.get(name)
+            results.append(Result(f"product_{name}", speed, "products/s", "bf16's", plain, bar))
     return results
 
 

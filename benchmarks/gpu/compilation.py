@@ -24,8 +24,8 @@ from pagoda_kernels.launch import Launch
 _KIB = 1024
 # torch's allocators align what they give out at least to this.
 _ALIGNMENT = 256
-# From so many rows on a tile of queries fills Hopper's and Blackwell's own instructions.
-_LARGE_TILE = 64
+# From so many rows and warps on a tile fills Hopper's and Blackwell's own instructions.
+_LARGE_TILE, _LARGE_WARPS = 64, 4
 _DOTS = ("mma.sync", "wgmma", "tcgen05.mma", "v_mfma")
 # Loads and stores of a thread's own stack. A call that has a stack touches it by nothing else.
 _SPILLS = re.compile(r"\b(STL|LDL)\b")
@@ -40,12 +40,14 @@ class Target(NamedTuple):
     small_dot: str
     """The instruction of its tensor cores."""
     large_dot: str
-    """The one for tiles of 64 rows and more."""
+    """The one for tiles of 64 rows and more, and 4 warps."""
+    multiplies_e4m3: bool
+    """Other targets get no kernel that does."""
 
 
 def _nvidia(capability: int, shared_limit_kib: int, large_dot: str = "mma.sync") -> Target:
     gpu = GPUTarget("cuda", capability, 32)
-    return Target(gpu, shared_limit_kib * _KIB, "mma.sync", large_dot)
+    return Target(gpu, shared_limit_kib * _KIB, "mma.sync", large_dot, capability >= 89)
 
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
@@ -55,7 +57,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         "89": _nvidia(89, 99),
         "90": _nvidia(90, 227, "wgmma"),
         "100": _nvidia(100, 227, "tcgen05.mma"),
-        "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * _KIB, "v_mfma", "v_mfma"),
+        "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * _KIB, "v_mfma", "v_mfma", False),
     }
 )
 """By compute capability, or architecture of AMD.
@@ -110,6 +112,10 @@ class Specialisation(NamedTuple):
     @property
     def constants(self) -> dict[str, Any]:
         return {name: str(value) for name, value in self.options.items() if name.isupper()}
+
+    @property
+    def has_e4m3(self) -> bool:
+        return "fp8e4nv" in self.signature
 
     def compile(self, target: Target) -> Any:
         """What Triton makes of it."""
@@ -182,7 +188,7 @@ def examine(binary: Any, target: Target) -> Compiled:
             f"takes {shared_bytes} bytes of shared memory, and a block may take "
             f"{target.shared_limit_bytes}"
         )
-    wanted = wanted_dots(binary.asm["ttir"], target)
+    wanted = wanted_dots(binary.asm["ttir"], binary.metadata.num_warps, target)
     if set(found) != wanted:
         shown = " and ".join(sorted(wanted)) or "no tensor cores"
         faults.append(f"multiplies by {' and '.join(found) or 'no tensor cores'}, not {shown}")
@@ -196,10 +202,13 @@ def examine(binary: Any, target: Target) -> Compiled:
     )
 
 
-def wanted_dots(ttir: str, target: Target) -> set[str]:
+def wanted_dots(ttir: str, num_warps: int, target: Target) -> set[str]:
     """The instructions that a kernel's products of tiles are to be made of."""
     rows = [int(found) for found in re.findall(r"tt\.dot [^\n]*?: tensor<(\d+)x", ttir)]
-    return {target.large_dot if num >= _LARGE_TILE else target.small_dot for num in rows}
+    has_warps = num_warps >= _LARGE_WARPS
+    return {
+        target.large_dot if has_warps and num >= _LARGE_TILE else target.small_dot for num in rows
+    }
 
 
 def _find_nvidia_numbers(cubin: bytes) -> tuple[int, int]:

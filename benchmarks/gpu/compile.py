@@ -1,6 +1,6 @@
 """Compile every kernel that the engine would launch, for GPUs that are not there.
 
-    python -m gpu.compile --out FILE [--shapes NAME …] [--targets NAME …]
+    python -m gpu.compile --out FILE [--shapes [NAME …]] [--no-products] [--targets NAME …]
 
 Fails on a kernel that does not compile, spills registers, takes more shared memory than a block
 may, or multiplies without the tensor cores' own instructions.
@@ -27,9 +27,11 @@ import triton
 from report import current_commit
 
 from gpu.compilation import TARGETS, Compiled, Specialisation, examine, specialise
-from gpu.recording import BLOCK_SIZES, KV_DTYPES, record
+from gpu.recording import BLOCK_SIZES, KV_DTYPES, record, record_products
 from gpu.shapes import SHAPES
+from pagoda_kernels.launch import Launch
 
+PRODUCTS = "products"
 COLUMNS = ("registers", "spilled_bytes", "shared_bytes", "num_warps", "dots")
 
 
@@ -39,7 +41,7 @@ class Kernel:
 
     specialisation: Specialisation
     used_by: dict[str, list[str]] = field(default_factory=dict)
-    """Shape → KV dtype and block size."""
+    """Shape → KV dtype and block size; PRODUCTS → matrices."""
     compiled: dict[str, Compiled] = field(default_factory=dict)
     """By target."""
 
@@ -61,14 +63,29 @@ def collect(
 ) -> dict[str, Kernel]:
     """What engines of these shapes launch, by Triton's key."""
     kernels: dict[str, Kernel] = {}
-    # No target changes what is launched.
-    target = next(iter(TARGETS.values()))
     for shape in shapes:
         for kv_dtype, block_size, launches in record(shape, kv_dtypes, block_sizes):
-            for key, specialisation in specialise(launches, target).items():
-                kernel = kernels.setdefault(key, Kernel(specialisation))
-                kernel.used_by.setdefault(shape, []).append(f"{kv_dtype} {block_size}")
+            add_launches(kernels, shape, f"{kv_dtype} {block_size}", launches)
     return kernels
+
+
+def collect_products() -> dict[str, Kernel]:
+    """What products with quantized matrices launch."""
+    kernels: dict[str, Kernel] = {}
+    for matrix, launches in record_products():
+        add_launches(kernels, PRODUCTS, matrix, launches)
+    return kernels
+
+
+def add_launches(
+    kernels: dict[str, Kernel], user: str, variant: str, launches: Iterable[Launch]
+) -> None:
+    """Note who launches them."""
+    # No target changes what is launched.
+    target = next(iter(TARGETS.values()))
+    for key, specialisation in specialise(launches, target).items():
+        kernel = kernels.setdefault(key, Kernel(specialisation))
+        kernel.used_by.setdefault(user, []).append(variant)
 
 
 def compile_for(target: str, specialisation: Specialisation) -> Compiled:
@@ -82,7 +99,11 @@ def compile_for(target: str, specialisation: Specialisation) -> Compiled:
 
 def compile_all(kernels: Iterable[Kernel], targets: Sequence[str], num_processes: int) -> None:
     """Fill in `compiled` of each."""
-    wanted = list(itertools.product(targets, kernels))
+    wanted = [
+        (target, kernel)
+        for target, kernel in itertools.product(targets, kernels)
+        if TARGETS[target].multiplies_e4m3 or not kernel.specialisation.has_e4m3
+    ]
     # Not forked: torch's threads would be missing.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, context) as pool:
@@ -128,7 +149,10 @@ def write(path: Path, kernels: Sequence[Kernel], seconds: float) -> None:
 def main() -> int:
     arguments = parse_arguments()
     started = time.monotonic()
-    kernels = list(collect(arguments.shapes, tuple(KV_DTYPES), BLOCK_SIZES).values())
+    found = collect(arguments.shapes, tuple(KV_DTYPES), BLOCK_SIZES)
+    if arguments.products:
+        found |= collect_products()
+    kernels = list(found.values())
     print(f"{len(kernels)} kernels for {len(arguments.targets)} targets", flush=True)
     compile_all(kernels, arguments.targets, arguments.processes)
     seconds = time.monotonic() - started
@@ -143,7 +167,8 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="the JSON file to write")
-    parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=tuple(SHAPES))
+    parser.add_argument("--shapes", nargs="*", choices=tuple(SHAPES), default=tuple(SHAPES))
+    parser.add_argument("--no-products", dest="products", action="store_false")
     parser.add_argument("--targets", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
     parser.add_argument(
         "--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores"

@@ -5,8 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
+
 from gpu.shapes import shortened
-from pagoda_kernels.launch import Launch
+from pagoda_kernels.grouped_linear import GroupedShape, make_grouped_linear
+from pagoda_kernels.launch import Launch, LaunchRecorder
+from pagoda_kernels.scaled_linear import Rounding, ScaledShape, make_scaled_linear
 from pagoda_runtime.execution.rehearsal import absent_runner
 from pagoda_runtime.ipc.messages import BlockCopy, ScheduledRow
 from pagoda_runtime.sampling_params import SamplingParams
@@ -38,6 +42,16 @@ SAMPLED = (
     SamplingParams(temperature=1.0, logit_bias={5: 1.0}, min_tokens=3, allowed_token_ids=(5, 6)),
 )
 
+# Bits, group size, and whether there are no zeros.
+GROUPED = ((4, 128, False), (4, 32, True), (3, 128, False), (8, 4096, True))
+SCALED = (
+    (torch.float8_e4m3fn, 128, Rounding.NONE),
+    (torch.float8_e4m3fn, 4096, Rounding.DYNAMIC),
+    (torch.float8_e4m3fn, 128, Rounding.DYNAMIC),
+    (torch.int8, 4096, Rounding.DYNAMIC),
+)
+PRODUCT_ROWS = (1, 16, 32, 64, 100, 2048)
+
 
 def record(
     shape: str, kv_dtypes: Iterable[str], block_sizes: Iterable[int]
@@ -58,6 +72,34 @@ def record(
                 make_rows([(10, 1)], [GREEDY], block_size), [BlockCopy(1, 2), BlockCopy(3, 4)]
             )
         yield kv_dtype, block_size, recorder.launches
+
+
+def record_products() -> Iterator[tuple[str, list[Launch]]]:
+    """What products with matrices of each kind launch, for every number of rows that has its own
+    kernels; matrices without data are made as a loader makes them, and never filled.
+    """
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    inputs, outputs = 4096, 14336
+    for bits, group_size, is_symmetric in GROUPED:
+        grouped = GroupedShape(outputs, inputs, bits, group_size)
+        with LaunchRecorder() as recorder:
+            product = make_grouped_linear(
+                grouped, dtype=dtype, device=device, is_symmetric=is_symmetric
+            )
+            product.finish(None)
+            for num_rows in PRODUCT_ROWS:
+                product(torch.empty(num_rows, inputs, dtype=dtype, device=device))
+        zeros = "" if is_symmetric else " with zeros"
+        yield f"int{bits} in groups of {group_size}{zeros}", recorder.launches
+    for kind, group_size, rounding in SCALED:
+        scaled = ScaledShape(outputs, inputs, kind, group_size)
+        with LaunchRecorder() as recorder:
+            of_bytes = make_scaled_linear(scaled, rounding, dtype=dtype, device=device)
+            of_bytes.finish(None)
+            for num_rows in PRODUCT_ROWS:
+                of_bytes(torch.empty(num_rows, inputs, dtype=dtype, device=device))
+        name = str(kind).removeprefix("torch.")
+        yield f"{name} in groups of {group_size}, rounding {rounding.value}", recorder.launches
 
 
 def make_rows(

@@ -19,6 +19,9 @@ class Scale:
     decode_seqs: int = 32
     decode_tokens: int = 8192
     prefill_tokens: int = 8192
+    product_shape: tuple[int, int] = (4096, 14336)
+    """Inputs and outputs."""
+    product_rows: tuple[int, ...] = (1, 16, 64, 256, 512, 2048)
     model: Mapping[str, Any] = field(default_factory=dict)
     """Fields of config.json beside those of Llama 3.1 8B."""
     max_model_len: int = 9216
@@ -46,6 +49,8 @@ TINY = Scale(
     decode_seqs=2,
     decode_tokens=64,
     prefill_tokens=64,
+    product_shape=(128, 96),
+    product_rows=(1, 16, 2048),
     model={
         "vocab_size": 320,
         "hidden_size": 64,

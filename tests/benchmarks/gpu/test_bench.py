@@ -29,6 +29,17 @@ FIGURES = {
         "prefill_attention_tflops": 300.0,
         "sdpa_tflops": 400.0,
     },
+    "products": {
+        f"{kind}_{num_rows}": speed
+        for kind, speed in {
+            "plain": 20e3,
+            "int4": 60e3,
+            "fp8": 30e3,
+            "fp8_blocks": 29e3,
+            "int8": 31e3,
+        }.items()
+        for num_rows in (1, 16, 2048)
+    },
     "checkpoint": {"weight_bytes": 15_000_000_000},
     "engine": ENGINE,
     "engine_fp8": {**ENGINE, "itl_short_ms": 7.0, "itl_long_ms": 9.0},
@@ -45,6 +56,8 @@ def test_every_figure_stands_beside_its_limit():
         ("decode_attention_bf16", "the card's memory"): "≥ 0.85 NOT MET",
         ("decode_attention_bf16", "a sum in the same run"): "≥ 0.95 NOT MET",
         ("prefill_attention", "SDPA's flash"): "≥ 0.6 met",
+        ("product_int4_1", "bf16's"): "≥ 2.5 met",
+        ("product_fp8_2048", "bf16's"): "≥ 1.6 NOT MET",
         ("decode_1", "reading the weights"): "≥ 0.75 NOT MET",
         ("ready", "seconds allowed"): "≤ 1 met",
         ("requests_generate", "transformers generate"): "≥ 6 met",

@@ -90,9 +90,17 @@ def test_shared_memory_over_a_targets_limit_is_a_fault():
 
 
 def test_a_product_without_the_targets_own_instruction_is_a_fault():
-    # Hopper's own instruction needs four warps.
+    with LaunchRecorder() as recorder:
+        launch_product()
+    (made,) = specialise(recorder.launches, TARGETS["90"]).values()
+    compiled = examine(made.compile(TARGETS["90"]), TARGETS["89"])
+    assert compiled.faults == ("multiplies by wgmma, not mma.sync",)
+
+
+def test_two_warps_are_too_few_for_hoppers_own_instruction():
     (compiled,) = compile_launches(lambda: launch_product(num_warps=2), "90")
-    assert compiled.faults == ("multiplies by mma.sync, not wgmma",)
+    assert compiled.dots == ("mma.sync",)
+    assert compiled.faults == ()
 
 
 @pytest.mark.parametrize(("target", "size"), [("90", 4096), ("gfx942", 16384)])

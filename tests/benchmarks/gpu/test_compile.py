@@ -6,7 +6,7 @@ import json
 
 import pytest
 from gpu.compilation import TARGETS
-from gpu.compile import collect, compile_for, faults_of, write
+from gpu.compile import collect, collect_products, compile_for, faults_of, write
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,32 @@ def test_an_engines_kernels_compile_without_a_fault(kernels, target):
     for kernel in kernels if target == "90" else one_of_each:
         kernel.compiled[target] = compile_for(target, kernel.specialisation)
     assert list(faults_of(kernels)) == []
+
+
+@pytest.mark.slow
+def test_products_with_quantized_matrices_compile_without_a_fault():
+    kernels = list(collect_products().values())
+    for kernel in kernels:
+        kernel.compiled["90"] = compile_for("90", kernel.specialisation)
+    assert list(faults_of(kernels)) == []
+    names = {kernel.specialisation.kernel for kernel in kernels}
+    assert names == {
+        "product_kernel",
+        "widen_kernel",
+        "round_kernel",
+        "scaled_product_kernel",
+        "add_splits_kernel",
+    }
+
+
+def test_products_of_e4m3_are_compiled_for_gpus_that_have_them():
+    assert [name for name, target in TARGETS.items() if target.multiplies_e4m3] == [
+        "89",
+        "90",
+        "100",
+    ]
+    made = {kernel.specialisation.has_e4m3 for kernel in collect_products().values()}
+    assert made == {False, True}
 
 
 @pytest.mark.slow
