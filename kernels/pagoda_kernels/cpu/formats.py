@@ -48,7 +48,7 @@ def _make_view(kind: Any) -> Any:
 
 # Numbers at an address.
 floats, uint8s = _make_view(types.float32), _make_view(types.uint8)
-int32s, int64s = _make_view(types.int32), _make_view(types.int64)
+int8s, int32s, int64s = (_make_view(kind) for kind in (types.int8, types.int32, types.int64))
 # numba does not know these, so they are seen as bits; those of fp16 signed, which tells them apart.
 bf16_bits, fp16_bits = _make_view(types.uint16), _make_view(types.int16)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -61,7 +61,7 @@ VIEWS: Mapping[torch.dtype, Any] = {
     torch.float32: floats,
     torch.float8_e4m3fn: _make_view(_E4M3),
     torch.float8_e5m2: _make_view(_E5M2),
-    torch.int8: _make_view(types.int8),
+    torch.int8: int8s,
 }
 """How a kernel sees numbers of a dtype; what is below knows what it sees."""
 

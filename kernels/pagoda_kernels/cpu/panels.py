@@ -15,6 +15,7 @@ Software Developer's Manual, volume 2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,26 +95,33 @@ def make_dot(numbers: Numbers) -> Any:
         ahead_stride: Any,
     ) -> Any:
         others = (row_bytes, initial, initial_stride, sums, ahead, ahead_stride)
-        end = b.append_basic_block("end")
-        ends = []
-        for rows in (8, 4, 2, 1):
-            smaller = b.append_basic_block("smaller")
-            if rows > 1:
-                enough = b.append_basic_block("enough")
-                b.cbranch(b.icmp_signed(">=", num_rows, _INT64(rows)), enough, smaller)
-                b.position_at_end(enough)
-            _emit_dot(b, numbers, rows, group, x, *others)
-            ends.append((_INT64(rows), b.block))
-            b.branch(end)
-            b.position_at_end(smaller)
-        b.unreachable()
-        b.position_at_end(end)
-        multiplied = b.phi(_INT64)
-        for rows, block in ends:
-            multiplied.add_incoming(rows, block)
-        return multiplied
+        return emit_by_rows(
+            b, num_rows, lambda rows: _emit_dot(b, numbers, rows, group, x, *others)
+        )
 
     return dot
+
+
+def emit_by_rows(b: Any, num_rows: Any, emit: Callable[[int], None]) -> Any:
+    """emit(rows) for the most rows of x that one pass can multiply, and their number."""
+    end = b.append_basic_block("end")
+    ends = []
+    for rows in (8, 4, 2, 1):
+        smaller = b.append_basic_block("smaller")
+        if rows > 1:
+            enough = b.append_basic_block("enough")
+            b.cbranch(b.icmp_signed(">=", num_rows, _INT64(rows)), enough, smaller)
+            b.position_at_end(enough)
+        emit(rows)
+        ends.append((_INT64(rows), b.block))
+        b.branch(end)
+        b.position_at_end(smaller)
+    b.unreachable()
+    b.position_at_end(end)
+    multiplied = b.phi(_INT64)
+    for rows, block in ends:
+        multiplied.add_incoming(rows, block)
+    return multiplied
 
 
 def _emit_dot(
@@ -135,7 +143,7 @@ def _emit_dot(
     begin = []
     for row in range(num_rows):
         at = b.add(initial, b.mul(initial_stride, _INT64(row)))
-        begin += [_load(b, at, i * VECTOR_BYTES, sums_type) for i in range(2)]
+        begin += [load_at(b, at, i * VECTOR_BYTES, sums_type) for i in range(2)]
     before = b.block
     loop, done = b.append_basic_block("step"), b.append_basic_block("done")
     b.branch(loop)
@@ -150,7 +158,7 @@ def _emit_dot(
     results = []
     for row in range(num_rows):
         at = b.add(b.add(x, b.mul(stride, _INT64(row))), b.mul(step, _INT64(BYTES_PER_STEP)))
-        repeated = _repeat(b, b.load(_pointer(b, at, _INT32)))
+        repeated = repeat(b, b.load(_pointer(b, at, _INT32)))
         for i, vector in enumerate(vectors):
             results.append(b.call(multiply, [sums[2 * row + i], repeated, vector]))
     for total, result, number in zip(sums, results, begin, strict=True):
@@ -168,9 +176,9 @@ def _load_vectors(b: Any, numbers: Numbers, group: Any, step: Any) -> list[Any]:
     """A step's numbers of both panels."""
     if numbers is INT8_AS_BF16:
         at = b.add(group, b.mul(step, _INT64(VECTOR_BYTES)))
-        return _widen_vector(b, _load(b, at, 0, _BYTES))
+        return _widen_vector(b, load_at(b, at, 0, _BYTES))
     at = b.add(group, b.mul(step, _INT64(2 * VECTOR_BYTES)))
-    return [_load(b, at, i * VECTOR_BYTES, _INT32S) for i in range(2)]
+    return [load_at(b, at, i * VECTOR_BYTES, _INT32S) for i in range(2)]
 
 
 def _widen_vector(b: Any, coded: Any) -> list[Any]:
@@ -205,8 +213,9 @@ def _multiplication(module: Any, numbers: Numbers) -> Any:
     return module.declare_intrinsic(name, [], function)
 
 
-def _repeat(b: Any, number: Any) -> Any:
-    undefined = ir.Constant(_INT32S, ir.Undefined)
+def repeat(b: Any, number: Any) -> Any:
+    """A vector of PANEL_SIZE times a number of 32 bits."""
+    undefined = ir.Constant(ir.VectorType(number.type, PANEL_SIZE), ir.Undefined)
     first = b.insert_element(undefined, number, _INT32(0))
     return b.shuffle_vector(first, undefined, ir.Constant(_INT32S, [0] * PANEL_SIZE))
 
@@ -217,14 +226,14 @@ def narrow_panel(b: Any, numbers: Any, out: Any) -> None:
     bits = ir.VectorType(ir.IntType(16), PANEL_SIZE)
     name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
     convert = b.module.declare_intrinsic(name, [], ir.FunctionType(bits, [_FLOATS]))
-    narrowed = b.call(convert, [_load(b, numbers, 0, _FLOATS)])
+    narrowed = b.call(convert, [load_at(b, numbers, 0, _FLOATS)])
     b.store(narrowed, _pointer(b, out, bits), align=2)
 
 
 @emitted()
 def widen_step(b: Any, source: Any, target: Any) -> None:
     """A step of INT8_AS_BF16 at an address, as one of BF16 at another."""
-    for i, vector in enumerate(_widen_vector(b, _load(b, source, 0, _BYTES))):
+    for i, vector in enumerate(_widen_vector(b, load_at(b, source, 0, _BYTES))):
         at = b.add(target, _INT64(i * VECTOR_BYTES))
         b.store(vector, _pointer(b, at, _INT32S), align=4)
 
@@ -238,7 +247,7 @@ def transpose_panel(b: Any, addresses: Any, offset: Any, to: Any, stride: Any) -
     vectors = []
     for i in range(PANEL_SIZE):
         at = b.load(_pointer(b, b.add(addresses, _INT64(8 * i)), _INT64))
-        vectors.append(_load(b, b.add(at, offset), 0, _INT32S))
+        vectors.append(load_at(b, b.add(at, offset), 0, _INT32S))
     # Squares of 1, 2, 4 and 8 are exchanged across the diagonal.
     for size in (1, 2, 4, 8):
         masks = [
@@ -274,14 +283,14 @@ def interleave_group(b: Any, even: Any, odd: Any, to: Any) -> None:
 @emitted()
 def keep_largest_panel(b: Any, sums: Any, scales: Any, largest: Any) -> None:
     """largest = max(largest, sums * scales), of PANEL_SIZE int32 and fp32 numbers, by address."""
-    whole = _load(b, sums, 0, _INT32S)
-    number = b.fmul(b.sitofp(whole, _FLOATS), _load(b, scales, 0, _FLOATS))
-    so_far = _load(b, largest, 0, _FLOATS)
+    whole = load_at(b, sums, 0, _INT32S)
+    number = b.fmul(b.sitofp(whole, _FLOATS), load_at(b, scales, 0, _FLOATS))
+    so_far = load_at(b, largest, 0, _FLOATS)
     kept = b.select(b.fcmp_ordered(">", number, so_far), number, so_far)
     b.store(kept, _pointer(b, largest, _FLOATS), align=4)
 
 
-def _load(b: Any, at: Any, offset_bytes: int, kind: Any) -> Any:
+def load_at(b: Any, at: Any, offset_bytes: int, kind: Any) -> Any:
     return b.load(_pointer(b, b.add(at, _INT64(offset_bytes)), kind), align=4)
 
 

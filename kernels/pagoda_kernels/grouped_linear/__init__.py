@@ -72,6 +72,11 @@ def make_grouped_linear(
             return TritonGroupedLinear(
                 shape, packing, dtype, device, activation, is_symmetric=is_symmetric
             )
+    elif device.type == "cpu":
+        from pagoda_kernels.cpu.grouped_linear import PanelGroupedLinear, has_grouped_panels
+
+        if has_grouped_panels(shape, dtype):
+            return PanelGroupedLinear(shape, activation, is_symmetric=is_symmetric)
     from pagoda_kernels.grouped_linear.reference import ReferenceGroupedLinear
 
     return ReferenceGroupedLinear(shape, dtype, device, activation)

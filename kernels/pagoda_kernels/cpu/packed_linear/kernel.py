@@ -77,9 +77,9 @@ def _multiply(task: Task) -> None:
                 )
             ahead += group_bytes // num_passes
             if is_int8:
-                _scale(sums, floats(scales + group * GROUP_SIZE * 4, (GROUP_SIZE,)))
+                _scale(sums[:rows], floats(scales + group * GROUP_SIZE * 4, (GROUP_SIZE,)))
             if gate != NO_GATE:
-                _apply_gate(sums, gate)
+                apply_gate(sums[:rows], gate)
             for i in range(rows):
                 _narrow(sums[i], out + 2 * ((row + i) * out_features + first), count)
             row += rows
@@ -91,7 +91,7 @@ multiply = ThreadedKernel(_multiply, needs=BF16.features | INT8_AS_BF16.features
 
 @compiled
 def _scale(sums: Array, scales: Array) -> None:
-    for row in range(MOST_ROWS):
+    for row in range(len(sums)):
         for i in range(GROUP_SIZE):
             sums[row, i] *= scales[i]
 
@@ -109,10 +109,10 @@ def _narrow(sums: Array, out: int, count: int) -> None:
 
 
 @compiled
-def _apply_gate(sums: Array, gate: int) -> None:
+def apply_gate(sums: Array, gate: int) -> None:
     """activation(first panel) * second, in the place of the first."""
     linear, cubic = (_ONE, _ZERO) if gate == SILU else (_GELU_LINEAR, _GELU_CUBIC)
-    for row in range(MOST_ROWS):
+    for row in range(len(sums)):
         if gate == GELU:
             for i in range(PANEL_SIZE):
                 number = sums[row, i]

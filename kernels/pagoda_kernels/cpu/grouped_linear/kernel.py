@@ -1,0 +1,258 @@
+"""The loops of `pagoda_kernels.cpu.grouped_linear`: see `pagoda_kernels.cpu.threads`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pagoda_kernels.cpu.compiled import Array, address_of, compiled
+from pagoda_kernels.cpu.formats import (
+    bf16_bits,
+    floats,
+    int8s,
+    int32s,
+    narrow,
+    quantize,
+    uint8s,
+    widen,
+)
+from pagoda_kernels.cpu.grouped_linear.dot import HEAD_BYTES, make_dot, step_bytes
+from pagoda_kernels.cpu.packed_linear.kernel import NO_GATE, apply_gate
+from pagoda_kernels.cpu.panels import (
+    BYTES_PER_STEP,
+    GROUP_SIZE,
+    INT8,
+    MOST_ROWS,
+    PANEL_SIZE,
+)
+from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim, make_reader
+
+FEW_ROWS = 8
+"""So many rows each thread rounds for itself."""
+_PART_ROWS = 4
+"""Rows that a thread rounds at a time."""
+_LARGEST, _LEAST = np.float32(127), np.float32(1e-30)
+
+
+class Matrix(NamedTuple):
+    """A matrix in pairs of panels; addresses and numbers of bytes."""
+
+    panels: int
+    num_pairs: int
+    pair_bytes: int
+    bits: int
+    num_blocks: int
+    block_size: int
+    """Inputs, zeros at the end of each group included."""
+    block_bytes: int
+    first_byte: int
+    """Of a block's numbers."""
+    scales: int
+    scales_pair_bytes: int
+    scales_block_bytes: int
+    has_zeros: int
+    """Whether as many zeros follow the scales."""
+    zero: int
+    """Of all groups; 0 if they have their own."""
+    inputs: int
+    group_size: int
+    blocks_per_group: int
+    bias: int
+    """[num_pairs, GROUP_SIZE] fp32."""
+    multipliers: int
+    """[num_pairs, GROUP_SIZE] fp32, of the columns."""
+    gate: int
+    outputs: int
+
+
+class _Arguments(NamedTuple):
+    matrix: int
+    x: int
+    is_rounded: int
+    """Whether x is the result of round_rows; else it is bf16."""
+    num_rows: int
+    out: int
+
+
+_arguments, _matrix = make_reader(_Arguments), make_reader(Matrix)
+
+
+@compiled
+def _rounded_row_bytes(m: Matrix) -> int:
+    return m.num_blocks * (HEAD_BYTES + m.block_size)
+
+
+@compiled
+def _inputs_of(m: Matrix, block: int) -> Any:
+    """The first input of a block, and how many it has; what is left of it is zeros."""
+    group, part = block // m.blocks_per_group, block % m.blocks_per_group
+    first = group * m.group_size + part * m.block_size
+    return first, min(m.block_size, (group + 1) * m.group_size - first)
+
+
+@compiled
+def _round(m: Matrix, x: int, first_row: int, last_row: int, out: int) -> None:
+    """Rows of bf16 in whole numbers, block by block, each with its head."""
+    wide = np.empty(m.inputs, np.float32)
+    for row in range(first_row, last_row):
+        widen(bf16_bits(x + 2 * row * m.inputs, (m.inputs,)), wide)
+        at = out + row * _rounded_row_bytes(m)
+        for block in range(m.num_blocks):
+            first, size = _inputs_of(m, block)
+            integers = int8s(at + HEAD_BYTES, (m.block_size,))
+            scale = quantize(wide[first : first + size], integers[:size], _LARGEST, _LEAST)
+            integers[size:] = 0
+            total = np.int32(0)
+            for i in range(size):
+                total += np.int32(integers[i])
+            floats(at, (1,))[0] = scale
+            int32s(at + 4, (1,))[0] = -total * np.int32(m.zero)
+            floats(at + 8, (1,))[0] = -np.float32(total)
+            at += HEAD_BYTES + m.block_size
+
+
+def _round_rows(task: Task) -> None:
+    """out: [num_rows, num_blocks, HEAD_BYTES + block_size] uint8. A part is _PART_ROWS rows."""
+    a = _arguments(task)
+    m = _matrix(a.matrix)
+    first = claim(task) * _PART_ROWS
+    while first < a.num_rows:
+        _round(m, a.x, first, min(first + _PART_ROWS, a.num_rows), a.out)
+        first = claim(task) * _PART_ROWS
+
+
+round_rows = ThreadedKernel(_round_rows)
+
+
+def _make_multiply(bits: int) -> ThreadedKernel:
+    """The product with a matrix whose panels have so many bits for each number."""
+    dot, bytes_per_step = make_dot(bits), step_bytes(bits)
+    # Few rows wait for memory, and the processor foresees a single stream best alone.
+    foreseen_rows = bits // 2
+
+    def multiply(task: Task) -> None:
+        """A part is a pair of panels."""
+        a = _arguments(task)
+        m = _matrix(a.matrix)
+        num_rows, num_columns = a.num_rows, GROUP_SIZE if m.gate == NO_GATE else PANEL_SIZE
+        num_steps, row_bytes = m.block_size // BYTES_PER_STEP, _rounded_row_bytes(m)
+        own_rows = np.empty(0 if a.is_rounded else num_rows * row_bytes, np.uint8)
+        if not a.is_rounded:
+            _round(m, a.x, 0, num_rows, address_of(own_rows))
+        sums = np.zeros((MOST_ROWS, GROUP_SIZE), np.float32)
+        num_passes = (num_rows + MOST_ROWS - 1) // MOST_ROWS
+        is_ahead = num_rows > foreseen_rows
+        ahead_block = m.block_bytes // num_passes if is_ahead else 0
+        ahead_first = m.first_byte // num_passes if is_ahead else 0
+        ahead_step = bytes_per_step // num_passes if is_ahead else 0
+        pair = claim(task)
+        while pair < m.num_pairs:
+            following = claim(task)
+            columns, first = pair * GROUP_SIZE * 4, pair * num_columns
+            count = min(num_columns, m.outputs - first)
+            # Named here, because memory is kept until it is named last.
+            x = a.x if a.is_rounded else address_of(own_rows)
+            # Each pass asks for its part of the panels that this thread has next.
+            ahead = m.panels + min(following, m.num_pairs - 1) * m.pair_bytes
+            if not is_ahead:
+                ahead = address_of(sums)
+            row = 0
+            while row < num_rows:
+                rows = dot(
+                    m.panels + pair * m.pair_bytes + m.first_byte,
+                    m.block_bytes,
+                    m.num_blocks,
+                    num_steps,
+                    m.scales + pair * m.scales_pair_bytes,
+                    m.scales_block_bytes,
+                    m.has_zeros,
+                    x + row * row_bytes,
+                    row_bytes,
+                    num_rows - row,
+                    address_of(sums),
+                    ahead,
+                    ahead_block,
+                    ahead_first,
+                    ahead_step,
+                )
+                ahead += ahead_block * m.num_blocks
+                _finish(
+                    sums[:rows],
+                    floats(m.multipliers + columns, (GROUP_SIZE,)),
+                    floats(m.bias + columns, (GROUP_SIZE,)),
+                )
+                if m.gate != NO_GATE:
+                    apply_gate(sums[:rows], m.gate)
+                for i in range(rows):
+                    at = a.out + 2 * ((row + i) * m.outputs + first)
+                    narrow(sums[i, :count], bf16_bits(at, (count,)))
+                row += rows
+            pair = following
+
+    return ThreadedKernel(multiply, needs=INT8.features, variant=str(bits))
+
+
+MULTIPLY = {bits: _make_multiply(bits) for bits in (4, 8)}
+"""By the bits of a number."""
+
+
+@compiled
+def _finish(sums: Array, multipliers: Array, bias: Array) -> None:
+    for row in range(len(sums)):
+        for i in range(GROUP_SIZE):
+            sums[row, i] = sums[row, i] * multipliers[i] + bias[i]
+
+
+class _Filling(NamedTuple):
+    matrix: int
+    integers: int
+    """[num_rows, inputs] uint8."""
+    first_row: int
+    """Of the matrix, which with a gate has twice as many rows as outputs."""
+    num_rows: int
+
+
+_filling = make_reader(_Filling)
+
+
+def _fill(task: Task) -> None:
+    """A part is a pair of panels."""
+    a = _filling(task)
+    m = _matrix(a.matrix)
+    num_steps = m.block_size // BYTES_PER_STEP
+    num_words = m.num_blocks * m.block_bytes // BYTES_PER_STEP
+    # Of 4 bits, the second panel's numbers are the upper ones of the first's.
+    is_shared = m.bits == 4
+    words_per_step = PANEL_SIZE if is_shared else GROUP_SIZE
+    row = np.zeros(m.block_size, np.uint8)
+    padded = int32s(address_of(row), (num_steps,))
+    pair = claim(task)
+    while pair < m.num_pairs:
+        words = int32s(m.panels + pair * m.pair_bytes, (num_words,))
+        for column in range(GROUP_SIZE):
+            panel, lane = column // PANEL_SIZE, column % PANEL_SIZE
+            index = pair * GROUP_SIZE + column
+            is_whole = index < m.outputs
+            if m.gate != NO_GATE:
+                index = pair * PANEL_SIZE + lane
+                is_whole = index < m.outputs
+                index += panel * m.outputs
+            index -= a.first_row
+            if is_whole and 0 <= index < a.num_rows:
+                integers = uint8s(a.integers + index * m.inputs, (m.inputs,))
+                place = lane if is_shared else lane + panel * PANEL_SIZE
+                shift = np.int32(4 * panel if is_shared else 0)
+                others = ~(np.int32(0x0F0F0F0F) << shift) if is_shared else np.int32(0)
+                for block in range(m.num_blocks):
+                    first, size = _inputs_of(m, block)
+                    row[:size] = integers[first : first + size]
+                    row[size:] = 0
+                    at = (block * m.block_bytes + m.first_byte) // BYTES_PER_STEP + place
+                    for step in range(num_steps):
+                        i = at + step * words_per_step
+                        words[i] = (words[i] & others) | (padded[step] << shift)
+        pair = claim(task)
+
+
+fill = ThreadedKernel(_fill)
