@@ -82,18 +82,20 @@ def make_dot(bits: int) -> Any:
         ahead_step: Any,
     ) -> Any:
         def emit(rows: int) -> None:
-            out = [b.add(sums, _INT64(i * VECTOR_BYTES)) for i in range(2 * rows)]
-            for at in out:
-                _store(b, ir.Constant(_FLOATS, [0.0] * PANEL_SIZE), at)
             x_bytes = b.add(b.mul(num_steps, _INT64(BYTES_PER_STEP)), _INT64(HEAD_BYTES))
             starts = weights, scales, x, ahead
             strides = block_bytes, scales_stride, x_bytes, ahead_block
-            with _Loop(b, num_blocks, starts, strides) as (weights_at, scales_at, x_at, ahead_at):
+            begin = 2 * rows * [ir.Constant(_FLOATS, [0.0] * PANEL_SIZE)]
+            loop = _Loop(b, num_blocks, starts, strides, begin)
+            with loop as (weights_at, scales_at, x_at, ahead_at):
                 heads = [b.add(x_at, b.mul(row_bytes, _INT64(row))) for row in range(rows)]
                 whole = _emit_steps(
                     b, bits, num_steps, weights_at, heads, ahead_at, ahead_first, ahead_step
                 )
-                _emit_scaling(b, whole, scales_at, has_zeros, heads, out)
+                loop.results = _emit_scaling(b, whole, scales_at, has_zeros, heads, loop.sums)
+            for i, result in enumerate(loop.results):
+                at = b.inttoptr(b.add(sums, _INT64(i * VECTOR_BYTES)), result.type.as_pointer())
+                b.store(result, at, align=4)
 
         return emit_by_rows(b, num_rows, emit)
 
@@ -201,33 +203,32 @@ def _emit_scaling(
     scales: Any,
     has_zeros: Any,
     heads: Sequence[Any],
-    out: Sequence[Any],
-) -> None:
-    """out += (whole - zeros * the sum of x's numbers) * scales * the scale of x."""
+    sums: Sequence[Any],
+) -> Sequence[Any]:
+    """sums + (whole - zeros * the sum of x's numbers) * scales * the scale of x."""
     kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
     fma = b.module.declare_intrinsic("llvm.fma.v16f32", [], kind)
     columns = [b.fpext(load_at(b, scales, 32 * i, _HALVES), _FLOATS) for i in range(2)]
-
-    def add(with_zeros: bool) -> None:
+    numbers = [b.sitofp(vector, _FLOATS) for vector in whole]
+    ends = [(numbers, b.block)]
+    with b.if_then(b.icmp_signed("!=", has_zeros, _INT64(0))):
         at = b.add(scales, _INT64(SCALES_BYTES))
-        zeros = [b.fpext(load_at(b, at, 32 * i, _HALVES), _FLOATS) for i in range(2 * with_zeros)]
+        zeros = [b.fpext(load_at(b, at, 32 * i, _HALVES), _FLOATS) for i in range(2)]
+        shifted = []
         for row, head in enumerate(heads):
-            scale = repeat(b, load_at(b, head, 0, _FLOAT))
-            for i in range(2):
-                number = b.sitofp(whole[2 * row + i], _FLOATS)
-                if with_zeros:
-                    minus_sum = repeat(b, load_at(b, head, 8, _FLOAT))
-                    number = b.call(fma, [zeros[i], minus_sum, number])
-                at = out[2 * row + i]
-                total = b.call(fma, [number, b.fmul(columns[i], scale), load_at(b, at, 0, _FLOATS)])
-                _store(b, total, at)
-
-    with b.if_else(b.icmp_signed("!=", has_zeros, _INT64(0))) as (then, otherwise):
-        with then:
-            add(True)
-        with otherwise:
-            add(False)
-
-
-def _store(b: Any, vector: Any, at: Any) -> None:
-    b.store(vector, b.inttoptr(at, vector.type.as_pointer()), align=4)
+            minus_sum = repeat(b, load_at(b, head, 8, _FLOAT))
+            for i, zero in enumerate(zeros):
+                shifted.append(b.call(fma, [zero, minus_sum, numbers[2 * row + i]]))
+        ends.append((shifted, b.block))
+    results = []
+    for i in range(len(sums)):
+        number = b.phi(_FLOATS)
+        for values, block in ends:
+            number.add_incoming(values[i], block)
+        results.append(number)
+    for row, head in enumerate(heads):
+        scale = repeat(b, load_at(b, head, 0, _FLOAT))
+        for i in range(2 * row, 2 * row + 2):
+            factors = b.fmul(columns[i % 2], scale)
+            results[i] = b.call(fma, [results[i], factors, sums[i]])
+    return results
