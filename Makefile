@@ -10,7 +10,7 @@ GPU_ENV = PYTHONPATH=kernels:runtime:benchmarks:out/gpu-packages
 .PHONY: demo demo-down test check lint types unit interpreted venv model kubeconfig lock \
   gpu-check gpu-bench gpu-packages gpu-compile gpu-rehearse \
   bench-cpu bench-versions bench-long bench-waste bench-overhead bench-quantization \
-  bench-kv-cache bench-attention-bytes bench-strangers soak
+  bench-grouped-linear bench-kv-cache bench-attention-bytes bench-strangers soak
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
 	@python3 e2e/phases.py demo
@@ -67,6 +67,9 @@ bench-overhead: model ## what a decode step costs outside the model: make bench-
 
 bench-quantization: model ## weights rounded to int8 beside bf16: make bench-quantization [OUT=FILE]
 	@$(PYTHON) benchmarks/quantization.py --out $(or $(OUT),out/bench-quantization.json)
+
+bench-grouped-linear: venv ## products with matrices of 4 and 8 bits beside bf16: make bench-grouped-linear [OUT=FILE]
+	@$(PYTHON) benchmarks/grouped_linear.py --out $(or $(OUT),out/bench-grouped-linear.json)
 
 bench-kv-cache: model ## keys and values of 8 bits beside bf16's: make bench-kv-cache [ROUNDS=20] [OUT=FILE]
 	@$(PYTHON) benchmarks/kv_cache.py --rounds $(or $(ROUNDS),20) \
