@@ -122,7 +122,7 @@ def _round_rows(task: Task) -> None:
         first = claim(task) * _PART_ROWS
 
 
-round_rows = ThreadedKernel(_round_rows)
+round_rows = ThreadedKernel(_round_rows, needs=INT8.features)
 
 
 def _make_multiply(bits: int) -> ThreadedKernel:
@@ -255,4 +255,4 @@ def _fill(task: Task) -> None:
         pair = claim(task)
 
 
-fill = ThreadedKernel(_fill)
+fill = ThreadedKernel(_fill, needs=INT8.features)
