@@ -45,7 +45,7 @@ def _shapes_of_weights(settings: Mapping[str, Any]) -> dict[str, torch.Size]:
     # Without data: 16 GB of it would only be thrown away.
     with LaunchRecorder():
         device, dtype = torch.device("cpu"), torch.bfloat16
-        placement = Placement(dtype, device, get_linear_method(None, dtype, device))
+        placement = Placement(dtype, device, get_linear_method(None))
         model = make_model(model_config("llama-3.1-8b", **settings), placement)
         return {name: torch.Size(shard.shape) for name, shard in model.weights().items()}
 

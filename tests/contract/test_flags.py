@@ -20,7 +20,7 @@ from pagoda_runtime.config import KV_CACHE_DTYPES, ServerConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.models.check import verify_supported
-from pagoda_runtime.quantization import ONLINE
+from pagoda_runtime.quantization.config import ONLINE, READERS
 from pagoda_runtime.server.flags import parse_serve_args
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
@@ -71,7 +71,7 @@ def test_a_revision_of_the_hub_arrives_in_the_configuration() -> None:
 def test_an_example_asks_for_nothing_that_the_engine_refuses(example: Path) -> None:
     config = parse(yaml.safe_load(example.read_text())["spec"]).engine
     verify_supported(config)
-    assert config.quantization in (None, "none", *ONLINE)
+    assert config.quantization in (None, "none", *ONLINE, *READERS)
 
 
 def cause_of(error: FatalError, spec: dict[str, Any]) -> str:
@@ -124,6 +124,10 @@ def test_the_least_spec_leaves_the_runtimes_own_defaults() -> None:
 def test_every_share_of_gpu_memory_is_exact(percent: int) -> None:
     config = parse({"engine": {"gpuMemoryPercent": percent}})
     assert config.engine.gpu_memory_utilization == pytest.approx(percent / 100)
+
+
+def test_every_quantization_that_is_offered_is_read_or_made() -> None:
+    assert set(engine_flags.QUANTIZATIONS) == {"none", *ONLINE, *READERS}
 
 
 def test_every_value_of_an_enum_is_one_of_its_flag() -> None:

@@ -40,7 +40,7 @@ def load_model(
     model_config = settle_by_weights(model_config, folder)
     dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
     device = platform.device(parallel.rank)
-    method = get_linear_method(model_config.quantization, dtype, device)
+    method = get_linear_method(model_config.quantization)
     placement = Placement(dtype, device, method, parallel, config.deterministic)
     on_progress("load", 0.0, 0.0)
     remedy = "Use a smaller model or a larger device."

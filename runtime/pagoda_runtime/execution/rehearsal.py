@@ -52,7 +52,7 @@ def absent_runner(
     """
     platform = AbsentGpu()
     engine_config = platform.complete(EngineConfig(model="", **flags))
-    method = get_linear_method(config.quantization, dtype, GPU)
+    method = get_linear_method(config.quantization)
     placement = Placement(dtype, GPU, method, is_deterministic=engine_config.deterministic)
     with LaunchRecorder() as recorder, torch.no_grad():
         model = make_model(config, placement)

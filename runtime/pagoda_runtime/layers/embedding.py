@@ -10,7 +10,7 @@ from torch.nn.functional import embedding
 
 from pagoda_kernels.cpu.int8_argmax import Int8Argmax, has_int8_argmax
 from pagoda_runtime.layers.module import Module
-from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.base import LinearMethod, Placement
 from pagoda_runtime.quantization.parameter import INPUT, OUTPUT, Axis, Layout, Parameter, Part
 from pagoda_runtime.quantization.unquantized import UnquantizedLinear
 
@@ -65,7 +65,7 @@ class LanguageModelHead(Module):
         self, vocab_size: int, hidden_size: int, *, tied_to: Embedding | None, placement: Placement
     ) -> None:
         super().__init__()
-        self.method = UnquantizedLinear(placement)
+        self.method: LinearMethod = UnquantizedLinear(placement)
         self.parallel, self.vocab_size = placement.parallel, vocab_size
         self._tied: Parameter | None = None
         self.copies: dict[str, int] = {}
@@ -76,12 +76,15 @@ class LanguageModelHead(Module):
             self._tied = tied_to.parameters["weight"]
         else:
             layout = vocabulary_layout(vocab_size, hidden_size)
+            self.method = placement.method(placement, None)
             self.parameters = self.method.create_weights(layout, has_bias=False)
 
     def use_parameters(self) -> None:
         self.method.after_loading({"weight": self._tied} if self._tied else self.parameters)
         if self._tied is None:
+            self.weight_bytes = self.method.num_bytes or self.weight_bytes
             return
+        assert isinstance(self.method, UnquantizedLinear)
         table, self.weight_bytes, self._tied = self._tied.data, self._tied.num_bytes, None
         if self.method.is_packed:
             self.copies["packed"] = table.nbytes

@@ -47,6 +47,7 @@ class Linear(Module):
             # The sum has it from rank 0.
             self.parameters["bias"].data.zero_()
         self.method.after_loading(self.parameters)
+        self.weight_bytes = self.method.num_bytes or self.weight_bytes
 
     def __call__(self, x: torch.Tensor, step: StepInput) -> torch.Tensor:
         """[num_tokens, outputs] of x, [num_tokens, inputs]: a row for each token of the step."""

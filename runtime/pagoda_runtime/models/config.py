@@ -9,6 +9,7 @@ from typing import Any
 from pagoda_runtime.config import SUPPORTED_DTYPES
 from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.layers.rope_config import RopeConfig
+from pagoda_runtime.quantization.description import Quantization
 
 DTYPE_OF_WEIGHTS = "auto"
 
@@ -59,8 +60,8 @@ class ModelConfig:
     embedding_scale: float = 1.0
     attention_scale: float | None = None
     """Factor on q·k; None: head_dim ** -0.5."""
-    quantization: str | None = None
-    """What the layers' matrices are made when they are loaded; None: nothing else."""
+    quantization: Quantization | None = None
+    """How the layers' matrices are stored, or what they are made when they are loaded."""
     eos_token_ids: tuple[int, ...] = ()
     default_sampling: Mapping[str, float | int] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()

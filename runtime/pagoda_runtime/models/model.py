@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -45,7 +46,7 @@ class DecoderLayer(Module):
             sees_all=not config.sliding_windows[layer],
             biases=(config.qkv_bias, config.attention_output_bias),
             qk_norm=qk_norm,
-            placement=placement,
+            placement=placement.at("self_attn"),
         )
         self.mlp_norm = _make_norm(config, placement)
         self.mlp = MLP(
@@ -54,7 +55,7 @@ class DecoderLayer(Module):
             activation=config.activation,
             is_gated=config.is_gated,
             bias=config.mlp_bias,
-            placement=placement,
+            placement=placement.at("mlp"),
         )
         self.after_attention_norm = _make_norm(config, placement) if config.sandwich_norms else None
         self.after_mlp_norm = _make_norm(config, placement) if config.sandwich_norms else None
@@ -84,17 +85,21 @@ class Model(Module):
 
     def __init__(self, config: ModelConfig, placement: Placement) -> None:
         super().__init__()
+        placement = replace(placement, stored_name=config.stored_name)
         self.config, self.placement = config, placement
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, scale=config.embedding_scale, placement=placement
         )
-        self.layers = [DecoderLayer(config, layer, placement) for layer in range(config.num_layers)]
+        self.layers = [
+            DecoderLayer(config, layer, placement.at(f"layers.{layer}"))
+            for layer in range(config.num_layers)
+        ]
         self.norm = _make_norm(config, placement)
         self.lm_head = LanguageModelHead(
             config.vocab_size,
             config.hidden_size,
             tied_to=self.embed_tokens if config.tie_word_embeddings else None,
-            placement=placement,
+            placement=placement.at("lm_head"),
         )
         self.set_max_model_len(config.max_position_embeddings)
 

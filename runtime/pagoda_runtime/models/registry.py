@@ -16,7 +16,7 @@ from pagoda_runtime.models.llama import llama
 from pagoda_runtime.models.mistral import mistral
 from pagoda_runtime.models.qwen2 import qwen2
 from pagoda_runtime.models.qwen3 import qwen3
-from pagoda_runtime.quantization import ONLINE
+from pagoda_runtime.quantization.config import read_quantization
 
 if TYPE_CHECKING:
     from pagoda_runtime.models.model import Model
@@ -45,41 +45,22 @@ def load_model_config(
     """Read config.json and, if there is one, generation_config.json.
 
     Args:
-        quantization: what the flag --quantization says: None, "none", or one of ONLINE.
+        quantization: what the flag --quantization says, or None.
         generation_config: what the flag --generation-config says: auto or none.
     Raises: FatalError: ModelNotFound, ModelAccessDenied, InvalidModelConfig,
         UnsupportedArchitecture or QuantizationMismatch.
     """
     file = ConfigFile.read(folder / "config.json")
-    quantization = _read_quantization(file, quantization)
+    stored = read_quantization(file, quantization)
     architectures = file.values.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise file.invalid("architectures", architectures, "a list with the name of a class")
     for name in architectures:
         if name in ARCHITECTURES:
-            config = replace(ARCHITECTURES[name](file), quantization=quantization)
+            config = replace(ARCHITECTURES[name](file), quantization=stored)
             return read_generation(config, file, uses_defaults=generation_config == "auto")
     raise FatalError(
         "UnsupportedArchitecture",
         f"{file.path}: the architecture {architectures[0]} is not supported. "
         f"Supported: {', '.join(ARCHITECTURES)}. Serve a model of one of these.",
     )
-
-
-def _read_quantization(file: ConfigFile, quantization: str | None) -> str | None:
-    """What the flag, if it goes with the file, makes of matrices as they are loaded."""
-    if stored := file.mapping("quantization_config"):
-        raise FatalError(
-            "QuantizationMismatch",
-            f"{file.path}: the checkpoint is quantized (quant_method "
-            f"{stored.get('quant_method')!r}); this version serves unquantized checkpoints only. "
-            "Use the bf16 checkpoint of the model.",
-        )
-    if quantization not in (None, "none", *ONLINE):
-        raise FatalError(
-            "QuantizationMismatch",
-            f"--quantization {quantization} (engine.quantization) was given, but {file.path} has "
-            "no quantization_config. Remove the flag, or set it to none or to what weights can be "
-            f"rounded to when they are loaded: {', '.join(ONLINE)}.",
-        )
-    return quantization if quantization in ONLINE else None

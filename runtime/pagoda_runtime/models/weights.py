@@ -18,12 +18,13 @@ from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.errors import FatalError, unreadable
 from pagoda_runtime.models.config import DTYPE_OF_WEIGHTS, ModelConfig
 from pagoda_runtime.models.source import OnProgress
-from pagoda_runtime.quantization.parameter import Shard, StoredTensor
+from pagoda_runtime.quantization.parameter import Shard, StoredTensor, WrongDtypeError
 
 logger = logging.getLogger(__name__)
 
 KV_SCALES = (".k_scale", ".v_scale")
 """Last parts of the names of a whole layer's scales, which some exporters store."""
+_OTHER_NAMES = {"weight_scale_inv": "weight_scale", "activation_scale": "input_scale"}
 _NAMES_SHOWN = 4
 
 
@@ -83,7 +84,8 @@ def load_weights(
         if a file is damaged, or one message with all tensors that are missing, unexpected,
         mis-shaped or stored twice.
     """
-    faults: dict[str, list[str]] = {"missing": [], "unexpected": [], "mis-shaped": [], "twice": []}
+    kinds = "missing", "unexpected", "mis-shaped", "of another dtype", "twice"
+    faults: dict[str, list[str]] = {kind: [] for kind in kinds}
     seen: set[str] = set()
     num_scales = 0
     started = time.monotonic()
@@ -93,6 +95,7 @@ def load_weights(
     for path in files:
         for name, stored in read_tensors(path):
             shape = tuple(stored.get_shape())
+            name = name if name in shards else _other_name(name)
             shard = shards.get(name)
             if shard is None and name.endswith(KV_SCALES):
                 num_scales += 1
@@ -101,17 +104,27 @@ def load_weights(
                     faults["unexpected"].append(name)
             elif name in seen:
                 faults["twice"].append(name)
-            elif shard.shape != shape:
+            elif not shard.fits(shape):
                 shapes = f"{list(shape)} instead of {list(shard.shape)}"
                 faults["mis-shaped"].append(f"{name} ({shapes})")
             else:
-                piece = shard.load(stored)
+                try:
+                    piece = shard.load(stored)
+                except WrongDtypeError as error:
+                    faults["of another dtype"].append(f"{name} ({error})")
+                    continue
+                finally:
+                    seen.add(name)
                 bytes_read += piece.nbytes
                 bytes_done += math.prod(shape) * piece.itemsize
             seen.add(name)
             speed = bytes_read / max(time.monotonic() - started, 1e-9)
             on_progress("load", 100.0 * bytes_done / max(bytes_total, bytes_done), speed)
-    faults["missing"] = [name for name in shards if name not in seen]
+    faults["missing"] = [
+        name
+        for name, shard in shards.items()
+        if name not in seen and not shard.parameter.is_optional
+    ]
     _raise_faults(folder, faults)
     if num_scales:
         logger.info(
@@ -121,6 +134,12 @@ def load_weights(
             ", ".join(KV_SCALES),
         )
     return bytes_read
+
+
+def _other_name(name: str) -> str:
+    """What a tensor is called that some tools call otherwise; both are multiplied by."""
+    module, _, last = name.rpartition(".")
+    return f"{module}.{_OTHER_NAMES.get(last, last)}" if module else name
 
 
 def find_weight_files(folder: Path) -> list[Path]:

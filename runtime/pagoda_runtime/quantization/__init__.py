@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
-from pagoda_runtime.errors import FatalError
+from pagoda_runtime.quantization.description import Quantization
+from pagoda_runtime.quantization.schemes import (
+    AWQ,
+    EXL2,
+    GPTQ,
+    PackedIntegers,
+    Rounded,
+    ScaledNumbers,
+    Scheme,
+)
 
 if TYPE_CHECKING:
-    import torch
-
-    from pagoda_runtime.quantization.base import LinearMethod
+    from pagoda_runtime.quantization.by_module import MakeMethod
 
 
-# Made when it is asked for: what only reads names must not load torch.
-def _int8() -> type[LinearMethod]:
-    from pagoda_runtime.quantization.int8 import Int8Linear
+def get_linear_method(quantization: Quantization | None) -> MakeMethod:
+    """The method of a checkpoint's matrices; of None: they are unquantized, and stay so."""
+    # Not above: what only reads configs must not load torch.
+    from pagoda_runtime.quantization.by_module import ByModule
 
-    return Int8Linear
+    if quantization is None:
+        return _method_of(None)
+    return partial(ByModule, quantization=quantization, make=_method_of)
 
 
-ONLINE: Mapping[str, Callable[[], type[LinearMethod]]] = {"int8": _int8}
-"""What the matrices of an unquantized checkpoint can be made when they are loaded."""
+def _method_of(scheme: Scheme | None) -> MakeMethod:
+    """The row of a format, to be made with a placement and an activation."""
+    match scheme:
+        case None:
+            from pagoda_runtime.quantization.unquantized import UnquantizedLinear
 
+            return UnquantizedLinear
+        case AWQ():
+            from pagoda_runtime.quantization.awq import AWQMethod
 
-def get_linear_method(
-    name: str | None, dtype: torch.dtype, device: torch.device
-) -> type[LinearMethod]:
-    """The method of a format; None: of an unquantized checkpoint that is to stay so.
+            return partial(AWQMethod, scheme=scheme)
+        case GPTQ():
+            from pagoda_runtime.quantization.gptq import GPTQMethod
 
-    Raises: FatalError: QuantizationMismatch if the format does not go with dtype or device.
-    """
-    if name is None:
-        from pagoda_runtime.quantization.unquantized import UnquantizedLinear
+            return partial(GPTQMethod, scheme=scheme)
+        case PackedIntegers():
+            from pagoda_runtime.quantization.compressed import PackedMethod
 
-        return UnquantizedLinear
-    method = ONLINE[name]()
-    if need := method.unmet_need(dtype, device):
-        raise FatalError(
-            "QuantizationMismatch",
-            f"--quantization {name} (engine.quantization) needs {need}; this is {device.type} in "
-            f"{str(dtype).removeprefix('torch.')}. Remove the flag.",
-        )
-    return method
+            return partial(PackedMethod, scheme=scheme)
+        case ScaledNumbers():
+            from pagoda_runtime.quantization.scaled import ScaledMethod
+
+            return partial(ScaledMethod, scheme=scheme)
+        case EXL2():
+            from pagoda_runtime.quantization.exl2 import EXL2Method
+
+            return EXL2Method
+        case Rounded():
+            from pagoda_runtime.quantization.rounded import RoundedMethod
+
+            return partial(RoundedMethod, scheme=scheme)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn.functional import pad
 
 from pagoda_runtime.parallel import TensorParallel
-from pagoda_runtime.quantization.parameter import Dim, Layout, Parameter
+from pagoda_runtime.quantization.parameter import Dim, Layout, Parameter, Part
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """[num_rows, out_features] of x, [num_rows, in_features]."""
@@ -27,11 +27,6 @@ class LinearMethod(ABC):
     def __init__(self, placement: Placement, activation: str | None = None) -> None:
         self.placement, self.activation = placement, activation
 
-    @classmethod
-    def unmet_need(cls, dtype: torch.dtype, device: torch.device) -> str | None:
-        """What this format needs and does not have here, in a user's words."""
-        return None
-
     @abstractmethod
     def create_weights(self, layout: Layout, *, has_bias: bool) -> dict[str, Parameter]:
         """The tensors that a checkpoint has for each matrix, by name, each with its dimensions."""
@@ -46,19 +41,35 @@ class LinearMethod(ABC):
         row's bits do not depend on the other rows.
         """
 
+    @property
+    def num_bytes(self) -> int | None:
+        """Of the weights as `apply` reads them; None: as they were loaded."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """How and where layers hold their tensors: the format, the dtype, the device and the rank.
 
     is_deterministic: let the bits of a token's result not depend on a step's other tokens; slower.
+    path: the module whose layers these are; stored_name: what the checkpoint calls one.
     """
 
     dtype: torch.dtype
     device: torch.device
-    method: type[LinearMethod]
+    method: Callable[[Placement, str | None], LinearMethod]
     parallel: TensorParallel = field(default_factory=TensorParallel)
     is_deterministic: bool = False
+    path: str = ""
+    stored_name: Callable[[str], str] = str
+
+    def at(self, name: str) -> Placement:
+        """That of a module within this one."""
+        return replace(self, path=f"{self.path}.{name}" if self.path else name)
+
+    def module(self, part: Part) -> str:
+        """What the checkpoint calls a part of a layer that lies here."""
+        return self.stored_name(f"{self.path}.{part.name}" if part.name else self.path)
 
     def parameter(self, layout: Layout, *dims: Dim) -> Parameter:
         """In the model's dtype."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -21,13 +21,30 @@ class Axis(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Dim:
-    """A dimension of a tensor: `per` outputs or inputs of the matrix share one element."""
+    """A dimension of a tensor: `per` outputs or inputs of the matrix share `words` elements.
 
-    axis: Axis
+    axis: None: of neither; every rank has all of it, whatever its size.
+    is_whole: every rank has all of it.
+    """
+
+    axis: Axis | None
     per: int = 1
+    words: int = 1
+    is_whole: bool = False
+
+    def size(self, count: int) -> int:
+        """Elements of so many outputs or inputs."""
+        return -(-count // self.per) * self.words
+
+    def span(self, own: range) -> slice:
+        """The elements that these outputs or inputs have a part of."""
+        return slice(own.start // self.per * self.words, self.size(own.stop))
 
 
 OUTPUT, INPUT = Dim(Axis.OUTPUT), Dim(Axis.INPUT)
+ANY = Dim(None)
+ANY_SIZE = -1
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +100,13 @@ class Parameter:
     """A tensor of a layer, of which a rank holds its share.
 
     Args:
-        dims: what each dimension of the tensor runs over.
+        dims: what each dimension of the tensor runs over: OUTPUT or INPUT.
     """
+
+    dtypes: Collection[torch.dtype] = FLOATS
+    """That the checkpoint may have it in."""
+    is_optional = False
+    """Whether the checkpoint may be without."""
 
     def __init__(
         self,
@@ -101,7 +123,7 @@ class Parameter:
             Axis.OUTPUT: sum(layout.held(Axis.OUTPUT, part, parallel) for part in parts),
             Axis.INPUT: layout.held(Axis.INPUT, parts[0], parallel),
         }
-        shape = [held[dim.axis] // dim.per for dim in dims]
+        shape = [held[dim.axis] for dim in dims if dim.axis]
         make = torch.zeros if layout.is_padded else torch.empty
         self.data = make(shape, dtype=dtype, device=device)
 
@@ -111,11 +133,12 @@ class Parameter:
         for part in self._layout.parts:
             shape, source, target = [], [], []
             for dim in self._dims:
+                assert dim.axis
                 own = self._layout.own(dim.axis, part, self._parallel)
                 first = num_outputs if dim.axis is Axis.OUTPUT else 0
-                shape.append(self._layout.size(dim.axis, part) // dim.per)
-                source.append(slice(own.start // dim.per, own.stop // dim.per))
-                target.append(slice(first // dim.per, (first + len(own)) // dim.per))
+                shape.append(self._layout.size(dim.axis, part))
+                source.append(slice(own.start, own.stop))
+                target.append(slice(first, first + len(own)))
             num_outputs += self._layout.held(Axis.OUTPUT, part, self._parallel)
             yield part.name, Shard(self, tuple(shape), tuple(source), tuple(target))
 
@@ -128,6 +151,77 @@ class Parameter:
         self.data[target].copy_(tensor)
 
 
+class StoredParameter(Parameter):
+    """A layer's tensors as the checkpoint has them: one for each part, and not stacked.
+
+    A rank has of a tensor every element that its outputs and inputs have a part of.
+
+    Args:
+        dims: what each dimension of the tensors runs over; None: of any shape, taken whole.
+        dtypes: that the checkpoint may have it in.
+        is_optional: whether it may be absent.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        dims: Sequence[Dim] | None,
+        *,
+        dtypes: Collection[torch.dtype],
+        device: torch.device,
+        parallel: TensorParallel,
+        is_optional: bool = False,
+    ) -> None:
+        self._layout, self._dims, self._parallel = layout, dims or (), parallel
+        self._is_any, self._device = dims is None, device
+        self.dtypes, self.is_optional = dtypes, is_optional
+        self._tensors: list[torch.Tensor | None] = [None] * len(layout.parts)
+
+    def shards(self) -> Iterator[tuple[str, Shard]]:
+        for index, part in enumerate(self._layout.parts):
+            shape, source = [], []
+            for dim in self._dims:
+                if dim.axis is None:
+                    shape.append(ANY_SIZE)
+                    source.append(slice(None))
+                    continue
+                size = self._layout.size(dim.axis, part)
+                own = self._layout.own(dim.axis, part, self._parallel)
+                shape.append(dim.size(size))
+                source.append(dim.span(range(size) if dim.is_whole else own))
+            whole = self._is_any
+            target = (slice(index, index + 1),)
+            yield part.name, Shard(self, tuple(shape), tuple(source), target, is_any=whole)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors if tensor is not None)
+
+    def store(self, target: tuple[slice, ...], tensor: torch.Tensor) -> None:
+        own = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        self._tensors[target[0].start] = own.copy_(tensor)
+
+    def take(self, index: int) -> torch.Tensor | None:
+        """A part's tensor, which is not kept here any longer; None: the checkpoint has none."""
+        tensor, self._tensors[index] = self._tensors[index], None
+        return tensor
+
+
+class JoinedParameter(Parameter):
+    """Tensors of one name for parts of a layer that are stored in several ways."""
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self._parameters = parameters
+
+    def shards(self) -> Iterator[tuple[str, Shard]]:
+        for parameter in self._parameters:
+            yield from parameter.shards()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(parameter.num_bytes for parameter in self._parameters)
+
+
 class StoredTensor(Protocol):
     """A tensor in its file, as safetensors' `get_slice` gives it."""
 
@@ -137,19 +231,40 @@ class StoredTensor(Protocol):
         """Of its file, mapped, not copied."""
 
 
+class WrongDtypeError(Exception):
+    """A tensor in a dtype that its parameter does not take; the message says which."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """The part of a parameter that one of the checkpoint's tensors fills."""
 
     parameter: Parameter
     shape: tuple[int, ...]
-    """Of the checkpoint's tensor."""
+    """Of the checkpoint's tensor; ANY_SIZE where it may have any."""
     source: tuple[slice, ...]
     """Which part of it this rank holds."""
     target: tuple[slice, ...]
+    is_any: bool = False
+    """Whether the tensor may have any shape, and is taken whole."""
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether the checkpoint's tensor may have this shape."""
+        if self.is_any:
+            return True
+        sizes = zip(self.shape, shape, strict=False)
+        return len(shape) == len(self.shape) and all(a in (b, ANY_SIZE) for a, b in sizes)
 
     def load(self, tensor: StoredTensor) -> torch.Tensor:
-        """Take this rank's part of the checkpoint's tensor, and return it; no other is read."""
-        piece = tensor[self.source]
+        """Take this rank's part of the checkpoint's tensor, and return it; no other is read.
+
+        Raises: WrongDtypeError.
+        """
+        piece = tensor[... if self.is_any else self.source]
+        if piece.dtype not in self.parameter.dtypes:
+            found, *known = (
+                str(dtype).removeprefix("torch.") for dtype in (piece.dtype, *self.parameter.dtypes)
+            )
+            raise WrongDtypeError(f"{found} instead of {' or '.join(known)}")
         self.parameter.store(self.target, piece)
         return piece

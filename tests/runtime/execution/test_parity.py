@@ -14,7 +14,7 @@ from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.execution.testing import generate, transformers_tokens
 from pagoda_runtime.models.testing import TINY, make_tiny_checkpoint
-from pagoda_runtime.quantization.int8 import Int8Linear
+from pagoda_runtime.quantization.rounded import RoundedMethod
 from pagoda_runtime.sampling_params import SamplingParams
 
 NUM_TOKENS = 24
@@ -163,7 +163,8 @@ def test_weights_rounded_to_int8_follow_the_checkpoint_closely(tmp_path, family)
     for layer in rounded.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
-            assert isinstance(linear.method, Int8Linear)
+            (member,) = linear.method.members
+            assert isinstance(member, RoundedMethod)
     prompts = make_prompts([30] * 8)
     pairs = zip(generate(exact, prompts, 1), generate(rounded, prompts, 1), strict=True)
     assert sum(a == b for a, b in pairs) >= 6

@@ -31,11 +31,6 @@ def make_runner(folder, **flags):
         ({"dtype": "int8"}, "InvalidFlags", "--dtype .* is int8"),
         ({"device": "tpu"}, "InvalidFlags", "--device is tpu"),
         ({"quantization": "awq"}, "QuantizationMismatch", "--quantization awq"),
-        (
-            {"quantization": "int8", "dtype": "float32"},
-            "QuantizationMismatch",
-            "--dtype bfloat16; this is cpu in float32",
-        ),
         ({"max_model_len": 513}, "InvalidFlags", "Give at most 512"),
     ],
 )

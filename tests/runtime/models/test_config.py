@@ -188,19 +188,20 @@ def test_soft_capping_is_refused_rather_than_ignored(tmp_path):
     )
 
 
-def test_quantized_checkpoints_and_quantization_flags_are_refused(tmp_path):
-    stored = refusal(tmp_path, {**LLAMA, "quantization_config": {"quant_method": "awq"}})
-    asked = refusal(tmp_path, LLAMA, quantization="fp8")
-    assert stored.reason == asked.reason == "QuantizationMismatch"
-    assert "'awq'" in stored.message
-    assert "--quantization fp8" in asked.message
-    assert "int8" in asked.message
-    assert load(tmp_path, LLAMA, quantization="none").dtype == "float16"
-
-
-def test_an_unquantized_checkpoint_can_be_rounded_to_int8(tmp_path):
-    assert load(tmp_path, LLAMA, quantization="int8").quantization == "int8"
+def test_the_quantization_is_what_file_and_flag_say(tmp_path):
+    file = {"quant_method": "awq", "bits": 4, "group_size": 64}
+    stored = load(tmp_path, {**LLAMA, "quantization_config": file})
+    assert stored.quantization.method == "awq"
+    assert load(tmp_path, LLAMA, quantization="int8").quantization.method == "int8"
     assert load(tmp_path, LLAMA).quantization is None
+    assert load(tmp_path, LLAMA, quantization="none").quantization is None
+
+
+def test_a_quantization_that_nothing_can_become_is_refused(tmp_path):
+    error = refusal(tmp_path, LLAMA, quantization="awq")
+    assert error.reason == "QuantizationMismatch"
+    assert "--quantization awq" in error.message
+    assert "fp8, int8, int4" in error.message
 
 
 def make_tiny_model(folder, family):

@@ -12,6 +12,8 @@ from pagoda_runtime.quantization.parameter import (
     Layout,
     Parameter,
     Part,
+    StoredParameter,
+    WrongDtypeError,
 )
 
 QKV = [Part("q", 32, num_heads=4), Part("k", 16, num_heads=2), Part("v", 16, num_heads=2)]
@@ -19,7 +21,7 @@ QKV = [Part("q", 32, num_heads=4), Part("k", 16, num_heads=2), Part("v", 16, num
 
 def load(layout, dims, tensors, parallel):
     parameter = Parameter(
-        layout, dims, dtype=torch.int32, device=torch.device("cpu"), parallel=parallel
+        layout, dims, dtype=torch.float64, device=torch.device("cpu"), parallel=parallel
     )
     for name, tensor in tensors.items():
         assert dict(parameter.shards())[name].shape == tensor.shape
@@ -28,26 +30,14 @@ def load(layout, dims, tensors, parallel):
 
 
 def numbered(*shape):
-    return torch.arange(torch.Size(shape).numel(), dtype=torch.int32).view(shape)
-
-
-# What a matrix is in several formats: plain, packed along the inputs, along the outputs, a scale
-# for each group of inputs, one for each output, an index for each input.
-FORMATS = [
-    (OUTPUT, INPUT),
-    (Dim(Axis.INPUT, 8), OUTPUT),
-    (INPUT, Dim(Axis.OUTPUT, 8)),
-    (Dim(Axis.INPUT, 16), OUTPUT),
-    (OUTPUT,),
-    (INPUT,),
-]
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape)
 
 
 @pytest.mark.parametrize("cut", Axis)
-@pytest.mark.parametrize("dims", FORMATS)
+@pytest.mark.parametrize("dims", [(OUTPUT, INPUT), (OUTPUT,), (INPUT,)])
 def test_the_shares_of_all_ranks_make_the_whole(dims, cut):
     layout = Layout([Part("a", 64)], 32, cut)
-    whole = numbered(*((64 if dim.axis is Axis.OUTPUT else 32) // dim.per for dim in dims))
+    whole = numbered(*(64 if dim is OUTPUT else 32 for dim in dims))
     shares = [load(layout, dims, {"a": whole}, TensorParallel(rank, 2)) for rank in range(2)]
     cut_dims = [index for index, dim in enumerate(dims) if dim.axis is cut]
     if cut_dims:
@@ -89,3 +79,56 @@ def test_unequal_shares_are_filled_up_with_zeros(num_outputs):
     joined = torch.cat(shares)
     assert torch.equal(joined[:num_outputs], whole)
     assert not joined[num_outputs:].any()
+
+
+def stored_by(rank, size, *dims, cut, tensor, **options):
+    layout = Layout([Part("a", 48)], 96, cut)
+    parameter = StoredParameter(
+        layout,
+        dims or None,
+        dtypes=(torch.float64,),
+        device=torch.device("cpu"),
+        parallel=TensorParallel(rank, size),
+        **options,
+    )
+    ((_, shard),) = parameter.shards()
+    assert shard.fits(tuple(tensor.shape))
+    shard.load(tensor)
+    assert parameter.num_bytes == parameter._tensors[0].nbytes
+    taken = parameter.take(0)
+    assert parameter.take(0) is None
+    return taken
+
+
+SOME = (slice(None), slice(16, 32))
+
+
+# Packed along the inputs, along the outputs, in streams of 3 bits; a scale for a group of inputs.
+@pytest.mark.parametrize(
+    ("dims", "cut", "shape", "of_rank_1"),
+    [
+        ((Dim(Axis.INPUT, 8), OUTPUT), Axis.INPUT, (12, 48), (slice(4, 8), slice(48))),
+        ((INPUT, Dim(Axis.OUTPUT, 8)), Axis.OUTPUT, (96, 6), (slice(96), slice(2, 4))),
+        # Inputs 32 to 63, and outputs 16 to 31, of 3 words for each 32.
+        ((Dim(Axis.INPUT, 32, 3), OUTPUT), Axis.INPUT, (9, 48), (slice(3, 6), slice(48))),
+        ((INPUT, Dim(Axis.OUTPUT, 32, 3)), Axis.OUTPUT, (96, 6), (slice(96), slice(0, 3))),
+        # Of two groups each rank has a part.
+        ((Dim(Axis.INPUT, 48), OUTPUT), Axis.INPUT, (2, 48), (slice(0, 2), slice(48))),
+        (
+            (Dim(Axis.INPUT, 48, is_whole=True), OUTPUT),
+            Axis.OUTPUT,
+            (2, 48),
+            SOME,
+        ),
+        ((Dim(None), OUTPUT), Axis.OUTPUT, (7, 48), SOME),
+        ((), Axis.OUTPUT, (), ...),
+    ],
+)
+def test_a_rank_has_all_elements_that_hold_a_part_of_its_own(dims, cut, shape, of_rank_1):
+    whole = numbered(*shape)
+    assert torch.equal(stored_by(1, 3, *dims, cut=cut, tensor=whole), whole[of_rank_1])
+
+
+def test_a_tensor_in_another_dtype_is_refused_by_both_names():
+    with pytest.raises(WrongDtypeError, match="int32 instead of float64"):
+        stored_by(0, 1, OUTPUT, cut=None, tensor=torch.zeros(48, dtype=torch.int32))

@@ -1,0 +1,150 @@
+"""An unquantized checkpoint's matrices, rounded as they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from pagoda_kernels.grouped_linear import Grouped, GroupedLinear, GroupedShape, make_grouped_linear
+from pagoda_kernels.scaled_linear import Scaled, ScaledLinear, ScaledShape, make_scaled_linear
+from pagoda_runtime.parallel import TensorParallel
+from pagoda_runtime.quantization.base import LinearMethod, Placement, fix_rows
+from pagoda_runtime.quantization.parameter import INPUT, OUTPUT, Axis, Layout, Parameter
+from pagoda_runtime.quantization.schemes import Rounded
+from pagoda_runtime.quantization.stored import pieces
+
+INT4_GROUP_SIZE = 32
+_FP8 = torch.float8_e4m3fn
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class _Shape(NamedTuple):
+    outputs: int
+    inputs: int
+    """Of which there are whole groups."""
+
+
+class RoundedMethod(LinearMethod):
+    """int8 and fp8 with a scale for each output, int4 with one for each 32 inputs.
+
+    A product takes the rows over as they are loaded, so nothing else is ever held.
+    """
+
+    def __init__(
+        self, placement: Placement, activation: str | None = None, *, scheme: Rounded
+    ) -> None:
+        super().__init__(placement, activation)
+        self._name = scheme.name
+
+    def create_weights(self, layout: Layout, *, has_bias: bool) -> dict[str, Parameter]:
+        parallel = self.placement.parallel
+        outputs = sum(layout.held(Axis.OUTPUT, part, parallel) for part in layout.parts)
+        inputs = layout.held(Axis.INPUT, layout.parts[0], parallel)
+        self._missing = -inputs % INT4_GROUP_SIZE if self._name == "int4" else 0
+        self._made = self._make(_Shape(outputs, inputs + self._missing))
+        if layout.is_padded:
+            for rows in pieces(outputs, inputs):
+                self._fill(rows.start, torch.zeros(rows.stop - rows.start, inputs))
+        weights: dict[str, Parameter] = {
+            "weight": RoundedParameter(layout, parallel, self._fill),
+        }
+        if has_bias:
+            weights["bias"] = self.placement.parameter(layout, OUTPUT)
+        return weights
+
+    def _make(self, shape: _Shape) -> GroupedLinear | ScaledLinear:
+        dtype, device = self.placement.dtype, self.placement.device
+        if self._name == "fp8":
+            return make_scaled_linear(
+                ScaledShape(*shape, _FP8, shape.inputs),
+                dtype=dtype,
+                device=device,
+                activation=self.activation,
+            )
+        bits, group_size = (4, INT4_GROUP_SIZE) if self._name == "int4" else (8, shape.inputs)
+        return make_grouped_linear(
+            GroupedShape(*shape, bits, group_size),
+            dtype=dtype,
+            device=device,
+            activation=self.activation,
+            is_symmetric=True,
+        )
+
+    def _fill(self, first: int, matrix: torch.Tensor) -> None:
+        for rows in pieces(*matrix.shape):
+            numbers = matrix[rows].to(self.placement.device, torch.float32)
+            numbers = pad(numbers, (0, self._missing))
+            if self._name == "fp8":
+                assert isinstance(self._made, ScaledLinear)
+                self._made.fill(first + rows.start, to_fp8(numbers))
+            else:
+                assert isinstance(self._made, GroupedLinear)
+                self._made.fill(first + rows.start, _TO_INTEGERS[self._name](numbers))
+
+    def after_loading(self, weights: Mapping[str, Parameter]) -> None:
+        self._made.finish(weights["bias"].data if "bias" in weights else None)
+
+        def multiply(x: torch.Tensor) -> torch.Tensor:
+            return self._made(pad(x, (0, self._missing)) if self._missing else x)
+
+        self._product = fix_rows(multiply) if self.placement.is_deterministic else multiply
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return self._product(x)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._made.num_bytes
+
+
+class RoundedParameter(Parameter):
+    """[outputs, inputs] of a matrix that the checkpoint has in floating point; not held here.
+
+    Args:
+        fill: takes some rows over, from an output on.
+    """
+
+    def __init__(
+        self, layout: Layout, parallel: TensorParallel, fill: Callable[[int, torch.Tensor], None]
+    ) -> None:
+        self._layout, self._dims, self._parallel = layout, (OUTPUT, INPUT), parallel
+        self._fill = fill
+
+    @property
+    def num_bytes(self) -> int:
+        return 0
+
+    def store(self, target: tuple[slice, ...], tensor: torch.Tensor) -> None:
+        self._fill(target[0].start, tensor)
+
+
+def to_int8(matrix: torch.Tensor) -> Grouped:
+    """Whole numbers between -127 and 127 times a scale for each row, from [rows, inputs] fp32."""
+    # A row of zeros stays one.
+    scales = (matrix.abs().amax(1, keepdim=True) / 127).clamp(min=_TINY)
+    return Grouped(((matrix / scales).round_() + 128).to(torch.uint8), scales, None)
+
+
+def to_int4(matrix: torch.Tensor) -> Grouped:
+    """Whole numbers between -8 and 7 times a scale for each group.
+
+    The number that is farthest from zero becomes -8: its sign is the scale's.
+    """
+    groups = matrix.unflatten(1, (-1, INT4_GROUP_SIZE))
+    farthest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    scales = farthest / -8
+    scales = torch.where(scales == 0, _TINY, scales)
+    integers = ((groups / scales).round_() + 8).clamp_(0, 15).to(torch.uint8)
+    return Grouped(integers.flatten(1), scales[..., 0], None)
+
+
+_TO_INTEGERS = {"int8": to_int8, "int4": to_int4}
+
+
+def to_fp8(matrix: torch.Tensor) -> Scaled:
+    """e4m3 times a scale for each row."""
+    scales = (matrix.abs().amax(1, keepdim=True) / torch.finfo(_FP8).max).clamp(min=_TINY)
+    return Scaled((matrix / scales).to(_FP8), scales)
