@@ -11,7 +11,7 @@ import torch
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.memory import format_bytes, must_fit
-from pagoda_runtime.models.check import verify_tensor_parallel
+from pagoda_runtime.models.check import verify_kv_cache_dtype, verify_tensor_parallel
 from pagoda_runtime.models.model import Model
 from pagoda_runtime.models.registry import load_model_config, make_model
 from pagoda_runtime.models.source import OnProgress, resolve_model
@@ -35,6 +35,7 @@ def load_model(
         folder, quantization=config.quantization, generation_config=config.generation_config
     )
     verify_tensor_parallel(model_config, parallel.size)
+    verify_kv_cache_dtype(model_config, config.kv_cache_dtype)
     for level, note in model_config.notes:
         logger.log(level, note)
     model_config = settle_by_weights(model_config, folder)
@@ -55,6 +56,12 @@ def load_model(
         )
         model.after_loading()
     logger.info("Read %s of weights", format_bytes(num_bytes))
+    if quantization := model_config.quantization:
+        logger.info(
+            "Quantized by %s: a step reads %s of weights",
+            quantization.method,
+            format_bytes(model.step_bytes),
+        )
     if copies := model.vocabulary_copies:
         forms = ", ".join(f"{form}: {format_bytes(size)}" for form, size in copies.items())
         logger.info("The tied vocabulary is held as a table, and %s", forms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.config import KV_CACHE_DTYPES, EngineConfig
 from pagoda_runtime.convert.cache import require_gguf
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.models.config import ModelConfig
@@ -35,6 +35,7 @@ def verify_start(config: EngineConfig) -> None:
     )
     verify_max_model_len(model, config.max_model_len)
     verify_tensor_parallel(model, config.tensor_parallel_size)
+    verify_kv_cache_dtype(model, config.kv_cache_dtype)
     read_tokenizer_file(path)
 
 
@@ -59,6 +60,18 @@ def verify_max_model_len(config: ModelConfig, max_model_len: int | None) -> None
             "InvalidFlags",
             f"--max-model-len (engine.maxModelLen) is {max_model_len}, but the model "
             f"reaches {limit} tokens (max_position_embeddings and rope). Give at most {limit}.",
+        )
+
+
+def verify_kv_cache_dtype(config: ModelConfig, flag: str) -> None:
+    """Raises FatalError QuantizationMismatch for a flag against what a checkpoint was made for."""
+    made_for = config.quantization and config.quantization.kv_cache_dtype
+    if made_for and flag in KV_CACHE_DTYPES and KV_CACHE_DTYPES[flag] != KV_CACHE_DTYPES[made_for]:
+        raise FatalError(
+            "QuantizationMismatch",
+            f"--kv-cache-dtype (engine.kvCacheDtype) is {flag}, but the checkpoint was made for "
+            f"{made_for} (kv_cache_scheme in its quantization_config). Set it to {made_for} or to "
+            "auto, which keeps keys and values in the model's dtype.",
         )
 
 

@@ -32,7 +32,8 @@ def settle_by_weights(config: ModelConfig, folder: Path) -> ModelConfig:
     """The config with what config.json leaves to the weights, or says against them.
 
     Without a dtype there the weights' own is taken. A head that is said to be tied to the table of
-    embeddings, but lies in the checkpoint with other values, is used: the model was trained so.
+    embeddings, but lies in the checkpoint with other values or quantized, is used: the model was
+    made so.
 
     Raises: FatalError: as load_weights, for files that are missing or damaged.
     """
@@ -47,6 +48,9 @@ def settle_by_weights(config: ModelConfig, folder: Path) -> ModelConfig:
         dtype = next((name for name in names if name in SUPPORTED_DTYPES), "float32")
         logger.info("config.json names no dtype; the weights are %s", dtype)
         config = replace(config, dtype=dtype)
+    if config.tie_word_embeddings and _has_quantized_head(config, folder):
+        logger.info("The checkpoint has a quantized matrix for the vocabulary; it is used.")
+        config = replace(config, tie_word_embeddings=False)
     if config.tie_word_embeddings and len(stored) == 2 and not _are_equal(*stored.values()):
         logger.warning(
             "config.json says tie_word_embeddings, but %s in %s differs from %s, so it is used. "
@@ -57,6 +61,14 @@ def settle_by_weights(config: ModelConfig, folder: Path) -> ModelConfig:
         )
         config = replace(config, tie_word_embeddings=False)
     return config
+
+
+def _has_quantized_head(config: ModelConfig, folder: Path) -> bool:
+    head = config.stored_name("lm_head")
+    if config.quantization is None or config.quantization.scheme_of(head) is None:
+        return False
+    names = (name for path in find_weight_files(folder) for name, _ in read_tensors(path))
+    return any(name.startswith(f"{head}.") and name != f"{head}.weight" for name in names)
 
 
 def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:

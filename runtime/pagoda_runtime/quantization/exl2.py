@@ -105,7 +105,9 @@ def _read_groups(matrix: Matrix) -> Iterator[_Group]:
     counts = {name: len(matrix[name]) for name in ("q_scale", "q_scale_max")}
     for name, count in counts.items():
         if 2 * count != len(stored):
-            raise matrix.refuse(name, f"{count} rows", f"half of the {len(stored)} of q_groups")
+            raise matrix.refuse(
+                name, f"it has {count} rows", f"half of the {len(stored)} of q_groups"
+            )
     widths, starts = stored.view(-1, 2).T.tolist()
     first = 0
     for number, (bits, start) in enumerate(zip(widths, starts, strict=True)):
@@ -122,7 +124,9 @@ def _read_groups(matrix: Matrix) -> Iterator[_Group]:
         yield _Group(number, bits, range(start, stop), range(first, first + size // bits))
         first += size // bits
     if first != matrix.size[1]:
-        raise matrix.refuse("q_groups", f"of {first} inputs", f"of the matrix's {matrix.size[1]}")
+        raise matrix.refuse(
+            "q_groups", f"it is of {first} inputs", f"of the matrix's {matrix.size[1]}"
+        )
 
 
 def _read_order(matrix: Matrix) -> torch.Tensor:
@@ -130,5 +134,7 @@ def _read_order(matrix: Matrix) -> torch.Tensor:
     places = matrix["q_invperm"].long() & 0xFFFF
     order = places.argsort()
     if not torch.equal(places[order], torch.arange(len(order), device=order.device)):
-        raise matrix.refuse("q_invperm", "some places twice", f"an order of {len(order)} inputs")
+        raise matrix.refuse(
+            "q_invperm", "it has some places twice", f"an order of {len(order)} inputs"
+        )
     return order

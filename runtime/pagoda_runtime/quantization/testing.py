@@ -155,14 +155,16 @@ def write_exl2(outputs: int, inputs: int, groups: Sequence[tuple[int, int]]) -> 
     assert sum(size for _, size in groups) == inputs
     padded = -(-outputs // 32) * 32
     order = torch.randperm(inputs)
-    words, starts, rows = [], [], []
+    words: list[torch.Tensor] = []
+    starts: list[int] = []
+    rows: list[torch.Tensor] = []
     indexes = torch.randint(0, 16, (len(groups), padded))
     largest = (torch.rand(len(groups)) + 0.5).half()
     for number, (bits, size) in enumerate(groups):
         integers = torch.randint(0, 2**bits, (padded, size))
         # As large as others, however many bits they have.
         largest[number] *= 0.6 / 2**bits
-        starts += [bits, sum(map(len, words))]
+        starts += [bits, sum(len(some) for some in words)]
         words.append(streams(integers, bits).T)
         scales = (indexes[number] + 1).double() ** 2 * largest[number].double() / 256
         rows.append(((integers - 2 ** (bits - 1)).double() * scales[:, None]).T)

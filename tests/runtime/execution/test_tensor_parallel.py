@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pagoda_kernels.cpu.panels import INT8, INT8_AS_BF16, has_panels
+from pagoda_kernels.cpu.panels import INT8, has_panels
 from pagoda_runtime import testing
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore
@@ -24,6 +24,7 @@ from pagoda_runtime.models.weights import load_weights, read_tensors
 from pagoda_runtime.parallel import TensorParallel, connect
 from pagoda_runtime.platforms import choose_platform
 from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.config import ONLINE
 from pagoda_runtime.quantization.parameter import StoredTensor
 from pagoda_runtime.quantization.unquantized import UnquantizedLinear
 from pagoda_runtime.sampling_params import SamplingParams
@@ -184,12 +185,7 @@ def test_two_ranks_give_the_logprobs_of_one(pair, family):
                 assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
-NEEDS_INT8 = pytest.mark.skipif(
-    not has_panels(INT8_AS_BF16), reason="this processor cannot widen int8"
-)
-
-
-@pytest.mark.parametrize("quantization", [None, pytest.param("int8", marks=NEEDS_INT8)])
+@pytest.mark.parametrize("quantization", [None, *ONLINE])
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
 def test_two_ranks_in_bfloat16_are_as_close_to_fp32_as_one(pair, folders, family, quantization):
     exact = ModelRunner(make_config(folders(family), 1))
