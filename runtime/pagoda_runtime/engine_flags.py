@@ -38,7 +38,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--quantization",
         choices=QUANTIZATIONS,
         help="format of the weights; absent is what the checkpoint says, none is no quantization, "
-        "int8 also rounds an unquantized checkpoint when it is loaded (CPU with AVX512-bf16)",
+        "fp8, int8 and int4 also round an unquantized checkpoint when it is loaded",
     )
     flags.add(
         "--generation-config",
