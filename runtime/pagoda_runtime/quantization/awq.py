@@ -21,12 +21,13 @@ from pagoda_runtime.quantization.schemes import AWQ
 from pagoda_runtime.quantization.stored import Matrix
 
 _BITS, _PER_WORD = 4, 8
-_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
-"""Where in a word each of its eight outputs lies."""
 
 
 class AWQMethod(GroupedMethod):
-    """qweight [inputs, outputs / 8], qzeros [groups, outputs / 8], scales [groups, outputs]."""
+    """qweight [inputs, outputs / 8], qzeros [groups, outputs / 8], scales [groups, outputs].
+
+    The lower half of a word has its even outputs, the upper half the odd ones.
+    """
 
     def __init__(self, placement: Placement, activation: str | None = None, *, scheme: AWQ) -> None:
         super().__init__(placement, activation)
@@ -49,8 +50,8 @@ class AWQMethod(GroupedMethod):
 
         def unpack_rows(name: str, rows: slice) -> torch.Tensor:
             words, own = span(rows, offset, _PER_WORD)
-            numbers = unpack(matrix[name][:, words], _BITS).unflatten(1, (-1, _PER_WORD))
-            return numbers[..., _PLACES].flatten(1)[:, own].T
+            halves = unpack(matrix[name][:, words], _BITS).unflatten(1, (-1, 2, _PER_WORD // 2))
+            return halves.transpose(2, 3).flatten(1)[:, own].T
 
         def read(rows: slice) -> Grouped:
             return Grouped(

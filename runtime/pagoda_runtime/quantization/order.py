@@ -26,7 +26,10 @@ class Order:
 
     def arrange(self, integers: torch.Tensor) -> torch.Tensor:
         """[rows, num_columns] of [rows, inputs]."""
-        return integers if self.columns is None else integers[:, self.columns]
+        if self.columns is None:
+            return integers
+        # Whatever stands in columns of zeros is multiplied by zero.
+        return integers.index_select(1, self.columns.clamp(min=0))
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, num_columns] of x, [rows, inputs]."""

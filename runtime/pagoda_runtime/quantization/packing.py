@@ -12,24 +12,27 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
 
     Where 32 is no multiple of bits, n is one of bits, and numbers reach from word to word.
     """
-    if WORD_BITS % bits:
-        return _unpack_stream(words, bits)
     # Not `contiguous`: a dimension of one element keeps strides that cannot be viewed so.
     found = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 8:
         return found
+    if WORD_BITS % bits:
+        return _unpack_stream(found, bits)
     places = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
     return ((found[..., None] >> places) & (2**bits - 1)).flatten(-2)
 
 
-def _unpack_stream(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """32 numbers of every `bits` words."""
-    wide = words.unflatten(-1, (-1, bits)).long() & 0xFFFFFFFF
-    starts = torch.arange(0, WORD_BITS * bits, bits, device=words.device)
-    first = starts // WORD_BITS
-    following = wide[..., (first + 1).clamp(max=bits - 1)] << WORD_BITS
-    numbers = (wide[..., first] | following) >> (starts % WORD_BITS)
-    return (numbers & (2**bits - 1)).to(torch.uint8).flatten(-2)
+def _unpack_stream(stored: torch.Tensor, bits: int) -> torch.Tensor:
+    """8 numbers of every `bits` bytes; each has a part of two of them at most."""
+    wide = stored.unflatten(-1, (-1, bits)).short()
+    numbers = stored.new_empty(*wide.shape[:-1], 8)
+    for number in range(8):
+        byte, place = divmod(number * bits, 8)
+        value = wide[..., byte] >> place
+        if place + bits > 8:
+            value = value | wide[..., byte + 1] << 8 - place
+        numbers[..., number] = value & (2**bits - 1)
+    return numbers.flatten(-2)
 
 
 def span(own: slice, offset: int, per: int, words: int = 1) -> tuple[slice, slice]:

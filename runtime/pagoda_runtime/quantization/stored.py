@@ -20,7 +20,7 @@ from pagoda_runtime.quantization.parameter import (
     StoredParameter,
 )
 
-NUMBERS_AT_ONCE = 1 << 22
+NUMBERS_AT_ONCE = 1 << 20
 """That are held in another form than the stored one and the final one."""
 ROWS_AT_ONCE = 32
 """Of which pieces of a matrix are multiples."""
