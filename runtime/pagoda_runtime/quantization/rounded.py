@@ -9,7 +9,13 @@ import torch
 from torch.nn.functional import pad
 
 from pagoda_kernels.grouped_linear import Grouped, GroupedLinear, GroupedShape, make_grouped_linear
-from pagoda_kernels.scaled_linear import Scaled, ScaledLinear, ScaledShape, make_scaled_linear
+from pagoda_kernels.scaled_linear import (
+    Rounding,
+    Scaled,
+    ScaledLinear,
+    ScaledShape,
+    make_scaled_linear,
+)
 from pagoda_runtime.parallel import TensorParallel
 from pagoda_runtime.quantization.base import LinearMethod, Placement, fix_rows
 from pagoda_runtime.quantization.parameter import INPUT, OUTPUT, Axis, Layout, Parameter
@@ -60,6 +66,7 @@ class RoundedMethod(LinearMethod):
         if self._name == "fp8":
             return make_scaled_linear(
                 ScaledShape(*shape, _FP8, shape.inputs),
+                Rounding.DYNAMIC,
                 dtype=dtype,
                 device=device,
                 activation=self.activation,
@@ -125,7 +132,7 @@ def to_int8(matrix: torch.Tensor) -> Grouped:
     """Whole numbers between -127 and 127 times a scale for each row, from [rows, inputs] fp32."""
     # A row of zeros stays one.
     scales = (matrix.abs().amax(1, keepdim=True) / 127).clamp(min=_TINY)
-    return Grouped(((matrix / scales).round_() + 128).to(torch.uint8), scales, None)
+    return Grouped((matrix / scales).round_().add_(128).to(torch.uint8), scales, None)
 
 
 def to_int4(matrix: torch.Tensor) -> Grouped:
@@ -134,11 +141,11 @@ def to_int4(matrix: torch.Tensor) -> Grouped:
     The number that is farthest from zero becomes -8: its sign is the scale's.
     """
     groups = matrix.unflatten(1, (-1, INT4_GROUP_SIZE))
-    farthest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    scales = farthest / -8
+    least, largest = groups.amin(2), groups.amax(2)
+    scales = torch.where(largest >= -least, largest, least) / -8
     scales = torch.where(scales == 0, _TINY, scales)
-    integers = ((groups / scales).round_() + 8).clamp_(0, 15).to(torch.uint8)
-    return Grouped(integers.flatten(1), scales[..., 0], None)
+    integers = (groups / scales[..., None]).round_().add_(8).clamp_(0, 15).to(torch.uint8)
+    return Grouped(integers.flatten(1), scales, None)
 
 
 _TO_INTEGERS = {"int8": to_int8, "int4": to_int4}

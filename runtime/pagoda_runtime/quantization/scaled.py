@@ -8,7 +8,7 @@ from math import ceil
 import torch
 from torch.nn.functional import pad
 
-from pagoda_kernels.scaled_linear import Scaled, ScaledShape, make_scaled_linear
+from pagoda_kernels.scaled_linear import Rounding, Scaled, ScaledShape, make_scaled_linear
 from pagoda_runtime.quantization.base import Placement, fix_rows
 from pagoda_runtime.quantization.parameter import (
     FLOATS,
@@ -65,15 +65,16 @@ class ScaledMethod(StoredMethod):
         shape = ScaledShape(num_outputs, lead + len(inputs), NUMBERS[self._scheme.numbers], size)
         product = make_scaled_linear(
             shape,
+            Rounding(self._scheme.activations),
             dtype=self.placement.dtype,
             device=self.placement.device,
             activation=self.activation,
-            activations=self._scheme.activations,
         )
         input_scale = None
         if self._scheme.activations == "static":
             # The parts have one x: the largest scale leaves none of it out.
-            input_scale = max(_one_number(matrix, "input_scale") for matrix in matrices)
+            largest = max(_one_number(matrix, "input_scale") for matrix in matrices)
+            input_scale = torch.tensor(largest, device=self.placement.device)
         first = 0
         while matrices:
             matrix = matrices.pop(0)
@@ -112,8 +113,8 @@ class ScaledMethod(StoredMethod):
 
     def _nothing(self, shape: ScaledShape, num_rows: int) -> Scaled:
         device = self.placement.device
-        numbers = torch.zeros(num_rows, shape.inputs, dtype=shape.numbers, device=device)
-        num_blocks = ceil(shape.inputs / shape.block_size)
+        numbers = torch.zeros(num_rows, shape.inputs, dtype=shape.dtype, device=device)
+        num_blocks = ceil(shape.inputs / shape.group_size)
         return Scaled(numbers, torch.zeros(num_rows, num_blocks, device=device))
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
