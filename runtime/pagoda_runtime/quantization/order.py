@@ -23,6 +23,8 @@ class Order:
     group_size: int
     group_of: torch.Tensor
     """[num_columns / group_size] int64: the checkpoint's group of each of these groups."""
+    is_filled_up: bool = False
+    """Whether there is a ZERO_COLUMN."""
 
     def arrange(self, integers: torch.Tensor) -> torch.Tensor:
         """[rows, num_columns] of [rows, inputs]."""
@@ -35,6 +37,8 @@ class Order:
         """[rows, num_columns] of x, [rows, inputs]."""
         if self.columns is None:
             return x
+        if not self.is_filled_up:
+            return x.index_select(1, self.columns)
         # An index of -1 is that of the last column.
         return pad(x, (0, 1))[:, self.columns]
 
@@ -101,4 +105,5 @@ def make_order(
         ]
         columns = torch.cat(filled)
     num_columns = len(repeated) * size
-    return Order(columns, num_columns, size, torch.tensor(repeated, device=device))
+    is_filled_up = num_columns > sum(counts)
+    return Order(columns, num_columns, size, torch.tensor(repeated, device=device), is_filled_up)
