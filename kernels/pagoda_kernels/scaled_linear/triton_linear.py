@@ -9,10 +9,9 @@ import triton
 from torch import Tensor
 
 from pagoda_kernels.gated_activation import gated_activation
-from pagoda_kernels.kv_cache import LARGEST, LEAST
+from pagoda_kernels.kv_cache import FORMATS, LARGEST, LEAST
 from pagoda_kernels.launch import compute_capability, launch
 from pagoda_kernels.norm.kernel import num_warps
-from pagoda_kernels.kv_cache import FORMATS
 from pagoda_kernels.scaled_linear import GROUP_SIZE, Rounding, Scaled, ScaledLinear, ScaledShape
 from pagoda_kernels.scaled_linear.kernel import round_kernel, scaled_product_kernel
 from pagoda_kernels.split_sums import choose_splits, finish_sums, make_sums
