@@ -54,13 +54,26 @@ class Numbers(NamedTuple):
 BF16 = Numbers(2, frozenset({"avx512bf16"}))
 INT8 = Numbers(1, frozenset({"avx512vnni"}))
 """Multiplied by rows of uint8."""
-INT8_AS_BF16 = Numbers(2, frozenset({"avx512bf16", "avx512vbmi"}))
-"""Widened on the way to the product with rows of bf16."""
+E4M3 = Numbers(2, frozenset({"avx512bf16", "avx512vbmi"}))
+"""Widened on the way to the product with rows of bf16, exactly."""
 
 
 def has_panels(numbers: Numbers) -> bool:
     """Whether this processor has the instructions."""
     return numbers.features <= features()
+
+
+def describe_products(dtype: torch.dtype) -> str:
+    """How a model in this dtype multiplies by quantized matrices here, for the log."""
+    widened = f"widened to {str(dtype).removeprefix('torch.')} when they were loaded"
+    ways = [
+        way if dtype is torch.bfloat16 and has_panels(numbers) else widened
+        for numbers, way in (
+            (INT8, "multiplied by rows in 8 bits (AVX512-VNNI)"),
+            (E4M3, "widened in registers (AVX512-bf16, AVX512-VBMI)"),
+        )
+    ]
+    return f"Matrices of whole numbers are {ways[0]}, those of 8-bit floats {ways[1]}"
 
 
 @compiled
@@ -75,16 +88,17 @@ def make_dot(numbers: Numbers) -> Any:
     """A function for kernels: the product of the next rows of x with one group of panels.
 
     It multiplies as many rows as one pass can, at most MOST_ROWS, and returns their number. Its
-    arguments: the address of the group, the address of x, the bytes of a row of x, the number of
-    rows, the address of [GROUP_SIZE] numbers to begin with and the bytes to those of the next row,
-    an address for [rows, GROUP_SIZE] sums: fp32 for rows of bf16, int32 for uint8; and what to ask
-    memory for meanwhile, an address and the bytes from one step to the next.
+    arguments: the address of the group, the number of its steps, the address of x, the bytes of a
+    row of x, the number of rows, the address of [GROUP_SIZE] numbers to begin with and the bytes to
+    those of the next row, an address for [rows, GROUP_SIZE] sums: fp32 for rows of bf16, int32 for
+    uint8; and what to ask memory for meanwhile, an address and the bytes from one step to the next.
     """
 
     @emitted(types.int64)
     def dot(
         b: Any,
         group: Any,
+        num_steps: Any,
         x: Any,
         row_bytes: Any,
         num_rows: Any,
@@ -94,10 +108,8 @@ def make_dot(numbers: Numbers) -> Any:
         ahead: Any,
         ahead_stride: Any,
     ) -> Any:
-        others = (row_bytes, initial, initial_stride, sums, ahead, ahead_stride)
-        return emit_by_rows(
-            b, num_rows, lambda rows: _emit_dot(b, numbers, rows, group, x, *others)
-        )
+        others = (num_steps, x, row_bytes, initial, initial_stride, sums, ahead, ahead_stride)
+        return emit_by_rows(b, num_rows, lambda rows: _emit_dot(b, numbers, rows, group, *others))
 
     return dot
 
@@ -129,6 +141,7 @@ def _emit_dot(
     numbers: Numbers,
     num_rows: int,
     group: Any,
+    steps: Any,
     x: Any,
     stride: Any,
     initial: Any,
@@ -137,7 +150,6 @@ def _emit_dot(
     ahead: Any,
     ahead_stride: Any,
 ) -> None:
-    steps = b.ashr(stride, _INT64(BYTES_PER_STEP.bit_length() - 1))
     multiply = _multiplication(b.module, numbers)
     sums_type = multiply.function_type.return_type
     begin = []
@@ -174,7 +186,7 @@ def _emit_dot(
 
 def _load_vectors(b: Any, numbers: Numbers, group: Any, step: Any) -> list[Any]:
     """A step's numbers of both panels."""
-    if numbers is INT8_AS_BF16:
+    if numbers is E4M3:
         at = b.add(group, b.mul(step, _INT64(VECTOR_BYTES)))
         return _widen_vector(b, load_at(b, at, 0, _BYTES))
     at = b.add(group, b.mul(step, _INT64(2 * VECTOR_BYTES)))
@@ -182,11 +194,13 @@ def _load_vectors(b: Any, numbers: Numbers, group: Any, step: Any) -> list[Any]:
 
 
 def _widen_vector(b: Any, coded: Any) -> list[Any]:
-    """Two vectors of bf16 from one of bytes: a sign and a magnitude, whose bf16 a table has."""
+    """Two vectors of bf16 from one of e4m3: a sign and a magnitude, whose bf16 a table has."""
     lookup_type = ir.FunctionType(_BYTES, [_BYTES] * 3)
     name = "llvm.x86.avx512.vpermi2var.qi.512"
     lookup = b.module.declare_intrinsic(name, [], lookup_type)
-    bits = torch.arange(128).bfloat16().view(torch.int16)
+    bits = (
+        torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).bfloat16().view(torch.int16)
+    )
     low, high = (
         b.call(lookup, [ir.Constant(_BYTES, half[:64]), coded, ir.Constant(_BYTES, half[64:])])
         for half in ((bits & 255).tolist(), (bits >> 8).tolist())
@@ -232,7 +246,7 @@ def narrow_panel(b: Any, numbers: Any, out: Any) -> None:
 
 @emitted()
 def widen_step(b: Any, source: Any, target: Any) -> None:
-    """A step of INT8_AS_BF16 at an address, as one of BF16 at another."""
+    """A step of E4M3 at an address, as one of BF16 at another."""
     for i, vector in enumerate(_widen_vector(b, load_at(b, source, 0, _BYTES))):
         at = b.add(target, _INT64(i * VECTOR_BYTES))
         b.store(vector, _pointer(b, at, _INT32S), align=4)
@@ -288,6 +302,15 @@ def keep_largest_panel(b: Any, sums: Any, scales: Any, largest: Any) -> None:
     so_far = load_at(b, largest, 0, _FLOATS)
     kept = b.select(b.fcmp_ordered(">", number, so_far), number, so_far)
     b.store(kept, _pointer(b, largest, _FLOATS), align=4)
+
+
+@emitted()
+def add_scaled_group(b: Any, sums: Any, scales: Any, total: Any) -> None:
+    """total += sums * scales, of GROUP_SIZE fp32 numbers, by address."""
+    fma = b.module.declare_intrinsic("llvm.fma.v16f32", [], ir.FunctionType(_FLOATS, [_FLOATS] * 3))
+    for offset in (0, VECTOR_BYTES):
+        parts = [load_at(b, at, offset, _FLOATS) for at in (sums, scales, total)]
+        b.store(b.call(fma, parts), _pointer(b, b.add(total, _INT64(offset)), _FLOATS), align=4)
 
 
 def load_at(b: Any, at: Any, offset_bytes: int, kind: Any) -> Any:

@@ -36,6 +36,9 @@ class GroupedLinear(ABC):
     activation(gate) * up.
     """
 
+    are_rows_alike = False
+    """Whether a row's bits never depend on the other rows."""
+
     @abstractmethod
     def fill(self, first_output: int, rows: Grouped) -> None:
         """Take over some rows of the matrix, from an output on."""

@@ -55,6 +55,9 @@ class ScaledLinear(ABC):
     activation(gate) * up.
     """
 
+    are_rows_alike = False
+    """Whether a row's bits never depend on the other rows."""
+
     @abstractmethod
     def fill(self, first_output: int, rows: Scaled) -> None:
         """Take over some rows of the matrix, from an output on."""
@@ -81,8 +84,9 @@ def make_scaled_linear(
     device: torch.device,
     activation: str | None = None,
 ) -> ScaledLinear:
-    """The fastest product that the device has. Where it does not multiply the matrix's dtype by
-    itself, or rounding is none, the matrix is widened, and rows are not rounded.
+    """The fastest product that the device has. On a GPU that does not multiply the matrix's dtype
+    by itself, or where rounding is none, the matrix is widened, and rows are not rounded. On a CPU
+    rows are rounded as `cpu.grouped_linear` does it if the matrix is int8, else not.
 
     Raises: ValueError: groups of another size.
     """
@@ -91,14 +95,22 @@ def make_scaled_linear(
             f"Groups have {shape.group_size} of {shape.inputs} columns; a scale is for all columns "
             f"or for {GROUP_SIZE}."
         )
-    if not uses_triton(device):
-        from pagoda_kernels.scaled_linear.reference import ReferenceScaledLinear
+    if uses_triton(device):
+        from pagoda_kernels.scaled_linear.as_grouped import widened_on_gpu
+        from pagoda_kernels.scaled_linear.triton_linear import TritonScaledLinear
 
-        return ReferenceScaledLinear(shape, dtype, device, activation)
-    from pagoda_kernels.scaled_linear.triton_linear import TritonScaledLinear
-    from pagoda_kernels.scaled_linear.widened import WidenedLinear
+        is_fast = shape.dtype is torch.int8 or compute_capability(device) >= (8, 9)
+        if rounding is Rounding.NONE or not is_fast:
+            return widened_on_gpu(shape, dtype, device, activation)
+        return TritonScaledLinear(shape, rounding, dtype, device, activation)
+    if device.type == "cpu":
+        from pagoda_kernels.cpu.scaled_linear import PanelScaledLinear, has_scaled_panels
+        from pagoda_kernels.scaled_linear.as_grouped import int8_as_grouped
 
-    is_fast = shape.dtype is torch.int8 or compute_capability(device) >= (8, 9)
-    if rounding is Rounding.NONE or not is_fast:
-        return WidenedLinear(shape, dtype, device, activation)
-    return TritonScaledLinear(shape, rounding, dtype, device, activation)
+        if has_scaled_panels(shape, dtype):
+            return PanelScaledLinear(shape, activation)
+        if shape.dtype is torch.int8 and shape.inputs % shape.group_size == 0:
+            return int8_as_grouped(shape, dtype, device, activation)
+    from pagoda_kernels.scaled_linear.reference import ReferenceScaledLinear
+
+    return ReferenceScaledLinear(shape, dtype, device, activation)

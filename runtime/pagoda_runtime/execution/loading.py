@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from pagoda_kernels.cpu.panels import describe_products
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.memory import format_bytes, must_fit
 from pagoda_runtime.models.check import verify_kv_cache_dtype, verify_tensor_parallel
@@ -62,6 +63,8 @@ def load_model(
             quantization.method,
             format_bytes(model.step_bytes),
         )
+        if device.type == "cpu":
+            logger.info(describe_products(dtype))
     if copies := model.vocabulary_copies:
         forms = ", ".join(f"{form}: {format_bytes(size)}" for form, size in copies.items())
         logger.info("The tied vocabulary is held as a table, and %s", forms)

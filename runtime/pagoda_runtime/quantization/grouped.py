@@ -94,8 +94,9 @@ class GroupedMethod(StoredMethod):
             own_bias = None if bias is None else bias[first : first + num_outputs]
             self._products.append(self._make_products(run, num_outputs, own_bias, inner))
             first += num_outputs
-        multiply = self._multiply
-        self._product = fix_rows(multiply) if self.placement.is_deterministic else multiply
+        products = (product for run in self._products for _, product in run)
+        is_fixed = self.placement.is_deterministic and not all(p.are_rows_alike for p in products)
+        self._product = fix_rows(self._multiply) if is_fixed else self._multiply
 
     def _make_products(
         self,

@@ -97,7 +97,8 @@ class RoundedMethod(LinearMethod):
         def multiply(x: torch.Tensor) -> torch.Tensor:
             return self._made(pad(x, (0, self._missing)) if self._missing else x)
 
-        self._product = fix_rows(multiply) if self.placement.is_deterministic else multiply
+        is_fixed = self.placement.is_deterministic and not self._made.are_rows_alike
+        self._product = fix_rows(multiply) if is_fixed else multiply
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return self._product(x)

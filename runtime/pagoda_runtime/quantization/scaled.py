@@ -89,7 +89,8 @@ class ScaledMethod(StoredMethod):
         self._made, multiply = product, product.__call__
         if lead:
             multiply = lambda x: product(pad(x, (lead, 0)))  # noqa: E731
-        self._product = fix_rows(multiply) if self.placement.is_deterministic else multiply
+        is_fixed = self.placement.is_deterministic and not product.are_rows_alike
+        self._product = fix_rows(multiply) if is_fixed else multiply
 
     def _reader(self, matrix: Matrix, lead: int) -> Callable[[slice], Scaled]:
         block_size = self._scheme.block_size

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import gelu, silu
 
 from pagoda_kernels.cpu.packed_linear import GATES, PackedLinear, can_pack
-from pagoda_kernels.cpu.panels import BF16, INT8_AS_BF16, has_panels
+from pagoda_kernels.cpu.panels import BF16, has_panels
 
 pytestmark = pytest.mark.skipif(
     not has_panels(BF16), reason="this processor does not multiply bf16 itself"
@@ -83,47 +83,6 @@ def test_a_gate_keeps_what_is_not_a_number_in_its_row(activation):
     result = gate(x)
     assert torch.all(result[1].isnan())
     assert torch.equal(result[[0, 2]], expected[[0, 2]])
-
-
-def round_to_int8(matrix):
-    """Whole numbers between -127 and 127, and a scale for each row."""
-    scales = (matrix.float().abs().amax(1) / 127).clamp(min=1e-30)
-    return (matrix.float() / scales[:, None]).round().to(torch.int8), scales
-
-
-def rounded_to_int8(matrix):
-    integers, scales = round_to_int8(matrix)
-    return integers.double() * scales.double()[:, None]
-
-
-needs_int8 = pytest.mark.skipif(
-    not has_panels(INT8_AS_BF16), reason="this processor cannot widen int8"
-)
-
-
-@needs_int8
-@pytest.mark.parametrize("out_features", [16, 31, 96])
-@pytest.mark.parametrize("rows", [1, 3, 17, 24, 50])
-def test_an_int8_product_is_exact_but_for_the_matrix_and_one_rounding(rows, out_features):
-    matrix, bias, x = make(out_features, 66), make(out_features), make(rows, 66)
-    matrix[3] = 0.0
-    matrix[5] *= 1000
-    exact = x.double() @ rounded_to_int8(matrix).T + bias.double()
-    integers, scales = round_to_int8(matrix)
-    product = PackedLinear(integers, bias, scales=scales)
-    assert_rounded_once(product(x), exact, slack=2.0**-7)
-    assert torch.equal(product(x[:1]), product(x)[:1])
-
-
-@needs_int8
-@pytest.mark.parametrize("activation", GATES)
-def test_an_int8_gate_has_scales_for_both_of_its_matrices(activation):
-    gate, up, x = make(40, 64, scale=0.01), make(40, 64, scale=10.0), make(9, 64)
-    matrix, bias = torch.cat([gate, up]), make(80)
-    wide = PackedLinear(rounded_to_int8(matrix).bfloat16(), bias, activation)
-    integers, scales = round_to_int8(matrix)
-    result = PackedLinear(integers, bias, activation, scales=scales)(x)
-    torch.testing.assert_close(result, wide(x), rtol=0.02, atol=0.2)
 
 
 def test_rows_need_not_lie_next_to_each_other():

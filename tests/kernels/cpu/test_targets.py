@@ -3,7 +3,7 @@ from __future__ import annotations
 import numba
 import pytest
 
-from pagoda_kernels.cpu.panels import BF16, INT8, INT8_AS_BF16
+from pagoda_kernels.cpu.panels import BF16, E4M3, INT8
 from pagoda_kernels.cpu.targets import TARGETS, choose_target, features, targets_of
 
 AVX2 = TARGETS[-1].features
@@ -24,7 +24,7 @@ def test_a_processor_of_no_known_kind_gets_kernels_of_its_own():
     assert targets_of("aarch64") == ()
 
 
-@pytest.mark.parametrize("numbers", [BF16, INT8, INT8_AS_BF16])
+@pytest.mark.parametrize("numbers", [BF16, E4M3, INT8])
 def test_every_instruction_that_a_kernel_may_need_is_of_some_target(numbers):
     assert any(numbers.features <= target.features for target in TARGETS)
 

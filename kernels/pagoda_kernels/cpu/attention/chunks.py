@@ -22,7 +22,14 @@ from pagoda_kernels.cpu.attention.chunk_merge import merge_parts, narrow_group, 
 from pagoda_kernels.cpu.attention.chunk_plan import KEY_BLOCK, Arguments, ChunkPlan, Part
 from pagoda_kernels.cpu.compiled import LOG2_E, Array, address_of, compiled, copy, exp2, fill
 from pagoda_kernels.cpu.formats import UNITS, VIEWS, bf16_bits, floats, int64s, is_common
-from pagoda_kernels.cpu.panels import BF16, GROUP_SIZE, MOST_ROWS, STEP_BYTES, make_dot
+from pagoda_kernels.cpu.panels import (
+    BF16,
+    BYTES_PER_STEP,
+    GROUP_SIZE,
+    MOST_ROWS,
+    STEP_BYTES,
+    make_dot,
+)
 from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim, make_reader
 from pagoda_kernels.kv_cache import LARGEST, KVCache
 
@@ -219,6 +226,7 @@ def _score(
             wanted += 1
         row += _dot(
             address_of(keys),
+            row_bytes // BYTES_PER_STEP,
             address_of(queries) + row * row_bytes,
             row_bytes,
             num_rows - row,
@@ -307,6 +315,7 @@ def _add_values(
             at = begin + 4 * row * GROUP_SIZE
             row += _dot(
                 panels,
+                2 * width // BYTES_PER_STEP,
                 address_of(weights) + 2 * row * width,
                 2 * width,
                 num_rows - row,

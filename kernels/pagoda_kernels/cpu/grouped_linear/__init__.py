@@ -15,7 +15,8 @@ from pagoda_kernels.cpu.grouped_linear import kernel
 from pagoda_kernels.cpu.grouped_linear.dot import HEAD_BYTES, SCALES_BYTES, STEPS, step_bytes
 from pagoda_kernels.cpu.packed_linear import GATES
 from pagoda_kernels.cpu.packed_linear.kernel import NO_GATE
-from pagoda_kernels.cpu.panels import BYTES_PER_STEP, GROUP_SIZE, INT8, PANEL_SIZE, has_panels
+from pagoda_kernels.cpu.packing import columns_of
+from pagoda_kernels.cpu.panels import BYTES_PER_STEP, GROUP_SIZE, INT8, has_panels
 from pagoda_kernels.grouped_linear import Grouped, GroupedLinear, GroupedShape
 
 BLOCK_SIZE = 128
@@ -38,6 +39,8 @@ class PanelGroupedLinear(GroupedLinear):
         activation: a name of GATES, if the matrix stacks gate and up.
         is_symmetric: no rows have zeros.
     """
+
+    are_rows_alike = True
 
     def __init__(
         self, shape: GroupedShape, activation: str | None = None, *, is_symmetric: bool = False
@@ -96,7 +99,7 @@ class PanelGroupedLinear(GroupedLinear):
         assert integers.dtype is torch.uint8
         assert inputs == self._shape.inputs
         kernel.fill(self._matrix, integers, first_output, num_rows)
-        columns = self._columns(first_output, num_rows)
+        columns = columns_of(first_output, num_rows, self.out_features, self._num_parts)
         multipliers, scales = _in_halves(rows.scales)
         self._multipliers[columns] = multipliers
         parts = [scales]
@@ -111,17 +114,10 @@ class PanelGroupedLinear(GroupedLinear):
                 part = part.repeat_interleave(self._blocks_per_group, 1)
             self._scales[pairs, :, columns + i * GROUP_SIZE] = part.half()
 
-    def _columns(self, first: int, num_rows: int) -> Tensor:
-        """Where rows of the matrix are in its panels; of gate and up in turns."""
-        rows = torch.arange(first, first + num_rows)
-        if self._num_parts == 1:
-            return rows
-        part, row = rows // self.out_features, rows % self.out_features
-        return row // PANEL_SIZE * GROUP_SIZE + part * PANEL_SIZE + row % PANEL_SIZE
-
     def finish(self, bias: Tensor | None) -> None:
         if bias is not None:
-            self._bias[self._columns(0, len(bias))] = bias.float()
+            columns = columns_of(0, len(bias), self.out_features, self._num_parts)
+            self._bias[columns] = bias.float()
 
     def __call__(self, x: Tensor) -> Tensor:
         num_rows, inputs = x.shape

@@ -10,6 +10,7 @@ from llvmlite import ir
 from pagoda_kernels.cpu.compiled import Array, Kernel, address_of, compiled, emitted
 from pagoda_kernels.cpu.formats import bf16_bits, floats, int32s, int64s, uint8s, widen, widened
 from pagoda_kernels.cpu.panels import (
+    BYTES_PER_STEP,
     GROUP_SIZE,
     INT8,
     MOST_ROWS,
@@ -133,6 +134,7 @@ def _find_largest(task: Task) -> None:
             while row < num_rows:
                 rows = _dot(
                     panels + group * group_bytes,
+                    stride // BYTES_PER_STEP,
                     x + row * stride,
                     stride,
                     num_rows - row,

@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 
 from pagoda_kernels.cpu.packed_linear import kernel
 from pagoda_kernels.cpu.packing import pack
-from pagoda_kernels.cpu.panels import BF16, BYTES_PER_STEP, GROUP_SIZE, INT8_AS_BF16, has_panels
+from pagoda_kernels.cpu.panels import BF16, BYTES_PER_STEP, GROUP_SIZE, has_panels
 
 GATES = {"silu": kernel.SILU, "gelu": kernel.GELU, "gelu_pytorch_tanh": kernel.GELU_TANH}
 """The activations that a gate can have."""
@@ -26,11 +26,9 @@ class PackedLinear:
     activation(gate) * up. Computed in fp32 and rounded once.
 
     Args:
-        weight: [out_features, in_features] bf16 for which `can_pack`, copied; or with scales int8
-            between -127 and 127, widened to bf16, exactly, on the way to the product.
+        weight: [out_features, in_features] bf16 for which `can_pack`, copied.
         bias: [out_features], or none.
         activation: a name of GATES.
-        scales: [out_features] fp32, what each row of an int8 weight is multiplied by.
     """
 
     def __init__(
@@ -38,8 +36,6 @@ class PackedLinear:
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
         activation: str | None = None,
-        *,
-        scales: torch.Tensor | None = None,
     ) -> None:
         num_parts = 1 if activation is None else 2
         self._gate = kernel.NO_GATE if activation is None else GATES[activation]
@@ -48,19 +44,14 @@ class PackedLinear:
         num_rows = GROUP_SIZE // num_parts
         missing = -self.out_features % num_rows
 
-        def in_groups(rows: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+        def in_groups(rows: torch.Tensor) -> torch.Tensor:
             parts = torch.unflatten(rows, 0, (num_parts, -1))
             if missing:
-                parts = pad(parts, (0, 0) * (rows.dim() - 1) + (0, missing), value=fill)
+                parts = pad(parts, (0, 0) * (rows.dim() - 1) + (0, missing))
             return torch.unflatten(parts, 1, (-1, num_rows)).transpose(0, 1).flatten(0, 2)
 
-        # What sums begin with, before they are multiplied by scales.
-        begin = torch.zeros(len(weight)) if bias is None else bias.float()
-        self._scales: torch.Tensor | int = kernel.NO_SCALES
-        if scales is not None:
-            self._scales, begin = in_groups(scales, 1.0), begin / scales
-        self._bias = in_groups(begin)
-        self._panels = pack(in_groups(weight), BF16 if scales is None else INT8_AS_BF16)
+        self._bias = in_groups(torch.zeros(len(weight)) if bias is None else bias.float())
+        self._panels = pack(in_groups(weight), BF16)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_rows, outputs] bf16 of x, [num_rows, in_features] bf16."""
@@ -79,7 +70,6 @@ class PackedLinear:
             num_rows,
             in_features,
             self._bias,
-            self._scales,
             self._gate,
             out,
             self.out_features,

@@ -8,26 +8,22 @@ from typing import Any
 import numpy as np
 
 from pagoda_kernels.cpu.compiled import LOG2_E, Array, address_of, compiled, exp2
-from pagoda_kernels.cpu.formats import bf16_bits, floats, narrowed
+from pagoda_kernels.cpu.formats import bf16_bits, narrowed
 from pagoda_kernels.cpu.panels import (
     BF16,
     BYTES_PER_STEP,
     GROUP_SIZE,
-    INT8_AS_BF16,
     MOST_ROWS,
     PANEL_SIZE,
-    VECTOR_BYTES,
-    empty_panels,
+    STEP_BYTES,
     make_dot,
     narrow_panel,
-    widen_step,
 )
 from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim
 
 NO_GATE, SILU, GELU, GELU_TANH = range(4)
-NO_SCALES = 0
 
-_dot, _dot_int8 = make_dot(BF16), make_dot(INT8_AS_BF16)
+_dot = make_dot(BF16)
 
 _SQRT_HALF = np.float32(0.7071067811865476)
 # gelu's approximation by tanh (Hendrycks and Gimpel, 2016), as a sigmoid: tanh(y) = 2s(2y) - 1.
@@ -36,64 +32,53 @@ _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 
 
 def _multiply(task: Task) -> None:
-    """Arguments: panels, num_groups, x, num_rows, in_features, bias, scales, gate, out,
-    out_features. With scales, the panels are int8.
-    """
+    """Arguments: panels, num_groups, x, num_rows, in_features, bias, gate, out, out_features."""
     packed, num_groups, x, num_rows, in_features = task[1], task[2], task[3], task[4], task[5]
-    bias, scales, gate, out, out_features = task[6], task[7], task[8], task[9], task[10]
+    bias, gate, out, out_features = task[6], task[7], task[8], task[9]
     num_columns = GROUP_SIZE if gate == NO_GATE else PANEL_SIZE
     num_passes = (num_rows + MOST_ROWS - 1) // MOST_ROWS
-    is_int8 = scales != NO_SCALES
     row_bytes = 2 * in_features
-    group_bytes = GROUP_SIZE * in_features if is_int8 else GROUP_SIZE * row_bytes
-    ahead_stride = group_bytes * BYTES_PER_STEP // (row_bytes * num_passes)
+    group_bytes = GROUP_SIZE * row_bytes
     sums = np.zeros((MOST_ROWS, GROUP_SIZE), np.float32)
-    # In one pass, numbers are widened on the way; for several, before them.
-    is_widened = is_int8 and num_passes > 1
-    wide = empty_panels(GROUP_SIZE * in_features if is_widened else 0)
     group = claim(task)
     while group < num_groups:
         following = claim(task)
-        panels = packed + group * group_bytes
         first = group * num_columns
         count = min(num_columns, out_features - first)
-        if is_widened:
-            for i in range(0, group_bytes, VECTOR_BYTES):
-                widen_step(panels + i, address_of(wide) + 2 * i)
-            panels = address_of(wide)
         # Each pass asks for its part of the group that this thread has next.
         ahead = packed + min(following, num_groups - 1) * group_bytes
-        initial = bias + group * GROUP_SIZE * 4
         row = 0
         while row < num_rows:
-            x_at, left = x + row * row_bytes, num_rows - row
-            if is_int8 and not is_widened:
-                rows = _dot_int8(
-                    panels, x_at, row_bytes, left, initial, 0, address_of(sums), ahead, ahead_stride
-                )
-            else:
-                rows = _dot(
-                    panels, x_at, row_bytes, left, initial, 0, address_of(sums), ahead, ahead_stride
-                )
+            rows = _dot(
+                packed + group * group_bytes,
+                row_bytes // BYTES_PER_STEP,
+                x + row * row_bytes,
+                row_bytes,
+                num_rows - row,
+                bias + group * GROUP_SIZE * 4,
+                0,
+                address_of(sums),
+                ahead,
+                STEP_BYTES // num_passes,
+            )
             ahead += group_bytes // num_passes
-            if is_int8:
-                _scale(sums[:rows], floats(scales + group * GROUP_SIZE * 4, (GROUP_SIZE,)))
-            if gate != NO_GATE:
-                apply_gate(sums[:rows], gate)
-            for i in range(rows):
-                _narrow(sums[i], out + 2 * ((row + i) * out_features + first), count)
+            finish_rows(
+                sums[:rows], gate, out + 2 * (row * out_features + first), out_features, count
+            )
             row += rows
         group = following
 
 
-multiply = ThreadedKernel(_multiply, needs=BF16.features | INT8_AS_BF16.features)
+multiply = ThreadedKernel(_multiply, needs=BF16.features)
 
 
 @compiled
-def _scale(sums: Array, scales: Array) -> None:
-    for row in range(len(sums)):
-        for i in range(GROUP_SIZE):
-            sums[row, i] *= scales[i]
+def finish_rows(sums: Array, gate: int, out: int, out_features: int, count: int) -> None:
+    """Activated, if there is a gate, and rounded; count: of the columns that there are."""
+    if gate != NO_GATE:
+        apply_gate(sums, gate)
+    for i in range(len(sums)):
+        _narrow(sums[i], out + 2 * i * out_features, count)
 
 
 @compiled
