@@ -189,11 +189,13 @@ def read_tensors(
         names: those that are wanted, if they are there; None: all.
     """
     try:
+        # safetensors says of a file that may not be read that it does not exist.
+        path.open("rb").close()
         with safe_open(path, framework="pt") as file:
             for name in file.offset_keys():
                 if names is None or name in names:
                     yield name, file.get_slice(name)
-    except PermissionError as error:
+    except (PermissionError, IsADirectoryError) as error:
         raise unreadable(path, error) from error
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise FatalError(

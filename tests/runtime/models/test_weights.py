@@ -133,6 +133,15 @@ def test_a_folder_without_weights_is_not_found(llama):
     assert caught.value.reason == "ModelNotFound"
 
 
+def test_weights_that_cannot_be_opened_are_access_denied(llama):
+    path = llama / "model.safetensors"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(FatalError, match=r"model\.safetensors cannot be read") as caught:
+        run(llama)
+    assert caught.value.reason == "ModelAccessDenied"
+
+
 def test_a_head_that_differs_from_the_table_it_is_said_to_be_tied_to_is_used(tmp_path, caplog):
     folder = make_tiny_checkpoint(tmp_path, tie_word_embeddings=True)
     tied = run(folder)
