@@ -12,13 +12,11 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 
-import aiohttp
-
-from pagoda_operator.causes import is_ready
+from pagoda_operator.engines import Engines, Silence, ready_address
 from pagoda_operator.flags import PORT
-from pagoda_operator.names import Key, Manifest, is_leaving
+from pagoda_operator.names import Key, Manifest
+from pagoda_operator.reports import Reports
 from pagoda_operator.scaling import PodLoad, ScalingPolicy, ScalingState, decide, initial_target
 from pagoda_operator.spec import LLMService
 from pagoda_operator.telemetry import Telemetry
@@ -28,24 +26,11 @@ logger = logging.getLogger(__name__)
 BUSY_SECONDS = 2.0
 IDLE_SECONDS = 5.0
 IDLE_FACTOR = 1.25
-ANSWER_SECONDS = 2.0
-# /load is a line of JSON; what is longer is no engine of ours.
-MAX_ANSWER_BYTES = 16384
 # Of one service: its silent pods keep no other service waiting, nor all files of the process.
 MAX_ASKED_AT_ONCE = 100
 # Rounds in a row that contradict what is told of the service: a pod that is slow now and then, or
 # silent for one reason and for another, is no news each time.
 NEWS_AFTER_ROUNDS = 3
-
-
-class Silence(StrEnum):
-    """Why the load of a pod is not known."""
-
-    TIMEOUT = f"no answer within {ANSWER_SECONDS:g} s"
-    UNREACHABLE = "no connection"
-    STATUS = "an HTTP status other than 200"
-    ANSWER = "not the answer of an engine"
-    ERROR = "an error of the operator; see its log"
 
 
 @dataclass(slots=True)
@@ -74,9 +59,12 @@ class Poller:
     telemetry: Telemetry
     port: int = PORT
     _watched: dict[Key, _Watched] = field(default_factory=dict, init=False)
-    _session: aiohttp.ClientSession | None = field(default=None, init=False)
+    reports: Reports = field(init=False)
+    _engines: Engines = field(init=False)
 
     def __post_init__(self) -> None:
+        self._engines = Engines(self.port)
+        self.reports = Reports(self._engines, self.on_change)
         self.telemetry.polled_services.set_function(lambda: len(self._watched))
 
     def target(self, service: LLMService, status: Manifest, deployment: Manifest | None) -> int:
@@ -124,8 +112,8 @@ class Poller:
         for key in list(self._watched):
             self.forget(key)
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._session is not None:
-            await self._session.close()
+        await self.reports.close()
+        await self._engines.close()
 
     async def _poll(self, key: Key, watched: _Watched) -> None:
         interval = BUSY_SECONDS
@@ -179,41 +167,10 @@ class Poller:
 
     async def _ask(self, address: str, watched: _Watched) -> PodLoad | Silence:
         """The load of one pod, or why it is not known."""
-        try:
-            async with watched.slots, asyncio.timeout(ANSWER_SECONDS):
-                return await self._read_load(f"http://{address}:{self.port}/load")
-        except TimeoutError:
-            return Silence.TIMEOUT
-        except (OSError, aiohttp.ClientError):
-            return Silence.UNREACHABLE
-        except Exception:
-            logger.exception("%s cannot be asked for its load", address)
-            return Silence.ERROR
-
-    async def _read_load(self, url: str) -> PodLoad | Silence:
-        # A redirect would let a pod choose what the operator fetches.
-        async with self._open_session().get(url, allow_redirects=False) as response:
-            if response.status != 200:
-                return Silence.STATUS
-            body = bytearray()
-            async for chunk in response.content.iter_any():
-                body += chunk
-                if len(body) > MAX_ANSWER_BYTES:
-                    return Silence.ANSWER
-            return parse_load(bytes(body)) or Silence.ANSWER
-
-    def _open_session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                # The default of 100 is one limit for all services.
-                connector=aiohttp.TCPConnector(limit=0),
-                # Nothing of a pod lasts, or grows while it is read.
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                # No proxy of the environment: pods are reached directly.
-                trust_env=False,
-            )
-        return self._session
+        answer = await self._engines.read(address, "/load", watched.slots)
+        if isinstance(answer, Silence):
+            return answer
+        return parse_load(answer) or Silence.ANSWER
 
 
 def parse_load(body: bytes) -> PodLoad | None:
@@ -229,9 +186,4 @@ def parse_load(body: bytes) -> PodLoad | None:
 
 def ready_addresses(pods: list[Manifest]) -> tuple[str, ...]:
     """Addresses of the pods that answer requests, for use in a URL."""
-    addresses = (
-        str(pod["status"]["podIP"])
-        for pod in pods
-        if not is_leaving(pod) and is_ready(pod) and pod["status"].get("podIP")
-    )
-    return tuple(sorted(f"[{ip}]" if ":" in ip else ip for ip in addresses))
+    return tuple(sorted(filter(None, map(ready_address, pods))))

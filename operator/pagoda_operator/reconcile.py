@@ -103,6 +103,7 @@ class Reconciler:
         """The LLMService is gone."""
         self._memories.pop(key, None)
         self.poller.forget(key)
+        self.poller.reports.forget(key)
 
     async def _converge(self, service: LLMService, manifest: Manifest) -> float | None:
         """The pass of a spec that is understood."""
@@ -228,10 +229,11 @@ class Reconciler:
         target: int,
         hindrance: Cause | None,
     ) -> None:
-        cause = hindrance
-        if cause is None and deployment is not None:
-            revision = revision_of(deployment)
-            cause = find_cause(service.spec, deployment, world.pods, revision, world.events)
+        cause, model = hindrance, None
+        if deployment is not None:
+            pods, revision = world.pods, revision_of(deployment)
+            model = self.poller.reports.find(service.key, pods, revision)
+            cause = cause or find_cause(service.spec, deployment, pods, revision, world.events)
         front = world.own(service, ChildRef("Service", service.key.name))
         status, conditions = make_status(
             service,
@@ -240,6 +242,7 @@ class Reconciler:
             desired_replicas=target,
             is_applied=hindrance is None,
             is_reachable=hindrance is None or front is not None,
+            model=manifest.get("status", {}).get("model") if model is None else model,
         )
         conditions |= autoscaling_condition(
             service.spec,

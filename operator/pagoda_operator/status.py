@@ -82,6 +82,7 @@ def make_status(
     desired_replicas: int,
     is_applied: bool = True,
     is_reachable: bool = True,
+    model: Manifest | None = None,
 ) -> tuple[Manifest, Conditions]:
     """The fields of the status and the four conditions, for `stamp`.
 
@@ -90,6 +91,7 @@ def make_status(
         cause: what is wrong with the pods, or keeps the children from being what they should be.
         is_applied: every child is as the spec asks; if not, `cause` says why.
         is_reachable: the Service in front of the engines is there and is ours.
+        model: what the engine that was ready last says that it runs.
     """
     counts = Counts.of(deployment)
     labels = selector_labels(service.key.name)
@@ -101,6 +103,8 @@ def make_status(
     }
     if deployment is not None:
         fields["revision"] = revision_of(deployment)
+    if model:
+        fields["model"] = model
     available = _available(counts, desired_replicas, service.spec.suspend, is_reachable)
     if cause is not None and not is_applied:
         return fields, _hindered(available, cause)

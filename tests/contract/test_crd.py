@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -10,13 +11,16 @@ from typing import Any
 
 import pytest
 import yaml
+from msgspec import to_builtins
 
 from pagoda_operator.causes import Cause
 from pagoda_operator.names import GROUP, KIND, PLURAL, VERSION
+from pagoda_operator.reports import parse_report
 from pagoda_operator.scaling import ScalingPolicy
 from pagoda_operator.spec import LLMServiceSpec, camel_case, parse
 from pagoda_operator.status import failed_status, make_status, stamp
 from pagoda_operator.testing import make_manifest, make_service
+from pagoda_runtime.server.answers import Running
 
 ROOT = Path(__file__).resolve().parents[2]
 CRD = ROOT / "crds" / "llmservice.yaml"
@@ -120,8 +124,9 @@ def unbounded(node: dict[str, Any], path: str) -> list[str]:
     return found
 
 
-def test_every_value_that_a_spec_can_hold_is_bounded() -> None:
+def test_every_value_of_a_spec_and_of_an_engines_report_is_bounded() -> None:
     assert not unbounded(schema()["spec"], "spec")
+    assert not unbounded(schema()["status"]["properties"]["model"], "status.model")
 
 
 def test_every_status_that_the_operator_writes_fits_the_schema() -> None:
@@ -131,10 +136,13 @@ def test_every_status_that_the_operator_writes_fits_the_schema() -> None:
 
     now, service = datetime(2026, 11, 21, tzinfo=UTC), make_service()
     deployment = render_deployment(service, engine_image="engine:1")
-    made = make_status(service, deployment=deployment, cause=None, desired_replicas=1)
+    body = json.dumps({"model": to_builtins(Running("LlamaForCausalLM", "awq", "int8", 2))})
+    model = parse_report(body.encode())
+    made = make_status(service, deployment=deployment, cause=None, desired_replicas=1, model=model)
     status = stamp(*made, {}, 1, now)
     known = schema()["status"]["properties"]
     assert set(status) == set(known)
+    assert set(model) == set(known["model"]["properties"])
     cause = Cause("InvalidSpec", "x", True)
     failed = stamp(*failed_status(cause, None, status), status, 1, now)
     for found in (status, failed):

@@ -19,7 +19,7 @@ def test_every_probe_asks_for_a_path_of_the_server() -> None:
     assert {kind: probe["path"] for kind, probe in probes.items()} == PATHS
     # No endpoint is called: the state is not looked at.
     served = {route.path for route in health.make_routes(typing.cast(ServerState, None))}
-    assert {*PATHS.values(), "/load"} <= served
+    assert {*PATHS.values(), "/load", "/startup"} <= served
     assert {probe["port"] for probe in probes.values()} == {render.PORT}
 
 

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import to_builtins
 
 from pagoda_operator.causes import find_cause
 from pagoda_operator.flags import API_KEYS_PATH, PORT, engine_args, flag_value
+from pagoda_operator.reports import parse_report
 from pagoda_operator.spec import DType, KvCacheDtype, Quantization
 from pagoda_operator.testing import make_pod, make_service
 from pagoda_runtime import engine_flags
 from pagoda_runtime.config import KV_CACHE_DTYPES, ServerConfig
 from pagoda_runtime.errors import FatalError
+from pagoda_runtime.execution.memory import kv_dtype_name
 from pagoda_runtime.keys import ApiKeys
-from pagoda_runtime.models.check import verify_supported
+from pagoda_runtime.models.check import verify_start, verify_supported
+from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.quantization.config import ONLINE, READERS
+from pagoda_runtime.server.answers import Running
 from pagoda_runtime.server.flags import parse_serve_args
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
+
+
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 
 
 def parse(spec: dict[str, Any]) -> ServerConfig:
@@ -134,6 +144,50 @@ def test_every_value_of_an_enum_is_one_of_its_flag() -> None:
     assert {*map(flag_value, get_args(DType))} == set(engine_flags.DTYPES)
     assert {*map(flag_value, get_args(Quantization))} == {*engine_flags.QUANTIZATIONS, "auto"}
     assert {*map(flag_value, get_args(KvCacheDtype))} == {*KV_CACHE_DTYPES, "auto"}
+
+
+def test_what_an_engine_reports_is_told_in_the_words_of_the_spec() -> None:
+    def told(quantization: str, kv_cache_dtype: str) -> tuple[str, str]:
+        model = to_builtins(Running("LlamaForCausalLM", quantization, kv_cache_dtype, 1))
+        found = parse_report(json.dumps({"model": model}).encode())
+        return found["quantization"], found["kvCacheDtype"]
+
+    for quantization in engine_flags.QUANTIZATIONS:
+        assert told(quantization, "int8")[0] in get_args(Quantization)
+    for dtype in map(kv_dtype_name, (torch.bfloat16, torch.float8_e5m2, torch.int8)):
+        assert told("none", dtype)[1] in get_args(KvCacheDtype) + get_args(DType)
+    assert told("none", kv_dtype_name(torch.float8_e4m3fn)) == ("None", "FP8E4M3")
+
+
+@pytest.mark.parametrize(
+    ("engine", "config", "words"),
+    [
+        (
+            {"quantization": "AWQ"},
+            {"quant_method": "gptq"},
+            "--quantization awq (engine.quantization) was given, but FOLDER is quantized by gptq",
+        ),
+        (
+            {"kvCacheDtype": "INT8"},
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"a": {"targets": ["Linear"], "weights": INT4}},
+                "kv_cache_scheme": {"num_bits": 8, "type": "float"},
+            },
+            "--kv-cache-dtype (engine.kvCacheDtype) is int8, but the checkpoint was made for fp8",
+        ),
+    ],
+)
+def test_a_spec_against_its_checkpoint_is_stalled_by_name(
+    tmp_path: Path, engine: dict[str, Any], config: dict[str, Any], words: str
+) -> None:
+    make_tiny_checkpoint(tmp_path, quantization_config=config)
+    spec = {"engine": engine, "resources": {"gpu": {"count": 0}}}
+    with pytest.raises(FatalError) as error:
+        verify_start(dataclasses.replace(parse(spec).engine, model=str(tmp_path)))
+    assert error.value.reason == "QuantizationMismatch"
+    assert words.replace("FOLDER", str(tmp_path)) in cause_of(error.value, spec)
 
 
 @given(

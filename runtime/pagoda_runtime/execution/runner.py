@@ -98,6 +98,8 @@ class ModelRunner(StepRunner):
             dtype=dtype_name(self.model.placement.dtype),
             kv_cache_dtype=kv_dtype_name(self.attention.spec.kv_dtype),
             device=self.platform.name,
+            architecture=config.architecture,
+            quantization=config.quantization.method if config.quantization else "none",
             tensor_parallel_size=tensor_parallel_size,
             default_sampling=dict(config.default_sampling),
         )

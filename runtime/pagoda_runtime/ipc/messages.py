@@ -226,6 +226,10 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     kv_cache_dtype: str
     """Of keys and values, as --kv-cache-dtype names it; or the model's."""
     device: str
+    architecture: str = ""
+    """As config.json names the class."""
+    quantization: str = "none"
+    """How the weights are held, as --quantization names it."""
     tensor_parallel_size: int = 1
     """Ranks that divide the model."""
     max_num_seqs: int = 0

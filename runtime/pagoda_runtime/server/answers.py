@@ -192,12 +192,22 @@ class Error(Struct, frozen=True):
     error: ErrorDetails
 
 
+class Running(Struct, frozen=True):
+    """What runs, in the words of flags and of config.json, whatever was asked for."""
+
+    architecture: str
+    quantization: str
+    kv_cache_dtype: str
+    tensor_parallel_size: int
+
+
 class Startup(Struct, frozen=True):
-    """How far the model is loaded."""
+    """How far the model is loaded; once it is, what was loaded."""
 
     phase: str
     percent: float
     bytes_per_second: float
+    model: Running | UnsetType = UNSET
 
 
 class Status(Struct, frozen=True):

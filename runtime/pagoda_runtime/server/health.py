@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pagoda_runtime.metrics import CONTENT_TYPE
-from pagoda_runtime.server.answers import Startup, Status, Version
+from pagoda_runtime.server.answers import Running, Startup, Status, Version
 from pagoda_runtime.server.errors import json_response
 from pagoda_runtime.server.state import LOADING_RETRY_SECONDS, ServerState
 
@@ -19,8 +19,14 @@ def make_routes(state: ServerState) -> list[Route]:
     """GET /startup, /health, /ready, /load, /version, /metrics."""
 
     async def startup(request: Request) -> Response:
-        if state.is_loaded:
-            return json_response(Startup("ready", 100.0, 0.0))
+        if state.is_loaded and (ready := state.ready):
+            model = Running(
+                ready.architecture,
+                ready.quantization,
+                ready.kv_cache_dtype,
+                ready.tensor_parallel_size,
+            )
+            return json_response(Startup("ready", 100.0, 0.0, model))
         progress = state.engine.progress
         body = Startup(progress.phase, progress.percent, progress.bytes_per_second)
         return _json(body, ok=False)

@@ -59,6 +59,7 @@ READY = EngineReady(
     dtype="float32",
     kv_cache_dtype="float32",
     device="cpu",
+    architecture="LlamaForCausalLM",
 )
 
 

@@ -218,9 +218,11 @@ def test_two_ranks_have_the_logits_of_one(pair, kind, tmp_path):
             assert_alike(found, expected)
 
 
-def test_what_a_step_reads_is_logged(pair, caplog):
+def test_what_runs_is_reported_and_what_a_step_reads_is_logged(pair, caplog):
     with caplog.at_level(logging.INFO):
-        make_runner(pair("awq")[0])
+        facts = make_runner(pair("awq")[0], kv_cache_dtype="fp8").ready_facts
+    assert (facts.architecture, facts.quantization) == ("LlamaForCausalLM", "awq")
+    assert facts.kv_cache_dtype == "fp8_e4m3"
     assert "Quantized by awq: a step reads" in caplog.text
 
 

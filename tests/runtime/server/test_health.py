@@ -59,6 +59,15 @@ async def test_a_loaded_server_is_started_ready_and_alive(http):
         assert (await http.get(path)).status_code == 200
 
 
+async def test_a_loaded_server_tells_what_runs(http):
+    assert (await http.get("/startup")).json()["model"] == {
+        "architecture": "LlamaForCausalLM",
+        "quantization": "none",
+        "kv_cache_dtype": "float32",
+        "tensor_parallel_size": 1,
+    }
+
+
 async def test_a_model_without_its_tokenizer_is_not_ready(http, state):
     state.tokenizer = None
     assert (await http.get("/startup")).status_code == 503

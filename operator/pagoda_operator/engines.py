@@ -1,0 +1,95 @@
+"""Asks pods over HTTP what they tell of themselves.
+
+Pods are not trusted: what one answers is bounded, and it never chooses what the operator fetches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import aiohttp
+
+from pagoda_operator.causes import is_ready
+from pagoda_operator.flags import PORT
+from pagoda_operator.names import Manifest, is_leaving
+
+logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 2.0
+# An engine answers a line of JSON; what is longer is no engine of ours.
+MAX_ANSWER_BYTES = 16384
+
+
+class Silence(StrEnum):
+    """Why a pod's answer is not known."""
+
+    TIMEOUT = f"no answer within {ANSWER_SECONDS:g} s"
+    UNREACHABLE = "no connection"
+    STATUS = "an HTTP status other than 200"
+    ANSWER = "not the answer of an engine"
+    ERROR = "an error of the operator; see its log"
+
+
+@dataclass(slots=True)
+class Engines:
+    """One session for the pods of all services."""
+
+    port: int = PORT
+    _session: aiohttp.ClientSession | None = field(default=None, init=False)
+
+    async def read(self, address: str, path: str, slots: asyncio.Semaphore) -> bytes | Silence:
+        """The body of a pod's answer, or why there is none.
+
+        Args:
+            slots: bounds how many are asked at once.
+        """
+        try:
+            async with slots, asyncio.timeout(ANSWER_SECONDS):
+                return await self._get(f"http://{address}:{self.port}{path}")
+        except TimeoutError:
+            return Silence.TIMEOUT
+        except (OSError, aiohttp.ClientError):
+            return Silence.UNREACHABLE
+        except Exception:
+            logger.exception("%s cannot be asked for %s", address, path)
+            return Silence.ERROR
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _get(self, url: str) -> bytes | Silence:
+        # A redirect would let a pod choose what the operator fetches.
+        async with self._open_session().get(url, allow_redirects=False) as response:
+            if response.status != 200:
+                return Silence.STATUS
+            body = bytearray()
+            async for chunk in response.content.iter_any():
+                body += chunk
+                if len(body) > MAX_ANSWER_BYTES:
+                    return Silence.ANSWER
+            return bytes(body)
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                # The default of 100 is one limit for all services.
+                connector=aiohttp.TCPConnector(limit=0),
+                # Nothing of a pod lasts, or grows while it is read.
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                # No proxy of the environment: pods are reached directly.
+                trust_env=False,
+            )
+        return self._session
+
+
+def ready_address(pod: Manifest) -> str | None:
+    """The address of a pod that answers requests, for use in a URL; None if it does not."""
+    ip = pod.get("status", {}).get("podIP")
+    if is_leaving(pod) or not is_ready(pod) or not ip:
+        return None
+    return f"[{ip}]" if ":" in ip else str(ip)
