@@ -30,6 +30,11 @@ def model_folder() -> Path:
     return cache_folder() / "model" / MODEL_NAME
 
 
+def marker_of(folder: Path) -> Path:
+    """The file that tells what a folder of a model was made from."""
+    return folder.with_name(f"{folder.name}.made-from")
+
+
 def content_key() -> str:
     """Changes with everything that the converted folder depends on."""
     digest = hashlib.sha256(importlib.metadata.version(PACKAGE).encode())
@@ -42,7 +47,7 @@ def content_key() -> str:
 def ensure_model() -> Path:
     """Convert the model if it is missing or out of date; returns its folder."""
     folder = model_folder()
-    marker = folder.with_name(f"{MODEL_NAME}.made-from")
+    marker = marker_of(folder)
     key = content_key()
     if folder.exists() and marker.exists() and marker.read_text() == key:
         return folder

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,10 @@ def install_operator(target: Target, images: dict[str, str]) -> None:
         raise StackError(f"The operator does not become ready: {error}\n{logs}") from error
 
 
-def ensure_model_volume(target: Target, kubectl: Kubectl, images: dict[str, str]) -> None:
-    """A claim `models` that holds the converted model in the folder of its name.
+def ensure_model_volume(
+    target: Target, kubectl: Kubectl, images: dict[str, str], folders: Sequence[Path] = ()
+) -> None:
+    """A claim `models` that holds the converted model, and these folders beside it, by their names.
 
     On the local cluster it is the cache folder itself; elsewhere the cluster's default storage
     class makes it, and a pod takes the files in.
@@ -113,7 +115,8 @@ def ensure_model_volume(target: Target, kubectl: Kubectl, images: dict[str, str]
         kubectl.apply(_local_volume(volume, kubectl.namespace))
     kubectl.apply(_claim(volume))
     if not target.is_local:
-        _upload_model(kubectl, images["runtime"])
+        for folder in (model.model_folder(), *folders):
+            _upload_model(kubectl, images["runtime"], folder)
 
 
 def _local_volume(name: str, namespace: str) -> dict[str, object]:
@@ -122,7 +125,7 @@ def _local_volume(name: str, namespace: str) -> dict[str, object]:
         "kind": "PersistentVolume",
         "metadata": {"name": name},
         "spec": {
-            "capacity": {"storage": "2Gi"},
+            "capacity": {"storage": "4Gi"},
             "accessModes": ["ReadOnlyMany", "ReadWriteMany"],
             "persistentVolumeReclaimPolicy": "Retain",
             "storageClassName": "",
@@ -135,7 +138,7 @@ def _local_volume(name: str, namespace: str) -> dict[str, object]:
 def _claim(volume: str | None) -> dict[str, object]:
     spec: dict[str, object] = {
         "accessModes": ["ReadWriteMany" if volume else "ReadWriteOnce"],
-        "resources": {"requests": {"storage": "2Gi"}},
+        "resources": {"requests": {"storage": "4Gi"}},
     }
     if volume:
         spec |= {"storageClassName": "", "volumeName": volume}
@@ -147,10 +150,9 @@ def _claim(volume: str | None) -> dict[str, object]:
     }
 
 
-def _upload_model(kubectl: Kubectl, image: str) -> None:
-    """Copy the model into the claim through a pod, unless this very model is there already."""
-    folder = model.model_folder()
-    key = model.content_key()
+def _upload_model(kubectl: Kubectl, image: str, folder: Path) -> None:
+    """Copy a model into the claim through a pod, unless this very model is there already."""
+    marker = model.marker_of(folder)
     mount = "/models"
     kubectl.run("delete", "pod", LOADER, "--ignore-not-found", "--wait")
     kubectl.apply(_loader_pod(image, mount))
@@ -158,15 +160,15 @@ def _upload_model(kubectl: Kubectl, image: str) -> None:
         "wait", "--for=condition=Ready", f"pod/{LOADER}", "--timeout=900s", timeout_seconds=930
     )
     try:
-        inside = ("exec", LOADER, "--", "cat", f"{mount}/{folder.name}.made-from")
+        inside = ("exec", LOADER, "--", "cat", f"{mount}/{marker.name}")
         try:
-            if kubectl.run(*inside) == key:
+            if kubectl.run(*inside) == marker.read_text():
                 return
         except KubectlError:
             pass  # not there yet
         script = f"cd {mount} && rm -rf {folder.name} && tar xf -"
         archive = subprocess.Popen(
-            ["tar", "cf", "-", "-C", str(folder.parent), folder.name, f"{folder.name}.made-from"],
+            ["tar", "cf", "-", "-C", str(folder.parent), folder.name, marker.name],
             stdout=subprocess.PIPE,
         )
         upload = kubectl.command("exec", "-i", LOADER, "--", "sh", "-c", script)

@@ -1,22 +1,25 @@
-"""What the operator makes of an LLMService for two GPUs, whole and for people to read."""
+"""What the operator makes of LLMServices for two GPUs, whole and for people to read."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 from pagoda_operator.render import render_children
 from pagoda_operator.spec import parse
 
-SERVICE = Path(__file__).resolve().parents[2] / "examples" / "two-gpus.yaml"
-CHILDREN = Path(__file__).with_name("two-gpus.golden.yaml")
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ENGINE_IMAGE = "registry.example.com/pagoda-runtime:1"
 
 
-def test_the_children_of_a_service_for_two_gpus_are_those_of_the_golden_file() -> None:
-    service = yaml.safe_load(SERVICE.read_text())
+@pytest.mark.parametrize("name", ["two-gpus", "quantized"])
+def test_the_children_of_a_service_for_two_gpus_are_those_of_the_golden_file(name: str) -> None:
+    service = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     # What the API server adds.
-    service["metadata"] |= {"namespace": "team", "uid": "uid-of-llama-70b", "generation": 1}
+    uid = f"uid-of-{service['metadata']['name']}"
+    service["metadata"] |= {"namespace": "team", "uid": uid, "generation": 1}
     children = render_children(parse(service), engine_image=ENGINE_IMAGE)
-    assert list(children.values()) == list(yaml.safe_load_all(CHILDREN.read_text()))
+    golden = Path(__file__).with_name(f"{name}.golden.yaml")
+    assert list(children.values()) == list(yaml.safe_load_all(golden.read_text()))
