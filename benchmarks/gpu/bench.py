@@ -37,6 +37,8 @@ PARTS = (
     "engine",
     "engine_fp8",
     "engine_eager",
+    "engine_int4_weights",
+    "engine_fp8_weights",
     "generate",
     "batching",
 )
@@ -60,6 +62,10 @@ def run_part(name: str, scale: Scale, folder: Path) -> dict[str, Any]:
             return measure_engine(folder, scale, ("depths",), kv_cache_dtype="fp8_e4m3")
         case "engine_eager":
             return measure_engine(folder, scale, (), enforce_eager=True)
+        case "engine_int4_weights":
+            return measure_engine(folder, scale, (), quantization="int4")
+        case "engine_fp8_weights":
+            return measure_engine(folder, scale, (), quantization="fp8")
         case "generate":
             return measure_generate(folder, scale, device)
         case "batching":
@@ -110,6 +116,7 @@ def make_results(figures: Mapping[str, Mapping[str, Any]], scale: Scale) -> list
         *_serving_results(engine, figures),
         *_slope_results(engine, figures.get("engine_fp8", {}), scale),
         *_graph_results(engine, figures.get("engine_eager", {})),
+        *_weight_results(engine, figures),
     ]
 
 
@@ -188,6 +195,17 @@ def _graph_results(engine: Mapping[str, Any], eager: Mapping[str, Any]) -> list[
     same = Result("graphs_tokens", equal, "equal", "requests", len(pairs), Bar(at_least=1.0))
     speed, without = engine["decode_1"], eager["decode_1"]
     return [same, Result("graphs_decode_1", speed, "tokens/s", "without graphs", without)]
+
+
+def _weight_results(
+    engine: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]]
+) -> list[Result]:
+    """How much faster a token comes when an engine rounds its weights."""
+    return [
+        Result(f"decode_1_{name}", found["decode_1"], "tokens/s", "bf16's", engine["decode_1"])
+        for name in ("int4", "fp8")
+        if engine and (found := figures.get(f"engine_{name}_weights"))
+    ]
 
 
 def main() -> int:

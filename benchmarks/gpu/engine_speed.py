@@ -97,7 +97,10 @@ def _run(llm: LLM, prompts: Iterable[list[int]], wanted: Iterable[int]) -> list[
 
 
 def measure_generate(folder: Path, scale: Scale, device: torch.device) -> dict[str, Any]:
-    """Output tokens/s that the requests of a batch want, of transformers' `generate`."""
+    """Output tokens/s that the requests of a batch want, of transformers' `generate`.
+
+    It stops after some time, at which fewer requests have ended than do later: in its favour.
+    """
     model = _load(folder, scale, device)
     requests = make_requests(scale, model.config.vocab_size)[: scale.static_batch]
     longest = max(len(prompt) for prompt, _ in requests)
@@ -109,9 +112,12 @@ def measure_generate(folder: Path, scale: Scale, device: torch.device) -> dict[s
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), **settings}
     model.generate(**inputs, max_new_tokens=2)
     started = time.perf_counter()
-    model.generate(**inputs, max_new_tokens=max(wanted for _, wanted in requests)).cpu()
+    most = max(wanted for _, wanted in requests)
+    result = model.generate(**inputs, max_new_tokens=most, max_time=scale.generate_seconds).cpu()
     seconds = time.perf_counter() - started
-    return {"tokens_per_second": sum(wanted for _, wanted in requests) / seconds}
+    num_steps = result.shape[1] - longest
+    num_tokens = sum(min(wanted, num_steps) for _, wanted in requests)
+    return {"tokens_per_second": num_tokens / seconds, "num_steps": num_steps}
 
 
 def measure_batching(folder: Path, scale: Scale, device: torch.device) -> dict[str, Any]:

@@ -32,7 +32,9 @@ class Scale:
     """Of a prompt, and of what is generated, at least and at most."""
     static_batch: int = 64
     """Requests that transformers' generate gets."""
-    batching_seconds: float = 70.0
+    generate_seconds: float = 60.0
+    """After which it is stopped."""
+    batching_seconds: float = 45.0
     """After which transformers' continuous batching is stopped."""
     batching: Mapping[str, int] = field(default_factory=dict)
     """Its settings; by default it takes what memory is free."""

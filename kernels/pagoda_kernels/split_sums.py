@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,18 +13,37 @@ from pagoda_kernels.gated_activation import gated_activation
 from pagoda_kernels.gated_activation.kernel import activate
 from pagoda_kernels.launch import launch, num_processors
 
-# Warps for each processor of a GPU that there should be, to keep its memory busy.
-_WARPS_PER_PROCESSOR = 6
 # A split of fewer steps would not be worth what adding it up costs.
 _LEAST_STEPS = 4
 _COLUMNS = 512
 
 
-def choose_splits(num_programs: int, num_warps: int, num_steps: int, device: torch.device) -> int:
-    """In how many parts the steps of each program go to programs of their own."""
-    per_processor = -(-_WARPS_PER_PROCESSOR // num_warps)
-    wanted = -(-per_processor * num_processors(device) // num_programs)
-    return max(1, min(wanted, num_steps // _LEAST_STEPS))
+class Tile(NamedTuple):
+    """Of the result, for one program."""
+
+    rows: int
+    outputs: int
+    num_warps: int
+    num_stages: int
+    programs: int = 1
+    """Of it there should be on each of a GPU's processors, to keep its memory busy; 0: steps are
+    never split."""
+
+
+def choose_tile(tiles: Sequence[Tile], num_rows: int) -> Tile:
+    """The first that has room for all rows, or the last."""
+    return next((tile for tile in tiles if num_rows <= tile.rows), tiles[-1])
+
+
+def choose_grid(
+    tile: Tile, num_rows: int, outputs: int, num_steps: int, device: torch.device
+) -> tuple[int, int, int]:
+    """Tiles of rows and of outputs, and in how many parts the steps of each go to programs of their
+    own.
+    """
+    tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(outputs, tile.outputs)
+    wanted = triton.cdiv(tile.programs * num_processors(device), tiles[0] * tiles[1])
+    return *tiles, max(1, min(wanted, num_steps // _LEAST_STEPS))
 
 
 def make_sums(

@@ -54,12 +54,21 @@ def test_bfloat16_follows_float32_closely(folders, make_runner):
     assert sum(a == b for a, b in zip(exact, rounded, strict=True)) >= 6
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", "fp8_e5m2", "int8"])
-def test_keys_and_values_of_8_bits_give_the_tokens_that_a_cpu_gives(
-    kv_cache_dtype, num_tokens, folders, make_runner
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("kv_cache_dtype", "fp8_e4m3"),
+        ("kv_cache_dtype", "fp8_e5m2"),
+        ("kv_cache_dtype", "int8"),
+        ("quantization", "int8"),
+        ("quantization", "int4"),
+    ],
+)
+def test_numbers_of_few_bits_give_the_tokens_that_a_cpu_gives(
+    flag, value, num_tokens, folders, make_runner
 ):
     prompts = make_prompts([30] * 8, seed=1)
-    settings = {"kv_cache_dtype": kv_cache_dtype, "max_num_seqs": 8}
+    settings = {flag: value, "max_num_seqs": 8}
     ours = generate(make_runner(folders("qwen3"), **settings), prompts, num_tokens)
     config = EngineConfig(
         model=str(folders("qwen3")),

@@ -17,7 +17,7 @@ from pagoda_kernels.scaled_linear.reference import dequantize as dequantize_scal
 from pagoda_kernels.scaled_linear.testing import fill_linear as fill_scaled
 from pagoda_kernels.scaled_linear.testing import random_matrix as random_scaled
 from pagoda_kernels.scaled_linear.testing import round_rows
-from pagoda_kernels.scaled_linear.triton_linear import TritonScaledLinear
+from pagoda_kernels.scaled_linear.triton_linear import TritonScaledLinear, has_torch_product
 
 CPU = torch.device("cpu")
 ROWS = [1, 8, 16, 17, 64, 100, 600]
@@ -97,18 +97,34 @@ def test_few_rows_are_split_where_there_are_few_outputs():
 
 
 def test_for_many_rows_the_matrix_is_widened_32_mib_at_a_time():
-    assert launched_by_grouped(511) == ["product_kernel"]
-    assert launched_by_grouped(512, outputs=14336) == ["widen_kernel"] * 4
-    assert launched_by_grouped(32, bits=3) == ["widen_kernel"]
+    assert launched_by_grouped(255, outputs=1 << 16) == ["product_kernel"]
+    assert launched_by_grouped(256, outputs=14336) == ["widen_kernel"] * 4
+    assert launched_by_grouped(64, bits=3) == ["widen_kernel"]
 
 
 def test_torch_multiplies_many_rows_of_e4m3():
     dynamic = Rounding.DYNAMIC
-    assert launched_by_scaled(65, torch.float8_e4m3fn, dynamic) == ["round_kernel"]
+    assert launched_by_scaled(17, torch.float8_e4m3fn, dynamic) == ["round_kernel"]
     product = ["round_kernel", "scaled_product_kernel"]
-    assert launched_by_scaled(64, torch.float8_e4m3fn, dynamic) == product
-    assert launched_by_scaled(65, torch.float8_e4m3fn, dynamic, inputs=4104) == product
-    assert launched_by_scaled(65, torch.int8, dynamic) == product
+    assert launched_by_scaled(16, torch.float8_e4m3fn, dynamic) == product
+    assert launched_by_scaled(17, torch.float8_e4m3fn, dynamic, inputs=4104) == product
+    assert launched_by_scaled(17, torch.int8, dynamic) == product
+
+
+@pytest.mark.parametrize(
+    ("inputs", "group_size", "capability", "expected"),
+    [
+        (640, 640, (9, 0), True),
+        (640, 640, (12, 0), True),
+        (640, 640, (8, 9), False),
+        (648, 648, (9, 0), False),
+        (640, 128, (10, 0), False),
+        (648, 128, (9, 0), False),
+    ],
+)
+def test_torch_has_products_of_sizes_that_it_takes(inputs, group_size, capability, expected):
+    shape = ScaledShape(64, inputs, torch.float8_e4m3fn, group_size)
+    assert has_torch_product(shape, capability) is expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])

@@ -37,9 +37,8 @@ def product_kernel(
     lanes = tl.arange(0, LANES)
     words_at = (own // TILE).to(tl.int64) * num_steps * (STEP_WORDS * WORDS) + own % TILE * LANES
     words_at = words_ptr + words_at[:, None] + lanes[None, :]
-    # Rows that are not there are the last one again, so that their loads need no mask.
-    x_at = tl.minimum(rows, num_rows - 1).to(tl.int64) * inputs
-    x_at = x_ptr + x_at[None, :] + lanes[:, None]
+    has_row = (rows < num_rows)[None, :]
+    x_at = x_ptr + (rows.to(tl.int64) * inputs)[None, :] + lanes[:, None]
     acc = tl.full([OUTPUTS, ROWS], 0.0, tl.float32)
     # fmt: off
     scales = load_groups(
@@ -59,9 +58,9 @@ def product_kernel(
                 words = load_words(step_at, run, BITS, WORDS)
                 column = (step * STEP_RUNS + run) * LANES
                 if IS_PADDED:
-                    x = tl.load(x_at + column, (lanes < inputs - column)[:, None], 0.0)
+                    x = tl.load(x_at + column, (lanes < inputs - column)[:, None] & has_row, 0.0)
                 else:
-                    x = tl.load(x_at + column)
+                    x = tl.load(x_at + column, has_row, 0.0)
                 weights = widen(words, zero, run, BITS, IS_E4M3, DTYPE)
                 part = tl.dot(weights, x, part, input_precision="ieee")
             acc += part * scales[start // GROUP_RUNS].to(tl.float32)[:, None]

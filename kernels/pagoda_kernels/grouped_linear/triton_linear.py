@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -13,31 +13,27 @@ from pagoda_kernels.grouped_linear import Grouped, GroupedLinear, GroupedShape
 from pagoda_kernels.grouped_linear.kernel import SCALE_UNIT, product_kernel, widen_kernel
 from pagoda_kernels.grouped_linear.packing import TILE, Packing, pack
 from pagoda_kernels.launch import launch
-from pagoda_kernels.split_sums import choose_splits, finish_sums, make_sums
+from pagoda_kernels.split_sums import Tile, choose_grid, choose_tile, finish_sums, make_sums
 
 # A matrix is as high as whole tiles of every height.
 _PADDED_OUTPUTS = 128
-# From so many rows on, widening the matrix and reading it again costs less than what torch's
-# product gains: by count, see README.md. Earlier where only the smallest tiles are taken.
-_WIDEN_FROM_ROWS, _WIDEN_SMALL_FROM_ROWS = 512, 32
+# From so many rows on, torch's product gains more than widening the matrix for it costs: see
+# README.md. Earlier where only the smallest tiles are taken.
+_WIDEN_FROM_ROWS, _WIDEN_SMALL_FROM_ROWS = 256, 64
 # Of a widened part of the matrix, which a GPU's second cache then holds.
 _WIDENED_BYTES = 32 << 20
 
-
-class Tile(NamedTuple):
-    """Of the result, for one program."""
-
-    rows: int
-    outputs: int
-    num_warps: int
-    num_stages: int
-
-
 # Small ones for few rows: each processor has several programs, which hide each other's waits. From
-# 9 rows on larger ones, as each program reads all of its rows.
-_TILES = (Tile(8, 64, 2, 4), Tile(16, 128, 4, 4), Tile(32, 128, 4, 3), Tile(64, 128, 8, 3))
+# 17 rows on larger ones, as each program reads all of its rows.
+_TILES = (
+    Tile(8, 64, 2, 3, programs=6),
+    Tile(16, 64, 2, 3, programs=6),
+    Tile(32, 128, 4, 3, programs=2),
+    Tile(64, 128, 8, 3),
+)
 # Those have no room, in registers or Blackwell's memory for sums, for steps of more.
 _MOST_COLUMNS, _MOST_GROUPS = 128, 4
+_LARGE_STEP_TILES = (Tile(8, 64, 2, 2, programs=6),)
 
 
 class TritonGroupedLinear(GroupedLinear):
@@ -73,7 +69,7 @@ class TritonGroupedLinear(GroupedLinear):
         is_small = packing.columns <= _MOST_COLUMNS and num_groups <= _MOST_GROUPS
         # Without tensor cores, fp32 has no registers for them either.
         is_small &= dtype is not torch.float32
-        self._tiles = _TILES if is_small else _TILES[:1]
+        self._tiles = _TILES if is_small else _LARGE_STEP_TILES
         self._widen_from = _WIDEN_FROM_ROWS if is_small else _WIDEN_SMALL_FROM_ROWS
         self._bias: Tensor | None = None
 
@@ -115,13 +111,13 @@ class TritonGroupedLinear(GroupedLinear):
 
     def _multiply(self, x: Tensor) -> Tensor:
         num_rows, outputs = len(x), self._shape.outputs
-        tile = next((tile for tile in self._tiles if num_rows <= tile.rows), self._tiles[-1])
-        tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(outputs, tile.outputs)
-        num_splits = choose_splits(tiles[0] * tiles[1], tile.num_warps, self._num_steps, x.device)
+        tile = choose_tile(self._tiles, num_rows)
+        grid = choose_grid(tile, num_rows, outputs, self._num_steps, x.device)
+        num_splits = grid[2]
         sums = make_sums(num_splits, num_rows, outputs, self._dtype, x.device)
         launch(
             product_kernel,
-            (*tiles, num_splits),
+            grid,
             x,
             self._words,
             self._scales,

@@ -53,8 +53,9 @@ def scaled_product_kernel(
     first = split * size
     last = tl.minimum(first + size, num_steps)
     columns = tl.arange(0, COLUMNS)
-    # What is not there is the last one again, so that loads need no mask.
-    some_rows, some_own = tl.minimum(rows, num_rows - 1), tl.minimum(own, outputs - 1)
+    # What is not there is something that is, so that loads need no mask: rows from the first on, as
+    # many programs that read one row would wait for each other.
+    some_rows, some_own = rows % num_rows, tl.minimum(own, outputs - 1)
     x_at = x_ptr + (some_rows.to(tl.int64) * inputs)[None, :] + columns[:, None]
     weight_at = weight_ptr + (some_own.to(tl.int64) * inputs)[:, None] + columns[None, :]
     IS_INTEGER: tl.constexpr = x_ptr.dtype.element_ty == tl.int8

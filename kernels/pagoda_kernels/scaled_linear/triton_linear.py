@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
@@ -14,28 +12,22 @@ from pagoda_kernels.launch import compute_capability, launch
 from pagoda_kernels.norm.kernel import num_warps
 from pagoda_kernels.scaled_linear import GROUP_SIZE, Rounding, Scaled, ScaledLinear, ScaledShape
 from pagoda_kernels.scaled_linear.kernel import round_kernel, scaled_product_kernel
-from pagoda_kernels.split_sums import choose_splits, finish_sums, make_sums
+from pagoda_kernels.split_sums import Tile, choose_grid, choose_tile, finish_sums, make_sums
 
 # A group of columns, where the matrix has several.
 _STEP_COLUMNS = GROUP_SIZE
-# From so many rows on torch's product of e4m3, where it takes a scale for each row and output.
-_TORCH_FROM_ROWS = 65
+# From so many rows on torch's product of e4m3, where it takes such scales.
+_TORCH_FROM_ROWS = 17
 # What torch's product wants both sizes of a matrix to be multiples of.
 _TORCH_SIZES = 16
 
-
-class Tile(NamedTuple):
-    """Of the result, for one program."""
-
-    rows: int
-    outputs: int
-    num_warps: int
-    num_stages: int
-
-
-# The largest has no registers left for sums of groups.
-_GROUPED_TILES = (Tile(16, 64, 4, 4), Tile(64, 128, 8, 3))
-_TILES = (*_GROUPED_TILES, Tile(128, 128, 8, 3))
+_GROUPED_TILES = (
+    Tile(16, 128, 8, 3),
+    Tile(64, 64, 4, 4, programs=2),
+    Tile(128, 64, 4, 3),
+)
+# The largest has no registers left for sums of groups, nor for sums of splits in fp32.
+_TILES = (*_GROUPED_TILES, Tile(128, 128, 4, 3, programs=0))
 
 
 class TritonScaledLinear(ScaledLinear):
@@ -57,13 +49,10 @@ class TritonScaledLinear(ScaledLinear):
         self._scales = torch.empty(groups, dtype=torch.float32, device=device)
         self._bias: Tensor | None = None
         self._input_scale: Tensor | None = None
-        is_even = shape.outputs % _TORCH_SIZES == 0 == shape.inputs % _TORCH_SIZES
         self._has_torch = (
             shape.dtype is torch.float8_e4m3fn
             and dtype is torch.bfloat16
-            and self._num_groups == 1
-            and is_even
-            and compute_capability(device) >= (9, 0)
+            and has_torch_product(shape, compute_capability(device))
         )
 
     def fill(self, first_output: int, rows: Scaled) -> None:
@@ -117,15 +106,14 @@ class TritonScaledLinear(ScaledLinear):
 
     def _multiply(self, x: Tensor, x_scales: Tensor) -> Tensor:
         num_rows, (outputs, inputs) = len(x), self._numbers.shape
-        choice = _TILES if self._num_groups == 1 else _GROUPED_TILES
-        tile = next((tile for tile in choice if num_rows <= tile.rows), choice[-1])
-        tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(outputs, tile.outputs)
+        tile = choose_tile(_TILES if self._num_groups == 1 else _GROUPED_TILES, num_rows)
         num_steps = triton.cdiv(inputs, _STEP_COLUMNS)
-        num_splits = choose_splits(tiles[0] * tiles[1], tile.num_warps, num_steps, x.device)
+        grid = choose_grid(tile, num_rows, outputs, num_steps, x.device)
+        num_splits = grid[2]
         sums = make_sums(num_splits, num_rows, outputs, self._dtype, x.device)
         launch(
             scaled_product_kernel,
-            (*tiles, num_splits),
+            grid,
             x,
             x_scales,
             self._numbers,
@@ -153,7 +141,21 @@ class TritonScaledLinear(ScaledLinear):
             scale_a=x_scales.T,
             scale_b=self._scales,
             out_dtype=torch.bfloat16,
+            # Its sums have 14 bits; rounding to e4m3 costs ten times as much at 14,336 columns.
+            use_fast_accum=self._num_groups == 1,
         )
         if self._bias is not None:
             out += self._bias
         return out if self._activation is None else gated_activation(out, self._activation)
+
+
+def has_torch_product(shape: ScaledShape, capability: tuple[int, int]) -> bool:
+    """Whether `torch._scaled_mm` takes a scale for each row and output, or for each of their groups
+    of 128 columns: the latter on Hopper alone, from CUDA 12.9 on.
+    """
+    if shape.outputs % _TORCH_SIZES or shape.inputs % _TORCH_SIZES:
+        return False
+    if shape.group_size == shape.inputs:
+        return capability >= (9, 0)
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0").split("."))
+    return capability == (9, 0) and cuda >= (12, 9) and shape.inputs % shape.group_size == 0
