@@ -26,7 +26,7 @@ class SpecError(Exception):
 
 DType = Literal["Auto", "BFloat16", "Float16", "Float32"]
 Quantization = Literal[
-    "Auto", "None", "AWQ", "GPTQ", "FP8", "INT8", "INT4", "EXL2", "CompressedTensors"
+    "Auto", "None", "AWQ", "GPTQ", "FP8", "INT8", "INT4", "EXL2", "CompressedTensors", "GGUF"
 ]
 KvCacheDtype = Literal["Auto", "FP8", "FP8E4M3", "FP8E5M2", "INT8"]
 RolloutStrategy = Literal["Auto", "Surge", "InPlace", "Recreate"]

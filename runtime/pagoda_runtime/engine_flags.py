@@ -18,7 +18,9 @@ from pagoda_runtime.sampling_params import MAX_SEED
 
 DTYPES = ("auto", *SUPPORTED_DTYPES)
 DEVICES = ("auto", *sorted(PLATFORMS))
-QUANTIZATIONS = ("none", "awq", "gptq", "fp8", "int8", "int4", "exl2", "compressed-tensors")
+QUANTIZATIONS = (
+    *("none", "awq", "gptq", "fp8", "int8", "int4", "exl2", "compressed-tensors", "gguf"),
+)
 GENERATION_CONFIGS = ("auto", "none")
 
 
@@ -38,7 +40,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--quantization",
         choices=QUANTIZATIONS,
         help="format of the weights; absent is what the checkpoint says, none is no quantization, "
-        "fp8, int8 and int4 also round an unquantized checkpoint when it is loaded",
+        "fp8, int8 and int4 also round an unquantized checkpoint when it is loaded; absent or "
+        "gguf leaves a GGUF file its blocks",
     )
     flags.add(
         "--generation-config",

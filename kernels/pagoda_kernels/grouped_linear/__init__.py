@@ -83,3 +83,15 @@ def make_grouped_linear(
     from pagoda_kernels.grouped_linear.reference import ReferenceGroupedLinear
 
     return ReferenceGroupedLinear(shape, dtype, device, activation)
+
+
+def held_in(bits: int, *, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """The bits in which a product for numbers of so many bits holds them, and the inputs of its
+    smallest groups; smaller ones take as much memory.
+    """
+    from pagoda_kernels.cpu.grouped_linear import SMALLEST_GROUP, has_grouped_panels, held_bits
+
+    shape = GroupedShape(SMALLEST_GROUP, SMALLEST_GROUP, bits, SMALLEST_GROUP)
+    if device.type == "cpu" and not uses_triton(device) and has_grouped_panels(shape, dtype):
+        return held_bits(bits), SMALLEST_GROUP
+    return bits, 1

@@ -67,7 +67,9 @@ class LLM:
         try:
             self.facts = self._run(self._start(engine_command))
             # The engine has downloaded the model by now; this only finds it.
-            folder = resolve_model(model, self.config.revision)
+            folder = resolve_model(
+                model, self.config.revision, quantization=self.config.quantization
+            )
             self._tokenizer = load_tokenizer(folder)
         except BaseException:
             self.shutdown()

@@ -1,8 +1,8 @@
 """`pagoda convert SRC.gguf DST`: one GGUF file becomes a folder in Hugging Face layout.
 
-`gguf` reads the file and dequantizes its tensors. `architectures` says how each family's names and
-fields translate, `tokenizer` rebuilds tokenizer.json, `checkpoint` writes the weights. The folder
-appears under its final name only when it is complete.
+`gguf` reads the file and dequantizes its tensors, unless their blocks are kept. `architectures`
+says how each family's names and fields translate, `tokenizer` rebuilds tokenizer.json, `checkpoint`
+writes the weights. The folder appears under its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights (bfloat16)"
     )
     parser.add_argument(
+        "--quantization",
+        choices=("none", "gguf"),
+        default="none",
+        help="gguf keeps matrices in the file's own blocks where Pagoda multiplies by them (none)",
+    )
+    parser.add_argument(
         "--chat-template",
         type=Path,
         metavar="FILE",
@@ -43,7 +49,13 @@ def run(args: argparse.Namespace) -> int:
     """Convert as the flags say; returns the exit status, with errors as one message on stderr."""
     started = time.monotonic()
     try:
-        convert(args.source, args.destination, dtype=args.dtype, chat_template=args.chat_template)
+        convert(
+            args.source,
+            args.destination,
+            dtype=args.dtype,
+            keep_blocks=args.quantization == "gguf",
+            chat_template=args.chat_template,
+        )
     except FatalError as error:
         print(f"pagoda convert: {error.message}", file=sys.stderr)
         return exit_status(error)
@@ -52,9 +64,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def convert(
-    source: Path, destination: Path, *, dtype: str = "bfloat16", chat_template: Path | None = None
+    source: Path,
+    destination: Path,
+    *,
+    dtype: str = "bfloat16",
+    keep_blocks: bool = False,
+    chat_template: Path | None = None,
 ) -> None:
     """Write `destination` from the GGUF file `source`.
+
+    keep_blocks: of matrices, where there is a method for them; the rest is in dtype.
 
     Raises:
         FatalError: ModelNotFound (no such file), CorruptWeights (not a whole GGUF file),
@@ -69,7 +88,8 @@ def convert(
         )
     template = _read_template(chat_template)
     file = reader.open_gguf(source)
-    config = architectures.build_config(file, dtype=dtype)
+    tensors = checkpoint.plan_tensors(file, dtype=dtype, keep_blocks=keep_blocks)
+    config = architectures.build_config(file, dtype=dtype) | checkpoint.describe_blocks(tensors)
     generation_config = tokenizer.build_generation_config(file)
     token_files = tokenizer.build_tokenizer_files(file, chat_template=template)
 
@@ -83,7 +103,7 @@ def convert(
             **token_files,
         }.items():
             (partial / name).write_text(content + "\n", encoding="utf-8")
-        checkpoint.write_weights(file, partial, dtype=dtype)
+        checkpoint.write_weights(file, tensors, partial, dtype=dtype)
         if destination.exists():
             destination.rmdir()
         partial.rename(destination)

@@ -62,7 +62,7 @@ FAMILIES = {
     "gemma3": Family(
         "Gemma3ForCausalLM",
         "gemma3_text",
-        extra={"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+        extra={"hidden_activation": "gelu_pytorch_tanh"},
         layer_tensors=GEMMA_LAYER_TENSORS,
         norms_hold_one_plus_weight=True,
     ),

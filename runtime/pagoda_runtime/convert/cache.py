@@ -34,8 +34,10 @@ def require_gguf(path: Path) -> None:
         )
 
 
-def converted(path: Path) -> Path:
+def converted(path: Path, *, keep_blocks: bool) -> Path:
     """The folder that a GGUF file becomes: below PAGODA_CACHE or ~/.cache/pagoda, in bfloat16.
+
+    keep_blocks: see `convert`; either kind has a folder of its own.
 
     It is written at the first call, and again when the file has another size or time; then the
     older one goes. Processes that ask at the same time wait for the first of them.
@@ -45,7 +47,8 @@ def converted(path: Path) -> Path:
     base = Path(os.environ.get("PAGODA_CACHE") or "~/.cache/pagoda").expanduser() / "gguf"
     file = path.resolve()
     facts = file.stat()
-    name = f"{file.stem}-{_digest(str(file))}"
+    kind = "blocks" if keep_blocks else "bfloat16"
+    name = f"{file.stem}-{_digest(str(file))}-{kind}"
     # Another version of Pagoda may convert another way.
     state = _digest(f"{facts.st_size} {facts.st_mtime_ns} {version('pagoda-serve')}")
     folder = base / f"{name}-{state}"
@@ -61,17 +64,17 @@ def converted(path: Path) -> Path:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
-            _convert_logged(file, folder)
+            _convert_logged(file, folder, keep_blocks=keep_blocks)
             for old in base.glob(f"{name}-*"):
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
-def _convert_logged(file: Path, folder: Path) -> None:
+def _convert_logged(file: Path, folder: Path, *, keep_blocks: bool) -> None:
     started = time.monotonic()
     logger.info("Converting %s, once, to %s", file, folder)
-    convert(file, folder)
+    convert(file, folder, keep_blocks=keep_blocks)
     logger.info("Converted in %.1f s", time.monotonic() - started)
 
 

@@ -6,8 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 
 from pagoda_runtime.errors import FatalError, unreadable
+
+
+class _Reader(gguf.GGUFReader):
+    """Names the tensor that does not fit its type or its file."""
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        for field in fields:
+            _, name, _, dims, (kind,), (offset,) = field.parts
+            try:
+                block_size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+            except ValueError as error:
+                raise ValueError(f"tensor {bytes(name).decode()}: {error}") from error
+            first = int(start_offs + offset)
+            last = first + int(np.prod(dims)) // block_size * block_bytes
+            if last > len(self.data) or dims[0] % block_size:
+                raise ValueError(
+                    f"tensor {bytes(name).decode()}, {dims.tolist()} in blocks of {block_size}, is "
+                    f"said to be its bytes {first:,} to {last:,}; it has {len(self.data):,}"
+                )
+        super()._build_tensors(start_offs, fields)
 
 
 class GgufFile:
@@ -40,7 +61,7 @@ def open_gguf(path: Path) -> GgufFile:
             a split file).
     """
     try:
-        raw = gguf.GGUFReader(path)
+        raw = _Reader(path)
     except FileNotFoundError as error:
         raise FatalError("ModelNotFound", f"{path}: no such file.") from error
     except OSError as error:

@@ -23,7 +23,9 @@ UseDevice = Callable[[EngineConfig, int], None]
 
 def find_model(config: EngineConfig, on_progress: OnProgress) -> EngineConfig:
     """Raises: FatalError: as `resolve_model`."""
-    folder = resolve_model(config.model, config.revision, on_progress)
+    folder = resolve_model(
+        config.model, config.revision, on_progress, quantization=config.quantization
+    )
     return replace(config, model=str(folder), revision=None)
 
 

@@ -31,7 +31,9 @@ def load_model(
 ) -> Model:
     """Find, check and load the model, in the form it computes with. Raises: FatalError."""
     with timed("Finding the model"):
-        folder = resolve_model(config.model, config.revision, on_progress)
+        folder = resolve_model(
+            config.model, config.revision, on_progress, quantization=config.quantization
+        )
     model_config = load_model_config(
         folder, quantization=config.quantization, generation_config=config.generation_config
     )
@@ -43,7 +45,8 @@ def load_model(
     dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
     device = platform.device(parallel.rank)
     method = get_linear_method(model_config.quantization)
-    placement = Placement(dtype, device, method, parallel, config.deterministic)
+    notes: set[str] = set()
+    placement = Placement(dtype, device, method, parallel, config.deterministic, note=notes.add)
     on_progress("load", 0.0, 0.0)
     remedy = "Use a smaller model or a larger device."
     with (
@@ -57,6 +60,8 @@ def load_model(
         )
         model.after_loading()
     logger.info("Read %s of weights", format_bytes(num_bytes))
+    for text in sorted(notes):
+        logger.info(text)
     if quantization := model_config.quantization:
         logger.info(
             "Quantized by %s: a step reads %s of weights",

@@ -11,7 +11,7 @@ from torch.nn.functional import embedding
 from pagoda_kernels.cpu.int8_argmax import Int8Argmax, has_int8_argmax
 from pagoda_runtime.layers.module import Module
 from pagoda_runtime.quantization.base import LinearMethod, Placement
-from pagoda_runtime.quantization.parameter import INPUT, OUTPUT, Axis, Layout, Parameter, Part
+from pagoda_runtime.quantization.parameter import INPUT, OUTPUT, Axis, Layout, Part
 from pagoda_runtime.quantization.unquantized import UnquantizedLinear
 
 
@@ -57,45 +57,61 @@ class LanguageModelHead(Module):
     """Logits over the vocabulary: hidden @ weight.T. Ranks divide it; all get all logits.
 
     A tied head multiplies by the embedding's table. A packed layout cannot serve as a table, so
-    packing keeps a second copy of a tied weight. Where it is packed there is a third, in int8, for
+    packing keeps a second copy of a tied weight. Where there is one there is a third, in int8, for
     greedy rows: see `Int8Argmax`. It needs the table, so a head that is not tied has none.
+
+    Args:
+        is_stored: whether the checkpoint has a tied head too, in another format than the table.
     """
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, *, tied_to: Embedding | None, placement: Placement
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        tied_to: Embedding | None,
+        is_stored: bool = False,
+        placement: Placement,
     ) -> None:
         super().__init__()
         self.method: LinearMethod = UnquantizedLinear(placement)
         self.parallel, self.vocab_size = placement.parallel, vocab_size
-        self._tied: Parameter | None = None
+        self._tied = tied_to.parameters["weight"] if tied_to else None
         self.copies: dict[str, int] = {}
         """In what forms the table is held beside the embedding's, with the bytes of each."""
         self.argmax: Callable[[torch.Tensor], torch.Tensor] | None = None
         """Like `Model.argmax`, of normalized hidden states."""
-        if tied_to is not None:
-            self._tied = tied_to.parameters["weight"]
-        else:
+        if is_stored or tied_to is None:
             layout = vocabulary_layout(vocab_size, hidden_size)
             self.method = placement.method(placement, None)
             self.parameters = self.method.create_weights(layout, has_bias=False)
 
     def use_parameters(self) -> None:
-        self.method.after_loading({"weight": self._tied} if self._tied else self.parameters)
-        if self._tied is None:
+        tied, self._tied = self._tied, None
+        if self.parameters:
+            self.method.after_loading(self.parameters)
             self.weight_bytes = self.method.num_bytes or self.weight_bytes
+            if tied is not None:
+                self.copies["quantized"] = self.weight_bytes
+                self._find_argmax(tied.data)
             return
+        assert tied is not None
         assert isinstance(self.method, UnquantizedLinear)
-        table, self.weight_bytes, self._tied = self._tied.data, self._tied.num_bytes, None
+        self.method.after_loading({"weight": tied})
+        self.weight_bytes = tied.num_bytes
         if self.method.is_packed:
-            self.copies["packed"] = table.nbytes
-            # Padding has logits of its own; so the ranks' shares must be equal without.
-            is_whole = self.vocab_size % self.parallel.size == 0
-            is_deterministic = self.method.placement.is_deterministic
-            if not is_deterministic and is_whole and has_int8_argmax(table):
-                self.copies["in int8"] = table.numel()
-                self.argmax = Int8Argmax(table, self.method.apply)
-                if self.parallel.size > 1:
-                    self.argmax = partial(self._argmax_of_ranks, self.argmax)
+            self.copies["packed"] = tied.num_bytes
+            self._find_argmax(tied.data)
+
+    def _find_argmax(self, table: torch.Tensor) -> None:
+        # Padding has logits of its own; so the ranks' shares must be equal without.
+        is_whole = self.vocab_size % self.parallel.size == 0
+        is_deterministic = self.method.placement.is_deterministic
+        if not is_deterministic and is_whole and has_int8_argmax(table):
+            self.copies["in int8"] = table.numel()
+            self.argmax = Int8Argmax(table, self.method.apply)
+            if self.parallel.size > 1:
+                self.argmax = partial(self._argmax_of_ranks, self.argmax)
 
     def _argmax_of_ranks(self, own: Int8Argmax, hidden: torch.Tensor) -> torch.Tensor:
         """The best of the tokens that each rank finds best in its share, by logits in fp32."""

@@ -41,6 +41,8 @@ class ModelConfig:
     """One for each layer."""
     sliding_windows: tuple[int, ...]
     """Tokens that each layer sees, itself included; 0: all."""
+    has_tied_head: bool = False
+    """Whether the checkpoint has a tied matrix once more, quantized; seen from the weights."""
     dtype: str = "bfloat16"
     """dtype of the checkpoint; DTYPE_OF_WEIGHTS until the weights are seen, if no file names it"""
     computed_weights: tuple[str, ...] = ()

@@ -99,6 +99,7 @@ class Model(Module):
             config.vocab_size,
             config.hidden_size,
             tied_to=self.embed_tokens if config.tie_word_embeddings else None,
+            is_stored=config.has_tied_head,
             placement=placement.at("lm_head"),
         )
         self.set_max_model_len(config.max_position_embeddings)

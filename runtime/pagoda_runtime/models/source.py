@@ -23,7 +23,11 @@ _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
 def resolve_model(
-    uri: str, revision: str | None, on_progress: OnProgress = lambda *_: None
+    uri: str,
+    revision: str | None,
+    on_progress: OnProgress = lambda *_: None,
+    *,
+    quantization: str | None = None,
 ) -> Path:
     """The folder with the model's files.
 
@@ -31,6 +35,8 @@ def resolve_model(
         uri: a folder or a GGUF file; `hf://org/name`; or `org/name`, if nothing local has that
             name.
         revision: branch, tag or commit on the hub; None: the default branch.
+        quantization: what the flag --quantization says: a GGUF file keeps its blocks if it names
+            no other.
     Raises: FatalError: ModelNotFound, ModelAccessDenied, SourceUnreachable or DiskFull; for a GGUF
         file what `convert` raises.
     """
@@ -42,7 +48,7 @@ def resolve_model(
     from pagoda_runtime.convert.cache import converted
 
     on_progress("convert", 0.0, 0.0)
-    return converted(path)
+    return converted(path, keep_blocks=quantization in (None, "gguf"))
 
 
 def local_path(uri: str) -> Path | None:

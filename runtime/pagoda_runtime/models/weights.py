@@ -50,7 +50,9 @@ def settle_by_weights(config: ModelConfig, folder: Path) -> ModelConfig:
         config = replace(config, dtype=dtype)
     if config.tie_word_embeddings and _has_quantized_head(config, folder):
         logger.info("The checkpoint has a quantized matrix for the vocabulary; it is used.")
-        config = replace(config, tie_word_embeddings=False)
+        # Of a GGUF file it is the table itself; else it may have been made of another matrix.
+        is_table = config.quantization is not None and config.quantization.method == "gguf"
+        return replace(config, tie_word_embeddings=is_table, has_tied_head=is_table)
     if config.tie_word_embeddings and len(stored) == 2 and not _are_equal(*stored.values()):
         logger.warning(
             "config.json says tie_word_embeddings, but %s in %s differs from %s, so it is used. "

@@ -9,6 +9,7 @@ from pagoda_runtime.quantization.description import Quantization
 from pagoda_runtime.quantization.schemes import (
     AWQ,
     EXL2,
+    GGUF,
     GPTQ,
     PackedIntegers,
     Rounded,
@@ -57,6 +58,10 @@ def _method_of(scheme: Scheme | None) -> MakeMethod:
             from pagoda_runtime.quantization.exl2 import EXL2Method
 
             return EXL2Method
+        case GGUF():
+            from pagoda_runtime.quantization.gguf import GGUFMethod
+
+            return partial(GGUFMethod, scheme=scheme)
         case Rounded():
             from pagoda_runtime.quantization.rounded import RoundedMethod
 

@@ -19,6 +19,8 @@ from pagoda_runtime.quantization.schemes import (
     AWQ,
     EXL2,
     FP8_BLOCK_SIZE,
+    GGUF,
+    GGUF_TYPES,
     GPTQ,
     Rounded,
     ScaledNumbers,
@@ -143,11 +145,24 @@ def _exl2(file: QuantizationFile) -> Quantization:
     return Quantization("exl2", (everything(EXL2()),))
 
 
+def _gguf(file: QuantizationFile) -> Quantization:
+    types = file.part("types")
+    modules: dict[GGUF, list[str]] = {}
+    for module in types.values:
+        scheme = GGUF(types.one_of(module, None, GGUF_TYPES))
+        modules.setdefault(scheme, []).append(re.escape(module))
+    return Quantization(
+        "gguf",
+        tuple(Rule(re.compile(f"({'|'.join(names)})$"), some) for some, names in modules.items()),
+    )
+
+
 READERS: Mapping[str, Callable[[QuantizationFile], Quantization]] = {
     "awq": _awq,
     "gptq": _gptq,
     "fp8": _fp8,
     "exl2": _exl2,
+    "gguf": _gguf,
     "compressed-tensors": read_compressed,
 }
 """quant_method → what reads the rest."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 WHOLE_ROW = -1
 """A size of groups: a scale for all inputs."""
 FP8_BLOCK_SIZE = 128
 """Outputs and inputs of a block."""
+GGUFType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+GGUF_TYPES: tuple[GGUFType, ...] = get_args(GGUFType)
+"""Those whose blocks are kept; matrices in others are dequantized when a file is converted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +63,17 @@ class EXL2:
 
 
 @dataclass(frozen=True, slots=True)
+class GGUF:
+    """Blocks of 32 or 256 inputs, each with scales of its own."""
+
+    type: GGUFType
+
+
+@dataclass(frozen=True, slots=True)
 class Rounded:
     """An unquantized matrix that is rounded as it is loaded."""
 
     name: Literal["fp8", "int8", "int4"]
 
 
-Scheme = AWQ | GPTQ | PackedIntegers | ScaledNumbers | EXL2 | Rounded
+Scheme = AWQ | GPTQ | PackedIntegers | ScaledNumbers | EXL2 | GGUF | Rounded

@@ -178,3 +178,85 @@ def write_exl2(outputs: int, inputs: int, groups: Sequence[tuple[int, int]]) -> 
         "q_invperm": order.argsort().int(),
     }
     return Written(tensors, weight.T[:outputs].contiguous())
+
+
+def write_gguf(outputs: int, inputs: int, kind: str) -> Written:
+    """Blocks of one of GGUF's types. Some groups of numbers have no scale, but a least number."""
+    size = 256 if kind.endswith("_K") else 32
+    num_blocks = outputs * (inputs // size)
+    if kind == "Q6_K":
+        stored, weight = _gguf_q6_k(num_blocks)
+    elif size == 256:
+        stored, weight = _gguf_k(num_blocks, has_fifth=kind == "Q5_K")
+    elif kind == "Q8_0":
+        numbers, scales = torch.randint(-128, 128, (num_blocks, 32)), _gguf_scales(num_blocks, 8)
+        stored = torch.cat([_as_bytes(scales), numbers.to(torch.int8).view(torch.uint8)], 1)
+        weight = numbers * scales.double()
+    else:
+        stored, weight = _gguf_small(num_blocks, bits=int(kind[1]), has_least=kind[-1] == "1")
+    return Written({"qweight": stored.view(outputs, -1)}, weight.view(outputs, inputs))
+
+
+def _gguf_scales(num_blocks: int, bits: int) -> torch.Tensor:
+    return ((torch.rand(num_blocks, 1) + 0.5) * 0.6 / 2**bits).half()
+
+
+def _as_bytes(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers.contiguous().view(torch.uint8)
+
+
+def _gguf_small(num_blocks: int, *, bits: int, has_least: bool) -> tuple[torch.Tensor, ...]:
+    numbers, scales = torch.randint(0, 2**bits, (num_blocks, 32)), _gguf_scales(num_blocks, bits)
+    heads, weight = [_as_bytes(scales)], (numbers - 2 ** (bits - 1)) * scales.double()
+    if has_least:
+        scales[0] = 0
+        least = torch.randn(num_blocks, 1).half() * 0.2
+        heads = [_as_bytes(scales), _as_bytes(least)]
+        weight = numbers * scales.double() + least.double()
+    fifths = torch.zeros(num_blocks, 4, dtype=torch.int64)
+    others = torch.zeros(num_blocks, 16, dtype=torch.int64)
+    for i in range(32):
+        fifths[:, i // 8] |= (numbers[:, i] >> 4) << i % 8
+        others[:, i % 16] |= (numbers[:, i] & 15) << i // 16 * 4
+    if bits == 5:
+        heads.append(fifths.to(torch.uint8))
+    return torch.cat([*heads, others.to(torch.uint8)], 1), weight
+
+
+def _gguf_k(num_blocks: int, *, has_fifth: bool) -> tuple[torch.Tensor, ...]:
+    bits = 5 if has_fifth else 4
+    numbers = torch.randint(0, 2**bits, (num_blocks, 256))
+    scales, least = torch.randint(0, 64, (2, num_blocks, 8))
+    scales[:, 0] = 0
+    factors = [_gguf_scales(num_blocks, bits + 5), _gguf_scales(num_blocks, 6)]
+    sixes = torch.zeros(num_blocks, 12, dtype=torch.int64)
+    for group in range(4):
+        sixes[:, group] = scales[:, group] | scales[:, group + 4] >> 4 << 6
+        sixes[:, group + 4] = least[:, group] | least[:, group + 4] >> 4 << 6
+        sixes[:, group + 8] = scales[:, group + 4] & 15 | (least[:, group + 4] & 15) << 4
+    fifths = torch.zeros(num_blocks, 32, dtype=torch.int64)
+    others = torch.zeros(num_blocks, 128, dtype=torch.int64)
+    for i in range(256):
+        fifths[:, i % 32] |= (numbers[:, i] >> 4) << i // 32
+        others[:, i // 64 * 32 + i % 32] |= (numbers[:, i] & 15) << i // 32 % 2 * 4
+    parts = [sixes, fifths, others] if has_fifth else [sixes, others]
+    stored = [*map(_as_bytes, factors), *(part.to(torch.uint8) for part in parts)]
+    wide = (factors[0].double() * scales).repeat_interleave(32, 1)
+    return torch.cat(stored, 1), numbers * wide - (factors[1].double() * least).repeat_interleave(
+        32, 1
+    )
+
+
+def _gguf_q6_k(num_blocks: int) -> tuple[torch.Tensor, ...]:
+    numbers = torch.randint(0, 64, (num_blocks, 256))
+    scales, factor = torch.randint(-128, 128, (num_blocks, 16)), _gguf_scales(num_blocks, 12)
+    others = torch.zeros(num_blocks, 128, dtype=torch.int64)
+    uppers = torch.zeros(num_blocks, 64, dtype=torch.int64)
+    for i in range(256):
+        half, place = divmod(i, 128)
+        others[:, half * 64 + place % 64] |= (numbers[:, i] & 15) << place // 64 * 4
+        uppers[:, half * 32 + place % 32] |= (numbers[:, i] >> 4) << place // 32 * 2
+    parts = [part.to(torch.uint8) for part in (others, uppers)]
+    stored = [*parts, _as_bytes(scales.to(torch.int8)), _as_bytes(factor)]
+    wide = (factor.double() * scales).repeat_interleave(16, 1)
+    return torch.cat(stored, 1), (numbers - 32) * wide

@@ -179,7 +179,9 @@ def load_from_folder(config: EngineConfig) -> LoadTokenizer:
         if not Path(config.model).expanduser().is_dir():
             # The engine downloads or converts; when it is ready the files are here.
             await engine.wait_ready()
-        folder = await asyncio.to_thread(resolve_model, config.model, config.revision)
+        folder = await asyncio.to_thread(
+            resolve_model, config.model, config.revision, quantization=config.quantization
+        )
         return await asyncio.to_thread(load_tokenizer, folder)
 
     return load

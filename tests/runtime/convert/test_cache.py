@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from pagoda_runtime.convert.cache import converted
+from pagoda_runtime.convert import cache
 from pagoda_runtime.convert.testing import write_gguf
 from pagoda_runtime.errors import FatalError
+
+
+def converted(path: Path) -> Path:
+    return cache.converted(path, keep_blocks=True)
 
 
 @pytest.fixture
@@ -36,6 +40,12 @@ def test_a_changed_file_is_converted_again_and_its_old_folder_goes(source):
     new = converted(source)
     assert new != old
     assert [path for path in new.parent.iterdir() if path.is_dir()] == [new]
+
+
+def test_the_folder_of_blocks_is_beside_that_without(source):
+    with_blocks = converted(source)
+    without = cache.converted(source, keep_blocks=False)
+    assert without != with_blocks == converted(source)
 
 
 def test_a_conversion_that_was_cut_off_is_done_again(source):

@@ -19,6 +19,7 @@ from pagoda_runtime.parallel import TensorParallel, connect
 from pagoda_runtime.quantization.testing import (
     write_awq,
     write_exl2,
+    write_gguf,
     write_gptq,
     write_packed,
     write_scaled,
@@ -89,6 +90,30 @@ def exl2(name, outputs, inputs):
     return write_exl2(outputs, inputs, [(5, 32), (4, inputs - 32)])
 
 
+# Of k another than of q and v; ranks cut through the blocks of down_proj.
+GGUF_BLOCKS = {"k_proj": "Q5_1", "down_proj": "Q4_1", HEAD: "Q8_0"}
+
+
+def gguf_type(name):
+    return GGUF_BLOCKS.get(name.rpartition(".")[2], "Q5_0" if "self_attn" in name else "Q4_0")
+
+
+def gguf(name, outputs, inputs):
+    return write_gguf(outputs, inputs, gguf_type(name))
+
+
+GGUF_MODULES = [
+    HEAD,
+    *(
+        f"model.layers.{layer}.{name}_proj"
+        for layer in range(2)
+        for name in (
+            *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
+            *("mlp.gate", "mlp.up", "mlp.down"),
+        )
+    ),
+]
+
 # Format → its quantization_config, and what writes a matrix by name; None: it stays.
 KINDS = {
     "awq": (
@@ -130,6 +155,10 @@ KINDS = {
         mixed,
     ),
     "exl2": ({"quant_method": "exl2", "bits": 4.5}, exl2),
+    "gguf": (
+        {"quant_method": "gguf", "types": {name: gguf_type(name) for name in GGUF_MODULES}},
+        gguf,
+    ),
 }
 
 
@@ -284,6 +313,11 @@ ATTENTION = "model.layers.1.self_attn.o_proj"
             "int8",
             put(f"{LAYER}.weight_scale", lambda t: t[:7]),
             "weight_scale: its shape is [7, 1]; it must be one number, or one for each of 64",
+        ),
+        (
+            "gguf",
+            put(f"{LAYER}.qweight", lambda t: t[:, :54]),
+            "qweight ([64, 54] instead of [64, 60])",
         ),
         ("int8", put(f"{LAYER}.weight", lambda t: t.float()), "weight (float32 instead of int8)"),
         ("fp8, static", drop(f"{LAYER}.input_scale"), f"missing: {LAYER}.input_scale"),

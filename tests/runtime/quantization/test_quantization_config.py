@@ -7,7 +7,14 @@ import pytest
 from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.quantization.config import read_quantization
-from pagoda_runtime.quantization.schemes import AWQ, EXL2, GPTQ, PackedIntegers, ScaledNumbers
+from pagoda_runtime.quantization.schemes import (
+    AWQ,
+    EXL2,
+    GGUF,
+    GPTQ,
+    PackedIntegers,
+    ScaledNumbers,
+)
 
 LAYER = "model.layers.3.mlp.down_proj"
 HEAD = "lm_head"
@@ -126,6 +133,19 @@ def test_gptq_overrides_modules_by_expression(tmp_path):
     assert found.scheme_of(LAYER) == GPTQ(8, 32)
     assert found.scheme_of("model.layers.3.self_attn.o_proj") == GPTQ(4, 128, desc_act=True)
     assert found.scheme_of("model.layers.3.self_attn.q_proj") == GPTQ(4, 128)
+
+
+def test_gguf_names_the_type_of_each_matrix(tmp_path):
+    types = {LAYER: "Q6_K", "model.layers.3.mlp.up_proj": "Q4_K", HEAD: "Q6_K"}
+    found = read(tmp_path, {"quant_method": "gguf", "types": types})
+    assert {name: found.scheme_of(name) for name in types} == {
+        name: GGUF(kind) for name, kind in types.items()
+    }
+    assert found.scheme_of("model.layers.33.mlp.up_proj") is None
+    assert found.scheme_of(f"a.{LAYER}") is None
+    types[LAYER] = "Q3_K"
+    message = refusal(tmp_path, {"quant_method": "gguf", "types": types})
+    assert f"types.{LAYER} is 'Q3_K'; it must be one of Q4_0" in message
 
 
 def test_gptq_may_name_the_modules_and_the_head(tmp_path):

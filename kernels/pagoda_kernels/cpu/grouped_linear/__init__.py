@@ -21,6 +21,8 @@ from pagoda_kernels.grouped_linear import Grouped, GroupedLinear, GroupedShape
 
 BLOCK_SIZE = 128
 """Inputs whose products are added up as whole numbers, at most."""
+SMALLEST_GROUP = STEPS * BYTES_PER_STEP
+"""What the loop takes at a time: a block has a multiple of so many inputs."""
 
 # Of fp16's largest numbers, and of a multiplier in fp32.
 _HALF_EXPONENT, _LEAST_EXPONENT = 15, -120
@@ -29,6 +31,11 @@ _HALF_EXPONENT, _LEAST_EXPONENT = 15, -120
 def has_grouped_panels(shape: GroupedShape, dtype: torch.dtype) -> bool:
     """Whether this processor multiplies by such a matrix in panels."""
     return shape.bits <= 8 and dtype is torch.bfloat16 and has_panels(INT8)
+
+
+def held_bits(bits: int) -> int:
+    """Of a number in panels."""
+    return 4 if bits <= 4 else 8
 
 
 class PanelGroupedLinear(GroupedLinear):
@@ -50,17 +57,16 @@ class PanelGroupedLinear(GroupedLinear):
         self.out_features = shape.outputs // num_parts
         num_groups = shape.inputs // shape.group_size
         self._blocks_per_group = -(-shape.group_size // BLOCK_SIZE)
-        # A multiple of what the loop takes at a time.
-        unit = STEPS * BYTES_PER_STEP
-        block_size = -(-shape.group_size // (self._blocks_per_group * unit)) * unit
+        units = -(-shape.group_size // (self._blocks_per_group * SMALLEST_GROUP))
+        block_size = units * SMALLEST_GROUP
         num_blocks = num_groups * self._blocks_per_group
         num_pairs = -(-self.out_features // (GROUP_SIZE // num_parts))
-        held_bits = 4 if shape.bits <= 4 else 8
-        self._multiply = kernel.MULTIPLY[held_bits]
+        bits = held_bits(shape.bits)
+        self._multiply = kernel.MULTIPLY[bits]
         # Scales lie before the numbers that they scale, unless a row has but one.
         scales_bytes = SCALES_BYTES if is_symmetric else 2 * SCALES_BYTES
         first_byte = 0 if num_groups == 1 else scales_bytes
-        block_bytes = first_byte + block_size // BYTES_PER_STEP * step_bytes(held_bits)
+        block_bytes = first_byte + block_size // BYTES_PER_STEP * step_bytes(bits)
         self._panels = torch.zeros(num_pairs, num_blocks, block_bytes, dtype=torch.uint8)
         scales = self._panels[..., :scales_bytes]
         if num_groups == 1:
@@ -73,7 +79,7 @@ class PanelGroupedLinear(GroupedLinear):
             panels=self._panels.data_ptr(),
             num_pairs=num_pairs,
             pair_bytes=num_blocks * block_bytes,
-            bits=held_bits,
+            bits=bits,
             num_blocks=num_blocks,
             block_size=block_size,
             block_bytes=block_bytes,

@@ -38,7 +38,8 @@ class Quantized(NamedTuple):
 
 def has_int8_argmax(table: torch.Tensor) -> bool:
     """Whether this processor multiplies such a table in int8."""
-    return table.shape[1] % BYTES_PER_STEP == 0 and has_panels(INT8)
+    is_bf16 = table.dtype is torch.bfloat16 and table.device.type == "cpu"
+    return is_bf16 and table.shape[1] % BYTES_PER_STEP == 0 and has_panels(INT8)
 
 
 class Int8Argmax:
