@@ -120,6 +120,7 @@ def test_torch_multiplies_many_rows_of_e4m3():
         (648, 648, (9, 0), False),
         (640, 128, (10, 0), False),
         (648, 128, (9, 0), False),
+        (640, 128, (9, 0), False),
     ],
 )
 def test_torch_has_products_of_sizes_that_it_takes(inputs, group_size, capability, expected):
@@ -168,5 +169,7 @@ def test_a_gpu_activates_gates(num_rows):
 )
 def test_a_gpu_multiplies_by_numbers_of_8_bits(dtype, rounding, inputs, group_size):
     for num_rows in ROWS:
-        shape = ScaledShape(272, inputs, dtype, group_size)
-        assert_scaled(shape, num_rows, rounding, torch.device("cuda"))
+        # torch multiplies groups of whole blocks of outputs.
+        for outputs in (272, 384):
+            shape = ScaledShape(outputs, inputs, dtype, group_size)
+            assert_scaled(shape, num_rows, rounding, torch.device("cuda"))

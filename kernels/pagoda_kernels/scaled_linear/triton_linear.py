@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pagoda_kernels.gated_activation import gated_activation
 from pagoda_kernels.kv_cache import FORMATS, LARGEST, LEAST
@@ -71,10 +72,13 @@ class TritonScaledLinear(ScaledLinear):
                 f"x is {list(x.shape)} in {x.dtype}; the matrix has {self._shape.inputs} columns "
                 f"in {self._dtype}."
             )
-        numbers, scales = self._round(x.contiguous())
-        if self._has_torch and len(x) >= _TORCH_FROM_ROWS:
-            return self._multiply_by_torch(numbers, scales)
-        return self._multiply(numbers, scales)
+        num_rows = len(x)
+        if not self._has_torch or num_rows < _TORCH_FROM_ROWS:
+            return self._multiply(*self._round(x.contiguous()))
+        if self._num_groups > 1:
+            # torch wants the scales of groups in whole 16 bytes.
+            x = pad(x, (0, 0, 0, -num_rows % _TORCH_SIZES))
+        return self._multiply_by_torch(*self._round(x.contiguous()))[:num_rows]
 
     @property
     def num_bytes(self) -> int:
@@ -158,4 +162,5 @@ def has_torch_product(shape: ScaledShape, capability: tuple[int, int]) -> bool:
     if shape.group_size == shape.inputs:
         return capability >= (9, 0)
     cuda = tuple(int(part) for part in (torch.version.cuda or "0").split("."))
-    return capability == (9, 0) and cuda >= (12, 9) and shape.inputs % shape.group_size == 0
+    is_whole = shape.inputs % shape.group_size == 0 == shape.outputs % shape.group_size
+    return capability == (9, 0) and cuda >= (12, 9) and is_whole
