@@ -34,6 +34,8 @@ ONLINE: Mapping[str, Scheme] = {
 }
 """What the matrices of an unquantized checkpoint can be made when they are loaded."""
 _HEAD = "lm_head"
+_SENSITIVE = re.compile(r".*\bv_proj$")
+"""Small, and what int4 costs most: a quarter of the divergence of Gemma 3 270M from its bf16."""
 
 
 def read_quantization(file: ConfigFile, flag: str | None) -> Quantization | None:
@@ -69,8 +71,9 @@ def read_quantization(file: ConfigFile, flag: str | None) -> Quantization | None
 
 
 def online(flag: str) -> Quantization:
-    """All matrices but that of the vocabulary, rounded as they are loaded."""
-    return Quantization(flag, (unquantized(_HEAD), everything(ONLINE[flag])))
+    """All matrices but that of the vocabulary, rounded as they are loaded; int4 spares v_proj."""
+    values = [Rule(_SENSITIVE, ONLINE["int8"])] if flag == "int4" else []
+    return Quantization(flag, (unquantized(_HEAD), *values, everything(ONLINE[flag])))
 
 
 def _find_stored(file: ConfigFile) -> QuantizationFile | None:
