@@ -86,12 +86,14 @@ def make_grouped_linear(
 
 
 def held_in(bits: int, *, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """The bits in which a product for numbers of so many bits holds them, and the inputs of its
-    smallest groups; smaller ones take as much memory.
+    """The bits in which the device's product for numbers of so many bits holds them, and the inputs
+    of its smallest groups; smaller ones take as much memory.
     """
+    if uses_triton(device):
+        return bits, 1
     from pagoda_kernels.cpu.grouped_linear import SMALLEST_GROUP, has_grouped_panels, held_bits
 
     shape = GroupedShape(SMALLEST_GROUP, SMALLEST_GROUP, bits, SMALLEST_GROUP)
-    if device.type == "cpu" and not uses_triton(device) and has_grouped_panels(shape, dtype):
+    if device.type == "cpu" and has_grouped_panels(shape, dtype):
         return held_bits(bits), SMALLEST_GROUP
-    return bits, 1
+    return 8 * dtype.itemsize, 1

@@ -42,7 +42,7 @@ class ModelConfig:
     sliding_windows: tuple[int, ...]
     """Tokens that each layer sees, itself included; 0: all."""
     has_tied_head: bool = False
-    """Whether the checkpoint has a tied matrix once more, quantized; seen from the weights."""
+    """Whether the checkpoint has the tied table once more, quantized; seen from the weights."""
     dtype: str = "bfloat16"
     """dtype of the checkpoint; DTYPE_OF_WEIGHTS until the weights are seen, if no file names it"""
     computed_weights: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from pagoda_kernels.grouped_linear import held_in
 from pagoda_kernels.paged_attention import Rotary
 from pagoda_kernels.rotary import rotary
 from pagoda_runtime.ipc.messages import NEVER
@@ -99,7 +100,7 @@ class Model(Module):
             config.vocab_size,
             config.hidden_size,
             tied_to=self.embed_tokens if config.tie_word_embeddings else None,
-            is_stored=config.has_tied_head,
+            is_stored=config.has_tied_head and _is_narrow(placement),
             placement=placement.at("lm_head"),
         )
         self.set_max_model_len(config.max_position_embeddings)
@@ -128,7 +129,8 @@ class Model(Module):
         """Last parts of the names of what a checkpoint may carry and the model does not take."""
         computed = self.config.computed_weights
         if self.config.tie_word_embeddings:
-            return (*computed, self.config.stored_name("lm_head.weight"))
+            heads = map(self.config.stored_name, ("lm_head.weight", "lm_head.qweight"))
+            return (*computed, *heads)
         return computed
 
     @property
@@ -188,6 +190,12 @@ class Model(Module):
 def _heads_of(config: ModelConfig) -> AttentionHeads:
     """Of each layer, as all ranks together have them."""
     return AttentionHeads(config.num_heads, config.num_kv_heads, config.head_dim)
+
+
+def _is_narrow(placement: Placement) -> bool:
+    """Whether whole numbers take less memory than a table, which else serves for products too."""
+    held, _ = held_in(8, dtype=placement.dtype, device=placement.device)
+    return held < 8 * placement.dtype.itemsize
 
 
 def _make_norm(config: ModelConfig, placement: Placement) -> Norm:

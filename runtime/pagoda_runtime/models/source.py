@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pagoda_runtime.errors import FatalError, unreadable
+from pagoda_runtime.quantization.config import ONLINE
 
 OnProgress = Callable[[str, float, float], None]
 """Called with a phase, percent done and bytes per second."""
@@ -35,8 +36,8 @@ def resolve_model(
         uri: a folder or a GGUF file; `hf://org/name`; or `org/name`, if nothing local has that
             name.
         revision: branch, tag or commit on the hub; None: the default branch.
-        quantization: what the flag --quantization says: a GGUF file keeps its blocks if it names
-            no other.
+        quantization: what the flag --quantization says: a GGUF file is dequantized for none, and
+            for what its weights are then rounded to.
     Raises: FatalError: ModelNotFound, ModelAccessDenied, SourceUnreachable or DiskFull; for a GGUF
         file what `convert` raises.
     """
@@ -48,7 +49,7 @@ def resolve_model(
     from pagoda_runtime.convert.cache import converted
 
     on_progress("convert", 0.0, 0.0)
-    return converted(path, keep_blocks=quantization in (None, "gguf"))
+    return converted(path, keep_blocks=quantization not in ("none", *ONLINE))
 
 
 def local_path(uri: str) -> Path | None:

@@ -49,10 +49,11 @@ def settle_by_weights(config: ModelConfig, folder: Path) -> ModelConfig:
         logger.info("config.json names no dtype; the weights are %s", dtype)
         config = replace(config, dtype=dtype)
     if config.tie_word_embeddings and _has_quantized_head(config, folder):
+        if config.quantization and config.quantization.method == "gguf":
+            # It is the table itself.
+            return replace(config, has_tied_head=True)
         logger.info("The checkpoint has a quantized matrix for the vocabulary; it is used.")
-        # Of a GGUF file it is the table itself; else it may have been made of another matrix.
-        is_table = config.quantization is not None and config.quantization.method == "gguf"
-        return replace(config, tie_word_embeddings=is_table, has_tied_head=is_table)
+        config = replace(config, tie_word_embeddings=False)
     if config.tie_word_embeddings and len(stored) == 2 and not _are_equal(*stored.values()):
         logger.warning(
             "config.json says tie_word_embeddings, but %s in %s differs from %s, so it is used. "

@@ -92,7 +92,7 @@ class GGUFMethod(GroupedMethod):
                 f"Matrices in {self._type} are rounded once more, to {_MERGED_BITS} bits in groups "
                 f"of {least}, as this processor multiplies by."
             )
-        elif held > block.bits:
+        elif block.bits < held <= _MERGED_BITS:
             placement.note(
                 f"Matrices in {self._type} are held in {held} bits; their values are the same."
             )

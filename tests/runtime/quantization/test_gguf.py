@@ -49,16 +49,18 @@ def test_blocks_stand_for_what_the_format_s_own_reader_makes_of_them(kind):
     torch.testing.assert_close(torch.from_numpy(found), written.weight.float())
 
 
-def write_model(path, kind_of, architecture="llama"):
+def write_model(path, kind_of, *, is_tied=True):
     """A file in which matrices are in blocks, and the same weights by the file's names."""
-    plain = tensors_of(architecture, SIZE)
+    plain = tensors_of("llama", SIZE)
+    if not is_tied:
+        plain["output.weight"] = plain["token_embd.weight"]
     blocks = {}
     for name, tensor in plain.items():
         if tensor.ndim == 2 and (kind := kind_of(name)):
             written = write_blocks(*tensor.shape, kind)
             blocks[name] = kind, written.tensors["qweight"].numpy()
             plain[name] = written.weight.numpy()
-    return write_gguf(path, architecture, blocks=blocks, size=SIZE), plain
+    return write_gguf(path, "llama", blocks=blocks, size=SIZE), plain
 
 
 def q4_k_m(name):
@@ -88,18 +90,16 @@ def logits_of(runner):
 KINDS = {"Q4_K_M": q4_k_m, **{kind: lambda name, kind=kind: kind for kind in GGUF_TYPES}}
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_is_served_with_the_numbers_of_its_blocks(tmp_path, kind):
-    source, plain = write_model(tmp_path / "a.gguf", KINDS[kind])
+def test_a_file_is_served_with_the_numbers_of_its_blocks(tmp_path, kind, is_tied):
+    source, plain = write_model(tmp_path / "a.gguf", KINDS[kind], is_tied=is_tied)
     exact = {name: tensor.astype(np.float32) for name, tensor in plain.items()}
-    table = exact["token_embd.weight"]
     # What is no product's matrix is in bf16.
     for name, tensor in exact.items():
-        if tensor.ndim == 1 or tensor is table:
+        if tensor.ndim == 1 or name == "token_embd.weight":
             exact[name] = torch.from_numpy(tensor).bfloat16().float().numpy()
-    oracle = write_gguf(
-        tmp_path / "b.gguf", "llama", extra={**exact, "output.weight": table}, size=SIZE
-    )
+    oracle = write_gguf(tmp_path / "b.gguf", "llama", extra=exact, size=SIZE)
     convert(oracle, tmp_path / "oracle", dtype="float32")
     expected, found = map(logits_of, map(make_runner, (tmp_path / "oracle", source)))
     assert found[0] == expected[0]
@@ -115,6 +115,13 @@ def test_without_quantization_a_file_is_dequantized(tmp_path):
     assert resolve_model(str(source), None, quantization="int8") == found
     with_blocks = resolve_model(str(source), None)
     assert resolve_model(str(source), None, quantization="gguf") == with_blocks != found
+
+
+def test_another_method_is_refused(tmp_path):
+    source, _ = write_model(tmp_path / "a.gguf", q4_k_m)
+    with pytest.raises(FatalError, match=r"--quantization awq .* is quantized by gguf") as caught:
+        make_runner(source, quantization="awq")
+    assert caught.value.reason == "QuantizationMismatch"
 
 
 def test_what_has_no_product_is_dequantized_and_said(tmp_path, caplog):
