@@ -9,7 +9,7 @@ GPU_ENV = PYTHONPATH=kernels:runtime:benchmarks:out/gpu-packages
 
 .PHONY: demo demo-down test check lint types unit interpreted venv model kubeconfig lock \
   gpu-check gpu-bench gpu-packages gpu-compile gpu-rehearse \
-  bench-cpu bench-versions bench-long bench-waste bench-overhead bench-quantization \
+  bench-cpu bench-versions bench-long bench-waste bench-overhead llama-cpp bench-quantization \
   bench-grouped-linear bench-kv-cache bench-attention-bytes bench-strangers soak
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
@@ -65,8 +65,12 @@ bench-waste: venv ## slots of the KV cache that are held and not filled: make be
 bench-overhead: model ## what a decode step costs outside the model: make bench-overhead [OUT=FILE]
 	@$(PYTHON) benchmarks/overhead.py --out $(or $(OUT),out/bench-overhead.json)
 
-bench-quantization: model ## weights rounded to int8 beside bf16: make bench-quantization [OUT=FILE]
-	@$(PYTHON) benchmarks/quantization.py --out $(or $(OUT),out/bench-quantization.json)
+llama-cpp: venv ## in the cache folder: llama.cpp from PyPI, built for this processor in ten minutes
+	@$(PYTHON) benchmarks/llamacpp.py
+
+bench-quantization: model llama-cpp ## int8, int4 and fp8 beside bf16 and llama.cpp: make bench-quantization [ROUNDS=5] [OUT=FILE]
+	@$(PYTHON) benchmarks/quantization.py --rounds $(or $(ROUNDS),5) \
+	  --out $(or $(OUT),out/bench-quantization.json)
 
 bench-grouped-linear: venv ## products with matrices of 4 and 8 bits beside bf16: make bench-grouped-linear [OUT=FILE]
 	@$(PYTHON) benchmarks/grouped_linear.py --out $(or $(OUT),out/bench-grouped-linear.json)
