@@ -236,12 +236,16 @@ def repeat(b: Any, number: Any) -> Any:
 
 @emitted()
 def narrow_panel(b: Any, numbers: Any, out: Any) -> None:
-    """PANEL_SIZE fp32 numbers at an address, rounded to bf16 at another."""
-    bits = ir.VectorType(ir.IntType(16), PANEL_SIZE)
-    name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
-    convert = b.module.declare_intrinsic(name, [], ir.FunctionType(bits, [_FLOATS]))
-    narrowed = b.call(convert, [load_at(b, numbers, 0, _FLOATS)])
-    b.store(narrowed, _pointer(b, out, bits), align=2)
+    """PANEL_SIZE fp32 numbers at an address, rounded to bf16 at another; NaN stays NaN."""
+    kind = ir.VectorType(ir.IntType(16), PANEL_SIZE)
+    number = load_at(b, numbers, 0, _FLOATS)
+    bits = b.bitcast(number, _INT32S)
+    shift, one, half = (ir.Constant(_INT32S, [n] * PANEL_SIZE) for n in (16, 1, 0x7FFF))
+    # Of two that are as near, the even one.
+    rounding = b.add(b.and_(b.lshr(bits, shift), one), half)
+    nan = ir.Constant(_INT32S, [0x7FC00000] * PANEL_SIZE)
+    rounded = b.select(b.fcmp_unordered("uno", number, number), nan, b.add(bits, rounding))
+    b.store(b.trunc(b.lshr(rounded, shift), kind), _pointer(b, out, kind), align=2)
 
 
 @emitted()
@@ -305,12 +309,23 @@ def keep_largest_panel(b: Any, sums: Any, scales: Any, largest: Any) -> None:
 
 
 @emitted()
+def scale_group(b: Any, sums: Any, scales: Any, bias: Any) -> None:
+    """sums = sums * scales + bias, of GROUP_SIZE fp32 numbers, by address."""
+    _emit_fma(b, sums, scales, bias, to=sums)
+
+
+@emitted()
 def add_scaled_group(b: Any, sums: Any, scales: Any, total: Any) -> None:
     """total += sums * scales, of GROUP_SIZE fp32 numbers, by address."""
+    _emit_fma(b, sums, scales, total, to=total)
+
+
+def _emit_fma(b: Any, *factors_and_term: Any, to: Any) -> None:
+    # A loop that numba compiles for rows of arrays takes several times as long.
     fma = b.module.declare_intrinsic("llvm.fma.v16f32", [], ir.FunctionType(_FLOATS, [_FLOATS] * 3))
     for offset in (0, VECTOR_BYTES):
-        parts = [load_at(b, at, offset, _FLOATS) for at in (sums, scales, total)]
-        b.store(b.call(fma, parts), _pointer(b, b.add(total, _INT64(offset)), _FLOATS), align=4)
+        parts = [load_at(b, at, offset, _FLOATS) for at in factors_and_term]
+        b.store(b.call(fma, parts), _pointer(b, b.add(to, _INT64(offset)), _FLOATS), align=4)
 
 
 def load_at(b: Any, at: Any, offset_bytes: int, kind: Any) -> Any:

@@ -6,25 +6,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pagoda_kernels.cpu.compiled import Array, address_of, compiled
+from pagoda_kernels.cpu.compiled import address_of, compiled
 from pagoda_kernels.cpu.formats import (
     bf16_bits,
     floats,
     int8s,
     int32s,
-    narrow,
     quantize,
     uint8s,
     widen,
 )
 from pagoda_kernels.cpu.grouped_linear.dot import HEAD_BYTES, make_dot, step_bytes
-from pagoda_kernels.cpu.packed_linear.kernel import NO_GATE, apply_gate
+from pagoda_kernels.cpu.packed_linear.kernel import NO_GATE, finish_rows
 from pagoda_kernels.cpu.panels import (
     BYTES_PER_STEP,
     GROUP_SIZE,
     INT8,
     MOST_ROWS,
     PANEL_SIZE,
+    scale_group,
 )
 from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim, make_reader
 
@@ -177,16 +177,10 @@ def _make_multiply(bits: int) -> ThreadedKernel:
                     ahead_step,
                 )
                 ahead += ahead_block * m.num_blocks
-                _finish(
-                    sums[:rows],
-                    floats(m.multipliers + columns, (GROUP_SIZE,)),
-                    floats(m.bias + columns, (GROUP_SIZE,)),
-                )
-                if m.gate != NO_GATE:
-                    apply_gate(sums[:rows], m.gate)
                 for i in range(rows):
-                    at = a.out + 2 * ((row + i) * m.outputs + first)
-                    narrow(sums[i, :count], bf16_bits(at, (count,)))
+                    scale_group(address_of(sums[i]), m.multipliers + columns, m.bias + columns)
+                at = a.out + 2 * (row * m.outputs + first)
+                finish_rows(sums[:rows], m.gate, at, m.outputs, count)
                 row += rows
             pair = following
 
@@ -195,13 +189,6 @@ def _make_multiply(bits: int) -> ThreadedKernel:
 
 MULTIPLY = {bits: _make_multiply(bits) for bits in (4, 8)}
 """By the bits of a number."""
-
-
-@compiled
-def _finish(sums: Array, multipliers: Array, bias: Array) -> None:
-    for row in range(len(sums)):
-        for i in range(GROUP_SIZE):
-            sums[row, i] = sums[row, i] * multipliers[i] + bias[i]
 
 
 class _Filling(NamedTuple):

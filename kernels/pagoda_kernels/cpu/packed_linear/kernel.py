@@ -76,7 +76,7 @@ multiply = ThreadedKernel(_multiply, needs=BF16.features)
 def finish_rows(sums: Array, gate: int, out: int, out_features: int, count: int) -> None:
     """Activated, if there is a gate, and rounded; count: of the columns that there are."""
     if gate != NO_GATE:
-        apply_gate(sums, gate)
+        _apply_gate(sums, gate)
     for i in range(len(sums)):
         _narrow(sums[i], out + 2 * i * out_features, count)
 
@@ -94,7 +94,7 @@ def _narrow(sums: Array, out: int, count: int) -> None:
 
 
 @compiled
-def apply_gate(sums: Array, gate: int) -> None:
+def _apply_gate(sums: Array, gate: int) -> None:
     """activation(first panel) * second, in the place of the first."""
     linear, cubic = (_ONE, _ZERO) if gate == SILU else (_GELU_LINEAR, _GELU_CUBIC)
     for row in range(len(sums)):
