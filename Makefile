@@ -10,7 +10,8 @@ GPU_ENV = PYTHONPATH=kernels:runtime:benchmarks:out/gpu-packages
 .PHONY: demo demo-down test check lint types unit interpreted venv model kubeconfig lock \
   gpu-check gpu-bench gpu-packages gpu-compile gpu-rehearse \
   bench-cpu bench-versions bench-long bench-waste bench-overhead llama-cpp bench-quantization \
-  bench-grouped-linear bench-kv-cache bench-attention-bytes bench-strangers soak
+  bench-grouped-linear bench-kv-cache bench-attention-bytes bench-strangers soak \
+  quant-real quant-tiny
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
 	@python3 e2e/phases.py demo
@@ -78,6 +79,13 @@ bench-grouped-linear: venv ## products with matrices of 4 and 8 bits beside bf16
 bench-kv-cache: model ## keys and values of 8 bits beside bf16's: make bench-kv-cache [ROUNDS=20] [OUT=FILE]
 	@$(PYTHON) benchmarks/kv_cache.py --rounds $(or $(ROUNDS),20) \
 	  --out $(or $(OUT),out/bench-kv-cache.json)
+
+quant-real: model ## what independent tools quantize, loaded and measured: make quant-real [KINDS=...] [OUT=FILE]
+	@PYTHONPATH=e2e $(PYTHON) benchmarks/quant_real.py $(if $(KINDS),--only $(KINDS)) \
+	  --out $(or $(OUT),out/quant-real.json)
+
+quant-tiny: venv ## the same of a tiny model, for the tests: tests/data/quantized
+	@PYTHONPATH=e2e $(PYTHON) benchmarks/quant_real.py --tiny tests/data/quantized
 
 bench-attention-bytes: ## what attention on a GPU loads, counted: make bench-attention-bytes [OUT=FILE]
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) benchmarks/attention_bytes.py \
