@@ -10,8 +10,8 @@ GPU_ENV = PYTHONPATH=kernels:runtime:benchmarks:out/gpu-packages
 .PHONY: demo demo-down test check lint types unit interpreted venv model kubeconfig lock \
   gpu-check gpu-bench gpu-packages gpu-compile gpu-rehearse \
   bench-cpu bench-versions bench-long bench-waste bench-overhead llama-cpp bench-quantization \
-  bench-grouped-linear bench-kv-cache bench-attention-bytes bench-strangers soak \
-  quant-real quant-tiny
+  bench-grouped-linear bench-loading-memory bench-kv-cache bench-attention-bytes bench-strangers \
+  soak quant-real quant-tiny
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
 	@python3 e2e/phases.py demo
@@ -75,6 +75,9 @@ bench-quantization: model llama-cpp ## int8, int4 and fp8 beside bf16 and llama.
 
 bench-grouped-linear: venv ## products with matrices of 4 and 8 bits beside bf16: make bench-grouped-linear [OUT=FILE]
 	@$(PYTHON) benchmarks/grouped_linear.py --out $(or $(OUT),out/bench-grouped-linear.json)
+
+bench-loading-memory: venv ## what loading 2 GB takes, by format: make bench-loading-memory [OUT=FILE]
+	@$(PYTHON) benchmarks/loading_memory.py --out $(or $(OUT),out/bench-loading-memory.json)
 
 bench-kv-cache: model ## keys and values of 8 bits beside bf16's: make bench-kv-cache [ROUNDS=20] [OUT=FILE]
 	@$(PYTHON) benchmarks/kv_cache.py --rounds $(or $(ROUNDS),20) \
