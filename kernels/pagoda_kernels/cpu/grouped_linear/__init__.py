@@ -133,7 +133,7 @@ class PanelGroupedLinear(GroupedLinear):
                 "and takes bf16."
             )
         x = x.contiguous()
-        is_rounded = num_rows > kernel.FEW_ROWS
+        is_rounded = num_rows * torch.get_num_threads() > kernel.FEW_ROWS
         if is_rounded:
             rounded = torch.empty(num_rows, self._row_bytes, dtype=torch.uint8)
             kernel.round_rows(self._matrix, x, 0, num_rows, rounded)

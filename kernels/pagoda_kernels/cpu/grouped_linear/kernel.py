@@ -28,8 +28,9 @@ from pagoda_kernels.cpu.panels import (
 )
 from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim, make_reader
 
-FEW_ROWS = 8
-"""So many rows each thread rounds for itself."""
+FEW_ROWS = 64
+"""So many rows, times the number of threads, each thread rounds for itself: that takes less than to
+wait for the others."""
 _PART_ROWS = 4
 """Rows that a thread rounds at a time."""
 _LARGEST, _LEAST = np.float32(127), np.float32(1e-30)
