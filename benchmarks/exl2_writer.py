@@ -66,6 +66,11 @@ def write_matrix(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.T
 
 def stream(numbers: torch.Tensor, bits: int) -> torch.Tensor:
     """[rows, n * bits / 32] int32: the numbers of each row as a stream of bits, lowest first."""
-    single = numbers.long()[..., None] >> torch.arange(bits) & 1
-    words = single.flatten(1).unflatten(1, (-1, 32)) << torch.arange(32)
-    return words.sum(2).to(torch.int32)
+    blocks = numbers.long().unflatten(1, (-1, 32))
+    words = blocks.new_zeros(*blocks.shape[:2], bits)
+    for place in range(32):
+        word, shift = divmod(place * bits, 32)
+        words[..., word] |= blocks[..., place] << shift & 0xFFFFFFFF
+        if shift + bits > 32:
+            words[..., word + 1] |= blocks[..., place] >> 32 - shift
+    return words.flatten(1).to(torch.int32)

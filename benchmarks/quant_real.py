@@ -65,7 +65,7 @@ ONLINE = ("fp8", "int8", "int4")
 OWN_FILE = "q4_k_m"
 """The GGUF file that the model's folder was made from, in its own blocks."""
 NUM_WINDOWS, WINDOW_TOKENS = 8, 512
-EXACT_WINDOWS = 2
+EXACT_WINDOWS = 1
 NUM_CALIBRATION_WINDOWS = 32
 # Tools dequantize in 16 bits.
 MOST_APART, LEAST_SAME = 0.003, 0.985
@@ -147,9 +147,9 @@ def perplexity_of(folder: Path, windows: list[list[int]], **flags: Any) -> Score
         return score(llm, windows)
 
 
-def measure(model: Path, kinds: dict[str, str | None]) -> list[Result]:
+def measure(model: Path, kinds: dict[str, str | None], num_windows: int) -> Iterator[Result]:
     """kinds: of tools' folders, with the tool; None: made here, of EXL2."""
-    windows = windows_of_text(model, NUM_WINDOWS, WINDOW_TOKENS)
+    windows = windows_of_text(model, num_windows, WINDOW_TOKENS)
     folders = {f"online_{flag}": (model, {"quantization": flag}) for flag in ONLINE}
     calibration = calibration_of_text(model)
     quantized = cache_folder() / "quantized"
@@ -163,16 +163,14 @@ def measure(model: Path, kinds: dict[str, str | None]) -> list[Result]:
             quantize(tool, kind, model, calibration, out)
         folders[kind] = (out, {})
     exact = perplexity_of(model, windows, dtype="bfloat16")
-    results = [Result("perplexity_bf16", exact.perplexity, "", "bf16", exact.perplexity)]
+    yield Result("perplexity_bf16", exact.perplexity, "", "bf16", exact.perplexity)
     for kind, (folder, flags) in folders.items():
         found = perplexity_of(folder, windows, dtype="bfloat16", **flags)
         note = {"same_likeliest": round(agreement(found, exact), 4)}
         if kind in kinds:
             note |= compare_with_tool(folder, windows[:EXACT_WINDOWS])
         values = found.perplexity, "", "bf16", exact.perplexity
-        results.append(Result(f"perplexity_{kind}", *values, details=note))
-        print(f"  {kind}: perplexity {found.perplexity:.3f}, {note}", flush=True)
-    return results
+        yield Result(f"perplexity_{kind}", *values, details=note)
 
 
 def compare_with_tool(folder: Path, windows: list[list[int]]) -> dict[str, float]:
@@ -229,6 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--model", type=Path, default=gemma_folder())
+    parser.add_argument("--windows", type=int, default=NUM_WINDOWS)
     parser.add_argument("--only", nargs="*", help="of the formats, those that are measured")
     parser.add_argument("--tiny", type=Path, help="write the checkpoints of the tests there")
     arguments = parser.parse_args()
@@ -242,16 +241,20 @@ def main() -> None:
     kinds["exl2"] = None
     if arguments.only is not None:
         kinds = {kind: kinds[kind] for kind in arguments.only}
-    publish(
-        "quant-real",
-        measure(arguments.model, kinds),
-        arguments.out,
-        model=arguments.model.name,
-        windows=NUM_WINDOWS,
-        window_tokens=WINDOW_TOKENS,
-        calibration_windows=NUM_CALIBRATION_WINDOWS,
-        tools={name: list(tool.requirements) for name, tool in TOOLS.items()},
-    )
+    results = []
+    for result in measure(arguments.model, kinds, arguments.windows):
+        results.append(result)
+        # A run of all takes half an hour: what was found is kept.
+        publish(
+            "quant-real",
+            results,
+            arguments.out,
+            model=arguments.model.name,
+            windows=arguments.windows,
+            window_tokens=WINDOW_TOKENS,
+            calibration_windows=NUM_CALIBRATION_WINDOWS,
+            tools={name: list(tool.requirements) for name, tool in TOOLS.items()},
+        )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization.config import FORMAT, AWQConfig, GPTQConfig
 from safetensors.torch import load_file, save_file
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
 COMMON = {"bits": 4, "group_size": 128, "offload_to_disk": False}
 CONFIGS = {
@@ -34,7 +35,23 @@ CONFIGS = {
 }
 
 
+def let_positions_have_a_type() -> None:
+    """AWQ asks Gemma 3 for positions without the type of the layer: that of most is taken."""
+    find = Gemma3RotaryEmbedding.forward
+
+    def forward(
+        self: Gemma3RotaryEmbedding,
+        x: torch.Tensor,
+        position_ids: torch.Tensor,
+        layer_type: str = "sliding_attention",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return find(self, x, position_ids, layer_type)
+
+    Gemma3RotaryEmbedding.forward = forward
+
+
 def main(kind: str, model: Path, calibration: Path, out: Path) -> None:
+    let_positions_have_a_type()
     windows = json.loads(calibration.read_text())
     rows = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows]
     quantized = GPTQModel.load(str(model), CONFIGS[kind](), dtype=torch.bfloat16)
