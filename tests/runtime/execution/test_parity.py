@@ -164,8 +164,8 @@ def test_rounded_weights_follow_the_checkpoint_closely(tmp_path, family, quantiz
     for layer in rounded.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
-            (member,) = linear.method.members
-            assert isinstance(member, RoundedMethod)
+            # int4 spares the values' matrix, which is a product of its own.
+            assert all(isinstance(member, RoundedMethod) for member in linear.method.members)
     prompts = make_prompts([30] * 8)
     pairs = zip(generate(exact, prompts, 1), generate(rounded, prompts, 1), strict=True)
     assert sum(a == b for a, b in pairs) >= {"int8": 6, "fp8": 4, "int4": 3}[quantization]
