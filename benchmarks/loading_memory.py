@@ -143,9 +143,11 @@ def write_checkpoint(folder: Path, kind: str, size_bytes: float) -> tuple[int, i
     make, quantization = FORMATS[kind]
     tensors = {
         "model.embed_tokens.weight": torch.randn(CONFIG["vocab_size"], HIDDEN).bfloat16(),
-        "lm_head.weight": torch.randn(CONFIG["vocab_size"], HIDDEN).bfloat16(),
         "model.norm.weight": torch.ones(HIDDEN).bfloat16(),
     }
+    # EXL2 quantizes the vocabulary's matrix, too.
+    head = (make if kind == "exl2" else plain)(CONFIG["vocab_size"], HIDDEN)
+    tensors |= {f"lm_head.{part}": tensor for part, tensor in head.items()}
     matrices = {name: make(*shape) for name, shape in SHAPES.items()}
     layer_bytes = sum(tensor.nbytes for parts in matrices.values() for tensor in parts.values())
     num_layers = round(size_bytes / layer_bytes)

@@ -25,8 +25,7 @@ from pagoda_runtime import SamplingParams
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine import core as engine_core
 from pagoda_runtime.engine.process import make_core
-from pagoda_runtime.execution import runner as model_runner
-from pagoda_runtime.execution import sampler
+from pagoda_runtime.execution import sampler, steps
 from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.ipc.messages import EngineRequest
 
@@ -58,6 +57,7 @@ class TimedModel:
     """The decoder, its two parts timed."""
 
     def __init__(self, model: Any, watch: Stopwatch) -> None:
+        self.config = model.config
         self.forward = watch.wrap("decoder", model)
         self.logits = watch.wrap("vocabulary", model.logits)
         self.argmax = watch.wrap("vocabulary", model.argmax)
@@ -76,7 +76,7 @@ def measure(folder: Path) -> dict[str, list[float]]:
     watch = Stopwatch()
     runner.model = TimedModel(runner.model, watch)
     core.scheduler.schedule = watch.wrap("schedule", core.scheduler.schedule)
-    model_runner.prepare_step = watch.wrap("prepare", model_runner.prepare_step)
+    steps.prepare_step = watch.wrap("prepare", steps.prepare_step)
     sampler.sample = watch.wrap("sample", sampler.sample)
     engine_core.advance = watch.wrap("advance", engine_core.advance)
     encode = watch.wrap("encode", msgspec.msgpack.Encoder().encode)
@@ -93,15 +93,15 @@ def measure(folder: Path) -> dict[str, list[float]]:
         )
     while any(s.num_output_tokens < 8 for s in core.scheduler.running) or core.scheduler.waiting:
         core.step(0.0)
-    steps: dict[str, list[float]] = defaultdict(list)
+    seconds_of: dict[str, list[float]] = defaultdict(list)
     for _ in range(NUM_STEPS):
         watch.seconds.clear()
         started = time.perf_counter()
         encode(core.step(0.0))
-        steps["step"].append(time.perf_counter() - started)
+        seconds_of["step"].append(time.perf_counter() - started)
         for phase, seconds in watch.seconds.items():
-            steps[phase].append(seconds)
-    return steps
+            seconds_of[phase].append(seconds)
+    return seconds_of
 
 
 def main() -> None:
@@ -110,10 +110,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=gemma_folder())
     arguments = parser.parse_args()
     require_model(arguments.model)
-    steps = measure(arguments.model)
-    in_model = [steps[phase] for phase in MODEL_PHASES]
-    outside = [whole - sum(parts) for whole, *parts in zip(steps["step"], *in_model, strict=True)]
-    phases = {phase: round(1000 * median(seconds), 3) for phase, seconds in steps.items()}
+    measured = measure(arguments.model)
+    in_model = [measured[phase] for phase in MODEL_PHASES]
+    outside = [
+        whole - sum(parts) for whole, *parts in zip(measured["step"], *in_model, strict=True)
+    ]
+    phases = {phase: round(1000 * median(seconds), 3) for phase, seconds in measured.items()}
     print("  " + ", ".join(f"{phase} {ms} ms" for phase, ms in phases.items()))
     result = Result(
         metric="step_overhead_16",
