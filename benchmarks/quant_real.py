@@ -6,7 +6,7 @@ Python's own help. In fp32 it must be that of the weights that the tool itself d
 that no error of a loader hides in what rounding costs. EXL2 is written here. `make quant-real` runs
 it; `make quant-tiny` writes the checkpoints that the tests read.
 
-    python benchmarks/quant_real.py --out FILE [--model FOLDER] [--only KIND ...]
+    python benchmarks/quant_real.py --out FILE [--only KIND ...]
     python benchmarks/quant_real.py --tiny FOLDER
 """
 
@@ -106,7 +106,8 @@ def calibration_of_text(folder: Path) -> list[list[int]]:
 
 def quantize(tool: str, kind: str, model: Path, calibration: list[list[int]], out: Path) -> Path:
     """The folder that a tool makes; beside it, in .plain, one with what it dequantizes to."""
-    if (out / "done").exists():
+    done, made_from = out / "done", json.dumps([TOOLS[tool].requirements, calibration])
+    if done.exists() and done.read_text() == made_from:
         return out
     plain = plain_of(out)
     for folder in (out, plain):
@@ -119,13 +120,13 @@ def quantize(tool: str, kind: str, model: Path, calibration: list[list[int]], ou
     log = out.with_name(f"{out.name}.log")
     with log.open("w") as output:
         command = [python_of(tool), script, kind, model, windows, out]
-        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
+        ended = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
+    if ended.returncode:
         raise SystemExit(f"{tool} failed; see {log}.")
     for path in model.iterdir():
         if path.name != "model.safetensors":
             shutil.copy(path, plain)
-    (out / "done").touch()
+    done.write_text(made_from)
     return out
 
 
@@ -226,7 +227,6 @@ def greedy_logits(folder: Path) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--model", type=Path, default=gemma_folder())
     parser.add_argument("--windows", type=int, default=NUM_WINDOWS)
     parser.add_argument("--only", nargs="*", help="of the formats, those that are measured")
     parser.add_argument("--tiny", type=Path, help="write the checkpoints of the tests there")
@@ -234,7 +234,9 @@ def main() -> None:
     if arguments.tiny:
         write_tiny(arguments.tiny)
         return
-    require_model(arguments.model)
+    if arguments.out is None:
+        parser.error("--out is needed")
+    model = require_model(gemma_folder())
     kinds: dict[str, str | None] = {
         kind: name for name, tool in TOOLS.items() for kind in tool.kinds
     }
@@ -242,14 +244,14 @@ def main() -> None:
     if arguments.only is not None:
         kinds = {kind: kinds[kind] for kind in arguments.only}
     results = []
-    for result in measure(arguments.model, kinds, arguments.windows):
+    for result in measure(model, kinds, arguments.windows):
         results.append(result)
         # A run of all takes half an hour: what was found is kept.
         publish(
             "quant-real",
             results,
             arguments.out,
-            model=arguments.model.name,
+            model=model.name,
             windows=arguments.windows,
             window_tokens=WINDOW_TOKENS,
             calibration_windows=NUM_CALIBRATION_WINDOWS,

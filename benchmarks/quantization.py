@@ -148,7 +148,8 @@ def accuracy(
     if llama is not None:
         peer = llama.perplexity(windows)
         ours = scores[FILE].perplexity
-        results.append(Result("perplexity_gguf_vs_llamacpp", ours, "", "llama.cpp Q4_K_M", peer))
+        name, bar = "perplexity_gguf_vs_llamacpp", Bar(at_most=1.0)
+        results.append(Result(name, ours, "", "llama.cpp Q4_K_M", peer, bar))
     return results
 
 

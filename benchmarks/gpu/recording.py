@@ -43,7 +43,18 @@ SAMPLED = (
 )
 
 # Bits, group size, and whether there are no zeros.
-GROUPED = ((4, 128, False), (4, 32, True), (3, 128, False), (8, 4096, True))
+GROUPED = (
+    (2, 128, False),
+    (3, 128, False),
+    (4, 128, False),
+    (4, 32, False),
+    (4, 32, True),
+    (5, 32, True),
+    (6, 16, True),
+    (6, 128, True),
+    (8, 128, False),
+    (8, 4096, True),
+)
 SCALED = (
     (torch.float8_e4m3fn, 128, Rounding.NONE),
     (torch.float8_e4m3fn, 4096, Rounding.DYNAMIC),
@@ -84,9 +95,9 @@ def record_products() -> Iterator[tuple[str, list[Launch]]]:
         grouped = GroupedShape(outputs, inputs, bits, group_size)
         with LaunchRecorder() as recorder:
             product = make_grouped_linear(
-                grouped, dtype=dtype, device=device, is_symmetric=is_symmetric
+                grouped, dtype=dtype, device=device, activation="silu", is_symmetric=is_symmetric
             )
-            product.finish(None)
+            product.finish(torch.empty(outputs, dtype=dtype, device=device))
             for num_rows in PRODUCT_ROWS:
                 product(torch.empty(num_rows, inputs, dtype=dtype, device=device))
         zeros = "" if is_symmetric else " with zeros"

@@ -71,6 +71,9 @@ class GGUFMethod(GroupedMethod):
             stored = matrix["qweight"][rows]
             found = block.unpack(stored.reshape(-1, block.num_bytes))
             integers = found.integers.view(len(stored), -1)[:, offset : offset + len(inputs)]
+            for numbers in (found.scales, found.least):
+                if numbers is not None:
+                    matrix.require_finite("qweight", numbers)
             scales = found.scales.view(len(stored), -1)[:, groups]
             grouped = Grouped(order.arrange(integers).contiguous(), scales, None)
             if found.least is not None:

@@ -51,6 +51,11 @@ class Matrix:
             raise self.refuse(name, found, f"one number, or one for each of {num_outputs} outputs")
         return scales.expand(num_outputs)[self.outputs.start : self.outputs.stop]
 
+    def require_finite(self, name: str, scales: torch.Tensor) -> None:
+        """Raises: FatalError: CorruptWeights; one such number would make every result none."""
+        if not torch.isfinite(scales).all():
+            raise self.refuse(name, "a scale is infinite, or no number", "finite")
+
     def refuse(self, name: str, value: object, expected: str) -> FatalError:
         """What is wrong with a tensor's values."""
         return FatalError(
@@ -99,13 +104,17 @@ class StoredMethod(LinearMethod):
         """The parts of the layer; nothing of them is kept here."""
         layout, parallel = self._layout, self.placement.parallel
         for index, part in enumerate(layout.parts):
-            yield Matrix(
+            matrix = Matrix(
                 self.placement.module(part),
                 layout.own(Axis.OUTPUT, part, parallel),
                 layout.own(Axis.INPUT, part, parallel),
                 (part.size, layout.in_features),
                 {name: parameter.take(index) for name, parameter in self._tensors.items()},
             )
+            for name, tensor in matrix.tensors.items():
+                if tensor is not None and tensor.dtype in FLOATS:
+                    matrix.require_finite(name, tensor)
+            yield matrix
 
     def num_filled_up(self, matrices: Sequence[Matrix]) -> int:
         """Outputs of zeros that follow these; a layer that has some has one part."""
