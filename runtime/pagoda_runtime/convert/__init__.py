@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from pagoda_runtime.errors import FatalError, exit_status
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -107,7 +109,7 @@ def convert(
         if destination.exists():
             destination.rmdir()
         partial.rename(destination)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise FatalError("DiskFull", f"{destination} could not be written: {error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

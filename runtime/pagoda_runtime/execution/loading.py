@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 import torch
 
-from pagoda_kernels.cpu.panels import describe_products
+from pagoda_kernels.cpu.panels import E4M3, INT8, describe_products, has_panels
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.memory import format_bytes, must_fit
 from pagoda_runtime.models.check import verify_kv_cache_dtype, verify_tensor_parallel
+from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.model import Model
 from pagoda_runtime.models.registry import load_model_config, make_model
 from pagoda_runtime.models.source import OnProgress, resolve_model
@@ -42,8 +43,8 @@ def load_model(
     for level, note in model_config.notes:
         logger.log(level, note)
     model_config = settle_by_weights(model_config, folder)
-    dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
     device = platform.device(parallel.rank)
+    dtype = choose_dtype(config.dtype, model_config, device)
     method = get_linear_method(model_config.quantization)
     notes: set[str] = set()
     placement = Placement(dtype, device, method, parallel, config.deterministic, note=notes.add)
@@ -86,6 +87,24 @@ def _log_prediction(weight_bytes: int, platform: Platform) -> None:
             bandwidth_gbps,
             predicted_tokens_per_second(weight_bytes, bandwidth_gbps),
         )
+
+
+def choose_dtype(flag: str, model_config: ModelConfig, device: torch.device) -> torch.dtype:
+    """What a model computes in. A quantized one in fp16, as most checkpoints have it, does so in
+    bf16 on a CPU unless the flag says otherwise: in fp16 all its matrices would be widened.
+    """
+    dtype: torch.dtype = getattr(torch, model_config.dtype if flag == "auto" else flag)
+    has_panels_of_8_bits = any(has_panels(numbers) for numbers in (INT8, E4M3))
+    if (
+        flag == "auto"
+        and model_config.quantization
+        and dtype is torch.float16
+        and device.type == "cpu"
+        and has_panels_of_8_bits
+    ):
+        logger.info("Computing in bfloat16 instead of float16, in which this CPU widens matrices")
+        return torch.bfloat16
+    return dtype
 
 
 @contextmanager

@@ -44,7 +44,9 @@ class PackedMethod(GroupedMethod):
             "weight_packed": self.stored(layout, OUTPUT, packed[Axis.INPUT], dtypes=words),
             "weight_scale": self.stored(layout, *scale_dims),
             "weight_shape": self.stored(layout, dtypes=_INTEGERS, is_optional=True),
-            "weight_g_idx": self.stored(layout, INPUT, dtypes=_INTEGERS, is_optional=True),
+            "weight_g_idx": self.stored(
+                layout, INPUT, dtypes=_INTEGERS, is_optional=not self._scheme.is_ordered
+            ),
         }
         if not self._scheme.is_symmetric:
             dims = packed[Axis.OUTPUT], groups

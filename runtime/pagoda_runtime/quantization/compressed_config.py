@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from operator import itemgetter
 from typing import Literal
 
 from pagoda_runtime.quantization.description import (
@@ -33,13 +34,24 @@ def read_compressed(file: QuantizationFile) -> Quantization:
         if what and what.get("format") != "dense":
             raise file.invalid(key, dict(what), "absent: this engine does not support it")
     common = file.one_of("format", _FORMATS[0], (*_FORMATS, _MIXED))
-    rules = [_rule(file, "ignore", name, None) for name in file.names("ignore")]
+    ignored = [_rule(file, "ignore", name, None) for name in file.names("ignore")]
+    rules: list[tuple[int, Rule]] = []
     for name in groups.values:
         group = groups.part(name)
         own = group.one_of("format", common, _FORMATS)
         scheme = _scheme(group, own)
-        rules += [_rule(group, "targets", target, scheme) for target in group.names("targets")]
-    return Quantization("compressed-tensors", tuple(rules), _kv_cache_dtype(file))
+        rules += [
+            (_precedence(target), _rule(group, "targets", target, scheme))
+            for target in group.names("targets")
+        ]
+    rules.sort(key=itemgetter(0))
+    of_targets = (rule for _, rule in rules)
+    return Quantization("compressed-tensors", (*ignored, *of_targets), _kv_cache_dtype(file))
+
+
+def _precedence(target: str) -> int:
+    """Over all groups names come first, then regular expressions, then classes."""
+    return 2 if target == "Linear" else int(target.startswith("re:"))
 
 
 def _rule(file: QuantizationFile, key: str, target: str, scheme: Scheme | None) -> Rule:
@@ -64,9 +76,11 @@ def _scheme(group: QuantizationFile, format_name: str) -> Scheme:
         if group.values.get("input_activations"):
             value = group.values["input_activations"]
             raise group.invalid("input_activations", value, "absent with pack-quantized")
-        strategy = weights.one_of("strategy", "tensor", ("tensor", "channel", "group"))
+        by_default = "group" if weights.values.get("group_size") else "tensor"
+        strategy = weights.one_of("strategy", by_default, ("tensor", "channel", "group"))
         group_size = weights.group_size() if strategy == "group" else WHOLE_ROW
-        return PackedIntegers(bits, group_size, is_symmetric)
+        is_ordered = weights.values.get("actorder") in ("group", True)
+        return PackedIntegers(bits, group_size, is_symmetric, is_ordered)
     weights.one_of("num_bits", None, (8,))
     if not is_symmetric:
         raise weights.invalid("symmetric", False, f"true with {format_name}")

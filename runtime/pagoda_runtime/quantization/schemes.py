@@ -37,11 +37,15 @@ class GPTQ:
 
 @dataclass(frozen=True, slots=True)
 class PackedIntegers:
-    """compressed-tensors' pack-quantized: 4 or 8 bits, inputs side by side in words."""
+    """compressed-tensors' pack-quantized: 4 or 8 bits, inputs side by side in words.
+
+    is_ordered: `weight_g_idx` says which inputs a group has.
+    """
 
     bits: int
     group_size: int
     is_symmetric: bool = True
+    is_ordered: bool = False
 
 
 @dataclass(frozen=True, slots=True)

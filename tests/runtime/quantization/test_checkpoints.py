@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pagoda_kernels.cpu import panels
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.runner import ModelRunner, no_progress
@@ -310,6 +311,16 @@ ATTENTION = "model.layers.1.self_attn.o_proj"
             "[64, 6] instead of [64, 12]",
         ),
         (
+            "awq",
+            put(f"{LAYER}.scales", lambda t: t / 0),
+            f"{LAYER}.scales: a scale is infinite, or no number",
+        ),
+        (
+            "gguf",
+            put(f"{LAYER}.qweight", lambda t: t | 0x7C),
+            f"{LAYER}.qweight: a scale is infinite, or no number",
+        ),
+        (
             "int8",
             put(f"{LAYER}.weight_scale", lambda t: t[:7]),
             "weight_scale: its shape is [7, 1]; it must be one number, or one for each of 64",
@@ -361,6 +372,35 @@ def test_what_does_not_fit_is_refused_by_tensor_and_both_values(pair, tmp_path, 
     assert caught.value.reason == "CorruptWeights"
     assert shown in caught.value.message
     assert "Download the model again" in caught.value.message
+
+
+def test_groups_that_are_in_an_order_have_one(pair, tmp_path):
+    quantized, _ = pair("packed")
+    make_tiny_checkpoint(tmp_path)
+    values = json.loads((quantized / "config.json").read_text())
+    scheme = values["quantization_config"]["config_groups"]
+    for part in scheme.values():
+        part["weights"]["actorder"] = "group"
+    rewrite(tmp_path, load_file(quantized / "model.safetensors"), **values)
+    with pytest.raises(FatalError, match=r"missing: .*weight_g_idx"):
+        make_runner(tmp_path)
+
+
+@pytest.mark.skipif(
+    not panels.has_panels(panels.INT8), reason="this processor widens matrices in any dtype"
+)
+@pytest.mark.parametrize(("flag", "expected"), [("auto", "bfloat16"), ("float16", "float16")])
+def test_what_says_float16_computes_in_what_a_cpu_has_products_for(
+    pair, tmp_path, caplog, flag, expected
+):
+    quantized, _ = pair("awq")
+    make_tiny_checkpoint(tmp_path)
+    values = json.loads((quantized / "config.json").read_text()) | {"dtype": "float16"}
+    values.pop("torch_dtype", None)
+    rewrite(tmp_path, load_file(quantized / "model.safetensors"), **values)
+    with caplog.at_level(logging.INFO):
+        assert make_runner(tmp_path, dtype=flag).ready_facts.dtype == expected
+    assert ("instead of float16" in caplog.text) == (flag == "auto")
 
 
 def test_groups_that_do_not_divide_the_inputs_are_refused(pair, tmp_path):

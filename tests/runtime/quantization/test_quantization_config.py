@@ -122,6 +122,20 @@ def test_groups_of_modules_have_numbers_of_their_own(tmp_path):
     assert found.scheme_of("model.layers.3.mlp.up_proj") == PackedIntegers(4, 32)
 
 
+def test_a_module_s_name_comes_before_an_expression_and_that_before_its_class(tmp_path):
+    file = compressed(form="mixed-precision")
+    weights = {bits: {**WEIGHTS, "group_size": bits} for bits in (32, 64, 128)}
+    file["config_groups"] = {
+        "a": {"targets": ["Linear"], "weights": weights[32], "format": "pack-quantized"},
+        "b": {"targets": ["re:.*down_proj$"], "weights": weights[64], "format": "pack-quantized"},
+        "c": {"targets": [LAYER], "weights": weights[128], "format": "pack-quantized"},
+    }
+    found = read(tmp_path, file)
+    assert found.scheme_of(LAYER) == PackedIntegers(4, 128)
+    assert found.scheme_of("model.layers.9.mlp.down_proj") == PackedIntegers(4, 64)
+    assert found.scheme_of("model.layers.9.mlp.up_proj") == PackedIntegers(4, 32)
+
+
 def test_gptq_overrides_modules_by_expression(tmp_path):
     dynamic = {
         "-:.*layers\\.0\\..*": {},
