@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from gpu.shapes import SHAPES, model_config
 from pagoda_kernels.launch import LaunchRecorder
 from pagoda_runtime.models.registry import make_model
-from pagoda_runtime.quantization import get_linear_method
 from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.by_module import get_linear_method
 
 _SHARD_BYTES = 4 << 30
 

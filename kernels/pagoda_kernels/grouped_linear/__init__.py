@@ -41,7 +41,7 @@ class GroupedLinear(ABC):
 
     @abstractmethod
     def fill(self, first_output: int, rows: Grouped) -> None:
-        """Take over some rows of the matrix, from an output on."""
+        """Take over some rows of the matrix, from an output on; rows that never come are zeros."""
 
     @abstractmethod
     def finish(self, bias: Tensor | None) -> None:

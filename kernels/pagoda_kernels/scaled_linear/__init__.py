@@ -60,7 +60,7 @@ class ScaledLinear(ABC):
 
     @abstractmethod
     def fill(self, first_output: int, rows: Scaled) -> None:
-        """Take over some rows of the matrix, from an output on."""
+        """Take over some rows of the matrix, from an output on; rows that never come are zeros."""
 
     @abstractmethod
     def finish(self, bias: Tensor | None, input_scale: Tensor | None = None) -> None:

@@ -24,7 +24,7 @@ class ReferenceScaledLinear(ScaledLinear):
         activation: str | None = None,
     ) -> None:
         self._shape, self._activation = shape, activation
-        self._weight = torch.empty(shape.outputs, shape.inputs, dtype=dtype, device=device)
+        self._weight = torch.zeros(shape.outputs, shape.inputs, dtype=dtype, device=device)
         self._bias: Tensor | None = None
 
     def fill(self, first_output: int, rows: Scaled) -> None:

@@ -44,10 +44,10 @@ class TritonScaledLinear(ScaledLinear):
     ) -> None:
         self._shape, self._rounding = shape, rounding
         self._dtype, self._activation = dtype, activation
-        self._numbers = torch.empty(shape.outputs, shape.inputs, dtype=shape.dtype, device=device)
+        self._numbers = torch.zeros(shape.outputs, shape.inputs, dtype=shape.dtype, device=device)
         self._num_groups = triton.cdiv(shape.inputs, shape.group_size)
         groups = self._num_groups, shape.outputs
-        self._scales = torch.empty(groups, dtype=torch.float32, device=device)
+        self._scales = torch.zeros(groups, dtype=torch.float32, device=device)
         self._bias: Tensor | None = None
         self._input_scale: Tensor | None = None
         self._has_torch = (

@@ -21,8 +21,8 @@ from pagoda_runtime.models.weights import load_weights, settle_by_weights
 from pagoda_runtime.parallel import TensorParallel
 from pagoda_runtime.platforms import Platform
 from pagoda_runtime.platforms.machine import predicted_tokens_per_second
-from pagoda_runtime.quantization import get_linear_method
 from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.by_module import get_linear_method
 
 logger = logging.getLogger(__name__)
 

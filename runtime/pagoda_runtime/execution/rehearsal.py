@@ -16,8 +16,8 @@ from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.registry import make_model
 from pagoda_runtime.platforms import Record, Replay
 from pagoda_runtime.platforms.cuda import CudaPlatform
-from pagoda_runtime.quantization import get_linear_method
 from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.by_module import get_linear_method
 
 GPU = torch.device("cuda", 0)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from pagoda_kernels.grouped_linear import Grouped
-from pagoda_runtime.quantization.base import Placement
 from pagoda_runtime.quantization.grouped import GroupedMethod, Segment
 from pagoda_runtime.quantization.order import order_of_runs
 from pagoda_runtime.quantization.packing import span, unpack
@@ -23,15 +22,11 @@ from pagoda_runtime.quantization.stored import Matrix
 _BITS, _PER_WORD = 4, 8
 
 
-class AWQMethod(GroupedMethod):
+class AWQMethod(GroupedMethod[AWQ]):
     """qweight [inputs, outputs / 8], qzeros [groups, outputs / 8], scales [groups, outputs].
 
     The lower half of a word has its even outputs, the upper half the odd ones.
     """
-
-    def __init__(self, placement: Placement, activation: str | None = None, *, scheme: AWQ) -> None:
-        super().__init__(placement, activation)
-        self._scheme = scheme
 
     def tensors(self, layout: Layout) -> dict[str, StoredParameter]:
         self._group_size = self.require_groups(layout, self._scheme.group_size)

@@ -35,11 +35,19 @@ class LinearMethod(ABC):
     def after_loading(self, weights: Mapping[str, Parameter]) -> None:
         """Bring the weights into the form that `apply` takes; they are dropped afterwards."""
 
-    @abstractmethod
+    def use(self, product: Product, *, are_rows_alike: bool) -> None:
+        """Let `apply` be this product.
+
+        are_rows_alike: a row's bits never depend on the other rows, so these need not be fixed.
+        """
+        is_fixed = self.placement.is_deterministic and not are_rows_alike
+        self.product = fix_rows(product) if is_fixed else product
+
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, out_features] of x, [num_tokens, in_features]; if the placement says so, a
         row's bits do not depend on the other rows.
         """
+        return self.product(x)
 
     @property
     def num_bytes(self) -> int | None:

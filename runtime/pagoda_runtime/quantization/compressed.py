@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from pagoda_kernels.grouped_linear import Grouped
-from pagoda_runtime.quantization.base import Placement
 from pagoda_runtime.quantization.grouped import GroupedMethod, Segment
 from pagoda_runtime.quantization.packing import WORD_BITS, span, unpack
 from pagoda_runtime.quantization.parameter import (
@@ -22,19 +21,13 @@ from pagoda_runtime.quantization.stored import Matrix
 _INTEGERS = (torch.int32, torch.int64)
 
 
-class PackedMethod(GroupedMethod):
+class PackedMethod(GroupedMethod[PackedIntegers]):
     """weight_packed [outputs, inputs * bits / 32], weight_scale [outputs, groups], and
     weight_zero_point [outputs * bits / 32, groups]: numbers plus 2 ** (bits - 1).
     """
 
-    def __init__(
-        self, placement: Placement, activation: str | None = None, *, scheme: PackedIntegers
-    ) -> None:
-        super().__init__(placement, activation)
-        self._scheme = scheme
-        self._per = WORD_BITS // scheme.bits
-
     def tensors(self, layout: Layout) -> dict[str, StoredParameter]:
+        self._per = WORD_BITS // self._scheme.bits
         self._group_size = self.require_groups(layout, self._scheme.group_size)
         groups = Dim(Axis.INPUT, self._group_size, is_whole=True)
         packed, words = {axis: Dim(axis, self._per) for axis in Axis}, (torch.int32,)

@@ -14,6 +14,7 @@ from pagoda_runtime.quantization.grouped import GroupedMethod, Segment
 from pagoda_runtime.quantization.order import ZERO_COLUMN, make_order
 from pagoda_runtime.quantization.packing import WORD_BITS, span, unpack
 from pagoda_runtime.quantization.parameter import ANY, Axis, Dim, Layout, StoredParameter
+from pagoda_runtime.quantization.schemes import EXL2
 from pagoda_runtime.quantization.stored import Matrix
 
 _WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -32,7 +33,7 @@ class _Group(NamedTuple):
     """In the checkpoint's order."""
 
 
-class EXL2Method(GroupedMethod):
+class EXL2Method(GroupedMethod[EXL2]):
     """q_weight [words, outputs], q_groups [2 * groups]: bits and the first row of words of each;
     q_scale [groups, outputs / 8] and q_scale_max [groups]: scales are (q_scale + 1) ** 2 *
     q_scale_max / 256; q_invperm [inputs]: where in the checkpoint's order each input lies.

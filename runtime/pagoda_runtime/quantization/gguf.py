@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 
 from pagoda_kernels.grouped_linear import Grouped, held_in
-from pagoda_runtime.quantization.base import Placement
 from pagoda_runtime.quantization.grouped import GroupedMethod, Segment
 from pagoda_runtime.quantization.order import order_of_runs
 from pagoda_runtime.quantization.parameter import OUTPUT, Axis, Dim, Layout, StoredParameter
@@ -42,17 +41,11 @@ class _Block(NamedTuple):
     is_symmetric: bool = True
 
 
-class GGUFMethod(GroupedMethod):
+class GGUFMethod(GroupedMethod[GGUF]):
     """qweight [outputs, bytes]: blocks of inputs, one after the other."""
 
-    def __init__(
-        self, placement: Placement, activation: str | None = None, *, scheme: GGUF
-    ) -> None:
-        super().__init__(placement, activation)
-        self._type, self._block = scheme.type, _BLOCKS[scheme.type]
-
     def tensors(self, layout: Layout) -> dict[str, StoredParameter]:
-        block = self._block
+        block = self._block = _BLOCKS[self._scheme.type]
         inputs = Dim(Axis.INPUT, block.inputs, block.num_bytes)
         return {"qweight": self.stored(layout, OUTPUT, inputs, dtypes=(torch.uint8,))}
 
@@ -86,18 +79,18 @@ class GGUFMethod(GroupedMethod):
         """Whether two groups are to become one, as the device has no product with such small ones;
         says what it makes of the numbers.
         """
-        block, placement = self._block, self.placement
+        block, placement, name = self._block, self.placement, self._scheme.type
         held, least = held_in(block.bits, dtype=placement.dtype, device=placement.device)
         is_merged = least > block.group_size
         assert block.is_symmetric or not is_merged
         if is_merged:
             placement.note(
-                f"Matrices in {self._type} are rounded once more, to {_MERGED_BITS} bits in groups "
+                f"Matrices in {name} are rounded once more, to {_MERGED_BITS} bits in groups "
                 f"of {least}, as this processor multiplies by."
             )
         elif block.bits < held <= _MERGED_BITS:
             placement.note(
-                f"Matrices in {self._type} are held in {held} bits; their values are the same."
+                f"Matrices in {name} are held in {held} bits; their values are the same."
             )
         return is_merged
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 
 from pagoda_kernels.grouped_linear import Grouped
-from pagoda_runtime.quantization.base import Placement
 from pagoda_runtime.quantization.grouped import GroupedMethod, Segment
 from pagoda_runtime.quantization.packing import WORD_BITS, span, unpack
 from pagoda_runtime.quantization.parameter import (
@@ -23,20 +22,14 @@ from pagoda_runtime.quantization.schemes import GPTQ
 from pagoda_runtime.quantization.stored import Matrix
 
 
-class GPTQMethod(GroupedMethod):
+class GPTQMethod(GroupedMethod[GPTQ]):
     """qweight [inputs * bits / 32, outputs], qzeros [groups, outputs * bits / 32],
     scales [groups, outputs] and g_idx [inputs]: the group of each input.
     """
 
-    def __init__(
-        self, placement: Placement, activation: str | None = None, *, scheme: GPTQ
-    ) -> None:
-        super().__init__(placement, activation)
-        self._scheme = scheme
-        bits = scheme.bits
-        self._per, self._words = (WORD_BITS, bits) if WORD_BITS % bits else (WORD_BITS // bits, 1)
-
     def tensors(self, layout: Layout) -> dict[str, StoredParameter]:
+        bits = self._scheme.bits
+        self._per, self._words = (WORD_BITS, bits) if WORD_BITS % bits else (WORD_BITS // bits, 1)
         self._group_size = self.require_groups(layout, self._scheme.group_size)
         # Which groups the inputs have is known from g_idx only.
         groups = Dim(Axis.INPUT, self._group_size, is_whole=True)

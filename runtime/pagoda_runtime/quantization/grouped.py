@@ -16,10 +16,9 @@ from pagoda_kernels.grouped_linear import (
     make_grouped_linear,
 )
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.quantization.base import fix_rows
 from pagoda_runtime.quantization.order import Order, order_of_index, order_of_runs
 from pagoda_runtime.quantization.parameter import Layout, Parameter
-from pagoda_runtime.quantization.stored import Matrix, StoredMethod, pieces
+from pagoda_runtime.quantization.stored import Matrix, S, StoredMethod, pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class Segment:
         return self.bits == other.bits and self.order.equals(other.order)
 
 
-class GroupedMethod(StoredMethod):
+class GroupedMethod(StoredMethod[S]):
     """A format whose matrices become those of `grouped_linear`.
 
     Parts whose inputs are in different orders, or in different numbers of bits, are products of
@@ -95,8 +94,7 @@ class GroupedMethod(StoredMethod):
             self._products.append(self._make_products(run, num_outputs, own_bias, inner))
             first += num_outputs
         products = (product for run in self._products for _, product in run)
-        is_fixed = self.placement.is_deterministic and not all(p.are_rows_alike for p in products)
-        self._product = fix_rows(self._multiply) if is_fixed else self._multiply
+        self.use(self._multiply, are_rows_alike=all(p.are_rows_alike for p in products))
 
     def _make_products(
         self,
@@ -119,8 +117,7 @@ class GroupedMethod(StoredMethod):
         first = 0
         while run:
             first += _fill(made, first, *run.pop(0))
-        for number, (order, product) in enumerate(made):
-            fill_up(product, range(first, num_outputs), order, self.placement.device)
+        for number, (_, product) in enumerate(made):
             product.finish(bias if number == 0 else None)
         return made
 
@@ -134,9 +131,6 @@ class GroupedMethod(StoredMethod):
             found.append(y)
         result = found[0] if len(found) == 1 else torch.cat(found, 1)
         return result if self._outer is None else gated_activation(result, self._outer)
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product(x)
 
     @property
     def num_bytes(self) -> int:
@@ -173,12 +167,3 @@ def _fill(
         for rows in pieces(len(matrix.outputs), order.num_columns):
             product.fill(first + rows.start, segment.rows(rows))
     return len(matrix.outputs)
-
-
-def fill_up(product: GroupedLinear, outputs: range, order: Order, device: torch.device) -> None:
-    """With outputs of zeros."""
-    for rows in pieces(len(outputs), order.num_columns):
-        size = rows.stop - rows.start
-        integers = torch.zeros(size, order.num_columns, dtype=torch.uint8, device=device)
-        scales = torch.zeros(size, len(order.group_of), device=device)
-        product.fill(outputs.start + rows.start, Grouped(integers, scales, None))

@@ -17,7 +17,7 @@ from pagoda_kernels.scaled_linear import (
     make_scaled_linear,
 )
 from pagoda_runtime.parallel import TensorParallel
-from pagoda_runtime.quantization.base import LinearMethod, Placement, fix_rows
+from pagoda_runtime.quantization.base import LinearMethod, Placement
 from pagoda_runtime.quantization.parameter import INPUT, OUTPUT, Axis, Layout, Parameter
 from pagoda_runtime.quantization.schemes import Rounded
 from pagoda_runtime.quantization.stored import pieces
@@ -53,9 +53,6 @@ class RoundedMethod(LinearMethod):
         inputs = layout.held(Axis.INPUT, layout.parts[0], parallel)
         self._missing = -inputs % INT4_GROUP_SIZE if self._name == "int4" else 0
         self._made = self._make(_Shape(outputs, inputs + self._missing))
-        if layout.is_padded:
-            for rows in pieces(outputs, inputs):
-                self._fill(rows.start, torch.zeros(rows.stop - rows.start, inputs))
         weights: dict[str, Parameter] = {
             "weight": RoundedParameter(layout, parallel, self._fill),
         }
@@ -99,11 +96,7 @@ class RoundedMethod(LinearMethod):
         def multiply(x: torch.Tensor) -> torch.Tensor:
             return self._made(pad(x, (0, self._missing)) if self._missing else x)
 
-        is_fixed = self.placement.is_deterministic and not self._made.are_rows_alike
-        self._product = fix_rows(multiply) if is_fixed else multiply
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product(x)
+        self.use(multiply, are_rows_alike=self._made.are_rows_alike)
 
     @property
     def num_bytes(self) -> int:

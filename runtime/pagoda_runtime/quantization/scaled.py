@@ -9,7 +9,6 @@ import torch
 from torch.nn.functional import pad
 
 from pagoda_kernels.scaled_linear import Rounding, Scaled, ScaledShape, make_scaled_linear
-from pagoda_runtime.quantization.base import Placement, fix_rows
 from pagoda_runtime.quantization.parameter import (
     FLOATS,
     INPUT,
@@ -26,18 +25,12 @@ from pagoda_runtime.quantization.stored import Matrix, StoredMethod, pieces
 NUMBERS = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 
 
-class ScaledMethod(StoredMethod):
+class ScaledMethod(StoredMethod[ScaledNumbers]):
     """weight [outputs, inputs], weight_scale of one number, one for each output, or one for each
     block, and input_scale of x, if it is rounded by one.
 
     Every output gets scales of its own; so parts that are stacked may have others.
     """
-
-    def __init__(
-        self, placement: Placement, activation: str | None = None, *, scheme: ScaledNumbers
-    ) -> None:
-        super().__init__(placement, activation)
-        self._scheme = scheme
 
     def tensors(self, layout: Layout) -> dict[str, StoredParameter]:
         numbers, block_size = NUMBERS[self._scheme.numbers], self._scheme.block_size
@@ -83,14 +76,11 @@ class ScaledMethod(StoredMethod):
                 product.fill(first + rows.start, read(rows))
             first += len(matrix.outputs)
             del matrix, read
-        for rows in pieces(num_outputs - first, shape.inputs):
-            product.fill(first + rows.start, self._nothing(shape, rows.stop - rows.start))
         product.finish(weights["bias"].data if "bias" in weights else None, input_scale)
         self._made, multiply = product, product.__call__
         if lead:
             multiply = lambda x: product(pad(x, (lead, 0)))  # noqa: E731
-        is_fixed = self.placement.is_deterministic and not product.are_rows_alike
-        self._product = fix_rows(multiply) if is_fixed else multiply
+        self.use(multiply, are_rows_alike=product.are_rows_alike)
 
     def _reader(self, matrix: Matrix, lead: int) -> Callable[[slice], Scaled]:
         block_size = self._scheme.block_size
@@ -111,15 +101,6 @@ class ScaledMethod(StoredMethod):
             return Scaled(numbers, stored[own, blocks])
 
         return read
-
-    def _nothing(self, shape: ScaledShape, num_rows: int) -> Scaled:
-        device = self.placement.device
-        numbers = torch.zeros(num_rows, shape.inputs, dtype=shape.dtype, device=device)
-        num_blocks = ceil(shape.inputs / shape.group_size)
-        return Scaled(numbers, torch.zeros(num_rows, num_blocks, device=device))
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product(x)
 
     @property
     def num_bytes(self) -> int:

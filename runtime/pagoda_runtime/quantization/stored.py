@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.quantization.base import LinearMethod
+from pagoda_runtime.quantization.base import LinearMethod, Placement
 from pagoda_runtime.quantization.parameter import (
     FLOATS,
     OUTPUT,
@@ -19,7 +20,9 @@ from pagoda_runtime.quantization.parameter import (
     Parameter,
     StoredParameter,
 )
+from pagoda_runtime.quantization.schemes import Scheme
 
+S = TypeVar("S", bound=Scheme)
 NUMBERS_AT_ONCE = 1 << 20
 """That are held in another form than the stored one and the final one."""
 ROWS_AT_ONCE = 32
@@ -65,8 +68,12 @@ class Matrix:
         )
 
 
-class StoredMethod(LinearMethod):
+class StoredMethod(LinearMethod, Generic[S]):
     """A format that takes the checkpoint's tensors as they are, and makes its own of them."""
+
+    def __init__(self, placement: Placement, activation: str | None = None, *, scheme: S) -> None:
+        super().__init__(placement, activation)
+        self._scheme = scheme
 
     @abstractmethod
     def tensors(self, layout: Layout) -> dict[str, StoredParameter]:

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from pagoda_kernels.cpu.packed_linear import PackedLinear, can_pack
 from pagoda_kernels.gated_activation import gated_activation
-from pagoda_runtime.quantization.base import LinearMethod, Product, fix_rows
+from pagoda_runtime.quantization.base import LinearMethod, Product
 from pagoda_runtime.quantization.parameter import INPUT, OUTPUT, Layout, Parameter
 
 
@@ -28,14 +28,9 @@ class UnquantizedLinear(LinearMethod):
 
     def after_loading(self, weights: Mapping[str, Parameter]) -> None:
         bias = weights["bias"].data if "bias" in weights else None
-        self.product = make_product(weights["weight"].data, bias, self.activation)
-        self.is_packed = isinstance(self.product, PackedLinear | PrepackedLinear)
-        # The rows of Pagoda's own products are fixed anyway.
-        if self.placement.is_deterministic and not isinstance(self.product, PackedLinear):
-            self.product = fix_rows(self.product)
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x)
+        product = make_product(weights["weight"].data, bias, self.activation)
+        self.is_packed = isinstance(product, PackedLinear | PrepackedLinear)
+        self.use(product, are_rows_alike=isinstance(product, PackedLinear))
 
 
 def make_product(

@@ -20,8 +20,8 @@ from pagoda_runtime.execution.runner import ModelRunner, no_progress
 from pagoda_runtime.execution.testing import generate
 from pagoda_runtime.models.source import resolve_model
 from pagoda_runtime.parallel import TensorParallel
-from pagoda_runtime.quantization import get_linear_method
 from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.by_module import get_linear_method
 from pagoda_runtime.quantization.description import Quantization, everything
 from pagoda_runtime.quantization.gguf import _merge, _with_zeros
 from pagoda_runtime.quantization.parameter import Layout, Part

@@ -7,8 +7,8 @@ from torch.nn.functional import silu
 from pagoda_kernels.grouped_linear import Grouped, GroupedShape
 from pagoda_kernels.grouped_linear.reference import dequantize
 from pagoda_runtime.parallel import TensorParallel
-from pagoda_runtime.quantization import get_linear_method
 from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.by_module import get_linear_method
 from pagoda_runtime.quantization.config import ONLINE, online
 from pagoda_runtime.quantization.parameter import Axis, Layout, Part
 from pagoda_runtime.quantization.rounded import INT4_GROUP_SIZE, to_fp8, to_int4, to_int8

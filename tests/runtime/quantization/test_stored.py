@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pagoda_runtime.parallel import TensorParallel
-from pagoda_runtime.quantization import get_linear_method
 from pagoda_runtime.quantization.base import Placement
+from pagoda_runtime.quantization.by_module import get_linear_method
 from pagoda_runtime.quantization.description import Quantization, everything
 from pagoda_runtime.quantization.parameter import Axis, Layout, Part
 from pagoda_runtime.quantization.schemes import (
