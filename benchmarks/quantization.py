@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +152,10 @@ def accuracy(
     return results
 
 
-@contextlib.contextmanager
-def llama_of(file: Path | None) -> Iterator[llamacpp.LlamaCpp | None]:
+def llama_of(file: Path | None) -> contextlib.AbstractContextManager[llamacpp.LlamaCpp | None]:
     if file is None:
-        yield None
-        return
-    with llamacpp.started(file, Path("out") / f"llamacpp-{file.stem}.log") as llama:
-        yield llama
+        return contextlib.nullcontext()
+    return llamacpp.started(file, Path("out") / f"llamacpp-{file.stem}.log")
 
 
 def compare(name: str, arguments: argparse.Namespace) -> list[Result]:

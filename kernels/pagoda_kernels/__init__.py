@@ -7,6 +7,7 @@ copy_blocks: of keys and values, for sequences that part.
 rotary: the angles of a step's tokens.
 rotate_and_store: norms and rotation of heads, and their keys and values into the cache.
 norm: root mean square and layer norms, by themselves or with the sum that they are of.
+quantized_linear: what the next two have in common.
 grouped_linear: products with matrices of whole numbers of 2 to 8 bits.
 scaled_linear: products with matrices of e4m3 or int8, and with rows rounded to the same.
 split_sums: products whose columns are split among programs.

@@ -1,4 +1,4 @@
-"""What Triton's interpreter moves, for tests of kernels."""
+"""For tests of kernels: what Triton's interpreter moves, and matrices that come in pieces."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from pagoda_kernels.quantized_linear import QuantizedLinear
+
+_ROWS_AT_ONCE = 37
+"""In pieces that no tile begins with."""
 
 
 class Moves:
@@ -57,3 +62,19 @@ def watch_moves() -> Iterator[Moves]:
         yield moves
     finally:
         Builder.create_masked_load, Builder.create_masked_store = load, store
+
+
+def fill_linear(
+    linear: QuantizedLinear[Any],
+    matrix: Any,
+    bias: torch.Tensor | None,
+    device: torch.device,
+) -> None:
+    """Piece by piece; matrix: `Grouped` or `Scaled`."""
+    for first in range(0, len(matrix[0]), _ROWS_AT_ONCE):
+        piece = slice(first, first + _ROWS_AT_ONCE)
+        linear.fill(
+            first,
+            type(matrix)(*(None if part is None else part[piece].to(device) for part in matrix)),
+        )
+    linear.finish(None if bias is None else bias.to(device))

@@ -6,9 +6,11 @@ import torch
 from pagoda_kernels.gated_activation import gated_activation
 from pagoda_kernels.grouped_linear import GroupedShape, make_grouped_linear, triton_linear
 from pagoda_kernels.grouped_linear.packing import PLANES
-from pagoda_kernels.grouped_linear.reference import ReferenceGroupedLinear, dequantize
-from pagoda_kernels.grouped_linear.testing import fill_linear, random_matrix
+from pagoda_kernels.grouped_linear.reference import dequantize
+from pagoda_kernels.grouped_linear.testing import random_matrix
 from pagoda_kernels.grouped_linear.triton_linear import TritonGroupedLinear
+from pagoda_kernels.quantized_linear import ReferenceLinear
+from pagoda_kernels.testing import fill_linear
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 CPU = torch.device("cpu")
@@ -106,7 +108,7 @@ def test_a_matrix_takes_its_bits_and_little_more():
 def test_groups_that_no_product_takes_are_multiplied_by_the_reference():
     shape = GroupedShape(8, 48, 4, 24)
     linear = make_grouped_linear(shape, dtype=torch.float16, device=CPU)
-    assert isinstance(linear, ReferenceGroupedLinear)
+    assert isinstance(linear, ReferenceLinear)
 
 
 def test_a_scale_that_does_not_fit_is_named():

@@ -6,7 +6,8 @@ import torch
 from pagoda_kernels.gated_activation import gated_activation
 from pagoda_kernels.scaled_linear import Rounding, ScaledShape, make_scaled_linear
 from pagoda_kernels.scaled_linear.reference import dequantize
-from pagoda_kernels.scaled_linear.testing import fill_linear, random_matrix, round_rows
+from pagoda_kernels.scaled_linear.testing import random_matrix, round_rows
+from pagoda_kernels.testing import fill_linear
 
 CPU = torch.device("cpu")
 DTYPES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
@@ -19,8 +20,10 @@ def assert_product(shape, num_rows, rounding=Rounding.DYNAMIC, dtype=torch.float
     x = (torch.randn(num_rows, shape.inputs) * 2).to(dtype)
     bias = torch.randn(shape.outputs).to(dtype)
     input_scale = torch.tensor(0.04) if rounding is Rounding.STATIC else None
-    linear = make_scaled_linear(shape, rounding, dtype=dtype, device=CPU, **options)
-    fill_linear(linear, matrix, bias, input_scale, CPU)
+    linear = make_scaled_linear(
+        shape, rounding, dtype=dtype, device=CPU, input_scale=input_scale, **options
+    )
+    fill_linear(linear, matrix, bias, CPU)
     result = linear(x)
     assert result.dtype is dtype
     rows = round_rows(x, shape, rounding, input_scale)
@@ -57,7 +60,7 @@ def test_splits_add_up_to_the_whole(name, activation):
 def test_a_row_of_zeros_stays_one():
     shape = ScaledShape(40, 128, torch.int8, 128)
     linear = make_scaled_linear(shape, Rounding.DYNAMIC, dtype=torch.float32, device=CPU)
-    fill_linear(linear, random_matrix(shape), None, None, CPU)
+    fill_linear(linear, random_matrix(shape), None, CPU)
     assert torch.all(linear(torch.zeros(2, 128)) == 0)
 
 

@@ -9,15 +9,14 @@ from pagoda_kernels.gated_activation import gated_activation
 from pagoda_kernels.grouped_linear import GroupedShape, make_grouped_linear
 from pagoda_kernels.grouped_linear.packing import PLANES
 from pagoda_kernels.grouped_linear.reference import dequantize as dequantize_grouped
-from pagoda_kernels.grouped_linear.testing import fill_linear as fill_grouped
 from pagoda_kernels.grouped_linear.testing import random_matrix as random_grouped
 from pagoda_kernels.launch import LaunchRecorder
 from pagoda_kernels.scaled_linear import Rounding, ScaledShape, make_scaled_linear
 from pagoda_kernels.scaled_linear.reference import dequantize as dequantize_scaled
-from pagoda_kernels.scaled_linear.testing import fill_linear as fill_scaled
 from pagoda_kernels.scaled_linear.testing import random_matrix as random_scaled
 from pagoda_kernels.scaled_linear.testing import round_rows
 from pagoda_kernels.scaled_linear.triton_linear import TritonScaledLinear, has_torch_product
+from pagoda_kernels.testing import fill_linear
 
 CPU = torch.device("cpu")
 ROWS = [1, 8, 16, 17, 64, 100, 600]
@@ -35,7 +34,7 @@ def assert_grouped(shape, num_rows, device, dtype=torch.bfloat16, *, has_zeros=T
     linear = make_grouped_linear(
         shape, dtype=dtype, device=device, is_symmetric=not has_zeros, **options
     )
-    fill_grouped(linear, matrix, bias, device)
+    fill_linear(linear, matrix, bias, device)
     expected = x.float() @ dequantize_grouped(matrix, shape).T + bias.float()
     if activation := options.get("activation"):
         expected = gated_activation(expected, activation)
@@ -48,8 +47,14 @@ def assert_scaled(shape, num_rows, rounding, device):
     x = torch.randn(num_rows, shape.inputs).bfloat16()
     bias = torch.randn(shape.outputs).bfloat16()
     input_scale = torch.tensor(0.04) if rounding is Rounding.STATIC else None
-    linear = make_scaled_linear(shape, rounding, dtype=torch.bfloat16, device=device)
-    fill_scaled(linear, matrix, bias, input_scale, device)
+    linear = make_scaled_linear(
+        shape,
+        rounding,
+        dtype=torch.bfloat16,
+        device=device,
+        input_scale=None if input_scale is None else input_scale.to(device),
+    )
+    fill_linear(linear, matrix, bias, device)
     # A CPU does not round rows, nor does a GPU that has no products of e4m3.
     if not isinstance(linear, TritonScaledLinear):
         rounding = Rounding.NONE

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pagoda_kernels.launch import uses_triton
+from pagoda_kernels.quantized_linear import QuantizedLinear, ReferenceLinear
 
 
 class Grouped(NamedTuple):
@@ -31,32 +32,6 @@ class GroupedShape(NamedTuple):
     group_size: int
 
 
-class GroupedLinear(ABC):
-    """x @ weight.T + bias; with an activation, of a matrix that stacks gate and up,
-    activation(gate) * up.
-    """
-
-    are_rows_alike = False
-    """Whether a row's bits never depend on the other rows."""
-
-    @abstractmethod
-    def fill(self, first_output: int, rows: Grouped) -> None:
-        """Take over some rows of the matrix, from an output on; rows that never come are zeros."""
-
-    @abstractmethod
-    def finish(self, bias: Tensor | None) -> None:
-        """After all rows; bias: [outputs], or none."""
-
-    @abstractmethod
-    def __call__(self, x: Tensor) -> Tensor:
-        """[num_rows, outputs] in the dtype of x, [num_rows, inputs]."""
-
-    @property
-    @abstractmethod
-    def num_bytes(self) -> int:
-        """Of the matrix, as it is held."""
-
-
 def make_grouped_linear(
     shape: GroupedShape,
     *,
@@ -64,7 +39,7 @@ def make_grouped_linear(
     device: torch.device,
     activation: str | None = None,
     is_symmetric: bool = False,
-) -> GroupedLinear:
+) -> QuantizedLinear[Grouped]:
     """The fastest product that the device has. is_symmetric: no rows have zeros."""
     if uses_triton(device):
         from pagoda_kernels.grouped_linear.packing import choose_packing
@@ -80,9 +55,10 @@ def make_grouped_linear(
 
         if has_grouped_panels(shape, dtype):
             return PanelGroupedLinear(shape, activation, is_symmetric=is_symmetric)
-    from pagoda_kernels.grouped_linear.reference import ReferenceGroupedLinear
+    from pagoda_kernels.grouped_linear.reference import dequantize
 
-    return ReferenceGroupedLinear(shape, dtype, device, activation)
+    size = shape.outputs, shape.inputs
+    return ReferenceLinear(size, partial(dequantize, shape=shape), dtype, device, activation)
 
 
 def held_in(bits: int, *, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:

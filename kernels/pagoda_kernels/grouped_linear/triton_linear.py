@@ -9,10 +9,11 @@ import triton
 from torch import Tensor
 
 from pagoda_kernels.gated_activation import gated_activation
-from pagoda_kernels.grouped_linear import Grouped, GroupedLinear, GroupedShape
+from pagoda_kernels.grouped_linear import Grouped, GroupedShape
 from pagoda_kernels.grouped_linear.kernel import SCALE_UNIT, product_kernel, widen_kernel
 from pagoda_kernels.grouped_linear.packing import TILE, Packing, pack
 from pagoda_kernels.launch import launch
+from pagoda_kernels.quantized_linear import QuantizedLinear, require_rows
 from pagoda_kernels.split_sums import Tile, choose_grid, choose_tile, finish_sums, make_sums
 
 # A matrix is as high as whole tiles of every height.
@@ -36,7 +37,7 @@ _MOST_COLUMNS, _MOST_GROUPS = 128, 4
 _LARGE_STEP_TILES = (Tile(8, 64, 2, 2, programs=6),)
 
 
-class TritonGroupedLinear(GroupedLinear):
+class TritonGroupedLinear(QuantizedLinear[Grouped]):
     """Of a matrix in words. Scales are kept in fp16, in fp32 for a model in fp32; zeros likewise,
     and rounded to the model's dtype, which whole ones are not changed by.
     """
@@ -96,11 +97,7 @@ class TritonGroupedLinear(GroupedLinear):
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype is not self._dtype or x.shape[1] != self._shape.inputs:
-            raise ValueError(
-                f"x is {list(x.shape)} in {x.dtype}; the matrix has {self._shape.inputs} columns "
-                f"in {self._dtype}."
-            )
+        require_rows(x, self._shape.inputs, self._dtype)
         x = x.contiguous()
         return self._multiply_widened(x) if len(x) >= self._widen_from else self._multiply(x)
 

@@ -4,14 +4,15 @@ the same.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pagoda_kernels.launch import compute_capability, uses_triton
+from pagoda_kernels.quantized_linear import QuantizedLinear, ReferenceLinear
 
 GROUP_SIZE = 128
 """Of the columns that share a scale in checkpoints with blocks."""
@@ -50,32 +51,6 @@ class ScaledShape(NamedTuple):
     group_size: int
 
 
-class ScaledLinear(ABC):
-    """x @ weight.T + bias; with an activation, of a matrix that stacks gate and up,
-    activation(gate) * up.
-    """
-
-    are_rows_alike = False
-    """Whether a row's bits never depend on the other rows."""
-
-    @abstractmethod
-    def fill(self, first_output: int, rows: Scaled) -> None:
-        """Take over some rows of the matrix, from an output on; rows that never come are zeros."""
-
-    @abstractmethod
-    def finish(self, bias: Tensor | None, input_scale: Tensor | None = None) -> None:
-        """After all rows. bias: [outputs], or none; input_scale: [] fp32, for Rounding.STATIC."""
-
-    @abstractmethod
-    def __call__(self, x: Tensor) -> Tensor:
-        """[num_rows, outputs] in the dtype of x, [num_rows, inputs]."""
-
-    @property
-    @abstractmethod
-    def num_bytes(self) -> int:
-        """Of the matrix, as it is held."""
-
-
 def make_scaled_linear(
     shape: ScaledShape,
     rounding: Rounding,
@@ -83,11 +58,14 @@ def make_scaled_linear(
     dtype: torch.dtype,
     device: torch.device,
     activation: str | None = None,
-) -> ScaledLinear:
+    input_scale: Tensor | None = None,
+) -> QuantizedLinear[Scaled]:
     """The fastest product that the device has. On a GPU that does not multiply the matrix's dtype
     by itself, or where rounding is none, the matrix is widened, and rows are not rounded. On a CPU
     rows are rounded as `cpu.grouped_linear` does it if the matrix is int8, else not.
 
+    Args:
+        input_scale: [] fp32, for Rounding.STATIC.
     Raises: ValueError: groups of another size.
     """
     if shape.group_size not in (shape.inputs, GROUP_SIZE):
@@ -102,7 +80,7 @@ def make_scaled_linear(
         is_fast = shape.dtype is torch.int8 or compute_capability(device) >= (8, 9)
         if rounding is Rounding.NONE or not is_fast:
             return widened_on_gpu(shape, dtype, device, activation)
-        return TritonScaledLinear(shape, rounding, dtype, device, activation)
+        return TritonScaledLinear(shape, rounding, dtype, device, activation, input_scale)
     if device.type == "cpu":
         from pagoda_kernels.cpu.scaled_linear import PanelScaledLinear, has_scaled_panels
         from pagoda_kernels.scaled_linear.as_grouped import int8_as_grouped
@@ -111,6 +89,7 @@ def make_scaled_linear(
             return PanelScaledLinear(shape, activation)
         if shape.dtype is torch.int8 and shape.inputs % shape.group_size == 0:
             return int8_as_grouped(shape, dtype, device, activation)
-    from pagoda_kernels.scaled_linear.reference import ReferenceScaledLinear
+    from pagoda_kernels.scaled_linear.reference import dequantize
 
-    return ReferenceScaledLinear(shape, dtype, device, activation)
+    size = shape.outputs, shape.inputs
+    return ReferenceLinear(size, partial(dequantize, shape=shape), dtype, device, activation)

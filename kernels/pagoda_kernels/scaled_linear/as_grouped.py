@@ -5,19 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pagoda_kernels.grouped_linear import (
-    Grouped,
-    GroupedLinear,
-    GroupedShape,
-    make_grouped_linear,
-)
-from pagoda_kernels.scaled_linear import Scaled, ScaledLinear, ScaledShape
+from pagoda_kernels.grouped_linear import Grouped, GroupedShape, make_grouped_linear
+from pagoda_kernels.quantized_linear import QuantizedLinear
+from pagoda_kernels.scaled_linear import Scaled, ScaledShape
 
 
-class AsGroupedLinear(ScaledLinear):
+class AsGroupedLinear(QuantizedLinear[Scaled]):
     """Numbers of 8 bits are seen as whole ones, of which e4m3 has other meanings."""
 
-    def __init__(self, product: GroupedLinear, dtype: torch.dtype) -> None:
+    def __init__(self, product: QuantizedLinear[Grouped], dtype: torch.dtype) -> None:
         self._product, self._is_int8 = product, dtype is torch.int8
         self.are_rows_alike = product.are_rows_alike
 
@@ -28,7 +24,7 @@ class AsGroupedLinear(ScaledLinear):
             integers = integers ^ 0x80
         self._product.fill(first_output, Grouped(integers, rows.scales, None))
 
-    def finish(self, bias: Tensor | None, input_scale: Tensor | None = None) -> None:
+    def finish(self, bias: Tensor | None) -> None:
         self._product.finish(bias)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -45,7 +41,7 @@ def _grouped(shape: ScaledShape) -> GroupedShape:
 
 def int8_as_grouped(
     shape: ScaledShape, dtype: torch.dtype, device: torch.device, activation: str | None
-) -> ScaledLinear:
+) -> QuantizedLinear[Scaled]:
     """Of int8 with whole groups."""
     product = make_grouped_linear(
         _grouped(shape), dtype=dtype, device=device, activation=activation, is_symmetric=True
@@ -55,7 +51,7 @@ def int8_as_grouped(
 
 def widened_on_gpu(
     shape: ScaledShape, dtype: torch.dtype, device: torch.device, activation: str | None
-) -> ScaledLinear:
+) -> QuantizedLinear[Scaled]:
     """With rows in the model's dtype."""
     from pagoda_kernels.grouped_linear.packing import choose_packing
     from pagoda_kernels.grouped_linear.triton_linear import TritonGroupedLinear

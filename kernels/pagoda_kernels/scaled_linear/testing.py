@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from pagoda_kernels.kv_cache import LARGEST, quantize
-from pagoda_kernels.scaled_linear import Rounding, Scaled, ScaledLinear, ScaledShape
-
-_ROWS_AT_ONCE = 37
+from pagoda_kernels.scaled_linear import Rounding, Scaled, ScaledShape
 
 
 def random_matrix(shape: ScaledShape) -> Scaled:
@@ -16,20 +14,6 @@ def random_matrix(shape: ScaledShape) -> Scaled:
     numbers, _ = quantize(torch.randn(shape.outputs, shape.inputs), shape.dtype)
     num_groups = -(-shape.inputs // shape.group_size)
     return Scaled(numbers, torch.rand(shape.outputs, num_groups) * 0.02 + 0.001)
-
-
-def fill_linear(
-    linear: ScaledLinear,
-    matrix: Scaled,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    device: torch.device,
-) -> None:
-    """Piece by piece."""
-    for first in range(0, len(matrix.numbers), _ROWS_AT_ONCE):
-        piece = slice(first, first + _ROWS_AT_ONCE)
-        linear.fill(first, Scaled(*(part[piece].to(device) for part in matrix)))
-    linear.finish(*(None if part is None else part.to(device) for part in (bias, input_scale)))
 
 
 def round_rows(

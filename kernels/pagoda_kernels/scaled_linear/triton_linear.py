@@ -11,7 +11,8 @@ from pagoda_kernels.gated_activation import gated_activation
 from pagoda_kernels.kv_cache import FORMATS, LARGEST, LEAST
 from pagoda_kernels.launch import compute_capability, launch
 from pagoda_kernels.norm.kernel import num_warps
-from pagoda_kernels.scaled_linear import GROUP_SIZE, Rounding, Scaled, ScaledLinear, ScaledShape
+from pagoda_kernels.quantized_linear import QuantizedLinear, require_rows
+from pagoda_kernels.scaled_linear import GROUP_SIZE, Rounding, Scaled, ScaledShape
 from pagoda_kernels.scaled_linear.kernel import round_kernel, scaled_product_kernel
 from pagoda_kernels.split_sums import Tile, choose_grid, choose_tile, finish_sums, make_sums
 
@@ -31,7 +32,7 @@ _GROUPED_TILES = (
 _TILES = (*_GROUPED_TILES, Tile(128, 128, 4, 3, programs=0))
 
 
-class TritonScaledLinear(ScaledLinear):
+class TritonScaledLinear(QuantizedLinear[Scaled]):
     """Of a matrix as checkpoints have it."""
 
     def __init__(
@@ -41,15 +42,16 @@ class TritonScaledLinear(ScaledLinear):
         dtype: torch.dtype,
         device: torch.device,
         activation: str | None = None,
+        input_scale: Tensor | None = None,
     ) -> None:
-        self._shape, self._rounding = shape, rounding
+        assert (input_scale is not None) == (rounding is Rounding.STATIC)
+        self._shape, self._input_scale = shape, input_scale
         self._dtype, self._activation = dtype, activation
         self._numbers = torch.zeros(shape.outputs, shape.inputs, dtype=shape.dtype, device=device)
         self._num_groups = triton.cdiv(shape.inputs, shape.group_size)
         groups = self._num_groups, shape.outputs
         self._scales = torch.zeros(groups, dtype=torch.float32, device=device)
         self._bias: Tensor | None = None
-        self._input_scale: Tensor | None = None
         self._has_torch = (
             shape.dtype is torch.float8_e4m3fn
             and dtype is torch.bfloat16
@@ -62,16 +64,11 @@ class TritonScaledLinear(ScaledLinear):
         self._numbers.view(torch.uint8)[own] = rows.numbers.view(torch.uint8)
         self._scales[:, own] = rows.scales.T
 
-    def finish(self, bias: Tensor | None, input_scale: Tensor | None = None) -> None:
-        assert (input_scale is not None) == (self._rounding is Rounding.STATIC)
-        self._bias, self._input_scale = bias, input_scale
+    def finish(self, bias: Tensor | None) -> None:
+        self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype is not self._dtype or x.shape[1] != self._shape.inputs:
-            raise ValueError(
-                f"x is {list(x.shape)} in {x.dtype}; the matrix has {self._shape.inputs} columns "
-                f"in {self._dtype}."
-            )
+        require_rows(x, self._shape.inputs, self._dtype)
         num_rows = len(x)
         if not self._has_torch or num_rows < _TORCH_FROM_ROWS:
             return self._multiply(*self._round(x.contiguous()))

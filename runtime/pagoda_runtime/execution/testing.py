@@ -110,6 +110,23 @@ def generate(
     return [row[len(prompt) :] for row, prompt in zip(tokens, prompts, strict=True)]
 
 
+def generate_with_logits(
+    runner: ModelRunner, prompts: Sequence[Sequence[int]], num_tokens: int
+) -> tuple[list[list[int]], torch.Tensor]:
+    """What `generate` returns, and the logits that each token was the largest of,
+    [num_tokens, num_prompts, vocab_size] fp32.
+    """
+    find, seen = runner.model.logits, list[torch.Tensor]()
+
+    def note(hidden: torch.Tensor) -> torch.Tensor:
+        logits = find(hidden)
+        seen.append(logits.float().clone())
+        return logits
+
+    runner.model.logits = note  # type: ignore[method-assign]
+    return generate(runner, prompts, num_tokens), torch.stack(seen)
+
+
 def transformers_tokens(
     folder: Path, prompts: Sequence[Sequence[int]], num_tokens: int, *, longest: int = 0
 ) -> list[list[int]]:

@@ -109,29 +109,20 @@ def load_weights(
     bytes_total = sum(_file_bytes(path) for path in files)
     for path in files:
         for name, stored in read_tensors(path):
-            shape = tuple(stored.get_shape())
             name = name if name in shards else _other_name(name)
             shard = shards.get(name)
-            if shard is None and name.endswith(KV_SCALES):
-                num_scales += 1
-            elif shard is None:
-                if not name.endswith(tuple(unused)):
+            if shard is None:
+                num_scales += name.endswith(KV_SCALES)
+                if not name.endswith((*KV_SCALES, *unused)):
                     faults["unexpected"].append(name)
-            elif name in seen:
-                faults["twice"].append(name)
-            elif not shard.fits(shape):
-                shapes = f"{list(shape)} instead of {list(shard.shape)}"
-                faults["mis-shaped"].append(f"{name} ({shapes})")
+                continue
+            try:
+                piece = _load(name, shard, stored, is_known=name in seen)
+            except _FaultError as error:
+                faults[error.kind].append(str(error))
             else:
-                try:
-                    piece = shard.load(stored)
-                except WrongDtypeError as error:
-                    faults["of another dtype"].append(f"{name} ({error})")
-                    continue
-                finally:
-                    seen.add(name)
                 bytes_read += piece.nbytes
-                bytes_done += math.prod(shape) * piece.itemsize
+                bytes_done += math.prod(stored.get_shape()) * piece.itemsize
             seen.add(name)
             speed = bytes_read / max(time.monotonic() - started, 1e-9)
             on_progress("load", 100.0 * bytes_done / max(bytes_total, bytes_done), speed)
@@ -142,13 +133,36 @@ def load_weights(
     ]
     _raise_faults(folder, faults)
     if num_scales:
-        logger.info(
-            "%d scales of keys and values in the checkpoint (%s) are not used: where "
-            "--kv-cache-dtype asks for 8 bits, each head of a token has its own.",
-            num_scales,
-            ", ".join(KV_SCALES),
-        )
+        logger.info(_UNUSED_SCALES, num_scales, ", ".join(KV_SCALES))
     return bytes_read
+
+
+_UNUSED_SCALES = (
+    "%d scales of keys and values in the checkpoint (%s) are not used: where --kv-cache-dtype asks "
+    "for 8 bits, each head of a token has its own."
+)
+
+
+class _FaultError(Exception):
+    """A tensor that is not loaded; the text names it."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+def _load(name: str, shard: Shard, stored: StoredTensor, *, is_known: bool) -> torch.Tensor:
+    """This rank's share. Raises: _FaultError."""
+    if is_known:
+        raise _FaultError("twice", name)
+    shape = tuple(stored.get_shape())
+    if not shard.fits(shape):
+        expected = f"{list(shape)} instead of {list(shard.shape)}"
+        raise _FaultError("mis-shaped", f"{name} ({expected})")
+    try:
+        return shard.load(stored)
+    except WrongDtypeError as error:
+        raise _FaultError("of another dtype", f"{name} ({error})") from error
 
 
 def _other_name(name: str) -> str:

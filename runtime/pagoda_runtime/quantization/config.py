@@ -107,8 +107,7 @@ def _gptq(file: QuantizationFile) -> Quantization:
     for pattern in dynamic.values:
         is_left_out = pattern.startswith("-:")
         regex = dynamic.compile(pattern, re.sub(r"^[+-]:", "", pattern))
-        values = {**file.values, **dynamic.mapping(pattern)}
-        override = QuantizationFile(file, values, f"quantization_config.dynamic.{pattern}.")
+        override = dynamic.part(pattern, beside=file.values)
         rules.append(Rule(regex, None if is_left_out else _gptq_scheme(override, is_v2)))
     rules += _unquantized(file.names("modules_to_not_convert"))
     return Quantization("gptq", (*rules, *_gptq_modules(file, scheme)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from pagoda_runtime.config_file import ConfigFile
@@ -43,8 +44,10 @@ class QuantizationFile(ConfigFile):
         super().__init__(file.path, values)
         self._prefix = prefix
 
-    def part(self, key: str) -> QuantizationFile:
-        return QuantizationFile(self, self.mapping(key), f"{self._prefix}{key}.")
+    def part(self, key: str, beside: Mapping[str, Any] = MappingProxyType({})) -> QuantizationFile:
+        """beside: values that hold where the part has none of its own."""
+        values = {**beside, **self.mapping(key)}
+        return QuantizationFile(self, values, f"{self._prefix}{key}.")
 
     def invalid(self, key: str, value: object, expected: str) -> FatalError:
         return FatalError(

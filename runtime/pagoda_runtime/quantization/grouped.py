@@ -11,10 +11,10 @@ import torch
 from pagoda_kernels.gated_activation import gated_activation
 from pagoda_kernels.grouped_linear import (
     Grouped,
-    GroupedLinear,
     GroupedShape,
     make_grouped_linear,
 )
+from pagoda_kernels.quantized_linear import QuantizedLinear
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.quantization.order import Order, order_of_index, order_of_runs
 from pagoda_runtime.quantization.parameter import Layout, Parameter
@@ -82,7 +82,7 @@ class GroupedMethod(StoredMethod[S]):
         is_alone = len(runs) == 1 and len(runs[0][0][1]) == 1
         inner = self.activation if is_alone else None
         self._outer = None if is_alone else self.activation
-        self._products: list[list[tuple[Order, GroupedLinear]]] = []
+        self._products: list[list[tuple[Order, QuantizedLinear[Grouped]]]] = []
         first = 0
         while runs:
             run = runs.pop(0)
@@ -102,7 +102,7 @@ class GroupedMethod(StoredMethod[S]):
         num_outputs: int,
         bias: torch.Tensor | None,
         activation: str | None,
-    ) -> list[tuple[Order, GroupedLinear]]:
+    ) -> list[tuple[Order, QuantizedLinear[Grouped]]]:
         made = []
         for number, segment in enumerate(run[0][1]):
             product = make_grouped_linear(
@@ -157,7 +157,7 @@ def _go_together(some: Sequence[Segment], others: Sequence[Segment]) -> bool:
 
 
 def _fill(
-    products: Sequence[tuple[Order, GroupedLinear]],
+    products: Sequence[tuple[Order, QuantizedLinear[Grouped]]],
     first: int,
     matrix: Matrix,
     segments: Sequence[Segment],

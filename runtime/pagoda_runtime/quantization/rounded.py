@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
-from pagoda_kernels.grouped_linear import Grouped, GroupedLinear, GroupedShape, make_grouped_linear
+from pagoda_kernels.grouped_linear import Grouped, GroupedShape, make_grouped_linear
+from pagoda_kernels.quantized_linear import QuantizedLinear
 from pagoda_kernels.scaled_linear import (
     Rounding,
     Scaled,
-    ScaledLinear,
     ScaledShape,
     make_scaled_linear,
 )
@@ -27,12 +27,6 @@ _NUM_FITS = 2
 """The error of Gemma 3 270M's matrices is 7.05, 6.82 and 6.77 % after 1, 2 and 5."""
 _FP8 = torch.float8_e4m3fn
 _TINY = torch.finfo(torch.float32).tiny
-
-
-class _Shape(NamedTuple):
-    outputs: int
-    inputs: int
-    """Of which there are whole groups."""
 
 
 class RoundedMethod(LinearMethod):
@@ -52,7 +46,7 @@ class RoundedMethod(LinearMethod):
         outputs = sum(layout.held(Axis.OUTPUT, part, parallel) for part in layout.parts)
         inputs = layout.held(Axis.INPUT, layout.parts[0], parallel)
         self._missing = -inputs % INT4_GROUP_SIZE if self._name == "int4" else 0
-        self._made = self._make(_Shape(outputs, inputs + self._missing))
+        self._made = self._make(outputs, inputs + self._missing)
         weights: dict[str, Parameter] = {
             "weight": RoundedParameter(layout, parallel, self._fill),
         }
@@ -60,19 +54,20 @@ class RoundedMethod(LinearMethod):
             weights["bias"] = self.placement.parameter(layout, OUTPUT)
         return weights
 
-    def _make(self, shape: _Shape) -> GroupedLinear | ScaledLinear:
+    def _make(self, outputs: int, inputs: int) -> QuantizedLinear[Any]:
+        """inputs: of which there are whole groups."""
         dtype, device = self.placement.dtype, self.placement.device
         if self._name == "fp8":
             return make_scaled_linear(
-                ScaledShape(*shape, _FP8, shape.inputs),
+                ScaledShape(outputs, inputs, _FP8, inputs),
                 Rounding.DYNAMIC,
                 dtype=dtype,
                 device=device,
                 activation=self.activation,
             )
-        bits, group_size = (4, INT4_GROUP_SIZE) if self._name == "int4" else (8, shape.inputs)
+        bits, group_size = (4, INT4_GROUP_SIZE) if self._name == "int4" else (8, inputs)
         return make_grouped_linear(
-            GroupedShape(*shape, bits, group_size),
+            GroupedShape(outputs, inputs, bits, group_size),
             dtype=dtype,
             device=device,
             activation=self.activation,
@@ -83,12 +78,7 @@ class RoundedMethod(LinearMethod):
         for rows in pieces(*matrix.shape):
             numbers = matrix[rows].to(self.placement.device, torch.float32)
             numbers = pad(numbers, (0, self._missing))
-            if self._name == "fp8":
-                assert isinstance(self._made, ScaledLinear)
-                self._made.fill(first + rows.start, to_fp8(numbers))
-            else:
-                assert isinstance(self._made, GroupedLinear)
-                self._made.fill(first + rows.start, _TO_INTEGERS[self._name](numbers))
+            self._made.fill(first + rows.start, _ROUND[self._name](numbers))
 
     def after_loading(self, weights: Mapping[str, Parameter]) -> None:
         self._made.finish(weights["bias"].data if "bias" in weights else None)
@@ -153,10 +143,14 @@ def to_int4(matrix: torch.Tensor) -> Grouped:
     return Grouped(integers.to(torch.uint8).flatten(1), scales[..., 0], zeros[..., 0])
 
 
-_TO_INTEGERS = {"int8": to_int8, "int4": to_int4}
-
-
 def to_fp8(matrix: torch.Tensor) -> Scaled:
     """e4m3 times a scale for each row."""
     scales = (matrix.abs().amax(1, keepdim=True) / torch.finfo(_FP8).max).clamp(min=_TINY)
     return Scaled((matrix / scales).to(_FP8), scales)
+
+
+_ROUND: Mapping[str, Callable[[torch.Tensor], Grouped | Scaled]] = {
+    "fp8": to_fp8,
+    "int8": to_int8,
+    "int4": to_int4,
+}

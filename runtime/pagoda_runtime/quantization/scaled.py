@@ -56,18 +56,19 @@ class ScaledMethod(StoredMethod[ScaledNumbers]):
         size = self._scheme.block_size or len(inputs)
         lead = inputs.start % size if self._scheme.block_size else 0
         shape = ScaledShape(num_outputs, lead + len(inputs), NUMBERS[self._scheme.numbers], size)
+        input_scale = None
+        if self._scheme.activations == "static":
+            # The parts have one x: the largest scale leaves none of it out.
+            largest = max(_one_number(matrix, "input_scale") for matrix in matrices)
+            input_scale = torch.tensor(largest, device=self.placement.device)
         product = make_scaled_linear(
             shape,
             Rounding(self._scheme.activations),
             dtype=self.placement.dtype,
             device=self.placement.device,
             activation=self.activation,
+            input_scale=input_scale,
         )
-        input_scale = None
-        if self._scheme.activations == "static":
-            # The parts have one x: the largest scale leaves none of it out.
-            largest = max(_one_number(matrix, "input_scale") for matrix in matrices)
-            input_scale = torch.tensor(largest, device=self.placement.device)
         first = 0
         while matrices:
             matrix = matrices.pop(0)
@@ -76,7 +77,7 @@ class ScaledMethod(StoredMethod[ScaledNumbers]):
                 product.fill(first + rows.start, read(rows))
             first += len(matrix.outputs)
             del matrix, read
-        product.finish(weights["bias"].data if "bias" in weights else None, input_scale)
+        product.finish(weights["bias"].data if "bias" in weights else None)
         self._made, multiply = product, product.__call__
         if lead:
             multiply = lambda x: product(pad(x, (lead, 0)))  # noqa: E731

@@ -7,7 +7,8 @@ from pagoda_kernels.cpu.grouped_linear import PanelGroupedLinear, has_grouped_pa
 from pagoda_kernels.cpu.packed_linear import GATES
 from pagoda_kernels.gated_activation import gated_activation
 from pagoda_kernels.grouped_linear import Grouped, GroupedShape, make_grouped_linear
-from pagoda_kernels.grouped_linear.reference import ReferenceGroupedLinear, dequantize
+from pagoda_kernels.grouped_linear.reference import dequantize
+from pagoda_kernels.quantized_linear import ReferenceLinear
 
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
@@ -225,7 +226,7 @@ def test_a_matrix_in_groups_of_128_takes_little_more_than_its_bits(has_zeros):
 
 def test_the_device_and_the_dtype_choose_the_product():
     shape = GroupedShape(64, 64, 4, 32)
-    for dtype, kind in ((BF16, PanelGroupedLinear), (torch.float32, ReferenceGroupedLinear)):
+    for dtype, kind in ((BF16, PanelGroupedLinear), (torch.float32, ReferenceLinear)):
         linear = make_grouped_linear(shape, dtype=dtype, device=CPU, is_symmetric=True)
         assert type(linear) is kind
         rows, x = make_rows(shape), make_rounded(3, 64, 32).to(dtype)

@@ -7,10 +7,12 @@ from pagoda_kernels.cpu.packed_linear import GATES
 from pagoda_kernels.cpu.panels import describe_products
 from pagoda_kernels.cpu.scaled_linear import PanelScaledLinear, has_scaled_panels
 from pagoda_kernels.gated_activation import gated_activation
+from pagoda_kernels.quantized_linear import ReferenceLinear
 from pagoda_kernels.scaled_linear import Rounding, Scaled, ScaledShape, make_scaled_linear
 from pagoda_kernels.scaled_linear.as_grouped import AsGroupedLinear
-from pagoda_kernels.scaled_linear.reference import ReferenceScaledLinear, dequantize
-from pagoda_kernels.scaled_linear.testing import fill_linear, random_matrix
+from pagoda_kernels.scaled_linear.reference import dequantize
+from pagoda_kernels.scaled_linear.testing import random_matrix
+from pagoda_kernels.testing import fill_linear
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 CPU = torch.device("cpu")
@@ -28,7 +30,7 @@ def same_numbers():
 
 def make(shape, matrix, bias=None, activation=None):
     linear = PanelScaledLinear(shape, activation)
-    fill_linear(linear, matrix, bias, None, CPU)
+    fill_linear(linear, matrix, bias, CPU)
     return linear
 
 
@@ -106,18 +108,18 @@ def test_rows_that_do_not_fit_are_refused():
     ("shape", "dtype", "kind"),
     [
         (ScaledShape(32, 200, E4M3, 128), BF16, PanelScaledLinear),
-        (ScaledShape(32, 201, E4M3, 201), BF16, ReferenceScaledLinear),
-        (ScaledShape(32, 200, E4M3, 128), torch.float16, ReferenceScaledLinear),
+        (ScaledShape(32, 201, E4M3, 201), BF16, ReferenceLinear),
+        (ScaledShape(32, 200, E4M3, 128), torch.float16, ReferenceLinear),
         (ScaledShape(32, 256, torch.int8, 128), BF16, AsGroupedLinear),
         (ScaledShape(32, 200, torch.int8, 200), torch.float32, AsGroupedLinear),
-        (ScaledShape(32, 200, torch.int8, 128), BF16, ReferenceScaledLinear),
+        (ScaledShape(32, 200, torch.int8, 128), BF16, ReferenceLinear),
     ],
 )
 def test_what_a_cpu_has_no_panels_for_is_widened_when_it_is_loaded(shape, dtype, kind):
     linear = make_scaled_linear(shape, Rounding.DYNAMIC, dtype=dtype, device=CPU)
     assert type(linear) is kind
     matrix, x = random_matrix(shape), torch.randn(3, shape.inputs).to(dtype)
-    fill_linear(linear, matrix, None, None, CPU)
+    fill_linear(linear, matrix, None, CPU)
     exact = x.double() @ dequantize(matrix, shape).double().T
     assert torch.norm(linear(x).double() - exact) < 0.015 * torch.norm(exact)
 

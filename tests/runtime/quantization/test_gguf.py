@@ -17,7 +17,7 @@ from pagoda_runtime.convert import convert
 from pagoda_runtime.convert.testing import tensors_of, write_gguf
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.runner import ModelRunner, no_progress
-from pagoda_runtime.execution.testing import generate
+from pagoda_runtime.execution.testing import generate_with_logits
 from pagoda_runtime.models.source import resolve_model
 from pagoda_runtime.parallel import TensorParallel
 from pagoda_runtime.quantization.base import Placement
@@ -75,18 +75,6 @@ def make_runner(folder, **flags):
     return ModelRunner(EngineConfig(model=str(folder), **values), no_progress, TensorParallel())
 
 
-def logits_of(runner):
-    find, seen = runner.model.logits, []
-
-    def note(hidden):
-        seen.append(find(hidden).float())
-        return seen[-1]
-
-    runner.model.logits = note
-    tokens = generate(runner, PROMPTS, 3)
-    return tokens, torch.cat(seen)
-
-
 KINDS = {"Q4_K_M": q4_k_m, **{kind: lambda name, kind=kind: kind for kind in GGUF_TYPES}}
 
 
@@ -101,7 +89,10 @@ def test_a_file_is_served_with_the_numbers_of_its_blocks(tmp_path, kind, is_tied
             exact[name] = torch.from_numpy(tensor).bfloat16().float().numpy()
     oracle = write_gguf(tmp_path / "b.gguf", "llama", extra=exact, size=SIZE)
     convert(oracle, tmp_path / "oracle", dtype="float32")
-    expected, found = map(logits_of, map(make_runner, (tmp_path / "oracle", source)))
+    expected, found = (
+        generate_with_logits(make_runner(folder), PROMPTS, 3)
+        for folder in (tmp_path / "oracle", source)
+    )
     assert found[0] == expected[0]
     torch.testing.assert_close(found[1], expected[1], atol=2e-3, rtol=1e-3)
 

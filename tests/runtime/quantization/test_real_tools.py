@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.runner import ModelRunner, no_progress
-from pagoda_runtime.execution.testing import generate
+from pagoda_runtime.execution.testing import generate_with_logits
 from pagoda_runtime.parallel import TensorParallel
 
 FOLDER = Path(__file__).parents[2] / "data" / "quantized"
@@ -30,14 +30,7 @@ def test_the_logits_are_those_of_the_weights_that_the_tool_itself_makes(kind):
         model=str(FOLDER / kind), dtype="float32", num_threads=1, kv_cache_memory_bytes=1 << 22
     )
     runner = ModelRunner(config, no_progress, TensorParallel())
-    find, seen = runner.model.logits, []
-
-    def note(hidden):
-        seen.append(find(hidden).clone())
-        return seen[-1]
-
-    runner.model.logits = note
-    tokens = generate(runner, PROMPTS, len(expected))
+    tokens, logits = generate_with_logits(runner, PROMPTS, len(expected))
     assert tokens == expected.argmax(-1).T.tolist()
     # Tools dequantize in 16 bits.
-    torch.testing.assert_close(torch.stack(seen), expected, atol=2e-2, rtol=2e-3)
+    torch.testing.assert_close(logits, expected, atol=2e-2, rtol=2e-3)

@@ -17,7 +17,8 @@ from pagoda_kernels.cpu.packed_linear import GATES
 from pagoda_kernels.cpu.packed_linear.kernel import NO_GATE
 from pagoda_kernels.cpu.packing import columns_of
 from pagoda_kernels.cpu.panels import BYTES_PER_STEP, GROUP_SIZE, INT8, has_panels
-from pagoda_kernels.grouped_linear import Grouped, GroupedLinear, GroupedShape
+from pagoda_kernels.grouped_linear import Grouped, GroupedShape
+from pagoda_kernels.quantized_linear import QuantizedLinear, require_rows
 
 BLOCK_SIZE = 128
 """Inputs whose products are added up as whole numbers, at most."""
@@ -38,8 +39,8 @@ def held_bits(bits: int) -> int:
     return 4 if bits <= 4 else 8
 
 
-class PanelGroupedLinear(GroupedLinear):
-    """See `GroupedLinear`; x and the result are bf16.
+class PanelGroupedLinear(QuantizedLinear[Grouped]):
+    """See `QuantizedLinear`; x and the result are bf16.
 
     Args:
         shape: for which `has_grouped_panels`; outputs are those of gate and up together.
@@ -126,12 +127,8 @@ class PanelGroupedLinear(GroupedLinear):
             self._bias[columns] = bias.float()
 
     def __call__(self, x: Tensor) -> Tensor:
-        num_rows, inputs = x.shape
-        if x.dtype is not torch.bfloat16 or inputs != self._shape.inputs:
-            raise ValueError(
-                f"x is {list(x.shape)} in {x.dtype}; the matrix has {self._shape.inputs} columns "
-                "and takes bf16."
-            )
+        require_rows(x, self._shape.inputs, torch.bfloat16)
+        num_rows = len(x)
         x = x.contiguous()
         is_rounded = num_rows * torch.get_num_threads() > kernel.FEW_ROWS
         if is_rounded:

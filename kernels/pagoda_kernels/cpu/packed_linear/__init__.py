@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 from pagoda_kernels.cpu.packed_linear import kernel
 from pagoda_kernels.cpu.packing import pack
 from pagoda_kernels.cpu.panels import BF16, BYTES_PER_STEP, GROUP_SIZE, has_panels
+from pagoda_kernels.quantized_linear import require_rows
 
 GATES = {"silu": kernel.SILU, "gelu": kernel.GELU, "gelu_pytorch_tanh": kernel.GELU_TANH}
 """The activations that a gate can have."""
@@ -55,12 +56,8 @@ class PackedLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_rows, outputs] bf16 of x, [num_rows, in_features] bf16."""
+        require_rows(x, self._in_features, torch.bfloat16)
         num_rows, in_features = x.shape
-        if x.dtype is not torch.bfloat16 or in_features != self._in_features:
-            raise ValueError(
-                f"x is {list(x.shape)} in {x.dtype}; the matrix has {self._in_features} columns in "
-                "bf16."
-            )
         x = x.contiguous()
         out = torch.empty(num_rows, self.out_features, dtype=torch.bfloat16)
         kernel.multiply(

@@ -14,7 +14,8 @@ from pagoda_kernels.cpu.packed_linear.kernel import NO_GATE
 from pagoda_kernels.cpu.packing import columns_of
 from pagoda_kernels.cpu.panels import E4M3, GROUP_SIZE, PANEL_SIZE, has_panels
 from pagoda_kernels.cpu.scaled_linear import kernel
-from pagoda_kernels.scaled_linear import Scaled, ScaledLinear, ScaledShape
+from pagoda_kernels.quantized_linear import QuantizedLinear, require_rows
+from pagoda_kernels.scaled_linear import Scaled, ScaledShape
 
 # How `panels` takes apart 64 bytes of a step: 4 times 4 columns of each panel.
 _PLACES, _RUNS = 4, PANEL_SIZE // 4
@@ -27,8 +28,8 @@ def has_scaled_panels(shape: ScaledShape, dtype: torch.dtype) -> bool:
     return is_e4m3 and is_even and dtype is torch.bfloat16 and has_panels(E4M3)
 
 
-class PanelScaledLinear(ScaledLinear):
-    """See `ScaledLinear`; x and the result are bf16.
+class PanelScaledLinear(QuantizedLinear[Scaled]):
+    """See `QuantizedLinear`; x and the result are bf16.
 
     Args:
         shape: for which `has_scaled_panels`; outputs are those of gate and up together.
@@ -57,18 +58,14 @@ class PanelScaledLinear(ScaledLinear):
         places = pairs, slice(None), columns // _PLACES, panels, columns % _PLACES
         self._panels[places] = rows.numbers.contiguous().view(torch.int16)
 
-    def finish(self, bias: Tensor | None, input_scale: Tensor | None = None) -> None:
+    def finish(self, bias: Tensor | None) -> None:
         if bias is not None:
             columns = columns_of(0, len(bias), self.out_features, self._num_parts)
             self._bias[columns] = bias.float()
 
     def __call__(self, x: Tensor) -> Tensor:
+        require_rows(x, self._shape.inputs, torch.bfloat16)
         num_rows, inputs = x.shape
-        if x.dtype is not torch.bfloat16 or inputs != self._shape.inputs:
-            raise ValueError(
-                f"x is {list(x.shape)} in {x.dtype}; the matrix has {self._shape.inputs} columns "
-                "and takes bf16."
-            )
         out = torch.empty(num_rows, self.out_features, dtype=torch.bfloat16)
         kernel.multiply(
             self._panels,
