@@ -3,7 +3,8 @@
     python benchmarks/loading_memory.py --out FILE [--gb 2]
 
 Checkpoints of equal layers with random numbers, of every kind but GGUF; each is loaded by a
-process of its own, which reads how much anonymous memory it has every few milliseconds.
+process of its own, which reads how much anonymous memory it has every few milliseconds. The
+process has loaded one of a single layer before, so that modules and compiled loops are not counted.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.loading import load_model
+from pagoda_runtime.models.model import Model
 from pagoda_runtime.parallel import TensorParallel
 from pagoda_runtime.platforms import choose_platform
 
@@ -141,6 +143,7 @@ FLAGS = {"plain": (None, "int8", "int4", "fp8")}
 def write_checkpoint(folder: Path, kind: str, size_bytes: float) -> tuple[int, int]:
     """Return the bytes of the file, and of its largest tensor in a layer."""
     make, quantization = FORMATS[kind]
+    folder.mkdir()
     tensors = {
         "model.embed_tokens.weight": torch.randn(CONFIG["vocab_size"], HIDDEN).bfloat16(),
         "model.norm.weight": torch.ones(HIDDEN).bfloat16(),
@@ -150,7 +153,7 @@ def write_checkpoint(folder: Path, kind: str, size_bytes: float) -> tuple[int, i
     tensors |= {f"lm_head.{part}": tensor for part, tensor in head.items()}
     matrices = {name: make(*shape) for name, shape in SHAPES.items()}
     layer_bytes = sum(tensor.nbytes for parts in matrices.values() for tensor in parts.values())
-    num_layers = round(size_bytes / layer_bytes)
+    num_layers = max(1, round(size_bytes / layer_bytes))
     for layer in range(num_layers):
         prefix = f"model.layers.{layer}."
         for name in ("input_layernorm", "post_attention_layernorm"):
@@ -193,11 +196,16 @@ def watched_memory() -> Iterator[dict[str, int]]:
 
 def load(folder: Path, flag: str | None) -> dict[str, float]:
     """In this process."""
-    config = EngineConfig(model=str(folder), device="cpu", quantization=flag, num_threads=2)
+
+    def load_from(name: str) -> Model:
+        path = str(folder / name)
+        config = EngineConfig(model=path, device="cpu", quantization=flag, num_threads=2)
+        return load_model(config, choose_platform("cpu"), TensorParallel(), lambda *_: None)
+
+    load_from("one_layer")
     started = time.perf_counter()
     with watched_memory() as found:
-        # Kept until memory has been read.
-        model = load_model(config, choose_platform("cpu"), TensorParallel(), lambda *_: None)
+        model = load_from("whole")  # Kept until memory has been read.
     seconds = time.perf_counter() - started
     table_bytes = 2 * CONFIG["vocab_size"] * HIDDEN
     return {**found, "weights": model.step_bytes + table_bytes, "seconds": seconds}
@@ -206,7 +214,8 @@ def load(folder: Path, flag: str | None) -> dict[str, float]:
 def measure(kind: str, size_bytes: float) -> list[Result]:
     results = []
     with tempfile.TemporaryDirectory() as scratch:
-        file_bytes, largest = write_checkpoint(Path(scratch), kind, size_bytes)
+        write_checkpoint(Path(scratch) / "one_layer", kind, 0)
+        file_bytes, largest = write_checkpoint(Path(scratch) / "whole", kind, size_bytes)
         for flag in FLAGS.get(kind, (None,)):
             command = [
                 sys.executable,
@@ -215,9 +224,7 @@ def measure(kind: str, size_bytes: float) -> list[Result]:
                 scratch,
                 *(["--flag", flag] if flag else []),
             ]
-            # The first loading compiles loops, which the next ones find.
-            for _ in range(2):
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
             name = kind if flag is None else f"online_{flag}"
             details = {"file_mib": file_bytes / MIB, "seconds": found["seconds"]}

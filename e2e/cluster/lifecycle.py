@@ -79,7 +79,7 @@ def _start_all(settings: Settings) -> None:
         _kubectl_apply(settings, manifests.system_objects())
         start(settings, components.coredns(settings))
         start(settings, components.kube_proxy(settings))
-        _wait(settings, "containerd", lambda: settings.containerd_socket.exists())
+        _wait(settings, "containerd", lambda: store.answers(settings, inside))
         start(settings, components.kubelet(settings), inside)
         _wait(settings, "kubelet", lambda: _node_is_ready(settings))
     with phase("name service"):

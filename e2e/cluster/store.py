@@ -43,7 +43,7 @@ def forget_containers(settings: Settings) -> None:
     inside = node.start_node(settings)
     try:
         start(settings, components.containerd(settings, with_pods=False), inside)
-        _wait_for_socket(settings.containerd_socket)
+        _wait_for_store(settings, inside)
         names = _ctr(settings, inside, "containers", "list", "--quiet").split()
         if names:
             _ctr(settings, inside, "containers", "delete", *names)
@@ -87,9 +87,17 @@ def prune_registry(settings: Settings, repository: str) -> None:
         output_of("docker-registry", "garbage-collect", "--delete-untagged", config)
 
 
-def _wait_for_socket(path: Path) -> None:
+def answers(settings: Settings, inside: ProcessId) -> bool:
+    """Whether containerd does; its socket is there before it does, and refuses what comes early."""
+    try:
+        return settings.containerd_socket.exists() and bool(_ctr(settings, inside, "version"))
+    except ClusterError:
+        return False
+
+
+def _wait_for_store(settings: Settings, inside: ProcessId) -> None:
     deadline = time.monotonic() + 30
-    while not path.exists():
+    while not answers(settings, inside):
         if time.monotonic() > deadline:
             raise ClusterError("containerd's store did not open within 30 s; another is using it.")
         time.sleep(0.05)

@@ -48,6 +48,9 @@ def load_model(
     method = get_linear_method(model_config.quantization)
     notes: set[str] = set()
     placement = Placement(dtype, device, method, parallel, config.deterministic, note=notes.add)
+    # By one rank, as several that measure at once slow each other down; before there are weights,
+    # beside which its buffer would be the peak of memory.
+    bandwidth_gbps = platform.memory_bandwidth_gbps() if parallel.rank == 0 else None
     on_progress("load", 0.0, 0.0)
     remedy = "Use a smaller model or a larger device."
     with (
@@ -74,19 +77,13 @@ def load_model(
     if copies := model.vocabulary_copies:
         forms = ", ".join(f"{form}: {format_bytes(size)}" for form, size in copies.items())
         logger.info("The tied vocabulary is held as a table, and %s", forms)
-    if parallel.rank == 0:
-        # By one rank: several that measure at once slow each other down.
-        _log_prediction(model.step_bytes, platform)
-    return model
-
-
-def _log_prediction(weight_bytes: int, platform: Platform) -> None:
-    if (bandwidth_gbps := platform.memory_bandwidth_gbps()) is not None:
+    if bandwidth_gbps is not None:
         logger.info(
             "Memory is read at %.1f GB/s, so one request gets about %.0f tokens/s at most",
             bandwidth_gbps,
-            predicted_tokens_per_second(weight_bytes, bandwidth_gbps),
+            predicted_tokens_per_second(model.step_bytes, bandwidth_gbps),
         )
+    return model
 
 
 def choose_dtype(flag: str, model_config: ModelConfig, device: torch.device) -> torch.dtype:
