@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from pagoda_runtime import batch, bench, convert
+from pagoda_runtime import batch, bench, chat, convert
 from pagoda_runtime.errors import FatalError, exit_status
 from pagoda_runtime.flags import FlagParser
 from pagoda_runtime.last_words import write_last_words
@@ -22,6 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = "serve a model through an OpenAI-compatible API"
     server_flags.add_arguments(commands.add_parser("serve", help=serve, description=serve))
+    talk = "talk with an OpenAI-compatible server"
+    chat.add_arguments(commands.add_parser("chat", help=talk, description=talk))
     folder = "make a folder in Hugging Face layout from a GGUF file"
     convert.add_arguments(commands.add_parser("convert", help=folder, description=folder))
     lines = "answer a file of requests in OpenAI's batch format"
@@ -36,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         if args.command != "serve":
-            runs = {"bench": bench.run, "convert": convert.run, "run-batch": batch.run}
+            runs = {
+                "bench": bench.run,
+                "chat": chat.run,
+                "convert": convert.run,
+                "run-batch": batch.run,
+            }
             return runs[args.command](args)
         config = server_flags.to_server_config(args)
         verify_start(config.engine)

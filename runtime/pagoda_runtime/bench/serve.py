@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import random
 import time
 from dataclasses import dataclass
@@ -22,18 +20,15 @@ from pagoda_runtime.bench.endpoint import (
     Endpoint,
     encode_body,
     measure,
-    show_error,
 )
 from pagoda_runtime.bench.flags import add_number, positive_number, temperature
-from pagoda_runtime.bench.http1 import Answer, NoAnswer, parse_base_url
 from pagoda_runtime.bench.load import make_arrivals, run_load
+from pagoda_runtime.bench.server import add_server_flags, find_model, make_client
 from pagoda_runtime.bench.summary import format_summary, summarize, write_json
 from pagoda_runtime.bench.workloads import add_workload_flags, make_requests
 from pagoda_runtime.bench.workloads.base import BenchRequest
 from pagoda_runtime.errors import RequestError
-from pagoda_runtime.flags import integer, positive_seconds, text_value
-from pagoda_runtime.keys import VARIABLE as KEYS_VARIABLE
-from pagoda_runtime.keys import environment_keys
+from pagoda_runtime.flags import integer, positive_seconds
 from pagoda_runtime.sampling_params import MAX_SEED
 
 # Every vocabulary in use is larger.
@@ -59,29 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
-    group.add_argument(
-        "--base-url",
-        type=text_value,
-        default="http://127.0.0.1:8000",
-        metavar="URL",
-        help="address of the server (%(default)s)",
-    )
+    add_server_flags(group)
     group.add_argument(
         "--endpoint",
         type=endpoint,
         default=ENDPOINTS["completions"],
         metavar="{completions,chat}",
         help="which of the two streaming APIs is called (completions)",
-    )
-    group.add_argument(
-        "--model", type=text_value, help="name in the requests (the first that the server lists)"
-    )
-    group.add_argument(
-        "--api-key",
-        type=text_value,
-        default=next(iter(environment_keys(os.environ)), None),
-        metavar="KEY",
-        help=f"sent as bearer token (the first of {KEYS_VARIABLE})",
     )
     add_number(
         group,
@@ -171,10 +150,9 @@ def plan_run(args: argparse.Namespace) -> Run:
 
 def run(args: argparse.Namespace) -> int:
     """Run as the flags say; 0 if every request was completed, else 1. Raises PagodaError."""
-    address = parse_base_url(args.base_url)
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    client = make_client(args)
     planned = plan_run(args)
-    result = uvloop.run(_run_against(args, planned, HttpClient(address, headers)))
+    result = uvloop.run(_run_against(args, planned, client))
     print(format_summary(result))
     if args.output_json is not None:
         write_json(args.output_json, result)
@@ -185,7 +163,7 @@ async def _run_against(
     args: argparse.Namespace, planned: Run, client: HttpClient
 ) -> dict[str, Any]:
     try:
-        model = await _find_model(client, args)
+        model = await find_model(client, args)
         options = BodyOptions(
             model=model,
             temperature=args.temperature,
@@ -213,41 +191,6 @@ async def _run_against(
         **summarize(records, num_unsent=len(bodies) - len(records)),
         "client_cpu_share": cpu_share,
     }
-
-
-async def _find_model(client: HttpClient, args: argparse.Namespace) -> str:
-    """The model's name, after the server has shown that it is there. Raises RequestError."""
-    try:
-        async with client.request("GET", "/v1/models") as answer:
-            body = await answer.read_all()
-    except NoAnswer as error:
-        raise RequestError(
-            f"--base-url {args.base_url}: {error}. Start the server, or correct --base-url."
-        ) from error
-    if answer.status in (401, 403):
-        raise RequestError(
-            f"{args.base_url} answers {answer.status}: {show_error(body)} Give --api-key a key "
-            "that the server knows."
-        )
-    if answer.status == 503:
-        raise RequestError(
-            f"{args.base_url} answers 503: {show_error(body)} Try again when it is ready."
-        )
-    if args.model is not None:
-        return str(args.model)
-    return _first_model(answer, body, args.base_url)
-
-
-def _first_model(answer: Answer, body: bytes, base_url: str) -> str:
-    try:
-        if answer.status != 200:
-            raise KeyError
-        return str(json.loads(body)["data"][0]["id"])
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise RequestError(
-            f"{base_url}/v1/models answers {answer.status} and lists no model: {show_error(body)} "
-            "Give --model, or correct --base-url."
-        ) from None
 
 
 async def _warm_up(client: HttpClient, path: str, body: bytes, timeout_seconds: float) -> None:
