@@ -74,6 +74,17 @@ class ServerConfig:
     engine: EngineConfig
     host: str = "0.0.0.0"
     port: int = 8000
+    uds: str | None = None
+    """Path of a Unix socket to listen on in place of host and port."""
+    root_path: str = ""
+    """The path under which a proxy shows this server, as /llm; without a slash at its end."""
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    """None: the key is in ssl_certfile."""
+    ssl_ca_certs: str | None = None
+    """Whose certificates clients may show."""
+    ssl_cert_reqs: int = 0
+    """Whether clients have to show one, as Python's ssl.CERT_* count: 0 no, 1 they may, 2 yes."""
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None
     """None: there is no admin port."""
@@ -98,3 +109,7 @@ class ServerConfig:
     """Whether such a page may send cookies and certificates."""
     allowed_methods: tuple[str, ...] = ("*",)
     allowed_headers: tuple[str, ...] = ("*",)
+    playground: bool = True
+    """Whether / is a page to chat on."""
+    otlp_traces_endpoint: str | None = None
+    """URL of an OpenTelemetry collector, as http://localhost:4318/v1/traces."""

@@ -7,7 +7,7 @@ series exists at 0 from the start. What the engine counts itself is read when so
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -215,6 +215,8 @@ class RequestClock:
     """time.monotonic()"""
     num_prompt_tokens: int
     max_tokens: int
+    on_finish: Callable[[str, Mapping[str, float]], None] | None = None
+    """Told the reason and the times at the end."""
     num_tokens: int = 0
     _queue_seconds: float = 0.0
     _first: float = 0.0
@@ -252,17 +254,25 @@ class RequestClock:
         observe("request_prompt_tokens", self.num_prompt_tokens)
         observe("request_generation_tokens", self.num_tokens)
         observe("request_params_max_tokens", self.max_tokens)
-        if not self._last_of_choice:
-            return
+        times = self._measure() if self._last_of_choice else {}
+        for name, seconds in times.items():
+            observe(name, seconds)
+        if self.on_finish is not None:
+            if times:
+                times["time_to_first_token_seconds"] = self._first - self.arrival
+            self.on_finish(reason, times)
+
+    def _measure(self) -> dict[str, float]:
         e2e, decode = self._last - self.arrival, self._last - self._first
-        observe("e2e_request_latency_seconds", e2e)
-        observe("request_decode_time_seconds", decode)
-        observe("request_queue_time_seconds", self._queue_seconds)
-        observe("request_inference_time_seconds", max(0.0, e2e - self._queue_seconds))
-        observe("request_prefill_time_seconds", max(0.0, e2e - decode - self._queue_seconds))
+        times = {
+            "e2e_request_latency_seconds": e2e,
+            "request_decode_time_seconds": decode,
+            "request_queue_time_seconds": self._queue_seconds,
+            "request_inference_time_seconds": max(0.0, e2e - self._queue_seconds),
+            "request_prefill_time_seconds": max(0.0, e2e - decode - self._queue_seconds),
+        }
         num_choices = len(self._last_of_choice)
         if self.num_tokens > num_choices:
-            observe(
-                "request_time_per_output_token_seconds",
-                decode * num_choices / (self.num_tokens - num_choices),
-            )
+            per_token = decode * num_choices / (self.num_tokens - num_choices)
+            times["request_time_per_output_token_seconds"] = per_token
+        return times

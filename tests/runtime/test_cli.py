@@ -51,6 +51,12 @@ def test_every_flag_reaches_its_field():
         "collective_timeout_seconds": 9.0,
         "host": "127.0.0.1",
         "port": 9000,
+        "root_path": "/llm",
+        "ssl_certfile": "cert.pem",
+        "ssl_keyfile": "key.pem",
+        "ssl_ca_certs": "ca.pem",
+        "ssl_cert_reqs": 1,
+        "otlp_traces_endpoint": "http://collector:4318/v1/traces",
         "admin_host": "127.0.0.2",
         "admin_port": 9001,
         "chat_template": "template.jinja",
@@ -72,6 +78,7 @@ def test_every_flag_reaches_its_field():
         "--api-key",
         "k",
         "--disable-access-log",
+        "--no-playground",
         "--allowed-origins",
         "https://a.example",
         '["http://b.example:8080"]',
@@ -98,6 +105,8 @@ def test_every_flag_reaches_its_field():
         "served_model_name": ("a", "b"),
         "api_key": ("k",),
         "disable_access_log": True,
+        "playground": False,
+        "uds": None,
         "allowed_origins": ("https://a.example", "http://b.example:8080"),
         "allow_credentials": True,
         "allowed_methods": ("GET", "POST"),
@@ -142,7 +151,7 @@ def test_a_wrong_command_line_ends_with_2_and_last_words(monkeypatch, tmp_path, 
     assert capsys.readouterr().err.count("--port") == 1
 
 
-@pytest.mark.parametrize("command", ["serve", "convert", "run-batch", "bench serve"])
+@pytest.mark.parametrize("command", ["serve", "chat", "convert", "run-batch", "bench serve"])
 def test_an_unknown_flag_points_at_the_help_of_its_own_command(command, capsys):
     required = {"convert": ["a", "b"], "run-batch": ["-i", "a", "-o", "b"]}.get(command, [])
     assert main([*command.split(), *required, "--unknown"]) == 2

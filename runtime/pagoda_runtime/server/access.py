@@ -9,11 +9,12 @@ import uuid
 from collections.abc import Collection
 
 import msgspec
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagoda_runtime.logs import request_id
 from pagoda_runtime.server.state import ServerState
+from pagoda_runtime.server.tracing import TRACE_HEADERS, trace_headers
 
 logger = logging.getLogger("pagoda.access")
 
@@ -62,6 +63,9 @@ class Access:
         # It stays set, for what the server logs of an exception that leaves here; each request is
         # answered in a task, and so in a context, of its own.
         request_id.set(name)
+        if self.state.tracer is not None:
+            headers = Headers(scope=scope)
+            trace_headers.set({key: headers[key] for key in TRACE_HEADERS if key in headers})
         try:
             await self.app(scope, receive, send_with_id)
         finally:

@@ -231,3 +231,18 @@ class Version(Struct, frozen=True):
     """Of Pagoda."""
 
     version: str
+
+
+class Tokenized(Struct, frozen=True):
+    """Tokens of a prompt; token_strs, as the vocabulary writes them, if they were asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(Struct, frozen=True):
+    """The text of tokens."""
+
+    prompt: str

@@ -6,7 +6,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from pagoda_runtime.config import ServerConfig
-from pagoda_runtime.server import health, openai, openapi
+from pagoda_runtime.server import health, openai, openapi, playground, tokens
 from pagoda_runtime.server.access import LOAD_HEADER, REQUEST_ID_HEADER, Access
 from pagoda_runtime.server.errors import make_app
 from pagoda_runtime.server.framing import ReadHead
@@ -20,12 +20,14 @@ def create_app(state: ServerState) -> ASGIApp:
     routes = [
         *health.make_routes(state),
         *openai.make_routes(state),
-        *openapi.make_routes(are_keys_asked=state.keys.are_asked),
+        *tokens.make_routes(state),
+        *openapi.make_routes(are_keys_asked=state.keys.are_asked, root_path=state.config.root_path),
+        *(playground.make_routes() if state.config.playground else ()),
     ]
     app = make_app(routes)
     paths = [route.split(" ")[1] for route in ROUTES]
     inner = _allow_origins(Authenticate(LimitBody(app, state), state.keys), state.config)
-    return Access(ReadHead(inner, paths), state, paths)
+    return Access(ReadHead(inner, paths, state.config.root_path), state, paths)
 
 
 def _allow_origins(app: ASGIApp, config: ServerConfig) -> ASGIApp:

@@ -1,4 +1,4 @@
-"""The body of a request: how much of it is read, and how many objects it may become.
+"""The body of a request: how much of it is read, how many objects it may become, and which.
 
 Parsing holds Python's lock, in a thread too: while a body becomes objects, no stream gets a token.
 So its shape is measured first, by searches that cost a nanosecond for a byte.
@@ -6,7 +6,19 @@ So its shape is measured first, by searches that cost a nanosecond for a byte.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
 from pagoda_runtime.errors import RequestError
+from pagoda_runtime.server.errors import describe_validation
+
+if TYPE_CHECKING:
+    from pagoda_runtime.server.state import ServerState
+
+B = TypeVar("B", bound=BaseModel)
 
 # The context as text: 64 bytes for a token are room for JSON's escapes and for several prompts.
 BODY_BYTES_PER_TOKEN = 64
@@ -22,6 +34,25 @@ LEAST_MAX_VALUES = 262_144
 
 def default_max_body_bytes(max_model_len: int) -> int:
     return LEAST_MAX_BODY_BYTES + BODY_BYTES_PER_TOKEN * max_model_len
+
+
+async def receive_body(request: Request) -> bytes:
+    """All of it, kept by nobody else. Raises starlette's ClientDisconnect."""
+    return b"".join([chunk async for chunk in request.stream()])
+
+
+async def read_body(state: ServerState, body_class: type[B], raw: bytes) -> B:
+    """The body as its model. Raises ApiError or RequestError, or as `state.loaded`."""
+    ready, _ = state.loaded()
+    return await state.parse(len(raw), partial(_parse, raw, body_class, ready.max_model_len))
+
+
+def _parse(raw: bytes, body_class: type[B], max_model_len: int) -> B:
+    verify_shape(raw, max_model_len)
+    try:
+        return body_class.model_validate_json(raw)
+    except ValidationError as error:
+        raise describe_validation(error) from None
 
 
 def verify_shape(raw: bytes, max_model_len: int) -> None:

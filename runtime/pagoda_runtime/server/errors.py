@@ -10,7 +10,7 @@ import msgspec
 from fastapi import FastAPI
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
@@ -26,6 +26,7 @@ from pagoda_runtime.errors import (
 )
 from pagoda_runtime.server.answers import Error, ErrorDetails
 
+CLIENT_CLOSED_REQUEST = 499
 BAD_REQUEST_TYPE = "invalid_request_error"
 MAX_SHOWN_PROBLEMS = 3
 # An answer must not repeat megabytes of a request, whatever of it a message quotes.
@@ -131,6 +132,11 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     return to_api_error(error).to_response()
 
 
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    # For the log and the metrics.
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     method, path = request.method, request.url.path
@@ -149,6 +155,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 
 _HANDLERS: dict[int | type[Exception], Any] = {
     PagodaError: _answer_error,
+    ClientDisconnect: _answer_nobody,
     HTTPException: _answer_http_exception,
     Exception: _answer_error,
 }

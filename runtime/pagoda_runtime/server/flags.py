@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import chain
@@ -42,13 +43,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_flags(parser)
     add_cache_flags(parser)
     add_server_flags(parser)
+    add_address_flags(parser)
     add_browser_flags(parser)
 
 
-def add_server_flags(parser: argparse.ArgumentParser) -> None:
-    flags = Flags(parser, "server")
+def add_address_flags(parser: argparse.ArgumentParser) -> None:
+    flags = Flags(parser, "addresses and TLS")
     flags.add("--host", type=text_value, help="address to listen on")
     flags.add("--port", type=integer(0, 65535), help="port; 0 takes a free one")
+    flags.add(
+        "--uds",
+        metavar="PATH",
+        type=text_value,
+        shown="none",
+        help="Unix socket to listen on in place of host and port",
+    )
+    flags.add(
+        "--root-path",
+        metavar="PATH",
+        type=root_path,
+        shown="none",
+        help="path under which a proxy shows this server, as /llm, whether it takes it off or not",
+    )
+    flags.add(
+        "--ssl-certfile",
+        metavar="FILE",
+        type=text_value,
+        shown="none: plain HTTP",
+        help="PEM file of the server's certificate and those above it; clients then speak TLS",
+    )
+    flags.add(
+        "--ssl-keyfile",
+        metavar="FILE",
+        type=text_value,
+        shown="in --ssl-certfile",
+        help="PEM file of its private key",
+    )
+    flags.add(
+        "--ssl-ca-certs",
+        metavar="FILE",
+        type=text_value,
+        shown="none",
+        help="PEM file of authorities whose certificates clients may show",
+    )
+    flags.add(
+        "--ssl-cert-reqs",
+        type=int,
+        choices=(0, 1, 2),
+        help="whether a client shows a certificate: 0 no, 1 it may, 2 it must",
+    )
     flags.add(
         "--admin-port",
         type=integer(0, 65535),
@@ -58,8 +101,12 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(
         "--admin-host",
         type=text_value,
-        help="address of the admin port; not one that clients reach",
+        help="address of the admin port, which has no TLS; not one that clients reach",
     )
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    flags = Flags(parser, "server")
     add_request_flags(flags)
     flags.add(
         "--api-key",
@@ -89,6 +136,15 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     flags.add(
         "--drain-seconds", type=seconds, help="seconds that running requests then have to finish"
     )
+    flags.add(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        type=url,
+        shown="none: no traces",
+        help="OpenTelemetry collector that takes a span for each request over HTTP, as "
+        "http://localhost:4318/v1/traces",
+    )
+    flags.add("--playground", action=argparse.BooleanOptionalAction, help="a page to chat on, at /")
     flags.add(
         "--disable-access-log",
         "--disable-uvicorn-access-log",
@@ -146,9 +202,44 @@ def to_server_config(args: argparse.Namespace) -> ServerConfig:
     values["api_key"] += environment_keys(os.environ)
     for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
         values[name] = tuple(chain.from_iterable(values[name] or ())) or DEFAULTS[name]
+    verify_addresses(values)
     verify_origins(values)
     rest = {f.name: values[f.name] for f in fields(ServerConfig) if f.name != "engine"}
     return ServerConfig(engine=to_engine_config(args), **rest)
+
+
+def url(text: str) -> str:
+    """A type for argparse: a URL of http or https."""
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an http or https URL")
+    return text
+
+
+def root_path(text: str) -> str:
+    """A type for argparse: a path such as /llm, or nothing; a slash at its end goes."""
+    path = text.rstrip("/")
+    if not re.fullmatch(r"(/[\w.~-]+)*", path, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path such as /llm")
+    return path
+
+
+def verify_addresses(values: Mapping[str, Any]) -> None:
+    """Raises FatalError InvalidFlags where flags of addresses and TLS contradict each other."""
+    changed = [n for n in ("host", "port") if values[n] != DEFAULTS[n]]
+    if values["uds"] is not None and changed:
+        raise FatalError(
+            "InvalidFlags",
+            f"--uds takes the place of host and port, and --{changed[0]} is given; leave one out.",
+        )
+    for name, needed in (
+        ("ssl_keyfile", "ssl_certfile"),
+        ("ssl_ca_certs", "ssl_certfile"),
+        ("ssl_cert_reqs", "ssl_ca_certs"),
+        ("ssl_ca_certs", "ssl_cert_reqs"),
+    ):
+        if values[name] and not values[needed]:
+            flag, other = (f"--{n.replace('_', '-')}" for n in (name, needed))
+            raise FatalError("InvalidFlags", f"{flag} means nothing without {other}.")
 
 
 def verify_origins(values: Mapping[str, Any]) -> None:

@@ -14,12 +14,14 @@ class ReadHead:
 
     The target may be a whole URL, as proxies send it, and have a slash behind one of paths. HEAD is
     answered as GET; the server leaves the body out. A body whose length is ambiguous is refused.
+    The path may begin with root_path, as proxies send it that take nothing off.
     Source: RFC 9112, sections 3.2.2 and 6.3.
     """
 
-    def __init__(self, app: ASGIApp, paths: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, paths: Collection[str], root_path: str = "") -> None:
         self.app = app
         self.paths = frozenset(paths)
+        self.root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if is_length_ambiguous(scope):
@@ -32,6 +34,8 @@ class ReadHead:
             await error.to_response()(scope, receive, send)
             return
         path = read_path(scope["path"])
+        if f"{path}/".startswith(f"{self.root_path}/"):
+            path = path.removeprefix(self.root_path) or "/"
         # Here and not by a redirect, which behind a proxy names the wrong scheme or host.
         plain = path.removesuffix("/")
         scope["path"] = plain if plain in self.paths else path

@@ -5,29 +5,30 @@ Every scope is of HTTP: the server is run without websockets and lifespan.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagoda_runtime.errors import QueueFull
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.server.body import MAX_HELD_BYTES
 from pagoda_runtime.server.errors import ApiError
+from pagoda_runtime.server.openapi import is_keyed
 from pagoda_runtime.server.state import ServerState
 
 
 class Authenticate:
-    """Asks for one of the keys on the paths below prefix, if keys are asked for."""
+    """Asks for one of the keys on the paths that are keyed, if keys are asked for."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, prefix: str = "/v1") -> None:
+    def __init__(
+        self, app: ASGIApp, keys: ApiKeys, is_keyed: Callable[[str], bool] = is_keyed
+    ) -> None:
         self.app = app
-        self.prefix = prefix
+        self.is_keyed = is_keyed
         self.keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            not self.keys.are_asked
-            or not f"{scope['path']}/".startswith(f"{self.prefix}/")
-            or self._is_allowed(scope)
-        ):
+        if not self.keys.are_asked or not self.is_keyed(scope["path"]) or self._is_allowed(scope):
             await self.app(scope, receive, send)
             return
         error = ApiError(

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from contextlib import ExitStack
 from functools import partial
 
-from pydantic import ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pagoda_runtime.errors import ModelNotServed, shown
 from pagoda_runtime.server.answer import collect, stream
 from pagoda_runtime.server.answers import ChatCompletion, Completion, Model, ModelList
-from pagoda_runtime.server.body import verify_shape
-from pagoda_runtime.server.errors import describe_validation, json_response
+from pagoda_runtime.server.body import read_body, receive_body
+from pagoda_runtime.server.errors import json_response
 from pagoda_runtime.server.generation import close_all
 from pagoda_runtime.server.protocol import (
     ChatCompletionRequest,
@@ -25,12 +22,9 @@ from pagoda_runtime.server.protocol import (
 )
 from pagoda_runtime.server.start import start
 from pagoda_runtime.server.state import ServerState
-from pagoda_runtime.server.streaming import ClientDisconnected, EventStream, while_connected
+from pagoda_runtime.server.streaming import EventStream, while_connected
 from pagoda_runtime.server.unsupported import verify_supported
 
-logger = logging.getLogger("pagoda.server")
-
-CLIENT_CLOSED_REQUEST = 499
 BODIES: dict[str, type[GenerationRequest]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
@@ -46,7 +40,7 @@ def make_routes(state: ServerState) -> list[Route]:
 
     async def show_model(request: Request) -> Response:
         model = request.path_params["model"]
-        _verify_model(state, model)
+        state.verify_model(model)
         return json_response(_describe_model(state, model))
 
     return [
@@ -64,24 +58,17 @@ async def create_completion(
 ) -> Response:
     """Answer a request for tokens: in one piece, or as a stream."""
     arrival = time.monotonic()
-    try:
-        # Not `request.body()`, which would keep it until the last token is sent.
-        raw = b"".join([chunk async for chunk in request.stream()])
-    except ClientDisconnect:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    raw = await receive_body(request)
     state.loaded()
     # Until the last chunk is sent, the drain waits for this request.
     with ExitStack() as open_request:
         open_request.enter_context(state.admit())
         body = await _read(state, body_class, raw)
         del raw
-        try:
-            async with while_connected(request.receive):
-                answer = await start(state, body, arrival)
-                if not body.stream:
-                    return json_response(await collect(answer))
-        except ClientDisconnected:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        async with while_connected(request.receive):
+            answer = await start(state, body, arrival)
+            if not body.stream:
+                return json_response(await collect(answer))
         admission = open_request.pop_all()
 
     async def close() -> None:
@@ -103,30 +90,10 @@ async def complete(
 async def _read(
     state: ServerState, body_class: type[GenerationRequest], raw: bytes
 ) -> GenerationRequest:
-    ready, _ = state.loaded()
-    body = await state.parse(len(raw), partial(_parse, raw, body_class, ready.max_model_len))
-    for name in verify_supported(body):
-        if state.is_first_warning(name):
-            logger.warning("Unknown field in a request, ignored: %.100r", name)
-    if body.model is not None:
-        _verify_model(state, body.model)
+    body = await read_body(state, body_class, raw)
+    state.warn_unknown(verify_supported(body))
+    state.verify_model(body.model)
     return body
-
-
-def _parse(
-    raw: bytes, body_class: type[GenerationRequest], max_model_len: int
-) -> GenerationRequest:
-    verify_shape(raw, max_model_len)
-    try:
-        return body_class.model_validate_json(raw)
-    except ValidationError as error:
-        raise describe_validation(error) from None
-
-
-def _verify_model(state: ServerState, model: str) -> None:
-    if model not in state.model_names:
-        served = ", ".join(state.model_names)
-        raise ModelNotServed(f"There is no model {shown(model)} here; this server has: {served}.")
 
 
 def _describe_model(state: ServerState, name: str) -> Model:

@@ -16,12 +16,14 @@ from starlette import routing
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pagoda_runtime.server import answers, protocol
+from pagoda_runtime.server import answers, protocol, tokens_protocol
 from pagoda_runtime.server.docs_page import render_page
 from pagoda_runtime.server.errors import json_response
 
 Json = dict[str, Any]
 
+KEYED = ("/v1", "/tokenize", "/detokenize")
+"""The paths that ask for a key where there are any, and all below them."""
 _SCHEMAS = "#/components/schemas/"
 _HEADERS = {
     "x-request-id": "The request's own id, or a new one.",
@@ -30,6 +32,11 @@ _HEADERS = {
 # 4xx and 5xx of every route under /v1 that needs the model, and of those that take a body.
 _LOADED = (401, 503)
 _BODY = (400, 401, 404, 413, 429, 503)
+
+
+def is_keyed(path: str) -> bool:
+    """Whether a path asks for a key where there are any."""
+    return f"{path}/".startswith(tuple(f"{prefix}/" for prefix in KEYED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,7 @@ class Route:
 
     @property
     def is_keyed(self) -> bool:
-        return self.path.startswith("/v1/")
+        return is_keyed(self.path)
 
 
 DOCUMENTED = (
@@ -80,21 +87,40 @@ DOCUMENTED = (
         chunk=answers.ChatCompletionChunk,
         errors=_BODY,
     ),
+    Route(
+        "POST",
+        "/tokenize",
+        "The tokens of a prompt",
+        answers.Tokenized,
+        body=tokens_protocol.TokenizeRequest,
+        errors=_BODY,
+    ),
+    Route(
+        "POST",
+        "/detokenize",
+        "The text of tokens",
+        answers.Detokenized,
+        body=tokens_protocol.DetokenizeRequest,
+        errors=_BODY,
+    ),
 )
 ROUTES = (
     *(f"{route.method} {route.path}" for route in DOCUMENTED),
     "GET /openapi.json",
     "GET /docs",
+    "GET /",
 )
 """All of a server."""
 
 
-def make_routes(*, are_keys_asked: bool) -> list[routing.Route]:
+def make_routes(*, are_keys_asked: bool, root_path: str = "") -> list[routing.Route]:
     """GET /openapi.json and /docs; neither asks for a key."""
 
     # Not coroutines: the first call takes some 50 ms, which a thread spends beside the streams.
     def show_document(request: Request) -> Response:
-        return json_response(build_document(are_keys_asked=are_keys_asked))
+        document = build_document(are_keys_asked=are_keys_asked)
+        servers = {"servers": [{"url": root_path}]} if root_path else {}
+        return json_response({**document, **servers})
 
     def show_docs(request: Request) -> Response:
         page = render_page(build_document(are_keys_asked=are_keys_asked))

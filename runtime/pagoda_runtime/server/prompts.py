@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pagoda_runtime.client.output_processor import Echo
-from pagoda_runtime.errors import PromptTooLong
+from pagoda_runtime.errors import PromptTooLong, RequestError
 from pagoda_runtime.ipc.limits import most_tokens, verify_fits
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.protocol import (
@@ -19,6 +19,7 @@ from pagoda_runtime.server.protocol import (
 )
 from pagoda_runtime.server.state import PIECE_CHARACTERS, ServerState
 from pagoda_runtime.tokenizer.detokenizer import IncrementalDetokenizer
+from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 # About as many characters as a token has, to tell how long its decoding takes.
 CHARACTERS_PER_TOKEN = 4
@@ -44,11 +45,8 @@ async def encode(
     """
     ready, _ = state.loaded()
     encoder = _Encoder(state, body)
-    if isinstance(body, ChatCompletionRequest):
-        return [EncodedPrompt(await encoder.encode_chat(body))]
-    assert isinstance(body, CompletionRequest)
-    encoded = await encoder.encode_prompts(body.prompt)
-    if not body.is_echo:
+    encoded = await encoder.tokenize(body)
+    if not (isinstance(body, CompletionRequest) and body.is_echo):
         return [EncodedPrompt(token_ids) for token_ids in encoded]
     for token_ids in encoded:
         # What the engine refuses need not be decoded before.
@@ -57,6 +55,11 @@ async def encode(
         EncodedPrompt(token_ids, await encoder.make_echo(prompt, token_ids, params))
         for prompt, token_ids in zip(body.prompt, encoded, strict=True)
     ]
+
+
+async def tokenize(state: ServerState, body: GenerationRequest) -> list[list[int]]:
+    """The token ids of a request's prompts. Raises as `encode`."""
+    return await _Encoder(state, body).tokenize(body)
 
 
 class _Encoder:
@@ -74,18 +77,33 @@ class _Encoder:
         """Tokens at a prompt's end that are used alone; None: all of them."""
         self.num_characters = 0
         """Of all prompts together, token ids counted as text."""
-        if isinstance(body, CompletionRequest):
-            self.num_characters = sum(
-                len(prompt) * (1 if isinstance(prompt, str) else CHARACTERS_PER_TOKEN)
-                for prompt in body.prompt
-            )
+        is_chat = isinstance(body, ChatCompletionRequest)
+        # A chat's template writes the special tokens itself.
+        self.add_special_tokens = (
+            not is_chat if body.add_special_tokens is None else body.add_special_tokens
+        )
 
-    async def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+    async def tokenize(self, body: GenerationRequest) -> list[list[int]]:
+        """The prompts of the request, in order."""
+        if isinstance(body, ChatCompletionRequest):
+            return [await self.encode_chat(body)]
+        assert isinstance(body, CompletionRequest)
+        return await self.encode_prompts(body)
+
+    async def encode_prompts(self, body: CompletionRequest) -> list[list[int]]:
+        prompts, suffix = body.prompt, body.suffix or ""
+        self.num_characters = sum(
+            len(prompt) * (1 if isinstance(prompt, str) else CHARACTERS_PER_TOKEN) + len(suffix)
+            for prompt in prompts
+        )
         for prompt in prompts:
+            if suffix:
+                verify_suffix(self.tokenizer, body, prompt)
             if isinstance(prompt, str):
-                self._verify_characters(len(prompt), "prompt")
+                self._verify_characters(len(prompt) + len(suffix), "prompt")
+        fill_in = (suffix and self.tokenizer.infill_format) or "{prefix}"
         return [
-            await self._encode(prompt, add_special_tokens=True, param="prompt")
+            await self._encode(fill_in.format(prefix=prompt, suffix=suffix), "prompt")
             if isinstance(prompt, str)
             else self._cut(prompt)
             for prompt in prompts
@@ -100,8 +118,7 @@ class _Encoder:
             num_characters,
             lambda: tokenizer.apply_chat_template(messages, template=state.chat_template),
         )
-        # The template writes the special tokens itself.
-        return await self._encode(text, add_special_tokens=False, param="messages")
+        return await self._encode(text, "messages")
 
     async def make_echo(
         self, prompt: Prompt, token_ids: Sequence[int], params: SamplingParams
@@ -113,7 +130,9 @@ class _Encoder:
 
         def make() -> Echo:
             if isinstance(prompt, str) and is_whole:
-                offsets = [] if params.logprobs is None else tokenizer.text_offsets(prompt)
+                offsets: list[int] = []
+                if params.logprobs is not None:
+                    offsets = tokenizer.text_offsets(prompt, self.add_special_tokens)
                 return Echo(prompt, token_ids, offsets)
             # Neither stop strings nor stop ids mean anything in a prompt.
             plain = SamplingParams(skip_special_tokens=params.skip_special_tokens)
@@ -128,7 +147,7 @@ class _Encoder:
         weight = self._weight(CHARACTERS_PER_TOKEN * len(token_ids))
         return await self.state.off_loop(weight, make)
 
-    async def _encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+    async def _encode(self, text: str, param: str) -> list[int]:
         tokenizer = self.tokenizer
         if self.num_kept is not None:
             text = text[-tokenizer.longest_token * (self.num_kept + CUT_TOKENS) :]
@@ -136,7 +155,7 @@ class _Encoder:
             await self._verify_may_fit(text, param)
         ids = await self.state.off_loop(
             self._weight(len(text)),
-            lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens),
+            lambda: tokenizer.encode(text, add_special_tokens=self.add_special_tokens),
         )
         return self._cut(ids)
 
@@ -180,3 +199,21 @@ class _Encoder:
                     f"{self.most_tokens}. Shorten the prompt, or set truncate_prompt_tokens.",
                     param=param,
                 )
+
+
+def verify_suffix(tokenizer: Tokenizer, body: CompletionRequest, prompt: Prompt) -> None:
+    """Raise RequestError if the model has no markers for a suffix, or if they would not stand where
+    they mean it."""
+    if tokenizer.infill_format is None:
+        raise RequestError(
+            "suffix is not served: this model's tokenizer has no tokens to fill in the middle. "
+            "Leave it out.",
+            param="suffix",
+        )
+    if not isinstance(prompt, str):
+        raise RequestError("suffix goes with a prompt of text, not of token ids.", param="prompt")
+    for name in ("echo", "truncate_prompt_tokens"):
+        if getattr(body, name):
+            raise RequestError(
+                f"{name} does not go with suffix; leave one of them out.", param=name
+            )

@@ -150,6 +150,7 @@ class GenerationRequest(SamplingFields):
     stop: Phrase | Annotated[list[Phrase], Field(fail_fast=True)] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     return_tokens_as_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[Small, AfterValidator(_verify_truncation)] | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     cache_salt: Salt | None = None
@@ -191,6 +192,7 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[
         list[Prompt], PlainValidator(_verify_prompt, json_schema_input_type=PromptInput)
     ]
+    suffix: Text | None = None
     logprobs: Small | None = None
     echo: bool | None = None
 

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -31,7 +32,9 @@ from pagoda_runtime.server.connections import (
     share_files,
 )
 from pagoda_runtime.server.lifecycle import LoadTokenizer, StopSignals, live
+from pagoda_runtime.server.listening import describe, listen, listen_on_path, tls_options
 from pagoda_runtime.server.state import ServerState
+from pagoda_runtime.server.tracing import Tracer
 from pagoda_runtime.tokenizer.chat_template import ChatTemplate
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -67,10 +70,15 @@ async def serve_async(
     """`serve` inside a running loop, with a tokenizer and an engine process of choice."""
     chat_template = read_chat_template(config.chat_template)
     keys = ApiKeys(config.api_key, config.api_key_file)
+    tls = tls_options(config)
     stop = StopSignals()
     limit, backlog = _find_room(config)
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(listen(config.host, config.port, backlog))
+        listener = stack.enter_context(
+            listen(config.host, config.port, backlog)
+            if config.uds is None
+            else listen_on_path(config.uds, backlog)
+        )
         admin_listener = None
         if config.admin_port is not None:
             admin_listener = stack.enter_context(
@@ -80,12 +88,15 @@ async def serve_async(
         engine = EngineClient(config.engine, command=engine_command, log_level=config.log_level)
         state = ServerState(config, engine, chat_template, keys)
         state.max_num_requests = limit - PROBE_ROOM
-        servers = [_start_http(http_config(create_app(state), limit, backlog), listener)]
-        logger.info("Listening on %s; loading %s", _url(listener), config.engine.model)
+        servers = [_start_http(http_config(create_app(state), limit, backlog, tls), listener)]
+        url = describe(listener, has_tls=bool(tls))
+        logger.info("Listening on %s; loading %s", url, config.engine.model)
         if admin_listener is not None:
             admin = http_config(create_admin_app(state), ADMIN_CONNECTIONS, ADMIN_BACKLOG)
             servers.append(_start_http(admin, admin_listener))
-            logger.info("Admin port on %s", _url(admin_listener))
+            logger.info("Admin port on %s", describe(admin_listener))
+        if config.otlp_traces_endpoint is not None:
+            state.tracer = Tracer(config.otlp_traces_endpoint)
         try:
             return await live(state, load_tokenizer, stop)
         finally:
@@ -95,6 +106,8 @@ async def serve_async(
                 server.should_exit = True
                 server.force_exit = stop.insisted.is_set()
             await asyncio.gather(*(serving for _, serving in servers))
+            if state.tracer is not None:
+                await asyncio.to_thread(state.tracer.close)
 
 
 def _find_room(config: ServerConfig) -> tuple[int, int]:
@@ -113,8 +126,13 @@ def _find_room(config: ServerConfig) -> tuple[int, int]:
     return limit, backlog
 
 
-def http_config(app: ASGIApp, limit: int, backlog: int) -> uvicorn.Config:
-    """How an application is served: `limit` connections at once, and backlog to be taken."""
+def http_config(
+    app: ASGIApp, limit: int, backlog: int, tls: Mapping[str, Any] | None = None
+) -> uvicorn.Config:
+    """How an application is served: `limit` connections at once, and backlog to be taken.
+
+    tls: what `listening.tls_options` makes.
+    """
     return uvicorn.Config(
         app,
         http=partial(Connection, room=Room(limit)),
@@ -125,6 +143,7 @@ def http_config(app: ASGIApp, limit: int, backlog: int) -> uvicorn.Config:
         server_header=False,
         backlog=backlog,
         timeout_graceful_shutdown=LAST_BYTES_SECONDS,
+        **(tls or {}),
     )
 
 
@@ -134,27 +153,6 @@ def _start_http(
     """A server and the task in which it serves."""
     server = HttpServer(config)
     return server, asyncio.create_task(server.serve(sockets=[listener]))
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://{host}:{port}"
-
-
-def listen(host: str, port: int, backlog: int, prefix: str = "") -> socket.socket:
-    """A listening socket; prefix is of its flags.
-
-    Raises: FatalError: InvalidFlags, the address cannot be had.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=backlog)
-    except OSError as error:
-        raise FatalError(
-            "InvalidFlags",
-            f"Cannot listen on {host} port {port}: {error.strerror or error}. Choose another "
-            f"--{prefix}port or --{prefix}host.",
-        ) from error
 
 
 def read_chat_template(path: str | None) -> str | None:

@@ -62,6 +62,8 @@ async def start(state: ServerState, body: GenerationRequest, arrival: float) -> 
                 outputs = _make_outputs(state, answer, prompt)
                 max_tokens = request.sampling_params.max_tokens or 0
                 clock = RequestClock(state.metrics, arrival, len(prompt.token_ids), max_tokens)
+                if state.tracer is not None:
+                    clock.on_finish = state.tracer.follow(answer, clock, outputs)
                 is_scoring = body.is_echo and body.max_tokens == 0
                 answer.generations.append(Generation(stream, outputs, clock, is_scoring=is_scoring))
                 answer.num_prompt_tokens += len(prompt.token_ids)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -13,7 +14,7 @@ import msgspec
 
 from pagoda_runtime.client.engine_client import EngineClient
 from pagoda_runtime.config import ServerConfig
-from pagoda_runtime.errors import EngineDead, QueueFull, Unavailable
+from pagoda_runtime.errors import EngineDead, ModelNotServed, QueueFull, Unavailable, shown
 from pagoda_runtime.ipc.limits import verify_queue_has_room
 from pagoda_runtime.ipc.messages import EngineReady, EngineStats
 from pagoda_runtime.keys import ApiKeys
@@ -21,7 +22,10 @@ from pagoda_runtime.metrics import Metrics
 from pagoda_runtime.server.answers import Load
 from pagoda_runtime.server.body import default_max_body_bytes
 from pagoda_runtime.server.openapi import ROUTES
+from pagoda_runtime.server.tracing import Tracer
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger("pagoda.server")
 
 T = TypeVar("T")
 
@@ -67,6 +71,7 @@ class ServerState:
         self.num_tokenizing = 0
         """Prompts that are accepted and not yet in the engine."""
         self.warned_fields: set[str] = set()
+        self.tracer: Tracer | None = None
         self.metrics = Metrics(self.model_names[0], self, ROUTES)
         engine.on_stats = self.metrics.observe_step
         # Few threads: tokenizing must leave the other cores to the engine.
@@ -173,10 +178,18 @@ class ServerState:
         thread = self._long_text_thread if is_long else self._tokenizer_thread
         return await asyncio.get_running_loop().run_in_executor(thread, call)
 
-    def is_first_warning(self, name: str) -> bool:
-        """Whether nobody was warned about this field yet. Bounded in number and length."""
-        field = name[:MAX_WARNED_CHARACTERS]
-        if field in self.warned_fields or len(self.warned_fields) >= MAX_WARNED_FIELDS:
-            return False
-        self.warned_fields.add(field)
-        return True
+    def verify_model(self, name: str | None) -> None:
+        """Raise ModelNotServed, unless it is one of the names; None is the first of them."""
+        if name is not None and name not in self.model_names:
+            served = ", ".join(self.model_names)
+            raise ModelNotServed(
+                f"There is no model {shown(name)} here; this server has: {served}."
+            )
+
+    def warn_unknown(self, fields: Iterable[str]) -> None:
+        """Log fields of a request that nobody knows, each once; bounded in number and length."""
+        for name in fields:
+            field = name[:MAX_WARNED_CHARACTERS]
+            if field not in self.warned_fields and len(self.warned_fields) < MAX_WARNED_FIELDS:
+                self.warned_fields.add(field)
+                logger.warning("Unknown field in a request, ignored: %r", field)

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -26,13 +27,9 @@ SSE_HEADERS = [
 ]
 
 
-class ClientDisconnected(Exception):
-    """Nobody waits for the answer any more."""
-
-
 @asynccontextmanager
 async def while_connected(receive: Receive) -> AsyncIterator[None]:
-    """Cancel the block when the client goes, which raises ClientDisconnected.
+    """Cancel the block when the client goes, which raises ClientDisconnect.
 
     The body must have been read.
     """
@@ -53,7 +50,7 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
     except asyncio.CancelledError:
         # As asyncio.timeout has it: who else cancels this task is to be heard.
         if is_gone and task.uncancel() <= num_cancels:
-            raise ClientDisconnected from None
+            raise ClientDisconnect from None
         raise
 
 
@@ -69,7 +66,7 @@ class EventStream(Response):
         try:
             async with while_connected(receive):
                 await self._send_all(send, scope.get(RAW_SEND, send))
-        except ClientDisconnected:
+        except ClientDisconnect:
             logger.debug("A client left its stream.")
         finally:
             await self.chunks.aclose()

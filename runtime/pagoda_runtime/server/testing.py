@@ -69,6 +69,7 @@ class ByteTokenizer:
     vocab_size = VOCAB_SIZE
     eos_token_id = 0
     all_special_ids: frozenset[int] = frozenset({0})
+    infill_format: str | None = None
 
     def __init__(self, encode_seconds: float = 0.0, longest_token: int = 1) -> None:
         self.encode_seconds = encode_seconds
@@ -78,7 +79,10 @@ class ByteTokenizer:
         time.sleep(self.encode_seconds)
         return list(text.encode())
 
-    def text_offsets(self, text: str) -> list[int]:
+    def convert_ids_to_tokens(self, token_ids: Sequence[int]) -> list[str]:
+        return [chr(token_id) for token_id in token_ids]
+
+    def text_offsets(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [number for number, letter in enumerate(text) for _ in letter.encode()]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -338,7 +342,7 @@ class ServerProcess:
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline and self.process.poll() is None:
             for line in self.lines:
-                if found := re.search(r"Listening on (http://\S+);", line):
+                if found := re.search(r"Listening on (https?://\S+|unix:\S+);", line):
                     return found[1]
             time.sleep(0.01)
         raise AssertionError(f"the server does not listen:\n{''.join(self.lines)}")

@@ -21,6 +21,7 @@ from pagoda_runtime.errors import FatalError, RequestError
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.tokenizer.chat_template import ChatTemplate
 from pagoda_runtime.tokenizer.files import TokenizerFiles
+from pagoda_runtime.tokenizer.infill import find_infill_format
 from pagoda_runtime.tokenizer.pieces import is_context_free
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class Tokenizer:
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
         # The flag of a token is not all: what is added again as a special token becomes one.
+        self.infill_format = find_infill_format(tokenizer.token_to_id)
+        """How a prompt with a suffix is written; None: the model does not fill in the middle."""
         self.all_special_ids = frozenset(
             token_id
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
@@ -82,13 +85,13 @@ class Tokenizer:
         """Token ids of a text; special tokens written in the text become their ids."""
         return list(self._encode(text, add_special_tokens).ids)
 
-    def text_offsets(self, text: str) -> list[int]:
-        """For each token of `encode(text)` the character of the text at which it begins.
+    def text_offsets(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """For each token of `encode` the character of the text at which it begins.
 
         Tokens that share a character begin where it begins; one that stands for nothing in the
         text, as an added special token, begins where the text goes on.
         """
-        encoding = self._encode(text, add_special_tokens=True)
+        encoding = self._encode(text, add_special_tokens)
         offsets = []
         end_before = 0
         for (begin, end), is_added in zip(
@@ -107,6 +110,10 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def convert_ids_to_tokens(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary writes them; an id that it does not have is an empty text."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def token_text(self, token_id: int) -> str:
         """The text of a token within a text; for part of a character a replacement character."""

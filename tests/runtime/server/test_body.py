@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from pagoda_runtime.errors import RequestError
-from pagoda_runtime.server import middleware, openai
+from pagoda_runtime.server import body, middleware
 from pagoda_runtime.server.body import default_max_body_bytes, verify_shape
 from pagoda_runtime.server.state import INLINE_BODY_BYTES, ServerState
 from pagoda_runtime.server.testing import (
@@ -162,7 +162,7 @@ async def test_a_large_body_is_parsed_off_the_loop(http, monkeypatch):
     def verify(raw: bytes, max_model_len: int) -> None:
         threads.append(threading.current_thread())
 
-    monkeypatch.setattr(openai, "verify_shape", verify)
+    monkeypatch.setattr(body, "verify_shape", verify)
     for size in (10, INLINE_BODY_BYTES):
         await http.post("/v1/completions", json={"prompt": "a" * size})
     assert threads[0] is threading.main_thread()

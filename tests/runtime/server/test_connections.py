@@ -273,7 +273,7 @@ async def test_a_chunked_body_in_http_1_0_is_refused(port, clients):
         (b"http://a/version/", 200),
         (b"http://a/v1/models", 401),
         (b"http://a/v1/models/", 401),
-        (b"http://a", 404),
+        (b"http://a/x", 404),
         (b"*", 404),
     ],
 )

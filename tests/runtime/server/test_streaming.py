@@ -6,8 +6,9 @@ import asyncio
 from typing import Any
 
 import pytest
+from starlette.requests import ClientDisconnect
 
-from pagoda_runtime.server.streaming import ClientDisconnected, while_connected
+from pagoda_runtime.server.streaming import while_connected
 
 
 class Client:
@@ -32,7 +33,7 @@ async def test_a_client_that_goes_ends_the_block():
             finally:
                 ends.append("cleaned up")
 
-    with pytest.raises(ClientDisconnected):
+    with pytest.raises(ClientDisconnect):
         await answer()
     assert ends == ["cleaned up"]
     # The task may wait again afterwards.

@@ -42,7 +42,6 @@ def assert_refused(answer: httpx.Response, *names: str) -> None:
     ("field", "value"),
     [
         ("top_logprobs", 2),
-        ("suffix", "end"),
         ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function"}]),
         ("return_token_ids", True),
@@ -68,19 +67,11 @@ async def test_all_fields_that_are_not_served_are_named_in_one_answer(http):
 
 @pytest.mark.parametrize("value", [None, False, "", [], {}])
 async def test_a_field_that_is_empty_asks_for_nothing(http, value):
-    names = ["logits_processors", "prompt_embeds", "truncation_side", "format", "images", "suffix"]
+    names = ["logits_processors", "prompt_embeds", "truncation_side", "format", "images"]
     fields = dict.fromkeys(names, value)
     assert (await complete(http, **fields)).status_code == 200
     message = {"role": "user", "content": "a", "tool_calls": value}
     assert (await chat(http, message, **fields)).status_code == 200
-
-
-async def test_special_tokens_are_added_to_prompts_and_not_to_chats(http):
-    message = {"role": "user", "content": "a"}
-    assert (await complete(http, add_special_tokens=True)).status_code == 200
-    assert (await chat(http, message, add_special_tokens=False)).status_code == 200
-    assert_refused(await complete(http, add_special_tokens=False), "add_special_tokens")
-    assert_refused(await chat(http, message, add_special_tokens=True), "add_special_tokens")
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
