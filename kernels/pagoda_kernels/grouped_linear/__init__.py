@@ -61,15 +61,10 @@ def make_grouped_linear(
     return ReferenceLinear(size, partial(dequantize, shape=shape), dtype, device, activation)
 
 
-def held_in(bits: int, *, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """The bits in which the device's product for numbers of so many bits holds them, and the inputs
-    of its smallest groups; smaller ones take as much memory.
-    """
+def holds_own_bits(bits: int, *, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device's product holds numbers in as many bits as they have; else in dtype."""
     if uses_triton(device):
-        return bits, 1
-    from pagoda_kernels.cpu.grouped_linear import SMALLEST_GROUP, has_grouped_panels, held_bits
+        return True
+    from pagoda_kernels.cpu.grouped_linear import has_grouped_panels
 
-    shape = GroupedShape(SMALLEST_GROUP, SMALLEST_GROUP, bits, SMALLEST_GROUP)
-    if device.type == "cpu" and has_grouped_panels(shape, dtype):
-        return held_bits(bits), SMALLEST_GROUP
-    return 8 * dtype.itemsize, 1
+    return device.type == "cpu" and has_grouped_panels(GroupedShape(1, 1, bits, 1), dtype)

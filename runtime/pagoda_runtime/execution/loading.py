@@ -46,8 +46,7 @@ def load_model(
     device = platform.device(parallel.rank)
     dtype = choose_dtype(config.dtype, model_config, device)
     method = get_linear_method(model_config.quantization)
-    notes: set[str] = set()
-    placement = Placement(dtype, device, method, parallel, config.deterministic, note=notes.add)
+    placement = Placement(dtype, device, method, parallel, config.deterministic)
     # By one rank, as several that measure at once slow each other down; before there are weights,
     # beside which its buffer would be the peak of memory.
     bandwidth_gbps = platform.memory_bandwidth_gbps() if parallel.rank == 0 else None
@@ -64,8 +63,6 @@ def load_model(
         )
         model.after_loading()
     logger.info("Read %s of weights", format_bytes(num_bytes))
-    for text in sorted(notes):
-        logger.info(text)
     if quantization := model_config.quantization:
         logger.info(
             "Quantized by %s: a step reads %s of weights",

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from pagoda_kernels.grouped_linear import held_in
+from pagoda_kernels.grouped_linear import holds_own_bits
 from pagoda_kernels.paged_attention import Rotary
 from pagoda_kernels.rotary import rotary
 from pagoda_runtime.ipc.messages import NEVER
@@ -100,7 +100,9 @@ class Model(Module):
             config.vocab_size,
             config.hidden_size,
             tied_to=self.embed_tokens if config.tie_word_embeddings else None,
-            is_stored=config.has_tied_head and _is_narrow(placement),
+            # Else the table serves for products too.
+            is_stored=config.has_tied_head
+            and holds_own_bits(8, dtype=placement.dtype, device=placement.device),
             placement=placement.at("lm_head"),
         )
         self.set_max_model_len(config.max_position_embeddings)
@@ -190,12 +192,6 @@ class Model(Module):
 def _heads_of(config: ModelConfig) -> AttentionHeads:
     """Of each layer, as all ranks together have them."""
     return AttentionHeads(config.num_heads, config.num_kv_heads, config.head_dim)
-
-
-def _is_narrow(placement: Placement) -> bool:
-    """Whether whole numbers take less memory than a table, which else serves for products too."""
-    held, _ = held_in(8, dtype=placement.dtype, device=placement.device)
-    return held < 8 * placement.dtype.itemsize
 
 
 def _make_norm(config: ModelConfig, placement: Placement) -> Norm:

@@ -61,7 +61,6 @@ class Placement:
 
     is_deterministic: let the bits of a token's result not depend on a step's other tokens; slower.
     path: the module whose layers these are; stored_name: what the checkpoint calls one.
-    note: takes what is to be said of how weights are held, any number of times.
     """
 
     dtype: torch.dtype
@@ -71,7 +70,6 @@ class Placement:
     is_deterministic: bool = False
     path: str = ""
     stored_name: Callable[[str], str] = str
-    note: Callable[[str], None] = lambda _: None
 
     def at(self, name: str) -> Placement:
         """That of a module within this one."""

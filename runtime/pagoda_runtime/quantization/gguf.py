@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from pagoda_kernels.grouped_linear import Grouped, held_in
+from pagoda_kernels.grouped_linear import Grouped
 from pagoda_runtime.quantization.grouped import GroupedMethod, Segment
 from pagoda_runtime.quantization.order import order_of_runs
 from pagoda_runtime.quantization.parameter import OUTPUT, Axis, Dim, Layout, StoredParameter
@@ -17,7 +16,6 @@ from pagoda_runtime.quantization.stored import Matrix
 
 _MOST_STEPS = 2.0**15
 """Above zero a group's numbers may begin: products hold zeros in fp16."""
-_MERGED_BITS = 8
 
 
 class _Numbers(NamedTuple):
@@ -50,15 +48,10 @@ class GGUFMethod(GroupedMethod[GGUF]):
         return {"qweight": self.stored(layout, OUTPUT, inputs, dtypes=(torch.uint8,))}
 
     def segments(self, matrix: Matrix) -> list[Segment]:
-        block, inputs, bits = self._block, matrix.inputs, self._block.bits
+        block, inputs = self._block, matrix.inputs
         order = order_of_runs(inputs, block.group_size, self.placement.device)
         offset = inputs.start % block.inputs
         groups = order.group_of - (inputs.start - offset) // block.group_size
-        is_merged = self._holds_pairs() and len(groups) % 2 == 0
-        if is_merged:
-            pairs = order.group_of[::2]
-            bits = _MERGED_BITS
-            order = replace(order, group_size=2 * order.group_size, group_of=pairs)
 
         def read(rows: slice) -> Grouped:
             stored = matrix["qweight"][rows]
@@ -71,28 +64,9 @@ class GGUFMethod(GroupedMethod[GGUF]):
             grouped = Grouped(order.arrange(integers).contiguous(), scales, None)
             if found.least is not None:
                 return _with_zeros(grouped, found.least.view(len(stored), -1)[:, groups])
-            return _merge(grouped, block.bits) if is_merged else grouped
+            return grouped
 
-        return [Segment(bits, order, block.is_symmetric, read)]
-
-    def _holds_pairs(self) -> bool:
-        """Whether two groups are to become one, as the device has no product with such small ones;
-        says what it makes of the numbers.
-        """
-        block, placement, name = self._block, self.placement, self._scheme.type
-        held, least = held_in(block.bits, dtype=placement.dtype, device=placement.device)
-        is_merged = least > block.group_size
-        assert block.is_symmetric or not is_merged
-        if is_merged:
-            placement.note(
-                f"Matrices in {name} are rounded once more, to {_MERGED_BITS} bits in groups "
-                f"of {least}, as this processor multiplies by."
-            )
-        elif block.bits < held <= _MERGED_BITS:
-            placement.note(
-                f"Matrices in {name} are held in {held} bits; their values are the same."
-            )
-        return is_merged
+        return [Segment(block.bits, order, block.is_symmetric, read)]
 
 
 def _with_zeros(rows: Grouped, least: torch.Tensor) -> Grouped:
@@ -108,24 +82,6 @@ def _with_zeros(rows: Grouped, least: torch.Tensor) -> Grouped:
         torch.where(is_flat, least, rows.scales),
         torch.where(is_flat, 1.0, least / torch.where(rows.scales == 0, 1.0, rows.scales)),
     )
-
-
-def _merge(rows: Grouped, bits: int) -> Grouped:
-    """Groups of twice the size, in 8 bits.
-
-    The scale is that of the group with the larger numbers, divided by a whole number: so these are
-    exact, and the others off by half of that at most.
-    """
-    groups = rows.integers.unflatten(1, (rows.scales.shape[1], -1)).float() - 2 ** (bits - 1)
-    values = (groups * rows.scales[..., None]).unflatten(1, (-1, 2))
-    most, own = values.abs().amax(3).max(2)
-    scales = rows.scales.unflatten(1, (-1, 2)).gather(2, own[..., None])[..., 0]
-    scales = torch.where(most == 0, 1.0, scales)
-    middle = 2 ** (_MERGED_BITS - 1)
-    parts = ((middle - 1) * scales.abs() / most.clamp(min=scales.abs() / 2)).floor()
-    scales = scales / parts
-    integers = (values / scales[..., None, None]).round() + middle
-    return Grouped(integers.to(torch.uint8).flatten(1), scales, None)
 
 
 def _halves(blocks: torch.Tensor, first: int, count: int = 1) -> torch.Tensor:

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from pagoda_kernels.cpu.grouped_linear import kernel
-from pagoda_kernels.cpu.grouped_linear.dot import HEAD_BYTES, SCALES_BYTES, STEPS, step_bytes
+from pagoda_kernels.cpu.grouped_linear.dot import (
+    HEAD_BYTES,
+    SCALES_BYTES,
+    step_bytes,
+    steps_per_turn,
+)
 from pagoda_kernels.cpu.packed_linear import GATES
 from pagoda_kernels.cpu.packed_linear.kernel import NO_GATE
 from pagoda_kernels.cpu.packing import columns_of
@@ -22,21 +27,13 @@ from pagoda_kernels.quantized_linear import QuantizedLinear, require_rows
 
 BLOCK_SIZE = 128
 """Inputs whose products are added up as whole numbers, at most."""
-SMALLEST_GROUP = STEPS * BYTES_PER_STEP
-"""What the loop takes at a time: a block has a multiple of so many inputs."""
-
 # Of fp16's largest numbers, and of a multiplier in fp32.
 _HALF_EXPONENT, _LEAST_EXPONENT = 15, -120
 
 
 def has_grouped_panels(shape: GroupedShape, dtype: torch.dtype) -> bool:
     """Whether this processor multiplies by such a matrix in panels."""
-    return shape.bits <= 8 and dtype is torch.bfloat16 and has_panels(INT8)
-
-
-def held_bits(bits: int) -> int:
-    """Of a number in panels."""
-    return 4 if bits <= 4 else 8
+    return shape.bits in kernel.WIDTHS and dtype is torch.bfloat16 and has_panels(INT8)
 
 
 class PanelGroupedLinear(QuantizedLinear[Grouped]):
@@ -58,16 +55,15 @@ class PanelGroupedLinear(QuantizedLinear[Grouped]):
         self.out_features = shape.outputs // num_parts
         num_groups = shape.inputs // shape.group_size
         self._blocks_per_group = -(-shape.group_size // BLOCK_SIZE)
-        units = -(-shape.group_size // (self._blocks_per_group * SMALLEST_GROUP))
-        block_size = units * SMALLEST_GROUP
+        turn_inputs = steps_per_turn(shape.bits) * BYTES_PER_STEP
+        block_size = turn_inputs * -(-shape.group_size // (self._blocks_per_group * turn_inputs))
         num_blocks = num_groups * self._blocks_per_group
         num_pairs = -(-self.out_features // (GROUP_SIZE // num_parts))
-        bits = held_bits(shape.bits)
-        self._multiply = kernel.MULTIPLY[bits]
+        self._multiply = kernel.MULTIPLY[shape.bits]
         # Scales lie before the numbers that they scale, unless a row has but one.
         scales_bytes = SCALES_BYTES if is_symmetric else 2 * SCALES_BYTES
         first_byte = 0 if num_groups == 1 else scales_bytes
-        block_bytes = first_byte + block_size // BYTES_PER_STEP * step_bytes(bits)
+        block_bytes = first_byte + block_size // BYTES_PER_STEP * step_bytes(shape.bits)
         self._panels = torch.zeros(num_pairs, num_blocks, block_bytes, dtype=torch.uint8)
         scales = self._panels[..., :scales_bytes]
         if num_groups == 1:
@@ -80,7 +76,8 @@ class PanelGroupedLinear(QuantizedLinear[Grouped]):
             panels=self._panels.data_ptr(),
             num_pairs=num_pairs,
             pair_bytes=num_blocks * block_bytes,
-            bits=bits,
+            bits=shape.bits,
+            steps_per_turn=steps_per_turn(shape.bits),
             num_blocks=num_blocks,
             block_size=block_size,
             block_bytes=block_bytes,

@@ -3,7 +3,9 @@
 A block's products are added up in int32 by VPDPBUSD, exactly; then the sums are multiplied by the
 scales of the matrix's columns and by that of the row of x, and added up in fp32.
 
-See `pagoda_kernels.cpu.panels`; a panel's numbers are unsigned here, and those of x signed.
+See `pagoda_kernels.cpu.panels`; a panel's numbers are unsigned here, and those of x signed. Numbers
+of 4 bits lie two to a byte, the second panel's above the first's. What numbers of 5 and 6 bits have
+above them, and all of 2 and 3 bits, lies in planes of a bit of each, which are masks to add it by.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from pagoda_kernels.cpu.panels import (
 HEAD_BYTES = 16
 """Before each block of a row of x: its scale in fp32, what its sums begin with in int32, and minus
 the sum of its numbers in fp32."""
-STEPS = 8
-"""A block has a multiple of them."""
+PLANE_BYTES = STEP_BYTES // 8
+"""Of a step of two panels."""
 SCALES_BYTES = 2 * GROUP_SIZE
 """Of a block's scales in two panels, in fp16; as many are the zeros that may follow."""
 
@@ -38,12 +40,24 @@ _INT32, _INT64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _INT32S = ir.VectorType(_INT32, PANEL_SIZE)
 _FLOATS = ir.VectorType(_FLOAT, PANEL_SIZE)
 _HALVES = ir.VectorType(ir.HalfType(), PANEL_SIZE)
+_BYTES = ir.VectorType(ir.IntType(8), VECTOR_BYTES)
+_FLAGS = ir.VectorType(ir.IntType(1), VECTOR_BYTES)
 _NIBBLES = ir.Constant(_INT32S, [0x0F0F0F0F] * PANEL_SIZE)
 
 
+def steps_per_turn(bits: int) -> int:
+    """A block has a multiple of them. In 6 bits there are groups of 16 inputs."""
+    return 4 if bits == 6 else 8
+
+
 def step_bytes(bits: int) -> int:
-    """Of two panels; where numbers have 4 bits, those of the second are the upper ones."""
+    """Of two panels. A turn has first its steps' nibbles, then one plane after the other."""
     return STEP_BYTES * bits // 8
+
+
+def first_plane(bits: int) -> int:
+    """The lowest bit that lies in a plane."""
+    return 4 if bits >= 4 else 0
 
 
 def make_dot(bits: int) -> Any:
@@ -159,20 +173,20 @@ def _emit_steps(
     # What lies before a block's numbers.
     for offset in (0, VECTOR_BYTES):
         emit_prefetch(b, b.add(ahead, _INT64(offset)), 2)
-    size = step_bytes(bits)
+    size, steps = step_bytes(bits), steps_per_turn(bits)
     starts = weights, _INT64(0), b.add(ahead, ahead_first)
     strides = [
-        _INT64(STEPS * size),
-        _INT64(STEPS * BYTES_PER_STEP),
-        b.mul(ahead_step, _INT64(STEPS)),
+        _INT64(steps * size),
+        _INT64(steps * BYTES_PER_STEP),
+        b.mul(ahead_step, _INT64(steps)),
     ]
-    turns = b.ashr(num_steps, _INT64(STEPS.bit_length() - 1))
+    turns = b.ashr(num_steps, _INT64(steps.bit_length() - 1))
     loop = _Loop(b, turns, starts, strides, begin)
     with loop as (weights_at, offset, ahead_at):
         xs = [b.add(head, offset) for head in heads]
         sums = loop.sums
-        for step in range(STEPS):
-            vectors = _load_vectors(b, bits, weights_at, step * size)
+        for step in range(steps):
+            vectors = _load_vectors(b, bits, weights_at, step)
             emit_prefetch(b, ahead_at, 2)
             if size > VECTOR_BYTES:
                 emit_prefetch(b, b.add(ahead_at, b.ashr(ahead_step, _INT64(1))), 2)
@@ -188,13 +202,25 @@ def _emit_steps(
     return sums
 
 
-def _load_vectors(b: Any, bits: int, weights: Any, offset: int) -> Sequence[Any]:
+def _load_vectors(b: Any, bits: int, turn: Any, step: int) -> Sequence[Any]:
     """A step's numbers of both panels, in 8 bits."""
     if bits == 8:
-        return [load_at(b, weights, offset + i * VECTOR_BYTES, _INT32S) for i in range(2)]
-    coded = load_at(b, weights, offset, _INT32S)
-    shifted = b.lshr(coded, ir.Constant(_INT32S, [4] * PANEL_SIZE))
-    return [b.and_(part, _NIBBLES) for part in (coded, shifted)]
+        first = step * STEP_BYTES
+        return [load_at(b, turn, first + i * VECTOR_BYTES, _INT32S) for i in range(2)]
+    vectors, planes = [ir.Constant(_BYTES, [0] * VECTOR_BYTES)] * 2, 0
+    if bits >= 4:
+        coded = load_at(b, turn, step * VECTOR_BYTES, _INT32S)
+        shifted = b.lshr(coded, ir.Constant(_INT32S, [4] * PANEL_SIZE))
+        vectors = [b.bitcast(b.and_(part, _NIBBLES), _BYTES) for part in (coded, shifted)]
+        planes = steps_per_turn(bits) * VECTOR_BYTES
+    for bit in range(first_plane(bits), bits):
+        for i in range(2):
+            at = planes + step * PLANE_BYTES + i * PLANE_BYTES // 2
+            flags = b.bitcast(load_at(b, turn, at, _INT64), _FLAGS)
+            added = b.add(vectors[i], ir.Constant(_BYTES, [1 << bit] * VECTOR_BYTES))
+            vectors[i] = b.select(flags, added, vectors[i])
+        planes += steps_per_turn(bits) * PLANE_BYTES
+    return [b.bitcast(vector, _INT32S) for vector in vectors]
 
 
 def _emit_scaling(

@@ -16,7 +16,12 @@ from pagoda_kernels.cpu.formats import (
     uint8s,
     widen,
 )
-from pagoda_kernels.cpu.grouped_linear.dot import HEAD_BYTES, make_dot, step_bytes
+from pagoda_kernels.cpu.grouped_linear.dot import (
+    HEAD_BYTES,
+    PLANE_BYTES,
+    make_dot,
+    step_bytes,
+)
 from pagoda_kernels.cpu.packed_linear.kernel import NO_GATE, finish_rows
 from pagoda_kernels.cpu.panels import (
     BYTES_PER_STEP,
@@ -24,6 +29,8 @@ from pagoda_kernels.cpu.panels import (
     INT8,
     MOST_ROWS,
     PANEL_SIZE,
+    STEP_BYTES,
+    VECTOR_BYTES,
     scale_group,
 )
 from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim, make_reader
@@ -43,6 +50,7 @@ class Matrix(NamedTuple):
     num_pairs: int
     pair_bytes: int
     bits: int
+    steps_per_turn: int
     num_blocks: int
     block_size: int
     """Inputs, zeros at the end of each group included."""
@@ -188,7 +196,8 @@ def _make_multiply(bits: int) -> ThreadedKernel:
     return ThreadedKernel(multiply, needs=INT8.features, variant=str(bits))
 
 
-MULTIPLY = {bits: _make_multiply(bits) for bits in (4, 8)}
+WIDTHS = (2, 3, 4, 5, 6, 8)
+MULTIPLY = {bits: _make_multiply(bits) for bits in WIDTHS}
 """By the bits of a number."""
 
 
@@ -204,42 +213,59 @@ class _Filling(NamedTuple):
 _filling = make_reader(_Filling)
 
 
+@compiled
+def _write_column(m: Matrix, numbers: Any, block: int, column: int) -> None:
+    """The numbers of a block's steps, 4 bytes of each, of one column of a pair of panels."""
+    panel, lane = column // PANEL_SIZE, column % PANEL_SIZE
+    turn_bytes = m.steps_per_turn * STEP_BYTES * m.bits // 8
+    first_bit = 4 if m.bits >= 4 else 0
+    for step in range(len(numbers)):
+        number, inside = numbers[step], step % m.steps_per_turn
+        turn = block + step // m.steps_per_turn * turn_bytes
+        if m.bits == 8:
+            at = turn + inside * STEP_BYTES + panel * VECTOR_BYTES + lane * BYTES_PER_STEP
+            int32s(at, (1,))[0] = number
+            continue
+        if m.bits >= 4:
+            word = int32s(turn + inside * VECTOR_BYTES + lane * BYTES_PER_STEP, (1,))
+            nibbles = np.int32(0x0F0F0F0F)
+            shift = np.int32(4 * panel)
+            word[0] = (word[0] & ~(nibbles << shift)) | ((number & nibbles) << shift)
+            turn += m.steps_per_turn * VECTOR_BYTES
+        for bit in range(first_bit, m.bits):
+            ones = (number >> np.int32(bit)) & np.int32(0x01010101)
+            four = (ones | (ones >> 7) | (ones >> 14) | (ones >> 21)) & 15
+            plane = turn + ((bit - first_bit) * m.steps_per_turn + inside) * PLANE_BYTES
+            # A byte has the bits of two columns.
+            byte = uint8s(plane + panel * (PLANE_BYTES // 2) + lane // 2, (1,))
+            place = 4 * (lane % 2)
+            byte[0] = (byte[0] & ~(15 << place)) | (four << place)
+
+
 def _fill(task: Task) -> None:
     """A part is a pair of panels."""
     a = _filling(task)
     m = _matrix(a.matrix)
-    num_steps = m.block_size // BYTES_PER_STEP
-    num_words = m.num_blocks * m.block_bytes // BYTES_PER_STEP
-    # Of 4 bits, the second panel's numbers are the upper ones of the first's.
-    is_shared = m.bits == 4
-    words_per_step = PANEL_SIZE if is_shared else GROUP_SIZE
     row = np.zeros(m.block_size, np.uint8)
-    padded = int32s(address_of(row), (num_steps,))
+    numbers = int32s(address_of(row), (m.block_size // BYTES_PER_STEP,))
     pair = claim(task)
     while pair < m.num_pairs:
-        words = int32s(m.panels + pair * m.pair_bytes, (num_words,))
         for column in range(GROUP_SIZE):
-            panel, lane = column // PANEL_SIZE, column % PANEL_SIZE
             index = pair * GROUP_SIZE + column
             is_whole = index < m.outputs
             if m.gate != NO_GATE:
-                index = pair * PANEL_SIZE + lane
+                index = pair * PANEL_SIZE + column % PANEL_SIZE
                 is_whole = index < m.outputs
-                index += panel * m.outputs
+                index += column // PANEL_SIZE * m.outputs
             index -= a.first_row
             if is_whole and 0 <= index < a.num_rows:
                 integers = uint8s(a.integers + index * m.inputs, (m.inputs,))
-                place = lane if is_shared else lane + panel * PANEL_SIZE
-                shift = np.int32(4 * panel if is_shared else 0)
-                others = ~(np.int32(0x0F0F0F0F) << shift) if is_shared else np.int32(0)
                 for block in range(m.num_blocks):
                     first, size = _inputs_of(m, block)
                     row[:size] = integers[first : first + size]
                     row[size:] = 0
-                    at = (block * m.block_bytes + m.first_byte) // BYTES_PER_STEP + place
-                    for step in range(num_steps):
-                        i = at + step * words_per_step
-                        words[i] = (words[i] & others) | (padded[step] << shift)
+                    at = m.panels + pair * m.pair_bytes + block * m.block_bytes + m.first_byte
+                    _write_column(m, numbers, at, column)
         pair = claim(task)
 
 
