@@ -225,7 +225,8 @@ class RequestClock:
 
     def observe(self, delta: RequestDelta, num_counted: int) -> None:
         """Take a delta that just came; num_counted of its tokens are part of the answer."""
-        num_new = len(delta.new_token_ids)
+        # A pooled answer comes once, as a first and last token would.
+        num_new = len(delta.new_token_ids) or int(delta.pooled is not None)
         if delta.queue_seconds is not None:
             self._queue_seconds = delta.queue_seconds
             self.metrics.prompt_tokens.inc(self.num_prompt_tokens)

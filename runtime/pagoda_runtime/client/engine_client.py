@@ -123,6 +123,7 @@ class EngineClient:
         priority: int = 0,
         cache_salt: str = "",
         stream_interval: int = 1,
+        second_text_start: int = 0,
     ) -> EngineRequest:
         """What `generate` takes: a request that this engine can serve, whatever else it does.
 
@@ -131,6 +132,7 @@ class EngineClient:
             cache_salt: prefixes are shared only among requests with the same salt.
             stream_interval: tokens of a choice that come at once, the first one excepted; each
                 delta takes time from the engine where they share the cores.
+            second_text_start: of a pair, as `ScheduledRow` has it.
         Raises: PromptTooLong, RequestError (values out of range, no or unknown tokens), EngineDead.
         """
         facts = self._verify_serving()
@@ -144,6 +146,7 @@ class EngineClient:
             priority=priority,
             cache_salt=cache_salt,
             stream_interval=stream_interval,
+            second_text_start=second_text_start,
         )
 
     def generate(self, request: EngineRequest) -> RequestStream:

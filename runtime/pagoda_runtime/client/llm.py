@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar
 from pagoda_runtime.client.engine_client import ENGINE_COMMAND, EngineClient
 from pagoda_runtime.client.output_processor import OutputProcessor, WholeChoice, engine_params
 from pagoda_runtime.client.outputs import RequestOutput, describe, make_outputs
+from pagoda_runtime.client.pooled_llm import PooledLLM
+from pagoda_runtime.client.pooling import verify_generates
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.ipc.messages import EngineReady, EngineRequest
@@ -36,7 +38,7 @@ _OnFinished = Callable[[int, int], None]
 _STREAM_INTERVAL = 64
 
 
-class LLM:
+class LLM(PooledLLM):
     """A model in an engine process of its own.
 
     Args:
@@ -186,6 +188,11 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
+    def _open_client(self) -> EngineClient:
+        if self._client is None or self._loop.is_closed():
+            raise RuntimeError("This LLM was shut down.")
+        return self._client
+
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run it on the loop's thread. KeyboardInterrupt here cancels it there."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -220,9 +227,8 @@ class LLM:
         priority: int | Sequence[int],
         cache_salt: str,
     ) -> list[RequestOutput]:
-        client = self._client
-        if client is None or self._loop.is_closed():
-            raise RuntimeError("This LLM was shut down.")
+        client = self._open_client()
+        verify_generates(self.facts)
         if sampling_params is None:
             sampling_params = SamplingParams(**self.facts.default_sampling)  # type: ignore[arg-type]
         if isinstance(sampling_params, SamplingParams):

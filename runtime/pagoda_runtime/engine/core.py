@@ -83,6 +83,7 @@ class EngineCore:
                 priority=request.priority,
                 cache_salt=request.cache_salt,
                 stream_interval=request.stream_interval,
+                second_text_start=request.second_text_start,
             )
         )
         self._num_arrived += 1
@@ -137,13 +138,14 @@ class EngineCore:
     def _make_stats(self, scheduled: SchedulerOutput) -> EngineStats:
         scheduler, pool = self.scheduler, self.scheduler.block_pool
         num_held_slots = pool.num_used * pool.block_size
+        has_cache = scheduler.facts.pooler is None
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             slots=scheduler.facts.max_num_seqs,
-            kv_usage=pool.num_used / pool.num_blocks,
+            kv_usage=pool.num_used / pool.num_blocks if has_cache else 0.0,
             kv_waste=scheduler.block_tables.num_unfilled_slots(scheduler.running) / num_held_slots
-            if num_held_slots
+            if num_held_slots and has_cache
             else 0.0,
             preemptions_total=scheduler.preemptions_total,
             finished_total=scheduler.finished_total,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import Runner
+from pagoda_runtime.models.registry import load_model_config
 from pagoda_runtime.models.source import OnProgress, read_ahead, resolve_model
 from pagoda_runtime.platforms import choose_platform
 
@@ -36,6 +38,7 @@ def make_model_runner(
     # The disk has to do while libraries are imported.
     threading.Thread(target=read_ahead, args=[config.model], daemon=True).start()
     # Here and not above: they take torch with them, which the tests of this room do without.
+    from pagoda_runtime.execution.pooling_runner import PoolingRunner
     from pagoda_runtime.execution.runner import ModelRunner
     from pagoda_runtime.parallel import ALONE, connect
 
@@ -46,7 +49,11 @@ def make_model_runner(
         platform.verify_ranks(size)
         device = platform.device(rank)
         parallel = connect(rank, size, socket_folder, device, backend=platform.collectives)
-    return ModelRunner(config, on_progress, parallel)
+    config = find_model(config, on_progress)
+    model_config = load_model_config(Path(config.model), quantization=config.quantization)
+    if model_config.pooler is None:
+        return ModelRunner(config, on_progress, parallel)
+    return PoolingRunner(config, on_progress, parallel)
 
 
 def use_device(config: EngineConfig, rank: int) -> None:

@@ -36,7 +36,9 @@ def advance(
             )
         if row.sampling_params is None:
             continue
-        if sequence.request.beams is not None:
+        if output.pooled is not None:
+            deltas.append(_take_pooled(scheduler, sequence, output.pooled))
+        elif sequence.request.beams is not None:
             beams.setdefault(sequence.request, []).append((sequence, output))
         else:
             deltas += _take_samples(scheduler, sequence, output)
@@ -50,6 +52,21 @@ def _take_prompt_logprobs(sequence: Sequence, row: ScheduledRow, output: RowOutp
     if found is not None:
         # By place: a prompt that was preempted is computed again.
         sequence.request.prompt_logprobs[row.start : row.start + len(found)] = found
+
+
+def _take_pooled(
+    scheduler: Scheduler, sequence: Sequence, pooled: bytes
+) -> tuple[Request, RequestDelta]:
+    """The request's whole answer."""
+    request = sequence.request
+    scheduler.finish(sequence, "stop")
+    return request, RequestDelta(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason="stop",
+        queue_seconds=request.queue_seconds,
+        pooled=pooled,
+    )
 
 
 def _take_samples(scheduler: Scheduler, sequence: Sequence, output: RowOutput) -> Deltas:

@@ -47,6 +47,8 @@ class Request:
     cache_salt: str = ""
     stream_interval: int = 1
     """Tokens of a choice that are told at once."""
+    second_text_start: int = 0
+    """Of a pair: see ScheduledRow."""
     sequences: list[Sequence] = field(default_factory=list)
     """Those that are not finished; of beams all."""
     beams: BeamSearch | None = None

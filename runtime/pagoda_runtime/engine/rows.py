@@ -44,4 +44,5 @@ def make_row(sequence: Sequence, num_tokens: int, *, block_size: int) -> Schedul
         history=list(sequence.token_ids) if is_sampled and params.needs_history else None,
         prompt_targets=targets,
         num_prompt_logprobs=params.prompt_logprobs or 0,
+        second_text_start=request.second_text_start,
     )

@@ -92,13 +92,20 @@ class Scheduler:
         assert facts.max_num_seqs >= 1
         assert facts.max_num_batched_tokens >= 1
         assert config.long_prefill_token_threshold >= 1
+        num_blocks, block_size = facts.num_blocks, facts.block_size
+        has_cache = facts.pooler is None
+        if not has_cache:
+            # No keys and values are kept: a sequence's block is its place in a step.
+            num_blocks, block_size = facts.max_num_seqs, facts.max_model_len
         self.block_pool = BlockPool(
-            facts.num_blocks, facts.block_size, enable_prefix_caching=config.enable_prefix_caching
+            num_blocks,
+            block_size,
+            enable_prefix_caching=has_cache and config.enable_prefix_caching,
         )
         self.block_tables = BlockTables(self.block_pool, sliding_window=facts.sliding_window)
         self.eos_token_ids = frozenset(facts.eos_token_ids)
         self.max_num_tokens = most_tokens(facts)
-        self.watermark_blocks = int(WATERMARK * facts.num_blocks)
+        self.watermark_blocks = int(WATERMARK * facts.num_blocks) if has_cache else 0
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.requests: dict[str, Request] = {}
@@ -168,7 +175,7 @@ class Scheduler:
             self._schedule_waiting(step)
         sequences = list(step.num_scheduled_tokens)
         rows = [
-            make_row(sequence, num_tokens, block_size=self.facts.block_size)
+            make_row(sequence, num_tokens, block_size=self.block_pool.block_size)
             for sequence, num_tokens in step.num_scheduled_tokens.items()
         ]
         for number, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
@@ -285,7 +292,10 @@ class Scheduler:
             request = sequence.request
             if num_slots + sequence.num_slots > self.facts.max_num_seqs:
                 break
-            num_tokens = self._prefill_budget(step, sequence)
+            if self.facts.pooler is None:
+                num_tokens = self._prefill_budget(step, sequence)
+            else:
+                num_tokens = _whole_text(step, sequence)
             # A sequence that was preempted knows all its tokens only when its step has run.
             if num_tokens == 0 or sequence.num_in_flight:
                 break
@@ -316,6 +326,15 @@ class Scheduler:
             eos_token_ids=self.eos_token_ids,
             max_tokens=num_left if params.max_tokens is None else min(params.max_tokens, num_left),
         )
+
+
+def _whole_text(step: _Schedule, sequence: Sequence) -> int:
+    """All tokens of a text that is pooled over; 0: the step has no room for them. It has if there
+    is nothing else in it: then it takes as long as it takes.
+    """
+    num_tokens = sequence.num_pending_tokens
+    is_first = not step.num_scheduled_tokens
+    return num_tokens if is_first or num_tokens <= step.token_budget else 0
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:

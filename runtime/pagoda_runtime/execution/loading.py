@@ -49,7 +49,8 @@ def load_model(
     placement = Placement(dtype, device, method, parallel, config.deterministic)
     # By one rank, as several that measure at once slow each other down; before there are weights,
     # beside which its buffer would be the peak of memory.
-    bandwidth_gbps = platform.memory_bandwidth_gbps() if parallel.rank == 0 else None
+    is_measured = parallel.rank == 0 and model_config.pooler is None
+    bandwidth_gbps = platform.memory_bandwidth_gbps() if is_measured else None
     on_progress("load", 0.0, 0.0)
     remedy = "Use a smaller model or a larger device."
     with (
@@ -59,8 +60,15 @@ def load_model(
     ):
         model = make_model(model_config, placement)
         num_bytes = load_weights(
-            model.weights(), folder, unused=model.unused_weights, on_progress=on_progress
+            model.weights(),
+            folder,
+            unused=model.unused_weights,
+            prefix=model_config.prefix,
+            fused=model_config.fused,
+            on_progress=on_progress,
         )
+        for name, shards in model.weights_beside.items():
+            num_bytes += load_weights(shards, folder / name, on_progress=on_progress)
         model.after_loading()
     logger.info("Read %s of weights", format_bytes(num_bytes))
     if quantization := model_config.quantization:

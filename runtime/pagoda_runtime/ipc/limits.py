@@ -14,6 +14,9 @@ def verify_fits(
 ) -> None:
     """Raise RequestError or PromptTooLong for what this engine can never serve."""
     _verify_token_ids(prompt_token_ids, facts)
+    if facts.pooler is not None:
+        _verify_text_fits(len(prompt_token_ids), facts)
+        return
     sampling_params.verify_token_ids(facts.vocab_size)
     num_prompt_tokens = len(prompt_token_ids)
     _verify_prompt_fits(num_prompt_tokens, facts)
@@ -23,7 +26,11 @@ def verify_fits(
 
 
 def most_tokens(facts: EngineReady) -> int:
-    """Tokens of the longest sequence. Its last token is never computed and needs no place."""
+    """Tokens of the longest sequence. Its last token is never computed and needs no place; a text
+    that is pooled over has no other tokens than its own.
+    """
+    if facts.pooler is not None:
+        return facts.max_model_len
     return min(facts.max_model_len, facts.num_blocks * facts.block_size + 1)
 
 
@@ -66,6 +73,15 @@ def _verify_beams_fit(
             f"{needed} KV cache blocks; this engine has {num_blocks}. Lower max_tokens or "
             "beam_width, or raise --kv-cache-memory-bytes (CPU) or --gpu-memory-utilization (GPU).",
             param="max_tokens",
+        )
+
+
+def _verify_text_fits(num_tokens: int, facts: EngineReady) -> None:
+    if num_tokens > facts.max_model_len:
+        raise PromptTooLong(
+            f"A text has {num_tokens} tokens; at most {facts.max_model_len} (max_model_len) fit. "
+            "Shorten it, or set truncate_prompt_tokens to -1 to use its beginning alone.",
+            param="input",
         )
 
 

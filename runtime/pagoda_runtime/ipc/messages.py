@@ -61,6 +61,9 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
     """For prompt_logprobs: the token that follows each of token_ids, as far as the prompt goes."""
     num_prompt_logprobs: int = 0
     """Likeliest tokens wanted at each of prompt_targets."""
+    second_text_start: int = 0
+    """Position from which tokens are of a pair's second text; 0: there is none that the model tells
+    apart."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -85,6 +88,8 @@ class RowOutput(msgspec.Struct, frozen=True, kw_only=True):
     """The logprob of each of token_ids, for beams and for sampling_params.needs_logprobs."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """One for each of prompt_targets."""
+    pooled: bytes | None = None
+    """What a pooler made of the row, numbers in fp32."""
 
 
 class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
@@ -108,6 +113,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """Prefixes are shared only among requests with the same salt."""
     stream_interval: int = 1
     """Tokens of a choice that are told at once, the first one excepted."""
+    second_text_start: int = 0
+    """As that of ScheduledRow."""
 
 
 class AbortRequests(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
@@ -154,6 +161,8 @@ class RequestDelta(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens found in the prefix cache at first admission."""
     queue_seconds: float | None = None
     """Seconds from arrival to the first scheduling; sent with the first delta of choice 0."""
+    pooled: bytes | None = None
+    """The whole answer of an engine with a pooler, numbers in fp32."""
 
     def join(self, later: RequestDelta) -> RequestDelta:
         """Both as one; this delta's lists become the result's."""
@@ -214,6 +223,25 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):
     bytes_per_second: float = 0.0
 
 
+class PoolerFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine that generates nothing makes of a text, and what is yet to be done with it."""
+
+    task: Literal["embed", "classify"]
+    size: int
+    """Numbers of a vector, or of logits."""
+    is_normalized: bool = False
+    """embed: whether vectors are to have the length 1."""
+    dimensions: list[int] | None = None
+    """embed: how short a vector may be cut; []: as short as one likes; None: not at all."""
+    prompts: dict[str, str] = {}
+    """embed: by name, what is to stand before a text."""
+    default_prompt: str | None = None
+    labels: list[str] = []
+    """classify: of each logit."""
+    activation: str = "identity"
+    """classify: what makes probabilities of logits: identity, sigmoid, softmax or another one."""
+
+
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Engine → API once: the facts of the engine that serve requests from now on."""
 
@@ -244,6 +272,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     default_sampling: dict[str, float | int] = msgspec.field(default_factory=dict)
     """What generation_config.json names of SamplingParams: temperature, top_p, top_k, min_p,
     repetition_penalty, max_tokens."""
+    pooler: PoolerFacts | None = None
+    """None: it generates. Else it has no KV cache, and a text is computed in one step."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

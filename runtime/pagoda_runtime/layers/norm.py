@@ -58,15 +58,19 @@ class LayerNorm(Module):
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
 
-    def __init__(self, size: int, *, eps: float, placement: Placement) -> None:
+    def __init__(
+        self, size: int, *, eps: float, has_bias: bool = True, placement: Placement
+    ) -> None:
         super().__init__()
         self.dtype, self.eps = placement.dtype, eps
-        for name in ("weight", "bias"):
+        for name in ("weight", "bias") if has_bias else ("weight",):
             self.parameters[name] = placement.parameter(Layout([Part("", size)]), OUTPUT)
 
     def use_parameters(self) -> None:
-        weight, bias = (self.parameters[name].data.float() for name in ("weight", "bias"))
-        self.weights = LayerNormWeights(weight, bias, self.eps)
+        weight = self.parameters["weight"].data.float()
+        bias = self.parameters.get("bias")
+        shift = torch.zeros_like(weight) if bias is None else bias.data.float()
+        self.weights = LayerNormWeights(weight, shift, self.eps)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_rows, size] fp32; the result has the model's dtype."""

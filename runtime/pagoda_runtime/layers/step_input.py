@@ -15,8 +15,11 @@ class StepInput:
 
     token_ids, positions: [num_tokens] int64.
     attention: what the layers' attention is asked of.
+    segments: [num_tokens] int64, 0 or 1: which text of a pair a token is of; None where no model
+        of the engine's kind asks.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     attention: AttentionPlan
+    segments: torch.Tensor | None = None

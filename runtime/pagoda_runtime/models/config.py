@@ -9,6 +9,7 @@ from typing import Any
 from pagoda_runtime.config import SUPPORTED_DTYPES
 from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.layers.rope_config import RopeConfig
+from pagoda_runtime.models.pooler_config import PoolerConfig
 from pagoda_runtime.quantization.description import Quantization
 
 DTYPE_OF_WEIGHTS = "auto"
@@ -17,13 +18,26 @@ Note = tuple[int, str]
 """A level of `logging`, and a message."""
 
 
+@dataclass(frozen=True, slots=True)
+class LearnedPositions:
+    """Tables that are added to those of tokens."""
+
+    num_rows: int
+    """Of the table of positions."""
+    first: int
+    """The row of a text's first token."""
+    num_segments: int
+    """Rows of the table that tells the texts of a pair apart."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """One decoder, as data. The families of `models/` differ in these values only."""
+    """One model, as data. The families of `models/` differ in these values only."""
 
     architecture: str
     names: Mapping[str, str]
-    """Part of a parameter's name → what the family's checkpoints say for it, if they differ."""
+    """Part of a parameter's name, or the whole of its module's → what the family's checkpoints say
+    for it, if they differ."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -62,6 +76,20 @@ class ModelConfig:
     embedding_scale: float = 1.0
     attention_scale: float | None = None
     """Factor on q·k; None: head_dim ** -0.5."""
+    pooler: PoolerConfig | None = None
+    """What is made of a text's hidden states, by a model that generates nothing."""
+    is_causal: bool = True
+    """Whether a token sees no later one."""
+    learned_positions: LearnedPositions | None = None
+    """Instead of a rope."""
+    norm_bias: bool = True
+    """Whether norms of the kind layer have one."""
+    embeddings_are_normed: bool = False
+    """Whether the layers add to the first norm's results."""
+    prefix: str = ""
+    """What some of the family's checkpoints begin all names with."""
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Part of a checkpoint's name → the matrices of one size that lie in it, along the outputs."""
     quantization: Quantization | None = None
     """How the layers' matrices are stored, or what they are made when they are loaded."""
     eos_token_ids: tuple[int, ...] = ()
@@ -71,7 +99,11 @@ class ModelConfig:
 
     def stored_name(self, name: str) -> str:
         """What the checkpoint calls a parameter of the model."""
-        return ".".join(self.names.get(part, part) for part in name.split("."))
+        module, _, last = name.rpartition(".")
+        if module in self.names:
+            return f"{self.names[module]}.{last}"
+        parts = (self.names.get(part, part) for part in name.split("."))
+        return ".".join(part for part in parts if part)
 
 
 def common_fields(file: ConfigFile, default_head_dim: int | None = None) -> dict[str, Any]:

@@ -21,12 +21,14 @@ _NAMES = {
 
 def gemma3(file: ConfigFile) -> ModelConfig:
     """Gemma3ForCausalLM"""
-    file.require_absent(
-        "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"
-    )
+    file.require_absent("attn_logit_softcapping", "final_logit_softcapping")
+    is_causal = not file.boolean("use_bidirectional_attention", False)
     common = read_common_fields(file, default_head_dim=256)
     num_layers = common["num_layers"]
     window = file.integer("sliding_window", 4096)
+    if not is_causal:
+        # Of both sides together; a token itself is in neither.
+        window = window // 2 + 1
     if file.values.get("layer_types") is not None:
         windows = windows_of_layer_types(file, num_layers, window)
     else:
@@ -47,6 +49,7 @@ def gemma3(file: ConfigFile) -> ModelConfig:
         qkv_bias=bias,
         attention_output_bias=bias,
         qk_norm=True,
+        is_causal=is_causal,
         sandwich_norms=True,
         norm_weight_offset=1.0,
         embedding_scale=common["hidden_size"] ** 0.5,

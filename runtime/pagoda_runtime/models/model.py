@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 
@@ -84,6 +85,8 @@ class DecoderLayer(Module):
 class Model(Module):
     """Token ids to hidden states, and hidden states to logits: embedding, layers, norm and head."""
 
+    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
+
     def __init__(self, config: ModelConfig, placement: Placement) -> None:
         super().__init__()
         placement = replace(placement, stored_name=config.stored_name)
@@ -92,10 +95,15 @@ class Model(Module):
             config.vocab_size, config.hidden_size, scale=config.embedding_scale, placement=placement
         )
         self.layers = [
-            DecoderLayer(config, layer, placement.at(f"layers.{layer}"))
+            self.layer_class(config, layer, placement.at(f"layers.{layer}"))
             for layer in range(config.num_layers)
         ]
         self.norm = _make_norm(config, placement)
+        self._add_head(placement)
+        self.set_max_model_len(config.max_position_embeddings)
+
+    def _add_head(self, placement: Placement) -> None:
+        config = self.config
         self.lm_head = LanguageModelHead(
             config.vocab_size,
             config.hidden_size,
@@ -105,7 +113,6 @@ class Model(Module):
             and holds_own_bits(8, dtype=placement.dtype, device=placement.device),
             placement=placement.at("lm_head"),
         )
-        self.set_max_model_len(config.max_position_embeddings)
 
     @property
     def heads(self) -> AttentionHeads:
@@ -134,6 +141,11 @@ class Model(Module):
             heads = map(self.config.stored_name, ("lm_head.weight", "lm_head.qweight"))
             return (*computed, *heads)
         return computed
+
+    @property
+    def weights_beside(self) -> Mapping[str, dict[str, Shard]]:
+        """What has to be loaded from folders within the model's: folder → name → what it fills."""
+        return {}
 
     @property
     def step_bytes(self) -> int:
@@ -171,6 +183,8 @@ class Model(Module):
         hidden = self.embed_tokens(step.token_ids)
         first_norm, *next_norms = [layer.attention_norm for layer in self.layers]
         normed = first_norm(hidden)
+        if self.config.embeddings_are_normed:
+            hidden = normed.float()
         # The last norm is of the rows that are sampled: see `logits`.
         steps = zip(self.layers, self.config.rope, [*next_norms, None], strict=True)
         for layer, rope, next_norm in steps:
@@ -197,5 +211,5 @@ def _heads_of(config: ModelConfig) -> AttentionHeads:
 def _make_norm(config: ModelConfig, placement: Placement) -> Norm:
     size, eps = config.hidden_size, config.norm_eps
     if config.norm == "layer":
-        return LayerNorm(size, eps=eps, placement=placement)
+        return LayerNorm(size, eps=eps, has_bias=config.norm_bias, placement=placement)
     return RMSNorm(size, eps=eps, weight_offset=config.norm_weight_offset, placement=placement)

@@ -70,8 +70,93 @@ def make_tiny_checkpoint(
     return folder
 
 
-def write_tiny_tokenizer(folder: Path, chat_template: str | None = None) -> None:
-    """tokenizer.json and tokenizer_config.json: one token per byte, ids 3 to 258."""
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {"type_vocab_size": 1},
+    "xlm-roberta": {"type_vocab_size": 1},
+    "modernbert": {"num_hidden_layers": 4, "local_attention": 8, "classifier_pooling": "mean"},
+}
+"""Family → settings beside the common ones."""
+
+
+def make_tiny_pooled_checkpoint(
+    folder: Path, family: str, *, num_labels: int = 0, modules: bool = False, **settings: Any
+) -> Path:
+    """Write a random model whose texts are pooled, with a byte-level tokenizer.
+
+    Args:
+        num_labels: above 0 of a classifier.
+        modules: whether sentence-transformers' files are there: mean pooling, a dense layer to half
+            the size, normalization, and prompts.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+    own = ENCODERS.get(family, TINY.get(family, {}))
+    labels = {"num_labels": num_labels} if num_labels else {}
+    config = AutoConfig.for_model(family, **{**_COMMON, **own, **labels, **settings})
+    torch.manual_seed(0)
+    kind = AutoModelForSequenceClassification if num_labels else AutoModel
+    model = kind.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name.lower():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 0.15)
+    model.save_pretrained(folder)
+    has_segments = own.get("type_vocab_size", 2) > 1
+    write_tiny_tokenizer(folder, for_pairs="1" if has_segments else "0")
+    if modules:
+        _write_modules(folder, config.hidden_size)
+    return folder
+
+
+def _write_modules(folder: Path, size: int) -> None:
+    """The files of sentence-transformers."""
+    from safetensors.torch import save_file
+
+    names = {
+        "": "Transformer",
+        "1_Pooling": "Pooling",
+        "2_Dense": "Dense",
+        "3_Normalize": "Normalize",
+    }
+    parts = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(names.items())
+    ]
+    dense = {
+        "in_features": size,
+        "out_features": size // 2,
+        "bias": True,
+        "activation_function": "torch.nn.modules.activation.Tanh",
+    }
+    prompts = {"prompts": {"query": "find: ", "document": ""}, "default_prompt_name": None}
+    pooling = {"word_embedding_dimension": size, "pooling_mode_mean_tokens": True}
+    for path, content in {
+        "modules.json": parts,
+        "1_Pooling/config.json": pooling,
+        "2_Dense/config.json": dense,
+        "config_sentence_transformers.json": prompts,
+        "sentence_bert_config.json": {"max_seq_length": 64, "do_lower_case": False},
+    }.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(json.dumps(content))
+    (folder / "3_Normalize").mkdir(exist_ok=True)
+    weights = {
+        "linear.weight": torch.randn(size // 2, size) * 0.1,
+        "linear.bias": torch.randn(size // 2) * 0.1,
+    }
+    save_file(weights, folder / "2_Dense" / "model.safetensors")
+
+
+def write_tiny_tokenizer(
+    folder: Path, chat_template: str | None = None, *, for_pairs: str = ""
+) -> None:
+    """tokenizer.json and tokenizer_config.json: one token per byte, ids 3 to 258.
+
+    for_pairs: the type of a second text's tokens, 0 or 1; then texts end with </s>.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     special = ["<pad>", "<s>", "</s>"]
@@ -82,16 +167,20 @@ def write_tiny_tokenizer(folder: Path, chat_template: str | None = None) -> None
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
+        single="<s> $A </s>" if for_pairs else "<s> $A",
+        pair=f"<s> $A </s> $B:{for_pairs} </s>:{for_pairs}" if for_pairs else None,
+        special_tokens=[("<s>", 1), ("</s>", 2)],
     )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
         "eos_token": "</s>",
         "pad_token": "<pad>",
     }
+    if for_pairs == "1":
+        settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     if chat_template is not None:
         settings["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

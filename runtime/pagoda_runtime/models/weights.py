@@ -7,8 +7,10 @@ import logging
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,16 +40,19 @@ def settle_by_weights(config: ModelConfig, folder: Path) -> ModelConfig:
     Raises: FatalError: as load_weights, for files that are missing or damaged.
     """
     table, head = map(config.stored_name, ("embed_tokens.weight", "lm_head.weight"))
+    wanted = (table, head) if config.pooler is None else (table, config.prefix + table)
     stored = {
         name: piece[...]
         for path in find_weight_files(folder)
-        for name, piece in read_tensors(path, (table, head))
+        for name, piece in read_tensors(path, wanted)
     }
     if config.dtype == DTYPE_OF_WEIGHTS:
         names = [str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()]
         dtype = next((name for name in names if name in SUPPORTED_DTYPES), "float32")
         logger.info("config.json names no dtype; the weights are %s", dtype)
         config = replace(config, dtype=dtype)
+    if config.pooler is not None:
+        return config
     if config.tie_word_embeddings and _has_quantized_head(config, folder):
         if config.quantization and config.quantization.method == "gguf":
             # It is the table itself.
@@ -85,6 +90,8 @@ def load_weights(
     folder: Path,
     *,
     unused: Sequence[str] = (),
+    prefix: str = "",
+    fused: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     on_progress: OnProgress,
 ) -> int:
     """Give each tensor of a checkpoint to what it fills; return the bytes that were asked for.
@@ -95,6 +102,8 @@ def load_weights(
         shards: by name in the checkpoint.
         folder: has model.safetensors, or model.safetensors.index.json and the files it names.
         unused: last parts of the names of what may be present and is not needed.
+        prefix: what all names may begin with.
+        fused: part of a name → what lies in such a tensor one after the other, in equal parts.
     Raises: FatalError: ModelNotFound if there are no weights; ModelAccessDenied; CorruptWeights
         if a file is damaged, or one message with all tensors that are missing, unexpected,
         mis-shaped or stored twice.
@@ -108,7 +117,7 @@ def load_weights(
     files = find_weight_files(folder)
     bytes_total = sum(_file_bytes(path) for path in files)
     for path in files:
-        for name, stored in read_tensors(path):
+        for name, stored in _read_parts(path, prefix, fused):
             name = name if name in shards else _other_name(name)
             shard = shards.get(name)
             if shard is None:
@@ -141,6 +150,40 @@ _UNUSED_SCALES = (
     "%d scales of keys and values in the checkpoint (%s) are not used: where --kv-cache-dtype asks "
     "for 8 bits, each head of a token has its own."
 )
+
+
+def _read_parts(
+    path: Path, prefix: str, fused: Mapping[str, tuple[str, ...]]
+) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors of a file by the names that a model has for them."""
+    for name, stored in read_tensors(path):
+        name = name.removeprefix(prefix)
+        parts = name.split(".")
+        whole = next((part for part in parts if part in fused), None)
+        if whole is None:
+            yield name, stored
+            continue
+        names, num_rows = fused[whole], stored.get_shape()[0]
+        for number, each in enumerate(names):
+            rows = range(num_rows)[number * num_rows // len(names) :][: num_rows // len(names)]
+            own = [each if part == whole else part for part in parts]
+            yield ".".join(own), _Rows(stored, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Some rows of a tensor in its file."""
+
+    stored: StoredTensor
+    rows: range
+
+    def get_shape(self) -> list[int]:
+        return [len(self.rows), *self.stored.get_shape()[1:]]
+
+    def __getitem__(self, index: Any, /) -> torch.Tensor:
+        first, *others = (slice(None),) if index is ... else index
+        own = self.rows[first]
+        return self.stored[(slice(own.start, own.stop), *others)]
 
 
 class _FaultError(Exception):

@@ -193,12 +193,14 @@ class Error(Struct, frozen=True):
 
 
 class Running(Struct, frozen=True):
-    """What runs, in the words of flags and of config.json, whatever was asked for."""
+    """What runs, in the words of flags and of config.json, whatever was asked for; task is
+    generate, embed or classify."""
 
     architecture: str
     quantization: str
     kv_cache_dtype: str
     tensor_parallel_size: int
+    task: str = "generate"
 
 
 class Startup(Struct, frozen=True):

@@ -25,6 +25,7 @@ def make_routes(state: ServerState) -> list[Route]:
                 ready.quantization,
                 ready.kv_cache_dtype,
                 ready.tensor_parallel_size,
+                ready.pooler.task if ready.pooler else "generate",
             )
             return json_response(Startup("ready", 100.0, 0.0, model))
         progress = state.engine.progress

@@ -104,18 +104,18 @@ async def _load(state: ServerState, load_tokenizer: LoadTokenizer) -> None:
     # stream gets a token for tens of milliseconds.
     gc.collect()
     gc.freeze()
+    kept = f"KV cache {ready.num_blocks} blocks of {ready.block_size} in {ready.kv_cache_dtype}"
+    if (pooler := ready.pooler) is not None:
+        kept = f"no KV cache, {pooler.size} numbers to {pooler.task} a text"
     logger.info(
-        "Ready after %.1f s: %s on %d × %s in %s, context %d tokens, "
-        "KV cache %d blocks of %d tokens in %s",
+        "Ready after %.1f s: %s on %d × %s in %s, context %d tokens, %s",
         time.monotonic() - started,
         ", ".join(state.model_names),
         ready.tensor_parallel_size,
         ready.device,
         ready.dtype,
         ready.max_model_len,
-        ready.num_blocks,
-        ready.block_size,
-        ready.kv_cache_dtype,
+        kept,
     )
 
 

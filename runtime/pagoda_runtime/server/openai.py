@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pagoda_runtime.client.pooling import verify_generates
 from pagoda_runtime.server.answer import collect, stream
 from pagoda_runtime.server.answers import ChatCompletion, Completion, Model, ModelList
 from pagoda_runtime.server.body import read_body, receive_body
@@ -90,6 +91,8 @@ async def complete(
 async def _read(
     state: ServerState, body_class: type[GenerationRequest], raw: bytes
 ) -> GenerationRequest:
+    ready, _ = state.loaded()
+    verify_generates(ready)
     body = await read_body(state, body_class, raw)
     state.warn_unknown(verify_supported(body))
     state.verify_model(body.model)

@@ -16,7 +16,13 @@ from starlette import routing
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pagoda_runtime.server import answers, protocol, tokens_protocol
+from pagoda_runtime.server import (
+    answers,
+    pooling_answers,
+    pooling_protocol,
+    protocol,
+    tokens_protocol,
+)
 from pagoda_runtime.server.docs_page import render_page
 from pagoda_runtime.server.errors import json_response
 
@@ -101,6 +107,38 @@ DOCUMENTED = (
         "The text of tokens",
         answers.Detokenized,
         body=tokens_protocol.DetokenizeRequest,
+        errors=_BODY,
+    ),
+    Route(
+        "POST",
+        "/v1/embeddings",
+        "Vectors of texts",
+        pooling_answers.EmbeddingList,
+        body=pooling_protocol.EmbeddingRequest,
+        errors=_BODY,
+    ),
+    Route(
+        "POST",
+        "/v1/score",
+        "How well pairs of texts go together",
+        pooling_answers.ScoreList,
+        body=pooling_protocol.ScoreRequest,
+        errors=_BODY,
+    ),
+    Route(
+        "POST",
+        "/v1/rerank",
+        "Documents by how well they answer a query",
+        pooling_answers.Reranking,
+        body=pooling_protocol.RerankRequest,
+        errors=_BODY,
+    ),
+    Route(
+        "POST",
+        "/v1/classify",
+        "Classes of texts",
+        pooling_answers.ClassificationList,
+        body=pooling_protocol.ClassificationRequest,
         errors=_BODY,
     ),
 )

@@ -109,6 +109,10 @@ def _verify_truncation(value: int) -> int:
     return value
 
 
+Truncation = Annotated[Small, AfterValidator(_verify_truncation)]
+Priority = Annotated[int, Field(ge=-1000, le=1000)]
+
+
 class StreamOptions(BaseModel):
     """What a stream tells beside its text."""
 
@@ -151,8 +155,8 @@ class GenerationRequest(SamplingFields):
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     return_tokens_as_token_ids: bool | None = None
     add_special_tokens: bool | None = None
-    truncate_prompt_tokens: Annotated[Small, AfterValidator(_verify_truncation)] | None = None
-    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+    truncate_prompt_tokens: Truncation | None = None
+    priority: Priority | None = None
     cache_salt: Salt | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -186,12 +190,15 @@ class GenerationRequest(SamplingFields):
         raise NotImplementedError
 
 
+Prompts = Annotated[
+    list[Prompt], PlainValidator(_verify_prompt, json_schema_input_type=PromptInput)
+]
+
+
 class CompletionRequest(GenerationRequest):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[
-        list[Prompt], PlainValidator(_verify_prompt, json_schema_input_type=PromptInput)
-    ]
+    prompt: Prompts
     suffix: Text | None = None
     logprobs: Small | None = None
     echo: bool | None = None

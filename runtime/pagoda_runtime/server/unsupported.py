@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.server.protocol import ChatCompletionRequest, ChatMessage, GenerationRequest
 
@@ -48,6 +50,16 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 UNSUPPORTED_IN_COMPLETION = UNSUPPORTED | {"add_special_tokens": (True,)}
 # A chat's template writes the special tokens itself.
 UNSUPPORTED_IN_CHAT = UNSUPPORTED | {"add_special_tokens": (False,)}
+UNSUPPORTED_IN_POOLING: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("chat_template", "chat_template_kwargs", "documents", "images"), EMPTY),
+    **dict.fromkeys(("instruction", "lora_path", "max_tokens_per_doc", "messages", "mm"), EMPTY),
+    **dict.fromkeys(("rank_fields", "return_token_ids", "task", "titles"), EMPTY),
+    "add_special_tokens": (True,),
+    "embed_dtype": (*EMPTY, "float32"),
+    "embedding_types": (*EMPTY, ["float"]),
+    "endianness": (*EMPTY, "native", "little"),
+    "truncation_side": (*EMPTY, "right"),
+}
 UNSUPPORTED_IN_MESSAGE = dict.fromkeys(
     ("audio", "function_call", "images", "prefix", "refusal", "tool_call_id", "tool_calls"), EMPTY
 )
@@ -68,17 +80,28 @@ def verify_supported(body: GenerationRequest) -> list[str]:
         others = _sort_out(message.model_extra or {}, UNSUPPORTED_IN_MESSAGE)
         refused += [f"messages[{index}].{name}" for name in others[0]]
         unknown += [f"messages.{name}" for name in others[1]]
-    if refused:
-        *first, last = refused
-        names = f"{', '.join(first)} and {last} are" if first else f"{last} is"
-        them = "them" if first else "it"
-        raise RequestError(f"{names} not supported here; leave {them} out.", param=refused[0])
+    _refuse(refused)
     _verify_contents(messages)
     if body.stream_options is not None and not body.stream:
         raise RequestError(
             "stream_options is only allowed with `stream: true`.", param="stream_options"
         )
     return unknown
+
+
+def verify_pooling_supported(body: BaseModel) -> list[str]:
+    """The unknown fields of a body of `pooling_protocol`. Raises RequestError as above."""
+    refused, unknown = _sort_out(body.model_extra or {}, UNSUPPORTED_IN_POOLING)
+    _refuse(refused)
+    return unknown
+
+
+def _refuse(names: Sequence[str]) -> None:
+    if names:
+        *first, last = names
+        are = f"{', '.join(first)} and {last} are" if first else f"{last} is"
+        them = "them" if first else "it"
+        raise RequestError(f"{are} not supported here; leave {them} out.", param=names[0])
 
 
 def _sort_out(

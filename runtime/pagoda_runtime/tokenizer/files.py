@@ -20,6 +20,7 @@ Token = dict[str, Any]
 
 SETTINGS_NAME = "tokenizer_config.json"
 _NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -38,6 +39,8 @@ class TokenizerFiles:
     splits_special_tokens: bool
     """Whether a special token that is written in a text is text."""
     chat_template: str | None
+    has_types: bool = True
+    """Whether models are to be told which text of a pair a token is of."""
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerFiles:
@@ -61,6 +64,7 @@ class TokenizerFiles:
             special_list=(*named.values(), *(listed or _listed_tokens(additional))),
             splits_special_tokens=bool(settings.get("split_special_tokens")),
             chat_template=_chat_template(folder, settings),
+            has_types="token_type_ids" in (settings.get("model_input_names") or _INPUTS),
         )
 
 

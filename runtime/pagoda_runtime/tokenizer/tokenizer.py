@@ -55,10 +55,12 @@ class Tokenizer:
         *,
         special_tokens: Mapping[str, str],
         chat_template: str | None = None,
+        has_types: bool = True,
     ) -> None:
         """special_tokens: bos_token, eos_token, … → their text."""
         self._tokenizer = tokenizer
         self._special_tokens = dict(special_tokens)
+        self._has_types = has_types
         self._compiled: dict[str, ChatTemplate] = {}
         self.chat_template = chat_template
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -101,6 +103,25 @@ class Tokenizer:
             offsets.append(end_before if is_added else min(begin, end_before))
             end_before = max(end, end_before)
         return offsets
+
+    def encode_texts(self, *texts: str, max_tokens: int | None = None) -> tuple[list[int], int]:
+        """Token ids of a text or a pair with the special tokens that belong to it.
+
+        Args:
+            max_tokens: with those; of a pair the longer text is cut first, at its end.
+        Returns: the ids, and the position from which they are of the second text, if the tokenizer
+            says so; else 0.
+        """
+        pieces = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        if max_tokens is not None:
+            num_special = self._tokenizer.num_special_tokens_to_add(len(texts) == 2)
+            shares = _share([*map(len, pieces)], max_tokens - num_special)
+            for piece, kept in zip(pieces, shares, strict=True):
+                piece.truncate(kept)
+        first, second = pieces[0], pieces[1] if len(pieces) == 2 else None
+        encoding = self._tokenizer.post_process(first, second, add_special_tokens=True)
+        types = encoding.type_ids if self._has_types else []
+        return list(encoding.ids), types.index(1) if 1 in types else 0
 
     def _encode(self, text: str, add_special_tokens: bool) -> Encoding:
         # encode would hold Python's lock for the whole text; encode_batch lets it go.
@@ -176,6 +197,17 @@ class Tokenizer:
         return token_id
 
 
+def _share(lens: Sequence[int], room: int) -> list[int]:
+    """How much of each of one or two texts fits; the longer one is cut until they are alike."""
+    room = max(0, room)
+    if sum(lens) <= room:
+        return list(lens)
+    if len(lens) == 1:
+        return [room]
+    shorter = min(*lens, room // 2)
+    return [shorter, room - shorter] if lens[0] <= lens[1] else [room - shorter, shorter]
+
+
 def tokenize_bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """The token sequences that write one of the words, each once.
 
@@ -245,7 +277,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     _add_tokens(tokenizer, files, folder)
     try:
         return Tokenizer(
-            tokenizer, special_tokens=files.special_tokens, chat_template=files.chat_template
+            tokenizer,
+            special_tokens=files.special_tokens,
+            chat_template=files.chat_template,
+            has_types=files.has_types,
         )
     except jinja2.TemplateError as error:
         raise FatalError(

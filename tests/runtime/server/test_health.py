@@ -65,6 +65,7 @@ async def test_a_loaded_server_tells_what_runs(http):
         "quantization": "none",
         "kv_cache_dtype": "float32",
         "tensor_parallel_size": 1,
+        "task": "generate",
     }
 
 

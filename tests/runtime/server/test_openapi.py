@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from pagoda_runtime.server import answers, health, openai, tokens
+from pagoda_runtime.server import answers, health, openai, pooling, tokens
 from pagoda_runtime.server.openapi import DOCUMENTED
 from pagoda_runtime.server.testing import FakeEngine, make_config, make_state, running_server
 
@@ -52,7 +52,7 @@ async def test_the_document_names_every_route_that_the_server_has(http):
     }
     served = {
         (method, route.path.replace(":path", ""))
-        for module in (health, openai, tokens)
+        for module in (health, openai, pooling, tokens)
         for route in module.make_routes(STATE)
         for method in route.methods
         if method != "HEAD"

@@ -213,3 +213,23 @@ def test_a_bad_word_is_forbidden_with_and_without_a_space_before_it(has_space_to
 def test_a_bad_word_of_white_space_alone_is_refused():
     with pytest.raises(RequestError, match="bad_words has ' '"):
         tokenize_bad_words(WordPieces(False), ["a", " "])
+
+
+@pytest.mark.parametrize("types", ["0", "1"])
+@pytest.mark.parametrize("max_tokens", [None, 8, 9, 12, 2])
+@pytest.mark.parametrize("texts", [("abc",), ("a longer text",), ("ab", "cdefgh"), ("abcdef", "g")])
+def test_texts_and_pairs_are_encoded_and_cut_as_transformers_does(
+    texts, max_tokens, types, tmp_path
+):
+    from transformers import AutoTokenizer
+
+    write_tiny_tokenizer(tmp_path, for_pairs=types)
+    if max_tokens == 2 and len(texts) == 2:
+        max_tokens = 3
+    expected = AutoTokenizer.from_pretrained(tmp_path)(
+        *texts, truncation=max_tokens is not None, max_length=max_tokens
+    )
+    ids, second = load_tokenizer(tmp_path).encode_texts(*texts, max_tokens=max_tokens)
+    assert ids == expected["input_ids"]
+    of_types = expected.get("token_type_ids", [])
+    assert second == (of_types.index(1) if 1 in of_types else 0)

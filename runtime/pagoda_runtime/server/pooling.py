@@ -1,0 +1,168 @@
+"""The routes of models that embed, score or classify texts."""
+
+from __future__ import annotations
+
+import base64
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pagoda_runtime.client.pooling import (
+    find_prompt,
+    pooler_of,
+    score_pairs,
+    scorer_of,
+    to_bytes,
+    to_probabilities,
+    to_vector,
+    verify_dimensions,
+)
+from pagoda_runtime.errors import RequestError
+from pagoda_runtime.server import pooling_answers as answers
+from pagoda_runtime.server.body import read_body, receive_body
+from pagoda_runtime.server.errors import json_response
+from pagoda_runtime.server.pooled_texts import Input, PooledTexts, pool
+from pagoda_runtime.server.pooling_protocol import (
+    ClassificationRequest,
+    EmbeddingRequest,
+    PoolingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
+from pagoda_runtime.server.protocol import Prompt
+from pagoda_runtime.server.state import ServerState
+from pagoda_runtime.server.streaming import while_connected
+from pagoda_runtime.server.unsupported import verify_pooling_supported
+
+Handler = Callable[[ServerState, Any, float], Awaitable[Any]]
+"""The answer to a body that came at time.monotonic(). Raises what `errors.to_api_error` takes."""
+
+
+def make_routes(state: ServerState) -> list[Route]:
+    """POST /v1/embeddings, /v1/score, /v1/rerank and /v1/classify."""
+    handlers: dict[str, tuple[type[PoolingRequest], Handler]] = {
+        "/v1/embeddings": (EmbeddingRequest, embed),
+        "/v1/score": (ScoreRequest, score),
+        "/v1/rerank": (RerankRequest, rerank),
+        "/v1/classify": (ClassificationRequest, classify),
+    }
+    return [
+        Route(path, partial(_answer, state, body_class, handler), methods=["POST"])
+        for path, (body_class, handler) in handlers.items()
+    ]
+
+
+async def _answer(
+    state: ServerState, body_class: type[PoolingRequest], handler: Handler, request: Request
+) -> Response:
+    arrival = time.monotonic()
+    raw = await receive_body(request)
+    ready, _ = state.loaded()
+    pooler_of(ready, "embed", "classify")
+    with state.admit():
+        body = await read_body(state, body_class, raw)
+        state.warn_unknown(verify_pooling_supported(body))
+        state.verify_model(body.model)
+        async with while_connected(request.receive):
+            return json_response(await handler(state, body, arrival))
+
+
+async def embed(
+    state: ServerState, body: EmbeddingRequest, arrival: float
+) -> answers.EmbeddingList:
+    """A vector for each text."""
+    ready, _ = state.loaded()
+    pooler = pooler_of(ready, "embed")
+    verify_dimensions(body.dimensions, pooler)
+    asked = body.prompt_name if body.prompt_name is not None else body.input_type
+    if asked is not None and not all(isinstance(text, str) for text in body.input):
+        raise RequestError(
+            "A prompt is written before texts, and input holds token ids. Leave prompt_name and "
+            "input_type out, or send texts.",
+            param="input",
+        )
+    prompt = find_prompt(pooler, body.prompt_name, body.input_type)
+    pooled = await pool(state, body, [_input(text, prompt) for text in body.input], arrival)
+    data = []
+    for index, numbers in enumerate(pooled.numbers):
+        vector = to_vector(numbers, pooler, body.dimensions)
+        if body.encoding_format == "base64":
+            shown: str | list[float] = base64.b64encode(to_bytes(vector)).decode()
+        else:
+            shown = vector.tolist()
+        data.append(answers.Embedding(index, shown))
+    return answers.EmbeddingList(data, _model(state, body), _usage(pooled))
+
+
+async def classify(
+    state: ServerState, body: ClassificationRequest, arrival: float
+) -> answers.ClassificationList:
+    """The probabilities of the classes for each text."""
+    ready, _ = state.loaded()
+    pooler = pooler_of(ready, "classify")
+    pooled = await pool(state, body, [_input(text) for text in body.input], arrival)
+    data = []
+    for index, numbers in enumerate(pooled.numbers):
+        shown = to_probabilities(numbers, pooler, activates=body.use_activation is not False)
+        label = pooler.labels[max(range(pooler.size), key=shown.__getitem__)]
+        data.append(answers.Classification(index, label, shown, pooler.size))
+    return answers.ClassificationList(*_head(state, body, "classify"), data, _usage(pooled))
+
+
+async def score(state: ServerState, body: ScoreRequest, arrival: float) -> answers.ScoreList:
+    """A score for each pair."""
+    first, second = (
+        [texts] if isinstance(texts, str) else texts for texts in (body.text_1, body.text_2)
+    )
+    scores, pooled = await _score(state, body, first, second, arrival)
+    data = [answers.Score(index, each) for index, each in enumerate(scores)]
+    return answers.ScoreList(*_head(state, body, "score"), data, _usage(pooled))
+
+
+async def rerank(state: ServerState, body: RerankRequest, arrival: float) -> answers.Reranking:
+    """The documents that go with the query best."""
+    texts = body.texts
+    scores, pooled = await _score(state, body, [body.query], texts, arrival)
+    order = sorted(range(len(texts)), key=lambda index: -scores[index])
+    results = [answers.Ranked(index, scores[index]) for index in order[: body.top_n]]
+    if body.return_documents is not False:
+        results = [
+            answers.Ranked(
+                each.index, each.relevance_score, answers.RankedDocument(texts[each.index])
+            )
+            for each in results
+        ]
+    name, _, model = _head(state, body, "rerank")
+    return answers.Reranking(name, model, results, _usage(pooled))
+
+
+async def _score(
+    state: ServerState, body: PoolingRequest, first: list[str], second: list[str], arrival: float
+) -> tuple[list[float], PooledTexts]:
+    """Of each pair; a single first text goes with each of the second."""
+    ready, _ = state.loaded()
+    inputs, finish = score_pairs(scorer_of(ready), first, second)
+    pooled = await pool(state, body, inputs, arrival)
+    return finish(pooled.numbers), pooled
+
+
+def _input(text: Prompt, prompt: str = "") -> Input:
+    return (prompt + text,) if isinstance(text, str) else text
+
+
+def _model(state: ServerState, body: PoolingRequest) -> str:
+    return body.model or state.model_names[0]
+
+
+def _head(state: ServerState, body: PoolingRequest, kind: str) -> tuple[str, int, str]:
+    return f"{kind}-{uuid.uuid4().hex}", int(time.time()), _model(state, body)
+
+
+def _usage(pooled: PooledTexts) -> answers.PoolingUsage:
+    return answers.PoolingUsage(pooled.num_tokens, pooled.num_tokens)
