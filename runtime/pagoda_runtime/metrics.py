@@ -34,6 +34,7 @@ REQUEST_SECONDS = (
 HTTP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 # 1-2-5 up to contexts of a million tokens: the real bound is known only when the model is.
 TOKEN_COUNTS = tuple(digit * 10**exponent for exponent in range(6) for digit in (1, 2, 5))
+GRAMMAR_SECONDS = (0.0001, 0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
@@ -61,6 +62,9 @@ HISTOGRAMS: dict[tuple[float, ...], dict[str, str]] = {
         "request_prompt_tokens": "Prompt tokens of a request.",
         "request_generation_tokens": "Generated tokens of a request, over all its choices.",
         "request_params_max_tokens": "max_tokens of a request.",
+    },
+    GRAMMAR_SECONDS: {
+        "grammar_compile_seconds": "Seconds until a request's grammar was compiled, or refused."
     },
     STEP_TOKENS: {"iteration_tokens_total": "Tokens that one step computes."},
 }
@@ -151,6 +155,9 @@ class Metrics:
         """Since the last scrape: a counter's lock would cost more than a token's text."""
         self.generation_tokens = self._counter(
             "generation_tokens", "Generated tokens of answers, up to what stopped each choice."
+        )
+        self.grammar_failures = self._counter(
+            "grammar_failures", "Requests refused because of their grammar."
         )
         success = Counter(
             "vllm:request_success",

@@ -15,6 +15,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 # Each makes every beam look at more continuations.
 MAX_STOP_TOKEN_IDS_OF_BEAMS = 64
+MAX_GRAMMAR_CHARACTERS = 262_144
 _MAX_INT = 2**31 - 1
 _ABOVE_0 = 5e-324
 
@@ -38,6 +39,12 @@ class Entries(NamedTuple):
 
     most: int
     unit: str
+
+
+class Length(NamedTuple):
+    """How many characters a field of SamplingParams may have."""
+
+    most: int
 
 
 _BIAS = Range(-100, 100, "from -100 to 100")
@@ -100,6 +107,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Logprobs of each output token and of that many likeliest ones; 0: of the token alone."""
     prompt_logprobs: Annotated[int | None, _LOGPROBS] = None
     """The same for the prompt's tokens."""
+    grammar: Annotated[str | None, Length(MAX_GRAMMAR_CHARACTERS)] = None
+    """What each choice must be, in llguidance's Lark; `pagoda_runtime.grammar.forms` writes it for
+    JSON schemas and other forms. A choice ends with "stop" where the grammar does, or by an end
+    token where it may. Where other fields leave no token that the grammar allows, they give way."""
 
     @property
     def num_sequences(self) -> int:
@@ -144,7 +155,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         """Raise RequestError that names field, value and range for the first value out of range."""
         for name, kind, is_optional, limit in _LIMITS:
             value = getattr(self, name)
-            if isinstance(limit, Entries):
+            if isinstance(limit, Length):
+                _verify_length(name, value or "", limit)
+            elif isinstance(limit, Entries):
                 _verify_entries(name, value, limit)
             elif not (value is None and is_optional) and not limit.holds(value, kind):
                 _refuse(name, value, f"it must be {limit.expected}")
@@ -182,7 +195,7 @@ class FieldInfo(NamedTuple):
     """A field of SamplingParams."""
 
     type: Any
-    limit: Range | Entries | None
+    limit: Range | Entries | Length | None
     default: Any
 
     @property
@@ -214,7 +227,7 @@ _LIMITS = [
 # What beams would not heed, and for some a value that asks for as little as the default.
 _NOT_FOR_BEAMS = (
     *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
-    *("repetition_penalty", "seed", "stop", "logprobs", "prompt_logprobs"),
+    *("repetition_penalty", "seed", "stop", "logprobs", "prompt_logprobs", "grammar"),
 )
 _ASKS_FOR_NOTHING = {"temperature": 0.0, "top_k": -1, "seed": -1}
 _FOR_BEAMS_ALONE = ("beam_width", "length_penalty", "early_stopping")
@@ -222,6 +235,13 @@ _FOR_BEAMS_ALONE = ("beam_width", "length_penalty", "early_stopping")
 
 def _refuse(name: str, value: object, why: str) -> NoReturn:
     raise RequestError(f"{name} is {shown(value)}; {why}.", param=name)
+
+
+def _verify_length(name: str, value: str, limit: Length) -> None:
+    if len(value) > limit.most:
+        raise RequestError(
+            f"{name} has {len(value)} characters; at most {limit.most} fit.", param=name
+        )
 
 
 def _verify_entries(name: str, values: tuple[object, ...] | str, limit: Entries) -> None:

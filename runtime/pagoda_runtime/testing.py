@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -26,12 +26,17 @@ from pagoda_runtime.errors import FatalError
 from pagoda_runtime.ipc.messages import (
     BlockCopy,
     EngineReady,
+    Masks,
     RowOutput,
     ScheduledRow,
     TokenLogprobs,
+    with_masks,
 )
 from pagoda_runtime.models.source import OnProgress
 from pagoda_runtime.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from pagoda_runtime.grammar.compiler import Grammars
 
 _MASK = 2**64 - 1
 
@@ -129,8 +134,13 @@ class FakeRunner:
             device="cpu",
         )
 
-    def submit(self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()) -> StepDone:
-        return StepDone(self.execute(rows, copies))
+    def submit(
+        self,
+        rows: Sequence[ScheduledRow],
+        copies: Sequence[BlockCopy] = (),
+        masks: Masks | None = None,
+    ) -> StepDone:
+        return StepDone(self.execute(with_masks(rows, masks), copies))
 
     def execute(
         self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()
@@ -173,6 +183,9 @@ class FakeRunner:
                 token_logprobs=[logprob for _, logprob in candidates],
             )
         token_ids = [_sample(state, params, seed, self.vocab_size) for seed in row.seeds]
+        if row.mask is not None:
+            allowed = [i for i in range(self.vocab_size) if row.mask[i // 8] >> i % 8 & 1]
+            token_ids = [allowed[token_id % len(allowed)] for token_id in token_ids]
         logprobs = None
         if params.logprobs is not None:
             logprobs = [TokenLogprobs(token_id, -1.0, 1, []) for token_id in token_ids]
@@ -223,12 +236,19 @@ def make_scheduler_config(facts: EngineReady, **limits: Any) -> SchedulerConfig:
     return SchedulerConfig(facts=msgspec.structs.replace(facts, **of_facts), **{**rules, **limits})
 
 
-def make_core(runner: Runner, *, seed: int = 0, overlap: bool = False, **limits: Any) -> EngineCore:
+def make_core(
+    runner: Runner,
+    *,
+    seed: int = 0,
+    overlap: bool = False,
+    grammars: Grammars | None = None,
+    **limits: Any,
+) -> EngineCore:
     """An EngineCore for tests; limits as in make_scheduler_config."""
     config = make_scheduler_config(runner.ready_facts, **limits)
     if overlap:
         runner = ThreadedRunner(runner)
-    return EngineCore(runner, config, seed=seed, overlap=overlap)
+    return EngineCore(runner, config, seed=seed, overlap=overlap, grammars=grammars)
 
 
 def make_fake_runner(

@@ -18,6 +18,7 @@ from pagoda_runtime.client.pooled_llm import PooledLLM
 from pagoda_runtime.client.pooling import verify_generates
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import RequestError
+from pagoda_runtime.grammar.compiler import Grammars
 from pagoda_runtime.ipc.messages import EngineReady, EngineRequest
 from pagoda_runtime.models.source import resolve_model
 from pagoda_runtime.sampling_params import SamplingParams
@@ -73,6 +74,11 @@ class LLM(PooledLLM):
                 model, self.config.revision, quantization=self.config.quantization
             )
             self._tokenizer = load_tokenizer(folder)
+            self._grammars = Grammars(
+                lambda: self._tokenizer,
+                vocab_size=self.facts.vocab_size,
+                end_token_ids=self.facts.eos_token_ids,
+            )
         except BaseException:
             self.shutdown()
             raise
@@ -243,6 +249,9 @@ class LLM(PooledLLM):
                     "one for each."
                 )
         # All are verified before the first one runs.
+        for grammar in {params.grammar for params in sampling_params}:
+            if grammar is not None:
+                self._grammars.verify(grammar)
         requests = [
             (
                 text,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from pagoda_runtime.errors import EngineDead
+from pagoda_runtime.errors import EngineDead, RequestError
 from pagoda_runtime.ipc.messages import RequestDelta
 
 
@@ -56,8 +56,9 @@ class RequestStream(AsyncIterator[RequestDelta]):
     """The deltas of one request; the last one of each choice has a finish_reason.
 
     One task reads it until it ends: deltas that piled up come by choice, so others may follow one
-    that is_last. It is like an asynchronous generator (`aclose`, works with `contextlib.aclosing`),
-    but the request is in the engine before the first delta is asked for.
+    that is_last. Where the engine cannot go on it raises RequestError, or EngineDead. It is like an
+    asynchronous generator (`aclose`, works with `contextlib.aclosing`), but the request is in the
+    engine before the first delta is asked for.
     """
 
     def __init__(
@@ -87,6 +88,9 @@ class RequestStream(AsyncIterator[RequestDelta]):
             except BaseException:
                 await self.aclose()
                 raise
+            if delta.error is not None:
+                await self.aclose()
+                raise RequestError(delta.error)
             # What the engine sent before it learned that a choice is finished is passed over.
             is_wanted = delta.index in self._open
             if delta.finish_reason is not None:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import msgspec
 
 from pagoda_runtime.engine.core import Runner
-from pagoda_runtime.ipc.messages import BlockCopy, EngineReady, RowOutput, ScheduledRow
+from pagoda_runtime.ipc.messages import BlockCopy, EngineReady, Masks, RowOutput, ScheduledRow
 
 
 class ThreadedRunner:
@@ -28,14 +28,17 @@ class ThreadedRunner:
         return self._runner.ready_facts
 
     def submit(
-        self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()
+        self,
+        rows: Sequence[ScheduledRow],
+        copies: Sequence[BlockCopy] = (),
+        masks: Masks | None = None,
     ) -> Future[list[RowOutput]]:
         runner, before = self._runner, self._before
 
         def execute() -> list[RowOutput]:
             # The step before is done: its tokens are there.
             known = rows if before is None else fill_in_flight(rows, before.result())
-            return runner.submit(known, copies).result()
+            return runner.submit(known, copies, masks).result()
 
         self._before = self._thread.submit(execute)
         return self._before

@@ -31,6 +31,7 @@ from pagoda_runtime.engine.overlap import ThreadedRunner
 from pagoda_runtime.engine.ranks import RankedRunner, Ranks
 from pagoda_runtime.engine.scheduler import SchedulerConfig
 from pagoda_runtime.errors import FatalError, QueueFull, RequestError
+from pagoda_runtime.grammar.compiler import Grammars
 from pagoda_runtime.ipc.messages import (
     AbortRequests,
     EngineFailed,
@@ -48,7 +49,9 @@ from pagoda_runtime.ipc.messages import (
 )
 from pagoda_runtime.ipc.sockets import input_address, output_address
 from pagoda_runtime.logs import configure_logging
+from pagoda_runtime.models.source import resolve_model
 from pagoda_runtime.platforms import PLATFORMS
+from pagoda_runtime.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("pagoda.engine")
 
@@ -171,7 +174,20 @@ def make_core(config: EngineConfig, runner: Runner) -> EngineCore:
     assert config.async_scheduling is not None
     if config.async_scheduling and not platform.is_asynchronous:
         runner = ThreadedRunner(runner)
-    return EngineCore(runner, scheduler_config, seed=config.seed, overlap=config.async_scheduling)
+
+    def load() -> Tokenizer:
+        # The runner has brought the model here by now; this only finds it.
+        return load_tokenizer(
+            resolve_model(config.model, config.revision, quantization=config.quantization)
+        )
+
+    return EngineCore(
+        runner,
+        scheduler_config,
+        seed=config.seed,
+        overlap=config.async_scheduling,
+        grammars=Grammars(load, vocab_size=facts.vocab_size, end_token_ids=facts.eos_token_ids),
+    )
 
 
 def main(

@@ -83,6 +83,7 @@ def _take_samples(scheduler: Scheduler, sequence: Sequence, output: RowOutput) -
         if output.token_logprobs is not None:
             taker.cumulative_logprob += output.token_logprobs[number]
         num_output_tokens = len(taker.token_ids) - request.num_prompt_tokens
+        _follow_grammar(scheduler, taker)
         _finish_if_ended(scheduler, taker, num_output_tokens)
         delta = RequestDelta(
             request_id=request.request_id,
@@ -93,6 +94,7 @@ def _take_samples(scheduler: Scheduler, sequence: Sequence, output: RowOutput) -
             finish_reason=taker.finish_reason,
             stop_reason=taker.stop_reason,
             num_cached_tokens=request.num_cached_tokens,
+            error=None if taker.matcher is None else taker.matcher.error,
         )
         deltas.append((request, _begin(request, delta) if num_output_tokens == 1 else delta))
     return deltas
@@ -110,13 +112,25 @@ def _begin(request: Request, delta: RequestDelta) -> RequestDelta:
     )
 
 
+def _follow_grammar(scheduler: Scheduler, sequence: Sequence) -> None:
+    """Take its last token, unless it is the end."""
+    token_id, ignore_eos = sequence.token_ids[-1], sequence.request.sampling_params.ignore_eos
+    if sequence.matcher is not None and (ignore_eos or token_id not in scheduler.eos_token_ids):
+        sequence.matcher.take(token_id)
+
+
 def _finish_if_ended(scheduler: Scheduler, sequence: Sequence, num_output_tokens: int) -> None:
     """End the sequence if its last known token is its last."""
     params, token_id = sequence.request.sampling_params, sequence.token_ids[-1]
-    if token_id in params.stop_token_ids:
+    matcher = sequence.matcher
+    if matcher is not None and matcher.error is not None:
+        scheduler.finish(sequence, "abort")
+    elif token_id in params.stop_token_ids:
         sequence.stop_reason = token_id
         scheduler.finish(sequence, "stop")
-    elif token_id in scheduler.eos_token_ids and not params.ignore_eos:
+    elif (token_id in scheduler.eos_token_ids and not params.ignore_eos) or (
+        matcher is not None and matcher.is_finished
+    ):
         scheduler.finish(sequence, "stop")
     elif (
         num_output_tokens == params.max_tokens

@@ -62,6 +62,7 @@ def _take_steps(channel: Connection, runner: Runner, rank: int, thread: ThreadPo
             is to be begun before one ends.
     """
     decoder = msgspec.msgpack.Decoder(RankStep)
+    masks = msgspec.msgpack.Decoder(list[bytes])
     done = msgspec.msgpack.encode(RankStepDone())
 
     def finish(step: StepInFlight) -> None:
@@ -73,13 +74,17 @@ def _take_steps(channel: Connection, runner: Runner, rank: int, thread: ThreadPo
         with contextlib.suppress(ConnectionError):
             channel.send_bytes(done)
 
+    def wait_for_masks() -> list[bytes]:
+        # Rank 0 computes them, and the same runner there asks for them in the same step.
+        return masks.decode(channel.recv_bytes())
+
     while True:
         try:
             step = decoder.decode(channel.recv_bytes())
         except (EOFError, ConnectionError):
             # The latter if it closed before it read all.
             return
-        thread.submit(finish, runner.submit(step.rows, step.copies))
+        thread.submit(finish, runner.submit(step.rows, step.copies, wait_for_masks))
 
 
 def _tell_failure(channel: Connection, rank: int, error: Exception) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -29,6 +30,7 @@ from pagoda_runtime.ipc.messages import (
     BlockCopy,
     EngineFailed,
     EngineReady,
+    Masks,
     RankLaunch,
     RankReady,
     RankStep,
@@ -118,6 +120,14 @@ class Ranks:
         os.eventfd_write(self._wake, 1)
         for rank in self._ranks:
             rank.channel.send_bytes(message)
+
+    def share(self, masks: Masks) -> Sequence[bytes]:
+        """The masks of the last step, which the other ranks wait for too."""
+        found = masks()
+        message = self._encoder.encode(found)
+        for rank in self._ranks:
+            rank.channel.send_bytes(message)
+        return found
 
     def await_verdict(self) -> None:
         """Give the watch the time to end this process, if another rank is what made it fail."""
@@ -287,10 +297,14 @@ class RankedRunner:
         return self._runner.ready_facts
 
     def submit(
-        self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()
+        self,
+        rows: Sequence[ScheduledRow],
+        copies: Sequence[BlockCopy] = (),
+        masks: Masks | None = None,
     ) -> StepInFlight:
         self._ranks.begin_step(rows, copies)
-        return self._runner.submit(rows, copies)
+        shared = None if masks is None else partial(self._ranks.share, masks)
+        return self._runner.submit(rows, copies, shared)
 
 
 def _is_stopped(rank: _Rank) -> bool:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import enum
 import hashlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pagoda_runtime.engine.beam import BeamSearch
 from pagoda_runtime.ipc.messages import FinishReason, TokenLogprobs
 from pagoda_runtime.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from pagoda_runtime.grammar.compiler import Matcher
 
 # One step of priority is worth this many places in the order of arrival. So a stream of urgent
 # requests delays the others by a bounded number of requests, and nobody waits for ever.
@@ -60,6 +64,9 @@ class Request:
     """Seconds from arrival to first admission."""
     was_admitted: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    matcher: Matcher | None = None
+    """The beginning of its grammar, which matchers alone know: the text in sampling_params, which
+    go to all ranks at each step, is empty."""
 
     @property
     def rank(self) -> int:
@@ -72,7 +79,8 @@ class Request:
 
     def start(self, beams: BeamSearch | None) -> Sequence:
         """Begin, or begin again, with the one sequence that computes the prompt."""
-        sequence = Sequence(self, 0, list(self.prompt_token_ids), self.seed)
+        matcher = None if self.matcher is None else self.matcher.fork()
+        sequence = Sequence(self, 0, list(self.prompt_token_ids), self.seed, matcher=matcher)
         self.sequences = [sequence]
         self.beams = beams
         self.is_forked = self.sampling_params.num_sequences == 1
@@ -111,6 +119,8 @@ class Sequence:
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+    matcher: Matcher | None = None
+    """Where the known output stands in the grammar."""
 
     @property
     def num_tokens(self) -> int:
@@ -152,6 +162,7 @@ class Sequence:
             request.beams is None
             and request.is_forked
             and not request.sampling_params.needs_history
+            and self.matcher is None
         )
 
     def fork(self, index: int) -> Sequence:
@@ -168,4 +179,5 @@ class Sequence:
             block_hashes=list(self.block_hashes),
             num_registered_blocks=self.num_registered_blocks,
             cumulative_logprob=self.cumulative_logprob,
+            matcher=None if self.matcher is None else self.matcher.fork(),
         )

@@ -27,6 +27,7 @@ def is_processed(row: ScheduledRow) -> bool:
     params = params_of(row)
     return (
         params.needs_history
+        or params.grammar is not None
         or params.allowed_token_ids is not None
         or bool(params.bad_words_token_ids)
         or bool(params.logit_bias)
@@ -42,10 +43,11 @@ def is_plain(row: ScheduledRow) -> bool:
 def process_logits(
     logits: torch.Tensor, rows: Sequence[ScheduledRow], eos_token_ids: Collection[int]
 ) -> torch.Tensor:
-    """The rows' logits after, in this order: allowed_token_ids, bad_words, min_tokens, logit_bias,
-    repetition penalty, frequency and presence penalties.
+    """The rows' logits after, in this order: the grammar's mask, allowed_token_ids, bad_words,
+    min_tokens, logit_bias, repetition penalty, frequency and presence penalties.
 
-    Where bad_words and min_tokens would forbid every token that is allowed, they give way.
+    Where bad_words and min_tokens would forbid every token that is allowed, they give way, as
+    allowed_token_ids do to a grammar that allows none of them.
 
     Args:
         logits: [num_rows, vocab_size], any float dtype; left as it is.
@@ -74,18 +76,22 @@ _Entries = list[tuple[int, Collection[int], npt.ArrayLike]]
 def find_changes(
     rows: Sequence[ScheduledRow], eos_token_ids: Collection[int], vocab_size: int
 ) -> list[Array]:
-    """What `change_logits` does to the rows: rows that may have some tokens alone, and for these
-    tokens, bias, repetition, presence and frequency the places in flattened logits, int64, each
-    with numbers, fp32.
+    """What `change_logits` does to the rows: rows with masks, and these; rows that may have some
+    tokens alone, and for these tokens, bias, repetition, presence and frequency the places in
+    flattened logits, int64, each with numbers, fp32.
     """
+    masked = list[int]()
     allowed, added, repeated, present, frequent = entries = [_Entries() for _ in range(5)]
     for index, row in enumerate(rows):
         params, said = params_of(row), row.history or []
         output = said[row.num_prompt_tokens :]
-        if params.allowed_token_ids is not None:
-            allowed.append((index, params.allowed_token_ids, 0.0))
         forbidden = _forbidden_token_ids(row, eos_token_ids)
-        if forbidden and not forbidden.issuperset(params.allowed_token_ids or range(vocab_size)):
+        some = _allowed_token_ids(row, is_open=not forbidden)
+        if some is not None:
+            allowed.append((index, some, 0.0))
+        elif row.mask is not None:
+            masked.append(index)
+        if forbidden and not forbidden.issuperset(range(vocab_size) if some is None else some):
             added.append((index, forbidden, -np.inf))
         if params.logit_bias:
             added.append((index, params.logit_bias, list(params.logit_bias.values())))
@@ -95,8 +101,16 @@ def find_changes(
             present.append((index, output, params.presence_penalty))
         if params.frequency_penalty:
             frequent.append((index, output, -params.frequency_penalty))
+    # Not bytes: torch wants what can be written to.
+    masks = bytearray().join(rows[index].mask or b"" for index in masked)
+    packed = np.frombuffer(masks, np.uint8).reshape(len(masked), -1 if masked else 0)
     restricted = np.array([index for index, *_ in allowed], np.int64)
-    return [restricted, *(array for some in entries for array in _locate(some, vocab_size))]
+    return [
+        np.array(masked, np.int64),
+        packed,
+        restricted,
+        *(array for some in entries for array in _locate(some, vocab_size)),
+    ]
 
 
 def change_logits(logits: torch.Tensor, changes: Sequence[torch.Tensor]) -> None:
@@ -107,8 +121,10 @@ def change_logits(logits: torch.Tensor, changes: Sequence[torch.Tensor]) -> None
         changes: of `find_changes`, on the device of logits.
     Sources: Keskar et al., CTRL, 2019 (repetition penalty); OpenAI's API reference (the others).
     """
-    restricted, allowed, _, added, biases, repeated, factors, *penalties = changes
+    masked, masks, restricted, allowed, _, added, biases, repeated, factors, *penalties = changes
     present, presences, frequent, frequencies = penalties
+    if masked.numel():
+        _apply_masks(logits, masked, masks)
     flat = logits.view(-1)
     if restricted.numel():
         values = flat[allowed]
@@ -124,6 +140,37 @@ def change_logits(logits: torch.Tensor, changes: Sequence[torch.Tensor]) -> None
         flat[present] -= presences
     if frequent.numel():
         flat.index_add_(0, frequent, frequencies)
+
+
+def _apply_masks(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
+    """Set logits of tokens whose bits are 0 to -inf, in place.
+
+    Args:
+        rows: [num_masked] int64, the rows that the masks are of.
+        masks: [num_masked, num_bytes] uint8, as `ScheduledRow.mask`.
+    """
+    # By a table of what a byte adds to eight logits: a CPU is slow with single bits.
+    byte, bit = (torch.arange(size, device=masks.device) for size in (256, 8))
+    table = torch.where((byte[:, None] >> bit) % 2 == 1, 0.0, -torch.inf)
+    added = table.index_select(0, masks.flatten().int()).view(len(masks), -1)
+    logits.index_add_(0, rows, added[:, : logits.shape[1]])
+
+
+def _allowed_token_ids(row: ScheduledRow, *, is_open: bool) -> Collection[int] | None:
+    """The only tokens that the row may have; None: all, or all that its mask allows.
+
+    Args:
+        is_open: nothing else forbids it tokens.
+    """
+    allowed = params_of(row).allowed_token_ids
+    if row.mask is None or (allowed is None and is_open):
+        return allowed
+    bits = np.unpackbits(np.frombuffer(row.mask, np.uint8), bitorder="little")
+    of_grammar = np.flatnonzero(bits)
+    if allowed is not None:
+        both = of_grammar[np.isin(of_grammar, allowed)]
+        return (both if len(both) else of_grammar).tolist()
+    return of_grammar.tolist()
 
 
 def _forbidden_token_ids(row: ScheduledRow, eos_token_ids: Collection[int]) -> set[int]:

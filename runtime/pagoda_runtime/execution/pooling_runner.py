@@ -16,7 +16,7 @@ from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.loading import load_model, timed
 from pagoda_runtime.execution.memory import dtype_name, must_fit
 from pagoda_runtime.execution.runner import no_progress
-from pagoda_runtime.ipc.messages import BlockCopy, EngineReady, RowOutput, ScheduledRow
+from pagoda_runtime.ipc.messages import BlockCopy, EngineReady, Masks, RowOutput, ScheduledRow
 from pagoda_runtime.layers.step_input import StepInput
 from pagoda_runtime.models.check import verify_max_model_len
 from pagoda_runtime.models.pooled import PooledModel
@@ -72,7 +72,12 @@ class PoolingRunner:
         on_progress("warmup", 100.0, 0.0)
 
     @torch.inference_mode()
-    def submit(self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()) -> PooledStep:
+    def submit(
+        self,
+        rows: Sequence[ScheduledRow],
+        copies: Sequence[BlockCopy] = (),
+        masks: Masks | None = None,
+    ) -> PooledStep:
         """Compute the rows' texts, or begin to."""
         lens = np.array([len(row.token_ids) for row in rows])
         ends = np.cumsum(lens)

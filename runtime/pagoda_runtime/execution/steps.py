@@ -15,7 +15,14 @@ from pagoda_runtime.execution.logprobs import start_logprobs
 from pagoda_runtime.execution.row_tables import RowTables
 from pagoda_runtime.execution.sampler import sample_hidden
 from pagoda_runtime.execution.step_input import PreparedStep, prepare_step
-from pagoda_runtime.ipc.messages import BlockCopy, RowOutput, ScheduledRow, TokenLogprobs
+from pagoda_runtime.ipc.messages import (
+    BlockCopy,
+    Masks,
+    RowOutput,
+    ScheduledRow,
+    TokenLogprobs,
+    with_masks,
+)
 from pagoda_runtime.models.model import Model
 from pagoda_runtime.platforms import Platform
 
@@ -88,11 +95,17 @@ class StepRunner:
         return self.submit(rows, copies).result()
 
     @torch.inference_mode()
-    def submit(self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()) -> RunningStep:
+    def submit(
+        self,
+        rows: Sequence[ScheduledRow],
+        copies: Sequence[BlockCopy] = (),
+        masks: Masks | None = None,
+    ) -> RunningStep:
         """Copy blocks, compute the rows' tokens, and what each row asks for.
 
         On a platform that is asynchronous this is only begun, and a row's last token may be one
-        that the step before is still computing. Afterwards the cache holds each row's positions
+        that the step before is still computing. Masks are waited for once the
+        model is called. Afterwards the cache holds each row's positions
         0 … start + len(token_ids) - 1.
         """
         if copies:
@@ -100,14 +113,17 @@ class StepRunner:
                 [copy.source for copy in copies], [copy.target for copy in copies]
             )
         if self.decode_steps is not None and is_decode_step(rows):
-            batch = start_batch(self.decode_steps.run(rows), rows, self.model.config.eos_token_ids)
+            logits = self.decode_steps.run(rows)
+            rows = with_masks(rows, masks)
+            batch = start_batch(logits, rows, self.model.config.eos_token_ids)
             self.decode_steps.last_tokens[: len(rows)].copy_(batch.token_ids)
             return RunningStep(len(rows), range(len(rows)), batch.tell, ())
         prepared = prepare_step(rows, self.row_tables, self.attention, self.last_tokens)
         hidden = self.model(prepared.step_input)
         tell: Callable[[], list[RowOutput]] = list
         if prepared.sampled_rows:
-            tell = self._sample(hidden, rows, prepared)
+            some = with_masks([rows[index] for index in prepared.sampled_rows], masks)
+            tell = self._sample(hidden, some, prepared)
         prompts = [
             (index, list(self._prompt_logprobs(hidden[first:], row)))
             for index, (row, first) in enumerate(zip(rows, prepared.first_tokens, strict=True))
@@ -116,10 +132,9 @@ class StepRunner:
         return RunningStep(len(rows), prepared.sampled_rows, tell, prompts)
 
     def _sample(
-        self, hidden: torch.Tensor, rows: Sequence[ScheduledRow], prepared: PreparedStep
+        self, hidden: torch.Tensor, some: Sequence[ScheduledRow], prepared: PreparedStep
     ) -> Callable[[], list[RowOutput]]:
         hidden = hidden.index_select(0, prepared.sampled_tokens)
-        some = [rows[index] for index in prepared.sampled_rows]
         eos_token_ids = self.model.config.eos_token_ids
         if self.last_tokens is None:
             outputs = sample_hidden(self.model, hidden, some, eos_token_ids)

@@ -5,7 +5,7 @@ Plain data only, so that a step can be sent to other ranks and a message over a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import msgspec
@@ -17,6 +17,9 @@ from pagoda_runtime.sampling_params import SamplingParams
 NEVER = 1 << 60
 # In the place of a token that is still being computed; no model has it.
 PLACEHOLDER_TOKEN_ID = -1
+
+Masks = Callable[[], Sequence[bytes]]
+"""Waits for the masks of a step's rows that have a grammar, in order: see ScheduledRow.mask."""
 
 FinishReason = Literal["stop", "length", "abort"]
 """stop: an end token, a stop id or a stop string."""
@@ -64,6 +67,24 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
     second_text_start: int = 0
     """Position from which tokens are of a pair's second text; 0: there is none that the model tells
     apart."""
+    mask: bytes | None = None
+    """What the row's grammar allows next, known while the model computes: bit i % 8 of byte i // 8
+    for token i, up to a whole number of 32 bits."""
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether the row samples a token that a grammar must allow."""
+        return self.sampling_params is not None and self.sampling_params.grammar is not None
+
+
+def with_masks(rows: Sequence[ScheduledRow], masks: Masks | None) -> Sequence[ScheduledRow]:
+    """The rows with their masks. All rows of a step that have a grammar must be among them."""
+    if masks is None or not any(row.has_grammar for row in rows):
+        return rows
+    waiting = iter(masks())
+    return [
+        msgspec.structs.replace(row, mask=next(waiting)) if row.has_grammar else row for row in rows
+    ]
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -163,6 +184,8 @@ class RequestDelta(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds from arrival to the first scheduling; sent with the first delta of choice 0."""
     pooled: bytes | None = None
     """The whole answer of an engine with a pooler, numbers in fp32."""
+    error: str | None = None
+    """Why the engine cannot go on with the request, which is the request's own fault."""
 
     def join(self, later: RequestDelta) -> RequestDelta:
         """Both as one; this delta's lists become the result's."""

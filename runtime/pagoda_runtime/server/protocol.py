@@ -32,7 +32,7 @@ AS_MANY_AS_FIT = -1
 # What a body does not have, or in another form.
 _OTHER_FORM = {
     *("allowed_token_ids", "bad_words", "bad_words_token_ids", "logit_bias", "logprobs"),
-    *("max_tokens", "stop", "stop_token_ids"),
+    *("grammar", "max_tokens", "stop", "stop_token_ids"),
 }
 SAME_FORM = tuple(name for name in FIELDS if name not in _OTHER_FORM)
 MAX_MESSAGES = 2048
@@ -113,6 +113,43 @@ Truncation = Annotated[Small, AfterValidator(_verify_truncation)]
 Priority = Annotated[int, Field(ge=-1000, le=1000)]
 
 
+class JsonSchema(BaseModel):
+    """A schema by its name; strict or not, an answer fits it."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: str | None = None
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any] | bool | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """The form of an answer, as OpenAI's API has it, and structural tags as vLLM's."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    json_schema: JsonSchema | None = None
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
+
+
+class StructuredOutputs(BaseModel):
+    """The form of an answer, as vLLM's API has it: one of json to structural_tag."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    json_schema: Annotated[dict[str, Any] | bool | str | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: Text | None = None
+    choice: list[Text] | None = None
+    grammar: Text | None = None
+    structural_tag: dict[str, Any] | str | None = None
+    whitespace_pattern: Text | None = None
+    disable_any_whitespace: bool | None = None
+
+
 class StreamOptions(BaseModel):
     """What a stream tells beside its text."""
 
@@ -158,6 +195,13 @@ class GenerationRequest(SamplingFields):
     truncate_prompt_tokens: Truncation | None = None
     priority: Priority | None = None
     cache_salt: Salt | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_json_object: bool | None = None
+    guided_regex: Text | None = None
+    guided_choice: list[Text] | None = None
+    guided_grammar: Text | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None

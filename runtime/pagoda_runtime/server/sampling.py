@@ -14,7 +14,10 @@ from pagoda_runtime.tokenizer.tokenizer import Tokenizer, add_bad_words
 
 
 def to_sampling_params(
-    body: GenerationRequest, tokenizer: Tokenizer, defaults: Mapping[str, float | int]
+    body: GenerationRequest,
+    tokenizer: Tokenizer,
+    defaults: Mapping[str, float | int],
+    grammar: str | None = None,
 ) -> SamplingParams:
     """The parameters of a body, max_tokens left open.
 
@@ -34,6 +37,7 @@ def to_sampling_params(
         allowed_token_ids=None if allowed is None else tuple(allowed),
         bad_words=tuple(body.bad_words or ()),
         logprobs=body.num_logprobs,
+        grammar=grammar,
     )
     params.verify()
     _verify_body(body, params)

@@ -25,6 +25,7 @@ from pagoda_runtime.server.protocol import (
 )
 from pagoda_runtime.server.sampling import to_sampling_params
 from pagoda_runtime.server.state import ServerState
+from pagoda_runtime.server.structured import find_structure
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 # OpenAI's default for completions; a chat may use the rest of the context. The model's comes first.
@@ -41,10 +42,11 @@ async def start(state: ServerState, body: GenerationRequest, arrival: float) -> 
     Raises: RequestError, QueueFull, EngineDead.
     """
     ready, tokenizer = state.loaded()
+    grammar = await state.structures.make_grammar(find_structure(body))
     # It tokenizes bad words.
     params = await state.off_loop(
         sum(map(len, body.bad_words or ())),
-        lambda: to_sampling_params(body, tokenizer, ready.default_sampling),
+        lambda: to_sampling_params(body, tokenizer, ready.default_sampling, grammar),
     )
     num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
     _verify_num_sequences(state, num_prompts, params)

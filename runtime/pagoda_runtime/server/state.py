@@ -22,6 +22,7 @@ from pagoda_runtime.metrics import Metrics
 from pagoda_runtime.server.answers import Load
 from pagoda_runtime.server.body import default_max_body_bytes
 from pagoda_runtime.server.openapi import ROUTES
+from pagoda_runtime.server.structured import Structures
 from pagoda_runtime.server.tracing import Tracer
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
@@ -73,6 +74,7 @@ class ServerState:
         self.warned_fields: set[str] = set()
         self.tracer: Tracer | None = None
         self.metrics = Metrics(self.model_names[0], self, ROUTES)
+        self.structures = Structures(self.loaded, self.metrics)
         engine.on_stats = self.metrics.observe_step
         # Few threads: tokenizing must leave the other cores to the engine.
         self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")

@@ -19,9 +19,7 @@ EMPTY: tuple[Any, ...] = (False, "", [], {})
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # The form of the answer.
     **dict.fromkeys(("ebnf", "format", "grammar", "json_schema", "regex", "structural_tag"), EMPTY),
-    **dict.fromkeys(("guided_choice", "guided_grammar", "guided_json", "guided_regex"), EMPTY),
-    **dict.fromkeys(("guided_json_object", "stop_regex", "structured_outputs", "suffix"), EMPTY),
-    "response_format": (*EMPTY, {"type": "text"}),
+    **dict.fromkeys(("stop_regex", "suffix"), EMPTY),
     "modalities": (*EMPTY, ["text"]),
     "verbosity": (*EMPTY, "medium"),
     "spaces_between_special_tokens": (True,),

@@ -83,6 +83,11 @@ class Tokenizer:
         if chat_template is not None:
             self._compile(chat_template)
 
+    def to_json(self) -> str:
+        """The whole of it in the format of tokenizer.json."""
+        text: str = self._tokenizer.to_str()
+        return text
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in the text become their ids."""
         return list(self._encode(text, add_special_tokens).ids)

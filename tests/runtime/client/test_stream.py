@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pagoda_runtime.client.stream import Mailbox, RequestStream
-from pagoda_runtime.errors import EngineDead
+from pagoda_runtime.errors import EngineDead, RequestError
 from pagoda_runtime.ipc.messages import RequestDelta, TokenLogprobs
 
 
@@ -116,3 +116,12 @@ async def test_a_death_is_heard_after_the_deltas_that_came_before_it():
     assert (await anext(stream)).new_token_ids == [1]
     with pytest.raises(EngineDead, match="gone"):
         await anext(stream)
+
+
+async def test_a_request_that_the_engine_cannot_go_on_with_ends_with_its_reason():
+    engine = Engine()
+    put, stream = engine.stream(2)
+    put(delta(1, finish_reason="abort", error="It is too complex."))
+    with pytest.raises(RequestError, match="It is too complex"):
+        await anext(stream)
+    assert engine.aborted == ["r"]

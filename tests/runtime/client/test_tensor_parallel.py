@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -13,11 +14,15 @@ import pytest
 
 from pagoda_runtime.client.llm import LLM
 from pagoda_runtime.errors import EngineDead
+from pagoda_runtime.grammar.forms import regex_grammar
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.slow
 
+GRAMMAR = SamplingParams(
+    temperature=1.0, n=3, seed=1, max_tokens=40, grammar=regex_grammar("[a-f]{9}(1|22)")
+)
 PROMPTS = ["Hello", "The quick brown fox", "a"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
@@ -69,10 +74,13 @@ def signal_midway(llm: LLM, number: signal.Signals) -> tuple[str, float]:
 def test_two_processes_give_the_tokens_of_one_until_one_of_them_is_killed(folder):
     one, two = start(folder, 1), start(folder)
     assert two.facts.tensor_parallel_size == 2
-    expected = one.generate(PROMPTS, GREEDY, use_tqdm=False)
+    params = [GREEDY, GREEDY, GRAMMAR]
+    expected = one.generate(PROMPTS, params, use_tqdm=False)
     one.shutdown()
-    found = two.generate(PROMPTS, GREEDY, use_tqdm=False)
+    found = two.generate(PROMPTS, params, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in expected]
+    assert [o.text for o in found[2].outputs] == [o.text for o in expected[2].outputs]
+    assert all(re.fullmatch("[a-f]{9}(1|22)", o.text) for o in found[2].outputs)
     message, seconds = signal_midway(two, signal.SIGKILL)
     assert "Rank 1 of 2" in message
     assert "killed by signal 9 (SIGKILL) in step " in message

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -167,3 +168,48 @@ def test_logits_out_of_range_become_numbers(dtype, wrong):
     (processed,) = process_logits(torch.tensor([[wrong, -INF, 2.0]], dtype=dtype), [row], EOS)
     assert processed.isfinite().all()
     assert processed[2] == 2.0
+
+
+def mask_of(*token_ids: int, vocab_size: int = VOCAB_SIZE) -> bytes:
+    bits = sum(1 << token_id for token_id in token_ids)
+    return bits.to_bytes(4 * -(-vocab_size // 32), "little")
+
+
+@pytest.mark.parametrize(
+    ("params", "mask", "possible"),
+    [
+        ({}, {3, 5}, {3, 5}),
+        ({"allowed_token_ids": (5, 6)}, {3, 5}, {5}),
+        ({"allowed_token_ids": (6,)}, {3, 5}, {3, 5}),
+        ({"bad_words_token_ids": ((3,),)}, {3, 5}, {5}),
+        ({"bad_words_token_ids": ((3,), (5,))}, {3, 5}, {3, 5}),
+        ({"min_tokens": 2}, {1, 5}, {5}),
+        ({"min_tokens": 2}, {1, 2}, {1, 2}),
+        ({"allowed_token_ids": (1, 5), "bad_words_token_ids": ((5,),)}, {1, 3, 5}, {1}),
+    ],
+)
+def test_a_grammars_mask_leaves_its_tokens_and_other_fields_give_way(params, mask, possible):
+    row = make_row(SamplingParams(grammar="", **params))
+    row = msgspec.structs.replace(row, mask=mask_of(*mask))
+    (processed,) = process_logits(torch.zeros(1, VOCAB_SIZE), [row], EOS)
+    assert {i for i, logit in enumerate(processed.tolist()) if logit > -INF} == possible
+
+
+@pytest.mark.parametrize("vocab_size", [31, 32, 70, 320])
+def test_masks_are_of_their_own_rows_whatever_rows_are_beside(vocab_size):
+    kept = [{0}, {vocab_size - 1, 7}, set(range(vocab_size))]
+    rows = [
+        msgspec.structs.replace(
+            make_row(SamplingParams(grammar="")), mask=mask_of(*ids, vocab_size=vocab_size)
+        )
+        for ids in kept
+    ]
+    plain = make_row(SamplingParams())
+    logits = torch.randn(len(rows) + 1, vocab_size)
+    for some in (rows, [rows[0], plain, *rows[1:]]):
+        processed = process_logits(logits[: len(some)], some, EOS)
+        for row, before, after in zip(some, logits, processed, strict=False):
+            ids = set(range(vocab_size)) if row is plain else kept[rows.index(row)]
+            expected = torch.full_like(before, -INF)
+            expected[sorted(ids)] = before[sorted(ids)]
+            assert torch.equal(after, expected)

@@ -127,7 +127,9 @@ def watch(
 def test_a_decode_step_sends_rows_and_what_they_want_and_fetches_tokens(model, is_recorded):
     drawn = SamplingParams(temperature=0.7, top_p=0.9, top_k=50, logprobs=2)
     among_drawn = [*decode_rows(4), make_row(4, start=40, params=drawn)]
-    for one in watch(model, decode_rows(3), decode_rows(20), among_drawn, is_recorded=is_recorded):
+    masked = make_row(5, start=40, params=SamplingParams(grammar=""), mask=bytes(4 * 65536))
+    steps = (decode_rows(3), decode_rows(20), among_drawn, [*among_drawn, masked])
+    for one in watch(model, *steps, is_recorded=is_recorded):
         assert (one.num_sent, one.num_fetched) == (2, 1)
 
 

@@ -55,7 +55,10 @@ def random_row(random, vocab_size):
         min_tokens=maybe(9, 0),
         logprobs=maybe(random.choice([0, 4]), None),
         best_of=maybe(3, None),
+        grammar=maybe("", None),
     )
+    words = -(-vocab_size // 32)
+    mask = random.getrandbits(vocab_size) | 1 << 7
     return make_row(
         params,
         seeds=[random.getrandbits(64) for _ in range(random.choice([1, 1, 1, 4]))],
@@ -64,6 +67,7 @@ def random_row(random, vocab_size):
         history=[*some(30), 7],
         num_prompt_tokens=11,
         num_output_tokens=20,
+        mask=None if params.grammar is None else mask.to_bytes(4 * words, "little"),
     )
 
 

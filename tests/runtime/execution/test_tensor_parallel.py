@@ -15,7 +15,13 @@ from pagoda_runtime import testing
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore
 from pagoda_runtime.execution.runner import ModelRunner, no_progress
-from pagoda_runtime.ipc.messages import BlockCopy, EngineRequest, ScheduledRow
+from pagoda_runtime.ipc.messages import (
+    BlockCopy,
+    EngineRequest,
+    Masks,
+    RowOutput,
+    ScheduledRow,
+)
 from pagoda_runtime.layers.embedding import Embedding, LanguageModelHead
 from pagoda_runtime.models import weights
 from pagoda_runtime.models.registry import load_model_config, make_model
@@ -58,9 +64,15 @@ class Lockstep:
         self.ready_facts = self.ranks[0].ready_facts
 
     def submit(
-        self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy] = ()
+        self,
+        rows: Sequence[ScheduledRow],
+        copies: Sequence[BlockCopy] = (),
+        masks: Masks | None = None,
     ) -> testing.StepDone:
-        outputs = list(self.threads.map(lambda rank: rank.execute(rows, copies), self.ranks))
+        def execute(rank: ModelRunner) -> list[RowOutput]:
+            return rank.submit(rows, copies, masks).result()
+
+        outputs = list(self.threads.map(execute, self.ranks))
         assert all(output == outputs[0] for output in outputs)
         return testing.StepDone(outputs[0])
 

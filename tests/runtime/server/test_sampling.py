@@ -58,9 +58,9 @@ def test_a_field_reaches_the_engine(field, value, expected):
 
 
 def test_every_sampling_parameter_is_a_field_of_both_bodies():
-    # Words are tokenized here.
+    # Words are tokenized here, and grammars written.
     for body in (ChatCompletionRequest, CompletionRequest):
-        assert FIELDS.keys() - body.model_fields.keys() == {"bad_words_token_ids"}
+        assert FIELDS.keys() - body.model_fields.keys() == {"bad_words_token_ids", "grammar"}
 
 
 @pytest.mark.parametrize("field", ["n", "prompt_logprobs", "best_of"])

@@ -42,7 +42,6 @@ def assert_refused(answer: httpx.Response, *names: str) -> None:
     ("field", "value"),
     [
         ("top_logprobs", 2),
-        ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function"}]),
         ("return_token_ids", True),
         ("truncation_side", "right"),

@@ -1,0 +1,168 @@
+"""What a grammar costs a decode step: 16 requests with one beside the same without, all logits
+computed for both. And 300 schemas made at random, answered by a server with random weights.
+
+`make bench-grammar` runs both.
+
+    python benchmarks/grammar.py --out FILE [--model FOLDER] [--rounds N] [--schemas N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+from checkpoints import gemma_folder, require_model
+from report import Bar, Result, publish
+from sides import make_prompts
+from turns import take_turns
+
+from pagoda_runtime import SamplingParams
+from pagoda_runtime.config import EngineConfig
+from pagoda_runtime.engine.core import EngineCore
+from pagoda_runtime.engine.process import make_core
+from pagoda_runtime.execution.runner import ModelRunner
+from pagoda_runtime.grammar.forms import json_grammar
+from pagoda_runtime.grammar.testing import NUM_CHOICES, SchemaMaker, ask_for
+from pagoda_runtime.ipc.messages import EngineRequest
+from pagoda_runtime.models.testing import make_tiny_checkpoint
+from pagoda_runtime.server.testing import ServerProcess
+
+NUM_REQUESTS = 16
+PROMPT_TOKENS = 64
+NUM_STEPS = 60
+# Both sides sample, so that all logits are computed for both, and go on to the last step.
+SAMPLED = {"temperature": 1.0, "max_tokens": NUM_STEPS + 20, "ignore_eos": True}
+SCHEMAS = {
+    # Long texts: most tokens are allowed at most steps.
+    "texts": {"type": "array", "items": {"type": "string", "minLength": 200}, "minItems": 50},
+    # Names, numbers and choices: few tokens are allowed at most steps.
+    "records": {
+        "type": "array",
+        "minItems": 200,
+        "items": {
+            "type": "object",
+            "properties": {
+                "id": {"type": "integer", "minimum": 0, "maximum": 10**6},
+                "kind": {"enum": ["apple", "banana", "cherry"]},
+                "when": {"type": "string", "format": "date-time"},
+                "price": {"type": "number"},
+            },
+            "required": ["id", "kind", "when", "price"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def measure(core: EngineCore, vocab_size: int, grammar: str | None) -> Callable[[int], float]:
+    """Milliseconds of the median decode step of a round."""
+
+    def run(number: int) -> float:
+        for index, prompt in enumerate(
+            make_prompts(NUM_REQUESTS, PROMPT_TOKENS, vocab_size, f"grammar {number}")
+        ):
+            params = SamplingParams(**SAMPLED, seed=index, grammar=grammar)
+            request = EngineRequest(
+                request_id=f"{number}-{index}",
+                prompt_token_ids=prompt,
+                sampling_params=params,
+                arrival_seconds=time.time(),
+            )
+            core.add(request)
+        running = core.scheduler.running
+        while len(running) < NUM_REQUESTS or any(s.num_output_tokens < 4 for s in running):
+            core.step(time.time())
+        seconds = []
+        for _ in range(NUM_STEPS):
+            begun = time.perf_counter()
+            core.step(time.time())
+            seconds.append(time.perf_counter() - begun)
+            assert len(running) == NUM_REQUESTS, "an answer ended"
+        core.abort(list(core.scheduler.requests))
+        return 1000 * median(seconds)
+
+    return run
+
+
+def measure_steps(folder: Path, rounds: int) -> list[Result]:
+    config = EngineConfig(
+        model=str(folder),
+        dtype="bfloat16",
+        max_model_len=1024,
+        max_num_seqs=NUM_REQUESTS,
+        async_scheduling=False,
+    )
+    runner = ModelRunner(config)
+    core, vocab_size = make_core(config, runner), runner.ready_facts.vocab_size
+    sides = {"plain": measure(core, vocab_size, None)}
+    sides |= {name: measure(core, vocab_size, json_grammar(SCHEMAS[name])) for name in SCHEMAS}
+    medians = take_turns("step of 16 requests", sides, rounds)
+    return [
+        Result(
+            metric=f"masked_step_{name}",
+            value=medians[name],
+            unit="ms",
+            peer="the same rows without a grammar",
+            peer_value=medians["plain"],
+            bar=Bar(at_most=1.1),
+        )
+        for name in SCHEMAS
+    ]
+
+
+def measure_schemas(count: int) -> Result:
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_tiny_checkpoint(Path(folder) / "tiny")
+        flags = ["--host", "127.0.0.1", "--port", "0", "--max-num-seqs", "64"]
+        # So little that requests are preempted.
+        flags += ["--kv-cache-memory-bytes", "1500000"]
+        server = ServerProcess(
+            ["pagoda_runtime", "serve", str(model), *flags], model / "last-words"
+        )
+        try:
+            url = server.wait_until_ready()
+            schemas = [SchemaMaker(seed).make() for seed in range(count)]
+            begun = time.monotonic()
+            tally = asyncio.run(ask_for(url, schemas, max_tokens=400))
+            details: dict[str, Any] = {"seconds": round(time.monotonic() - begun, 1)}
+            metrics = httpx.get(f"{url}/metrics").text.splitlines()
+        finally:
+            server.close()
+    preemptions = next(line for line in metrics if line.startswith("vllm:num_preemptions_total"))
+    details |= {"schemas": count, "answers": NUM_CHOICES * count, "cut": tally.num_cut}
+    details |= {"schemas_without_a_finished_answer": len(tally.unfinished)}
+    details |= {"refused": tally.refused, "wrong": tally.wrong}
+    details |= {"preemptions": float(preemptions.split()[-1])}
+    return Result(
+        metric="finished_answers_that_fit",
+        value=tally.num_valid,
+        unit="answers",
+        peer="finished",
+        peer_value=tally.num_valid + len(tally.wrong),
+        bar=Bar(at_least=1.0),
+        details=details,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--model", type=Path, default=gemma_folder())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--schemas", type=int, default=300)
+    arguments = parser.parse_args()
+    require_model(arguments.model)
+    results = [measure_schemas(arguments.schemas)]
+    results += measure_steps(arguments.model, arguments.rounds)
+    publish("grammar", results, arguments.out, rounds=arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Grammars from what users ask for: each form of structured output as a text in llguidance's Lark.
+
+Raises ValueError that says of the value what is wrong with it, to be put behind its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeGuard
+
+import msgspec
+from llguidance import regex_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
+
+# Any JSON value; spaces between its parts are bounded, or a weak model writes nothing else.
+_WHITESPACE = r"[ \t\n\r]{1,32}"
+_ANY_TEXT = r"/(?s:.*)/"
+MAX_CHOICES = 10_000
+
+
+def json_grammar(
+    schema: Any, *, whitespace_pattern: str | None = None, has_whitespace: bool = True
+) -> str:
+    """JSON that a schema describes.
+
+    Args:
+        schema: an object, a boolean, or a text of one.
+        whitespace_pattern: a regular expression of what may stand between the parts.
+        has_whitespace: whether anything may.
+    """
+    return f"start: {_json_rule(schema, whitespace_pattern, has_whitespace)}\n"
+
+
+def json_object_grammar(wanted: Any = True) -> str:
+    """Any JSON object."""
+    if wanted is not True:
+        raise ValueError("is false, which asks for nothing; leave it out")
+    return json_grammar({"type": "object"})
+
+
+def regex_grammar(regex: str) -> str:
+    """A text that a regular expression matches from its beginning to its end."""
+    if not isinstance(regex, str) or not regex:
+        raise ValueError("must be a regular expression that is not empty")
+    # Digits and letters of words are those of ASCII, as in JSON schemas.
+    return f"start: /{regex_to_lark(regex, 'dw')}/\n"
+
+
+def choice_grammar(choices: Any) -> str:
+    """One of some texts."""
+    if not isinstance(choices, (list, tuple)) or not choices or not all(choices):
+        raise ValueError("must be a list of texts, and neither it nor one of them empty")
+    if len(choices) > MAX_CHOICES:
+        raise ValueError(f"has {len(choices)} texts; at most {MAX_CHOICES} fit")
+    if not all(isinstance(choice, str) for choice in choices):
+        raise ValueError("must be a list of texts alone")
+    # As one terminal, whatever their number.
+    return f"start: CHOICE\nCHOICE: {' | '.join(map(quote, choices))}\n"
+
+
+def lark_grammar(grammar: str) -> str:
+    """Lark as it is; EBNF as GBNF has it (`root ::= …`) translated."""
+    if not isinstance(grammar, str) or not grammar.strip():
+        raise ValueError("must be a grammar that is not empty")
+    return gbnf_to_lark(grammar) if "::=" in grammar else grammar
+
+
+def structural_tag_grammar(tag: Any) -> str:
+    """Any text, in which a trigger must begin one of the structures.
+
+    Args:
+        tag: {"structures": [{"begin", "schema", "end"}, …], "triggers": [text, …]}, or its text.
+    """
+    tag = _parse(tag)
+    structures = tag.get("structures") if isinstance(tag, Mapping) else None
+    triggers = tag.get("triggers") if isinstance(tag, Mapping) else None
+    if not _is_list_of(structures, Mapping) or not _is_list_of(triggers, str):
+        raise ValueError(
+            "must have `structures`, a list of objects with begin, schema and end, and `triggers`, "
+            "a list of texts; other forms of structural tags are not supported"
+        )
+    names, rules = [], []
+    for number, structure in enumerate(structures):
+        begin, end = structure.get("begin"), structure.get("end")
+        if not isinstance(begin, str) or not isinstance(end, str):
+            raise ValueError(f"has no begin or no end in structures[{number}]")
+        trigger = next((t for t in triggers if t and begin.startswith(t)), None)
+        if trigger is None:
+            raise ValueError(f"has no trigger for the begin of structures[{number}]")
+        rest = "".join(f" {quote(part)}" for part in (begin[len(trigger) :],) if part)
+        last = f" {quote(end)}" if end else ""
+        names.append(f"tag_{number}")
+        rules += [
+            f"head_{number}[lazy]: TEXT {quote(trigger)}",
+            f"tag_{number}: head_{number}{rest} body_{number}{last}",
+            f"body_{number}: {_json_rule(structure.get('schema', {}))}",
+        ]
+    lines = [f"start: ({' | '.join(names)})* TEXT", f"TEXT: {_ANY_TEXT}", *rules]
+    return "\n".join(lines) + "\n"
+
+
+FORMS: dict[str, Callable[[Any], str]] = {
+    "json": json_grammar,
+    "json_object": json_object_grammar,
+    "regex": regex_grammar,
+    "choice": choice_grammar,
+    "grammar": lark_grammar,
+    "structural_tag": structural_tag_grammar,
+}
+"""By vLLM's names."""
+
+
+def quote(text: str) -> str:
+    """A literal of Lark."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _json_rule(
+    schema: Any, whitespace_pattern: str | None = None, has_whitespace: bool = True
+) -> str:
+    schema = _parse(schema)
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, Mapping):
+        what = "allows nothing" if schema is False else "is not a JSON schema: it must be an object"
+        raise ValueError(what)
+    options: dict[str, Any] = {"whitespace_pattern": whitespace_pattern or _WHITESPACE}
+    if not has_whitespace:
+        options = {"whitespace_flexible": False}
+    given = schema.get("x-guidance", {})
+    if not isinstance(given, Mapping):
+        raise ValueError("has an x-guidance that is no object")
+    return f"%json {json.dumps({**schema, 'x-guidance': {**options, **given}})}"
+
+
+def _parse(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return msgspec.json.decode(value)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"is no JSON: {error}") from None
+
+
+def _is_list_of(value: Any, kind: type) -> TypeGuard[list[Any]]:
+    return isinstance(value, list) and value != [] and all(isinstance(item, kind) for item in value)
