@@ -125,6 +125,7 @@ def _json_rule(
     if not isinstance(schema, Mapping):
         what = "allows nothing" if schema is False else "is not a JSON schema: it must be an object"
         raise ValueError(what)
+    _verify_keys_differ(schema)
     options: dict[str, Any] = {"whitespace_pattern": whitespace_pattern or _WHITESPACE}
     if not has_whitespace:
         options = {"whitespace_flexible": False}
@@ -132,6 +133,27 @@ def _json_rule(
     if not isinstance(given, Mapping):
         raise ValueError("has an x-guidance that is no object")
     return f"%json {json.dumps({**schema, 'x-guidance': {**options, **given}})}"
+
+
+def _verify_keys_differ(schema: Any) -> None:
+    """llguidance lets a free key come twice, which JSON counts as one."""
+    if isinstance(schema, Mapping):
+        least, required = schema.get("minProperties"), schema.get("required")
+        num_required = len(required) if isinstance(required, list) else 0
+        if isinstance(least, int) and least - num_required > 1:
+            raise ValueError(
+                f"has minProperties {least} and {num_required} required keys; at most one key must "
+                "come beside the required ones"
+            )
+    parts = schema.items() if isinstance(schema, Mapping) else enumerate(schema)
+    for name, part in parts:
+        if isinstance(part, (Mapping, list)) and name not in (
+            "const",
+            "enum",
+            "default",
+            "examples",
+        ):
+            _verify_keys_differ(part)
 
 
 def _parse(value: Any) -> Any:

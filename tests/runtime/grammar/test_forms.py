@@ -85,6 +85,7 @@ def test_spaces_in_json_are_bounded_unless_asked_otherwise(tokenizer):
         ("json", "{", "is no JSON"),
         ("json", False, "allows nothing"),
         ("json", {"x-guidance": 3}, "x-guidance"),
+        ("json", {"anyOf": [{"minProperties": 2, "additionalProperties": {}}]}, "minProperties 2"),
         ("json_object", False, "asks for nothing"),
         ("regex", "", "not empty"),
         ("choice", [], "list of texts"),
@@ -108,3 +109,32 @@ def test_a_text_is_never_taken_for_grammar(tokenizer):
     assert not allows(tokenizer, grammar, "b")
     schema = {"const": '}\nstart: "b"'}
     assert allows(tokenizer, json_grammar(schema), json.dumps(schema["const"]))
+
+
+def test_keys_that_may_come_twice_do_not_count_as_two(tokenizer):
+    several = {"minProperties": 2, "required": ["a"], "additionalProperties": {"type": "null"}}
+    grammar = json_grammar({"type": "object", **several})
+    assert allows(tokenizer, grammar, '{"a": null, "b": null}')
+    assert not allows(tokenizer, grammar, '{"a": null, "a": null}')
+    json_grammar({"enum": [{"minProperties": 7}], "properties": {"minProperties": {}}})
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [
+        *[(name, {}) for name in ("not", "if", "then", "else", "contains", "propertyNames")],
+        *[(name, {}) for name in ("dependentSchemas", "dependentRequired", "dependencies")],
+        *[(name, False) for name in ("unevaluatedProperties", "unevaluatedItems")],
+        ("uniqueItems", True),
+        ("minContains", 1),
+        ("$dynamicRef", "#a"),
+        ("format", "color"),
+        ("$ref", "https://example.com/schema"),
+        ("pattern", "(?=a)"),
+    ],
+)
+def test_a_keyword_that_cannot_be_served_is_refused_by_name(tokenizer, keyword, value):
+    schema = {"type": "object", "properties": {"a": {keyword: value}}}
+    error = LLMatcher(tokenizer, json_grammar(schema)).get_error()
+    names = {"format": "Unknown format: color", "$ref": "https://example.com/schema"}
+    assert names.get(keyword, "look" if keyword == "pattern" else f'"{keyword}"') in error
