@@ -19,6 +19,7 @@ from pagoda_runtime.client.pooling import verify_generates
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.grammar.compiler import Grammars
+from pagoda_runtime.grammar.vocabulary import light_vocabulary
 from pagoda_runtime.ipc.messages import EngineReady, EngineRequest
 from pagoda_runtime.models.source import resolve_model
 from pagoda_runtime.sampling_params import SamplingParams
@@ -78,6 +79,7 @@ class LLM(PooledLLM):
                 lambda: self._tokenizer,
                 vocab_size=self.facts.vocab_size,
                 end_token_ids=self.facts.eos_token_ids,
+                make_vocabulary=light_vocabulary,
             )
         except BaseException:
             self.shutdown()

@@ -18,11 +18,13 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from pagoda_runtime.errors import PagodaError, RequestError
+from pagoda_runtime.grammar.vocabulary import MakeVocabulary, whole_vocabulary
 from pagoda_runtime.ipc.messages import Masks
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
-# Of a grammar, from its coming; what takes longer goes on in its thread, for nobody.
-COMPILE_SECONDS = 10.0
+# Of a grammar, from its coming; what takes longer goes on in its thread, for nobody. For the first
+# one the tokens of the model are sorted, which takes seconds on a busy machine.
+COMPILE_SECONDS = 30.0
 # llguidance descends into brackets and rules by recursion, and a full stack ends the process.
 MAX_DEPTH = 256
 _STACK_BYTES = 512 << 20
@@ -93,6 +95,7 @@ class Grammars:
         load_tokenizer: called for the first grammar.
         vocab_size: tokens of the model, which may be more than the tokenizer's.
         end_token_ids: the model's; they may come wherever a grammar may end.
+        make_vocabulary: the light one compiles, and has no masks.
     """
 
     def __init__(
@@ -101,10 +104,12 @@ class Grammars:
         *,
         vocab_size: int,
         end_token_ids: Sequence[int],
+        make_vocabulary: MakeVocabulary = whole_vocabulary,
         compile_seconds: float = COMPILE_SECONDS,
     ) -> None:
         self.compile_seconds = compile_seconds
-        self._load_tokenizer, self._vocab_size = load_tokenizer, vocab_size
+        self._load_tokenizer, self._make_vocabulary = load_tokenizer, make_vocabulary
+        self._vocab_size = vocab_size
         self._end_token_ids = tuple(end_token_ids)
         self._compiled: OrderedDict[str, Future[Grammar]] = OrderedDict()
         self._tokenizer: LLTokenizer | None = None
@@ -173,19 +178,19 @@ class Grammars:
             return self._tokenizer
 
     def _make_tokenizer(self) -> LLTokenizer:
+        end = self._end_token_ids[0] if self._end_token_ids else None
         try:
-            tokenizer = self._load_tokenizer()
-            return LLTokenizer(
-                tokenizer.to_json(),
-                n_vocab=max(self._vocab_size, tokenizer.vocab_size),
-                eos_token=self._end_token_ids[0] if self._end_token_ids else None,
-            )
+            vocabulary = self._make_vocabulary(self._load_tokenizer(), self._vocab_size, end)
         except (PagodaError, ValueError) as error:
             raise RequestError(
                 f"Grammars need a tokenizer whose tokens are bytes, and this model's is none: "
                 f"{_cut(str(error))}",
                 param="grammar",
             ) from error
+        tokenizer = LLTokenizer(vocabulary)
+        # It has them in a form of its own.
+        vocabulary.tokens = []
+        return tokenizer
 
     def _fill(self, matchers: Sequence[Matcher]) -> list[bytes]:
         assert self._tokenizer is not None
@@ -195,9 +200,12 @@ class Grammars:
         bits = masks.view(np.uint8)
         # The tokenizer may have more tokens than the model.
         is_known = np.arange(8 * bits.shape[1]) < self._vocab_size
-        bits &= np.packbits(is_known, bitorder="little")
+        bits &= (known := np.packbits(is_known, bitorder="little"))
         for matcher, row in zip(matchers, bits, strict=True):
             self._mark_ends(row, ignore_eos=matcher.ignore_eos)
+            if not row.any():
+                # Some token has to come; its matcher will not take it.
+                row[:] = known
         num_bytes = 4 * -(-self._vocab_size // 32)
         return [row[:num_bytes].tobytes() for row in bits]
 

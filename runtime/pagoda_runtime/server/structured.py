@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.grammar.compiler import Grammars
 from pagoda_runtime.grammar.forms import FORMS, json_grammar
+from pagoda_runtime.grammar.vocabulary import light_vocabulary
 from pagoda_runtime.ipc.messages import EngineReady
 from pagoda_runtime.metrics import Metrics
 from pagoda_runtime.sampling_params import MAX_GRAMMAR_CHARACTERS
@@ -146,4 +147,5 @@ class Structures:
             lambda: tokenizer,
             vocab_size=ready.vocab_size,
             end_token_ids=ready.eos_token_ids,
+            make_vocabulary=light_vocabulary,
         )

@@ -23,8 +23,6 @@ from typing import Any, cast
 
 import httpx
 import uvicorn
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers
 
 from pagoda_runtime.client.engine_client import EngineClient
 from pagoda_runtime.config import EngineConfig, ServerConfig
@@ -47,7 +45,7 @@ from pagoda_runtime.server.app import create_app
 from pagoda_runtime.server.flags import parse_serve_args
 from pagoda_runtime.server.run import http_config, serve_async
 from pagoda_runtime.server.state import ServerState
-from pagoda_runtime.tokenizer.tokenizer import BYTE_OF, Tokenizer
+from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 FAKE_ENGINE_COMMAND = (sys.executable, "-m", "pagoda_runtime.testing")
 VOCAB_SIZE = 256
@@ -77,13 +75,11 @@ class ByteTokenizer:
         self.encode_seconds = encode_seconds
         self.longest_token = longest_token
 
-    def to_json(self) -> str:
-        characters = {byte: character for character, byte in BYTE_OF.items()}
-        vocabulary = {characters[byte]: byte for byte in range(VOCAB_SIZE)}
-        tokenizer = FastTokenizer(models.BPE(vocab=vocabulary, merges=[]))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        return str(tokenizer.to_str())
+    def token_name(self, token_id: int) -> str:
+        return f"<{token_id}>"
+
+    def tokens_in_bytes(self) -> list[bytes]:
+        return [bytes([token_id]) for token_id in range(VOCAB_SIZE)]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         time.sleep(self.encode_seconds)

@@ -10,6 +10,15 @@ from typing import Any
 CONTEXT_FREE = frozenset({"ByteLevel", "ByteFallback", "Fuse", "Metaspace"})
 
 
+def decoder_kinds(decoder: Any) -> set[str]:
+    """The names of a decoder and of its parts; none of none."""
+
+    def kinds(state: dict[str, Any]) -> set[str]:
+        return {state["type"]}.union(*map(kinds, state.get("decoders", ())))
+
+    return set() if decoder is None else kinds(json.loads(decoder.__getstate__()))
+
+
 def is_context_free(decoder: Any) -> bool:
     """Whether a token that is whole characters has one text behind any other whole character.
 

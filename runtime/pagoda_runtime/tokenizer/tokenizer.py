@@ -22,13 +22,15 @@ from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.tokenizer.chat_template import ChatTemplate
 from pagoda_runtime.tokenizer.files import TokenizerFiles
 from pagoda_runtime.tokenizer.infill import find_infill_format
-from pagoda_runtime.tokenizer.pieces import is_context_free
+from pagoda_runtime.tokenizer.pieces import decoder_kinds, is_context_free
 
 logger = logging.getLogger(__name__)
 
 # Of about 100 bytes each.
 NUM_KEPT_PIECES = 65536
 TOKENIZER_FILE = "tokenizer.json"
+# How sentencepiece writes a space.
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -82,11 +84,6 @@ class Tokenizer:
         """The text of a token behind a whole character, if it depends on nothing else."""
         if chat_template is not None:
             self._compile(chat_template)
-
-    def to_json(self) -> str:
-        """The whole of it in the format of tokenizer.json."""
-        text: str = self._tokenizer.to_str()
-        return text
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in the text become their ids."""
@@ -161,6 +158,31 @@ class Tokenizer:
             if name and all(character in BYTE_OF for character in name):
                 return bytes(BYTE_OF[character] for character in name)
         return text.encode()
+
+    def token_name(self, token_id: int) -> str:
+        """What the vocabulary calls a token."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def tokens_in_bytes(self) -> list[bytes]:
+        """The bytes of each token within a text, by id; of special tokens the names.
+
+        Raises ValueError: the tokens of this kind of tokenizer are not bytes.
+        """
+        kinds = decoder_kinds(self._tokenizer.decoder)
+        if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+            raise ValueError(f"its decoder is {', '.join(sorted(kinds)) or 'missing'}")
+        tokens = [b""] * self.vocab_size
+        for name, token_id in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if token_id in self.all_special_ids:
+                tokens[token_id] = name.encode()
+            elif "ByteLevel" in kinds:
+                found = [BYTE_OF.get(character, -1) for character in name]
+                tokens[token_id] = name.encode() if -1 in found else bytes(found)
+            elif len(name) == 6 and name.startswith("<0x"):
+                tokens[token_id] = bytes([int(name[3:5], 16)])
+            else:
+                tokens[token_id] = name.replace(_SPACE, " ").encode()
+        return tokens
 
     def apply_chat_template(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ import pytest
 from pagoda_runtime.errors import FatalError, RequestError
 from pagoda_runtime.grammar.compiler import Grammars, Matcher
 from pagoda_runtime.grammar.forms import json_grammar, regex_grammar
+from pagoda_runtime.grammar.vocabulary import light_vocabulary
 from pagoda_runtime.server.testing import ByteTokenizer
 
 
 def make_grammars(
-    *, vocab_size: int = 256, end_token_ids: tuple[int, ...] = (0,), **options: float
+    *, vocab_size: int = 256, end_token_ids: tuple[int, ...] = (0,), **options: Any
 ) -> Grammars:
     return Grammars(ByteTokenizer, vocab_size=vocab_size, end_token_ids=end_token_ids, **options)
 
@@ -78,6 +80,18 @@ def test_a_mask_has_the_models_tokens_and_nothing_for_those_without_a_meaning(vo
 def test_a_model_with_fewer_tokens_than_its_tokenizer_gets_only_those_it_has():
     grammars = make_grammars(vocab_size=100)
     assert allowed(grammars, begin(grammars, "start: /[a-z]+/")) == [{97, 98, 99}]
+
+
+def test_a_light_vocabulary_accepts_what_the_whole_one_does():
+    light = make_grammars(vocab_size=320, make_vocabulary=light_vocabulary)
+    whole = make_grammars(vocab_size=320)
+    for text in ("start: <[7]>", "start: /é+/", json_grammar({})):
+        light.verify(text)
+        whole.verify(text)
+    for text in ("start: <no>", "start: <[320]>", "start: x"):
+        for grammars in (light, whole):
+            with pytest.raises(RequestError):
+                grammars.verify(text)
 
 
 def test_a_grammar_is_compiled_once():

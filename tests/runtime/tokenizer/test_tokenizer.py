@@ -47,6 +47,9 @@ def test_a_token_has_the_bytes_that_it_stands_for(folder):
     token_ids = tokenizer.encode("a €", add_special_tokens=False)
     assert [tokenizer.token_text(i) for i in token_ids] == ["a", " ", "\ufffd", "\ufffd", "\ufffd"]
     assert b"".join(map(tokenizer.token_bytes, token_ids)) == "a €".encode()
+    of_all = tokenizer.tokens_in_bytes()
+    assert of_all == [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    assert len(set(of_all)) == 259
     assert tokenizer.token_bytes(1) == b"<s>"
 
 
@@ -65,6 +68,7 @@ def test_a_sentencepiece_token_has_its_space_and_its_byte():
     assert [tokenizer.token_text(i) for i in (1, 2, 3)] == [" the", "\ufffd", "x"]
     assert [tokenizer.token_bytes(i) for i in (1, 2, 3)] == [b" the", b"\xe2", b"x"]
     assert [tokenizer.piece(i) for i in (1, 2, 3)] == [" the", None, "x"]
+    assert tokenizer.tokens_in_bytes() == [b"<unk>", b" the", b"\xe2", b"x"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,10 @@ def test_a_decoder_that_looks_at_neighbours_has_no_pieces():
     for decoder in (None, decoders.WordPiece(), decoders.BPEDecoder(), decoders.CTC()):
         if decoder is not None:
             fast.decoder = decoder
-        assert Tokenizer(fast, special_tokens={}).piece(0) is None
+        tokenizer = Tokenizer(fast, special_tokens={})
+        assert tokenizer.piece(0) is None
+        with pytest.raises(ValueError, match="its decoder is"):
+            tokenizer.tokens_in_bytes()
 
 
 def test_special_tokens_are_known(folder):
