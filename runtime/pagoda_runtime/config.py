@@ -96,6 +96,12 @@ class ServerConfig:
     """A file with one key a line, or a folder of such files; read again when it changes."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own."""
+    trust_request_chat_template: bool = False
+    """Whether requests may bring templates of their own."""
+    tool_call_parser: str = "auto"
+    """How the model calls tools: auto (by the chat template), none, or a row of parsing.formats."""
+    reasoning_parser: str = "auto"
+    """How the model thinks, likewise."""
     max_body_bytes: int | None = None
     """Of one request; None: what the context needs."""
     drain_delay_seconds: float = 5.0

@@ -85,6 +85,9 @@ def _make_config(args: argparse.Namespace) -> ServerConfig:
         engine=to_engine_config(args),
         served_model_name=tuple(args.served_model_name or ()),
         chat_template=args.chat_template,
+        trust_request_chat_template=args.trust_request_chat_template,
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
         log_level=args.log_level,
         disable_access_log=True,
     )

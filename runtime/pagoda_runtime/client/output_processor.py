@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 
 from pagoda_runtime.ipc.messages import FinishReason, RequestDelta, TokenLogprobs
 from pagoda_runtime.sampling_params import SamplingParams
-from pagoda_runtime.tokenizer.detokenizer import IncrementalDetokenizer
+from pagoda_runtime.tokenizer.detokenizer import NO_IDS, IncrementalDetokenizer
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer
+
+C = TypeVar("C", bound="WholeChoice")
 
 
 class ShownToken(msgspec.Struct, frozen=True):
@@ -88,7 +91,7 @@ class WholeChoice:
         return (self.cumulative_logprob or 0.0) / max(1, len(self.token_ids))
 
 
-def pick_best(choices: Sequence[WholeChoice], most: int) -> list[WholeChoice]:
+def pick_best(choices: Sequence[C], most: int) -> list[C]:
     """The likeliest choices, by mean logprob of a token, best first; all in order if all fit."""
     begun = [choice for choice in choices if choice.texts]
     if len(begun) <= most:
@@ -115,6 +118,7 @@ class OutputProcessor:
         first_index: of the request's choices in the answer.
         shows_tokens: whether tokens are told beside the text; then logprobs must come with them.
         echo: what each choice begins with.
+        shown_special_ids: special tokens that give text in any case.
     """
 
     def __init__(
@@ -127,6 +131,7 @@ class OutputProcessor:
         first_index: int = 0,
         shows_tokens: bool = False,
         echo: Echo | None = None,
+        shown_special_ids: frozenset[int] = NO_IDS,
     ) -> None:
         self.num_open = params.num_choices
         """Choices that have not ended."""
@@ -142,6 +147,7 @@ class OutputProcessor:
                     prompt_token_ids=prompt_token_ids,
                     eos_token_ids=eos_token_ids,
                     num_characters_before=0 if echo is None else len(echo.text),
+                    shown_special_ids=shown_special_ids,
                 ),
                 shows_tokens,
                 echo,

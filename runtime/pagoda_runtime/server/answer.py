@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from msgspec import UNSET
+from msgspec import UNSET, Struct
 from msgspec.json import encode
 
 from pagoda_runtime.client.output_processor import TextDelta, WholeChoice, pick_best
+from pagoda_runtime.parsing.deltas import ContentDelta, Delta, ReasoningDelta, WholeMessage
+from pagoda_runtime.parsing.parser import AnswerParser, Layout
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server import answers
+from pagoda_runtime.server.answers import ChatFinishReason
+from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
+from pagoda_runtime.server.chat_writing import write_delta, write_message
 from pagoda_runtime.server.generation import Generation, close_all, merge
 from pagoda_runtime.server.logprobs import LogprobsWriter
-from pagoda_runtime.server.protocol import ChatCompletionRequest, GenerationRequest
+from pagoda_runtime.server.protocol import GenerationRequest
 
 
 @dataclass(slots=True)
@@ -27,21 +32,71 @@ class Answer:
     model: str
     created: int
     logprobs: LogprobsWriter
+    layout: Layout | None = None
+    """What its text consists of; None: of content alone."""
+    make_call_id: Callable[[], str] = str
+    shown_special_ids: frozenset[int] = frozenset()
+    """Special tokens that give text, because they are marks of the layout."""
     generations: list[Generation] = field(default_factory=list)
     num_prompt_tokens: int = 0
     num_tokens: int = 0
+    num_reasoning_tokens: int = 0
 
     @property
     def is_chat(self) -> bool:
         return isinstance(self.request, ChatCompletionRequest)
 
+    @property
+    def shows_reasoning(self) -> bool:
+        request = self.request
+        return (
+            not isinstance(request, ChatCompletionRequest) or request.include_reasoning is not False
+        )
+
     def usage(self) -> answers.Usage:
         """Tokens so far, over all choices, those included that are not shown."""
         prompt, completion = self.num_prompt_tokens, self.num_tokens
         cached = sum(generation.outputs.num_cached_tokens for generation in self.generations)
+        has_thoughts = self.layout is not None and self.layout.reasoning is not None
         return answers.Usage(
-            prompt, completion, prompt + completion, answers.PromptTokensDetails(cached)
+            prompt,
+            completion,
+            prompt + completion,
+            answers.PromptTokensDetails(cached),
+            answers.CompletionTokensDetails(self.num_reasoning_tokens) if has_thoughts else UNSET,
         )
+
+
+class TypedDelta(Struct, frozen=True):
+    """What came for one choice, and what it is."""
+
+    plain: TextDelta
+    parts: Sequence[Delta]
+    finish_reason: ChatFinishReason | None
+
+
+async def typed_deltas(answer: Answer) -> AsyncGenerator[TypedDelta, None]:
+    """The answer as it comes, with what its text is; tokens are counted."""
+    layout, parsers = answer.layout, dict[int, AnswerParser]()
+    async with aclosing(merge(answer.generations)) as deltas:
+        async for delta in deltas:
+            answer.num_tokens += len(delta.token_ids)
+            if layout is None:
+                parts: list[Delta] = [ContentDelta(delta.text)] if delta.text else []
+                yield TypedDelta(delta, parts, delta.finish_reason)
+                continue
+            parser = parsers.get(delta.index)
+            if parser is None:
+                parser = parsers[delta.index] = AnswerParser(layout, answer.make_call_id)
+            parts = parser.push(delta.text)
+            answer.num_reasoning_tokens += len(delta.token_ids) * parser.is_reasoning
+            reason: ChatFinishReason | None = delta.finish_reason
+            if reason is not None:
+                parts += parser.finish(is_cut=reason != "stop")
+                reason = "tool_calls" if reason == "stop" and parser.has_calls else reason
+            if not answer.shows_reasoning:
+                parts = [part for part in parts if not isinstance(part, ReasoningDelta)]
+            yield TypedDelta(delta, parts, reason)
 
 
 async def stream(answer: Answer) -> AsyncGenerator[bytes, None]:
@@ -53,10 +108,9 @@ async def stream(answer: Answer) -> AsyncGenerator[bytes, None]:
         for index in range(len(answer.generations) * answer.params.n):
             first = answers.ChatChunkChoice(index, answers.Delta("assistant", ""), None, None)
             yield write(first, answer.usage() if has_usage else None)
-    async with aclosing(merge(answer.generations)) as deltas:
+    async with aclosing(typed_deltas(answer)) as deltas:
         async for delta in deltas:
-            answer.num_tokens += len(delta.token_ids)
-            if delta.text or delta.finish_reason is not None or has_usage or delta.shown:
+            if delta.parts or delta.finish_reason is not None or has_usage or delta.plain.shown:
                 choice = make_choice(delta, answer.logprobs)
                 yield write(choice, answer.usage() if has_usage else None)
     if request.includes_usage:
@@ -86,29 +140,43 @@ class ChunkWriter:
         )
 
 
-def _chat_choice(delta: TextDelta, logprobs: LogprobsWriter) -> answers.ChatChunkChoice:
-    content, reason = answers.Delta(UNSET, delta.text or UNSET), delta.finish_reason
-    stop_reason = UNSET if reason is None else delta.stop_reason
+def _chat_choice(delta: TypedDelta, logprobs: LogprobsWriter) -> answers.ChatChunkChoice:
+    plain, reason = delta.plain, delta.finish_reason
+    stop_reason = UNSET if reason is None else plain.stop_reason
     return answers.ChatChunkChoice(
-        delta.index, content, logprobs.chat(delta.shown), reason, stop_reason
+        plain.index, write_delta(delta.parts), logprobs.chat(plain.shown), reason, stop_reason
     )
 
 
-def _text_choice(delta: TextDelta, logprobs: LogprobsWriter) -> answers.CompletionChunkChoice:
-    of_text, reason = logprobs.completion(delta.shown), delta.finish_reason
-    stop_reason = UNSET if reason is None else delta.stop_reason
-    return answers.CompletionChunkChoice(delta.index, delta.text, of_text, reason, stop_reason)
+def _text_choice(delta: TypedDelta, logprobs: LogprobsWriter) -> answers.CompletionChunkChoice:
+    plain, reason = delta.plain, delta.plain.finish_reason
+    stop_reason = UNSET if reason is None else plain.stop_reason
+    of_text = logprobs.completion(plain.shown)
+    return answers.CompletionChunkChoice(plain.index, plain.text, of_text, reason, stop_reason)
+
+
+class TypedChoice(WholeChoice):
+    """A choice in one piece, with what its text is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[Delta] = []
+        self.chat_finish_reason: ChatFinishReason = "length"
+
+    def take_typed(self, delta: TypedDelta) -> None:
+        self.take(delta.plain)
+        self.parts += delta.parts
+        self.chat_finish_reason = delta.finish_reason or self.chat_finish_reason
 
 
 async def collect(answer: Answer) -> answers.ChatCompletion | answers.Completion:
     """The answer in one piece, once all choices have ended."""
     num_choices = answer.params.num_choices
-    choices = [WholeChoice() for _ in range(len(answer.generations) * num_choices)]
+    choices = [TypedChoice() for _ in range(len(answer.generations) * num_choices)]
     try:
-        async with aclosing(merge(answer.generations)) as deltas:
+        async with aclosing(typed_deltas(answer)) as deltas:
             async for delta in deltas:
-                answer.num_tokens += len(delta.token_ids)
-                choices[delta.index].take(delta)
+                choices[delta.plain.index].take_typed(delta)
     finally:
         await close_all(answer.generations)
     best = [
@@ -121,9 +189,9 @@ async def collect(answer: Answer) -> answers.ChatCompletion | answers.Completion
         messages = [
             answers.ChatChoice(
                 index,
-                answers.AssistantMessage(choice.text, None),
+                write_message(WholeMessage.join(choice.parts)),
                 logprobs.chat(choice.shown),
-                choice.finish_reason,
+                choice.chat_finish_reason,
                 choice.stop_reason,
             )
             for index, (_, choice) in enumerate(best)

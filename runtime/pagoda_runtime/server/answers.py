@@ -18,13 +18,21 @@ class PromptTokensDetails(Struct, frozen=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct, frozen=True):
+    """What the tokens of an answer were for."""
+
+    reasoning_tokens: int
+
+
 class Usage(Struct, frozen=True):
-    """Tokens of all choices, those included that are not shown."""
+    """Tokens of all choices, those included that are not shown. Details of the answer are told of
+    models whose thoughts are known."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class CompletionLogprobs(Struct, frozen=True):
@@ -111,11 +119,31 @@ class CompletionChunk(Head, frozen=True, tag_field="object", tag="text_completio
     usage: Usage | UnsetType | None = UNSET
 
 
-class AssistantMessage(Struct, frozen=True, tag_field="role", tag="assistant"):
-    """What the model said."""
+ChatFinishReason = FinishReason | Literal["tool_calls"]
+"""tool_calls: the answer ended as it would with stop, and has calls."""
 
-    content: str
+
+class FunctionCall(Struct, frozen=True):
+    """What is called, with what: JSON as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct, frozen=True, tag_field="type", tag="function"):
+    """A call that the client is to carry out."""
+
+    id: str
+    function: FunctionCall
+
+
+class AssistantMessage(Struct, frozen=True, tag_field="role", tag="assistant"):
+    """What the model said; content is null beside calls if there is none."""
+
+    content: str | None
     refusal: None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, frozen=True):
@@ -124,7 +152,7 @@ class ChatChoice(Struct, frozen=True):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     stop_reason: int | str | None
 
 
@@ -136,11 +164,29 @@ class ChatCompletion(Head, frozen=True, tag_field="object", tag="chat.completion
     prompt_logprobs: PromptLogprobs | None
 
 
+class FunctionCallDelta(Struct, frozen=True):
+    """What a chunk adds to a call; the first one has the name."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct, frozen=True):
+    """What a chunk adds to one of the calls; the first one has id and type."""
+
+    index: int
+    function: FunctionCallDelta
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class Delta(Struct, frozen=True):
     """What a chunk adds to a message; the first one of a choice has the role."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct, frozen=True):
@@ -149,7 +195,7 @@ class ChatChunkChoice(Struct, frozen=True):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     stop_reason: int | str | UnsetType | None = UNSET
 
 

@@ -29,6 +29,12 @@ from pagoda_runtime.flags import (
     texts,
 )
 from pagoda_runtime.keys import environment_keys
+from pagoda_runtime.parsing.formats import (
+    REASONING_ALIASES,
+    REASONING_FORMATS,
+    TOOL_ALIASES,
+    TOOL_FORMATS,
+)
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # What has a meaning only where there are allowed origins.
@@ -167,6 +173,21 @@ def add_request_flags(flags: Flags) -> None:
         metavar="FILE",
         type=text_value,
         help="Jinja file in place of the model's template",
+    )
+    flags.add(
+        "--trust-request-chat-template",
+        action="store_true",
+        help="take `chat_template` of requests: programs of strangers, in a sandbox",
+    )
+    flags.add(
+        "--tool-call-parser",
+        choices=("auto", "none", *TOOL_FORMATS, *TOOL_ALIASES),
+        help="format in which the model calls tools; auto finds it by the chat template",
+    )
+    flags.add(
+        "--reasoning-parser",
+        choices=("auto", "none", *REASONING_FORMATS, *REASONING_ALIASES),
+        help="format of the model's thoughts; auto finds it by the chat template",
     )
     flags.add("--log-level", choices=LOG_LEVELS, help="least level that server and engine log")
 

@@ -10,9 +10,10 @@ from pagoda_runtime.client.output_processor import Echo
 from pagoda_runtime.errors import PromptTooLong, RequestError
 from pagoda_runtime.ipc.limits import most_tokens, verify_fits
 from pagoda_runtime.sampling_params import SamplingParams
+from pagoda_runtime.server.chat import choose_template, template_messages, template_variables
+from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
 from pagoda_runtime.server.protocol import (
     AS_MANY_AS_FIT,
-    ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
     Prompt,
@@ -23,6 +24,8 @@ from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 # About as many characters as a token has, to tell how long its decoding takes.
 CHARACTERS_PER_TOKEN = 4
+# The end of a prompt in which the mark of thoughts is looked for.
+MAX_MARK_CHARACTERS = 256
 # Tokens that a cut through a text may add or change.
 CUT_TOKENS = 16
 
@@ -33,6 +36,8 @@ class EncodedPrompt:
 
     token_ids: list[int]
     echo: Echo | None = None
+    text_end: str = ""
+    """Of a chat: how its template ends."""
 
 
 async def encode(
@@ -47,7 +52,7 @@ async def encode(
     encoder = _Encoder(state, body)
     encoded = await encoder.tokenize(body)
     if not (isinstance(body, CompletionRequest) and body.is_echo):
-        return [EncodedPrompt(token_ids) for token_ids in encoded]
+        return [EncodedPrompt(token_ids, text_end=encoder.text_end) for token_ids in encoded]
     for token_ids in encoded:
         # What the engine refuses need not be decoded before.
         verify_fits(token_ids, params, ready)
@@ -75,6 +80,8 @@ class _Encoder:
         # To keep more than fits is to keep all.
         self.num_kept = num_kept if num_kept is not None and num_kept < self.most_tokens else None
         """Tokens at a prompt's end that are used alone; None: all of them."""
+        self.text_end = ""
+        """Of a chat that is tokenized."""
         self.num_characters = 0
         """Of all prompts together, token ids counted as text."""
         is_chat = isinstance(body, ChatCompletionRequest)
@@ -110,14 +117,24 @@ class _Encoder:
         ]
 
     async def encode_chat(self, request: ChatCompletionRequest) -> list[int]:
-        messages = [message.to_template() for message in request.messages]
         num_characters = sum(message.num_characters for message in request.messages)
         self._verify_characters(num_characters, "messages")
         state, tokenizer = self.state, self.tokenizer
-        text = await state.off_loop(
-            num_characters,
-            lambda: tokenizer.apply_chat_template(messages, template=state.chat_template),
-        )
+        template = choose_template(request, tokenizer, state.config, state.chat_template)
+        variables = template_variables(request)
+        continues = bool(request.continue_final_message)
+
+        def render() -> str:
+            return tokenizer.apply_chat_template(
+                template_messages(request),
+                template=template,
+                add_generation_prompt=not continues and request.add_generation_prompt is not False,
+                continue_final_message=continues,
+                **variables,
+            )
+
+        text = await state.render(render)
+        self.text_end = text[-MAX_MARK_CHARACTERS:]
         return await self._encode(text, "messages")
 
     async def make_echo(

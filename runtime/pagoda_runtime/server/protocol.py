@@ -13,16 +13,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     PlainValidator,
-    Tag,
     create_model,
-    model_validator,
 )
 
-from pagoda_runtime.errors import shown
-from pagoda_runtime.sampling_params import FIELDS, MAX_LOGIT_BIAS, MAX_LOGPROBS
+from pagoda_runtime.sampling_params import FIELDS, MAX_LOGIT_BIAS
 
 Prompt = str | list[int]
 PromptInput = str | list[str] | list[int] | list[list[int]]
@@ -35,7 +31,6 @@ _OTHER_FORM = {
     *("grammar", "max_tokens", "stop", "stop_token_ids"),
 }
 SAME_FORM = tuple(name for name in FIELDS if name not in _OTHER_FORM)
-MAX_MESSAGES = 2048
 MAX_STOP_TOKEN_IDS = 1024
 
 
@@ -254,76 +249,3 @@ class CompletionRequest(GenerationRequest):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
-
-
-def _tag_of(content: Any) -> str:
-    return "list[part]" if isinstance(content, list) else "str"
-
-
-class TextPart(BaseModel):
-    """The only kind of content part that a text model takes."""
-
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["text"]
-    text: Text
-
-    @model_validator(mode="before")
-    @classmethod
-    def _verify_kind(cls, part: Any) -> Any:
-        if isinstance(part, dict) and part.get("type", "text") != "text":
-            raise ValueError(f"text parts only; the type of this one is {shown(part['type'])}")
-        return part
-
-
-# By the kind of the value, so that an error is of the one form that was sent.
-Content = Annotated[
-    Annotated[Text, Tag("str")]
-    | Annotated[list[TextPart], Field(fail_fast=True), Tag("list[part]")],
-    Discriminator(_tag_of),
-]
-
-
-class ChatMessage(BaseModel):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content | None = None
-    name: Text | None = None
-
-    @property
-    def num_characters(self) -> int:
-        content = self.content or ""
-        return sum(len(part if isinstance(part, str) else part.text) for part in content)
-
-    def to_template(self) -> dict[str, Any]:
-        """The message as chat templates know it: a developer is a system."""
-        content: str | list[dict[str, str]] = ""
-        if isinstance(self.content, str):
-            content = self.content
-        elif self.content:
-            content = [{"type": part.type, "text": part.text} for part in self.content]
-        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        return message if self.name is None else {**message, "name": self.name}
-
-
-class ChatCompletionRequest(GenerationRequest):
-    """The body of POST /v1/chat/completions."""
-
-    messages: Annotated[
-        list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    ]
-    max_completion_tokens: Small | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-
-    @property
-    def asked_tokens(self) -> int | None:
-        completion = self.max_completion_tokens
-        return self.max_tokens if completion is None else completion
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None

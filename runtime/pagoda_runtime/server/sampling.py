@@ -9,7 +9,8 @@ import msgspec
 
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.sampling_params import SamplingParams
-from pagoda_runtime.server.protocol import SAME_FORM, ChatCompletionRequest, GenerationRequest
+from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
+from pagoda_runtime.server.protocol import SAME_FORM, GenerationRequest
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer, add_bad_words
 
 

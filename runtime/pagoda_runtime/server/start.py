@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from functools import partial
 
 import msgspec
 
@@ -13,19 +14,27 @@ from pagoda_runtime.errors import RequestError
 from pagoda_runtime.ipc.limits import verify_max_tokens_fit
 from pagoda_runtime.ipc.messages import EngineReady, EngineRequest
 from pagoda_runtime.metrics import RequestClock
+from pagoda_runtime.parsing.grammars import write_grammar
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.answer import Answer
+from pagoda_runtime.server.chat import (
+    choose_template,
+    find_formats,
+    find_thinking,
+    make_layout,
+    make_rules,
+)
+from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
 from pagoda_runtime.server.generation import Generation, close_all
 from pagoda_runtime.server.logprobs import LogprobsWriter
 from pagoda_runtime.server.prompts import EncodedPrompt, encode
 from pagoda_runtime.server.protocol import (
-    ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
 )
 from pagoda_runtime.server.sampling import to_sampling_params
 from pagoda_runtime.server.state import ServerState
-from pagoda_runtime.server.structured import find_structure
+from pagoda_runtime.server.structured import Structure, find_structure
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 # OpenAI's default for completions; a chat may use the rest of the context. The model's comes first.
@@ -54,7 +63,10 @@ async def start(state: ServerState, body: GenerationRequest, arrival: float) -> 
     answer = _make_answer(state, body, tokenizer, params)
     try:
         with state.tokenizing(num_prompts) as enter:
-            for number, prompt in enumerate(await encode(state, body, params)):
+            prompts = await encode(state, body, params)
+            if isinstance(body, ChatCompletionRequest):
+                await _plan_chat(state, answer, body, prompts[0].text_end)
+            for number, prompt in enumerate(prompts):
                 if number:
                     # Many prompts must not hold up the streams of others.
                     await asyncio.sleep(0)
@@ -92,6 +104,27 @@ def _make_answer(
     )
 
 
+async def _plan_chat(
+    state: ServerState, answer: Answer, body: ChatCompletionRequest, text_end: str
+) -> None:
+    """Set what the answer may hold and has to be."""
+    _, tokenizer = state.loaded()
+    template = choose_template(body, tokenizer, state.config, state.chat_template)
+    config = state.config
+    formats = find_formats(template, config.tool_call_parser, config.reasoning_parser)
+    thinking = find_thinking(body, formats, text_end)
+    answer.layout, answer.make_call_id = make_layout(body, formats, thinking), formats.make_call_id
+    special = formats.special_marks(tokenizer)
+    if answer.layout is not None:
+        answer.shown_special_ids = frozenset(special.values())
+    rules = make_rules(body, formats, thinking, answer.params.grammar)
+    if rules is not None:
+        param = "tools" if rules.tools else "thinking_token_budget"
+        structure = Structure(param, partial(write_grammar, rules, special))
+        grammar = await state.structures.make_grammar(structure)
+        answer.params = msgspec.structs.replace(answer.params, grammar=grammar)
+
+
 def _make_request(state: ServerState, answer: Answer, prompt_token_ids: list[int]) -> EngineRequest:
     """The next prompt's, with the bound of its answer."""
     ready, _ = state.loaded()
@@ -117,6 +150,7 @@ def _make_outputs(state: ServerState, answer: Answer, prompt: EncodedPrompt) -> 
         first_index=len(answer.generations) * params.num_choices,
         shows_tokens=params.logprobs is not None,
         echo=prompt.echo,
+        shown_special_ids=answer.shown_special_ids,
     )
 
 

@@ -79,6 +79,7 @@ class ServerState:
         # Few threads: tokenizing must leave the other cores to the engine.
         self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._long_text_thread = ThreadPoolExecutor(1, thread_name_prefix="long-text")
+        self._template_threads = ThreadPoolExecutor(4, thread_name_prefix="template")
         self._parser_thread = ThreadPoolExecutor(1, thread_name_prefix="parser")
 
     @property
@@ -179,6 +180,10 @@ class ServerState:
         is_long = num_characters > PIECE_CHARACTERS
         thread = self._long_text_thread if is_long else self._tokenizer_thread
         return await asyncio.get_running_loop().run_in_executor(thread, call)
+
+    async def render(self, call: Callable[[], T]) -> T:
+        """Run a chat template, always in a thread: it is a program, and may take its time."""
+        return await asyncio.get_running_loop().run_in_executor(self._template_threads, call)
 
     def verify_model(self, name: str | None) -> None:
         """Raise ModelNotServed, unless it is one of the names; None is the first of them."""

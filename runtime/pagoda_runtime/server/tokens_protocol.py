@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, RootModel, Tag
 
-from pagoda_runtime.server.protocol import ChatCompletionRequest, Text, TokenIds
+from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
+from pagoda_runtime.server.protocol import Text, TokenIds
 
 
 class TokenizePromptRequest(BaseModel):

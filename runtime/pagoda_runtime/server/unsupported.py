@@ -12,7 +12,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from pagoda_runtime.errors import RequestError
-from pagoda_runtime.server.protocol import ChatCompletionRequest, ChatMessage, GenerationRequest
+from pagoda_runtime.server.chat_checks import verify_chat
+from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
+from pagoda_runtime.server.protocol import GenerationRequest
 
 # What a client may send because it asks for nothing. null is always such a value.
 EMPTY: tuple[Any, ...] = (False, "", [], {})
@@ -27,7 +29,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("audio", "echo", "logprob_token_ids", "return_hidden_states"), EMPTY),
     **dict.fromkeys(("request_id", "return_token_ids", "web_search_options"), EMPTY),
     "top_logprobs": (*EMPTY, 0),
-    # Tools and reasoning.
+    # Tools and reasoning; chats declare most of it.
     **dict.fromkeys(("functions", "tools", "thinking_token_budget"), EMPTY),
     "function_call": (*EMPTY, "none", "auto"),
     "tool_choice": (*EMPTY, "none", "auto"),
@@ -45,9 +47,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("kv_transfer_params", "lora_path", "repetition_detection"), EMPTY),
     **dict.fromkeys(("no_stop_trim", "vllm_xargs"), EMPTY),
 }
-UNSUPPORTED_IN_COMPLETION = UNSUPPORTED | {"add_special_tokens": (True,)}
-# A chat's template writes the special tokens itself.
-UNSUPPORTED_IN_CHAT = UNSUPPORTED | {"add_special_tokens": (False,)}
 UNSUPPORTED_IN_POOLING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("chat_template", "chat_template_kwargs", "documents", "images"), EMPTY),
     **dict.fromkeys(("instruction", "lora_path", "max_tokens_per_doc", "messages", "mm"), EMPTY),
@@ -59,27 +58,25 @@ UNSUPPORTED_IN_POOLING: dict[str, tuple[Any, ...]] = {
     "truncation_side": (*EMPTY, "right"),
 }
 UNSUPPORTED_IN_MESSAGE = dict.fromkeys(
-    ("audio", "function_call", "images", "prefix", "refusal", "tool_call_id", "tool_calls"), EMPTY
+    ("audio", "function_call", "images", "prefix", "refusal"), EMPTY
 )
 
 
 def verify_supported(body: GenerationRequest) -> list[str]:
     """The unknown fields of a body.
 
-    Raises: RequestError: known ones are not served (it names all of them), a message has no
-        content, or stream_options came without a stream.
+    Raises: RequestError: known ones are not served (it names all of them), the fields of a chat
+        contradict each other, or stream_options came without a stream.
     """
-    is_chat = isinstance(body, ChatCompletionRequest)
     messages = body.messages if isinstance(body, ChatCompletionRequest) else ()
-    refused, unknown = _sort_out(
-        body.model_extra or {}, UNSUPPORTED_IN_CHAT if is_chat else UNSUPPORTED_IN_COMPLETION
-    )
+    refused, unknown = _sort_out(body.model_extra or {}, UNSUPPORTED)
     for index, message in enumerate(messages):
         others = _sort_out(message.model_extra or {}, UNSUPPORTED_IN_MESSAGE)
         refused += [f"messages[{index}].{name}" for name in others[0]]
         unknown += [f"messages.{name}" for name in others[1]]
     _refuse(refused)
-    _verify_contents(messages)
+    if isinstance(body, ChatCompletionRequest):
+        verify_chat(body)
     if body.stream_options is not None and not body.stream:
         raise RequestError(
             "stream_options is only allowed with `stream: true`.", param="stream_options"
@@ -117,15 +114,3 @@ def _is_neutral(value: Any, neutral: Sequence[Any]) -> bool:
     return value is None or any(
         value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral
     )
-
-
-def _verify_contents(messages: Sequence[ChatMessage]) -> None:
-    for index, message in enumerate(messages):
-        # An empty text is one; an empty list of parts holds none.
-        if message.content is None or message.content == []:
-            path = f"messages[{index}].content"
-            raise RequestError(
-                f"{path} is missing; a message of the role {message.role} needs a text, which may "
-                "be empty.",
-                param=path,
-            )

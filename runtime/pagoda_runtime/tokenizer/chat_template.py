@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -20,6 +21,14 @@ Message = Mapping[str, Any]
 # Words that no template contains, to see what it makes of content.
 _PROBES = ("pagodaprobea", "pagodaprobeb")
 _PROBE_PRINTED = re.compile(rf"""text['"]: ?['"]({"|".join(_PROBES)})""")
+_PRINTED_OBJECT = f"{{'{_PROBES[0]}"
+# Of computing, whatever else the machine does; a conversation that fills a context takes a tenth.
+MAX_SECONDS = 2.0
+# Of a repeated text or list.
+MAX_REPEATED = 1_000_000
+MAX_EXPONENT = 1024
+# By this name templates find what watches their time.
+_WATCH = "_pagoda_watch"
 # Messages around the one that is probed: some templates refuse a conversation without a user.
 _USER = {"role": "user", "content": "x"}
 
@@ -29,20 +38,34 @@ class ChatTemplate:
 
     Content is a string or a list of parts. Templates that loop over parts lose the words of a
     string, others print a list as Python writes it; so each message is given in the form that the
-    template writes, its own if it writes both.
+    template writes, its own if it writes both. The arguments of calls likewise: most templates
+    take an object, some a text.
 
+    Args:
+        clock: seconds of computing of the thread that renders.
     Raises: jinja2.TemplateSyntaxError.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, clock: Callable[[], float] = time.thread_time) -> None:
         self._template = _compile(source)
+        self._clock = clock
         self._writes: dict[tuple[str, int], bool] = {}
+        self._takes_objects: bool | None = None
+        """Of a call's arguments; None: nobody asked yet."""
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         """The text of a conversation.
 
-        Raises: RequestError: the template refuses the messages; its own words are in the message.
+        Raises: RequestError: the template refuses the messages, its own words are in the message;
+            or it takes more than MAX_SECONDS.
         """
+        deadline = self._clock() + MAX_SECONDS
+
+        def watch() -> None:
+            if self._clock() > deadline:
+                raise _TooSlow(f"it is not done after {MAX_SECONDS:g} seconds of computing")
+
+        variables = {**variables, _WATCH: watch}
         try:
             fitted = [self._fit(message, variables) for message in messages]
             return self._render(fitted, variables)
@@ -60,7 +83,11 @@ class ChatTemplate:
         )
 
     def _fit(self, message: Message, variables: Mapping[str, Any]) -> Message:
-        """The message with its content in a form that the template writes."""
+        """The message in a form that the template writes."""
+        if message.get("tool_calls"):
+            if self._takes_objects is None:
+                self._takes_objects = self._probe_calls(variables)
+            message = message if self._takes_objects else _with_text_arguments(message)
         content = message.get("content")
         if isinstance(content, str):
             forms: list[Any] = [content, _to_parts(content)]
@@ -87,11 +114,41 @@ class ChatTemplate:
         around = {"system": ([], [_USER]), "assistant": ([_USER], [])}
         before, after = around.get(role, ([], []))
         probed = {"role": role if role in around else "user", "content": content}
-        try:
-            text = self._render([*before, probed, *after], variables)
-        except Exception:
-            return False
+        text = self._try([*before, probed, *after], variables)
         return all(word in text for word in words) and not _PROBE_PRINTED.search(text)
+
+    def _probe_calls(self, variables: Mapping[str, Any]) -> bool:
+        """Whether arguments that are an object come out as JSON, or those of a text do not."""
+        function = {"name": "f", "arguments": dict([_PROBES])}
+        call = {"id": "pagoda000", "type": "function", "function": function}
+        message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        texts = [
+            self._try([_USER, form], variables) for form in (message, _with_text_arguments(message))
+        ]
+        of_object, of_text = (all(word in text for word in _PROBES) for text in texts)
+        return not of_text or (of_object and _PRINTED_OBJECT not in texts[0])
+
+    def _try(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        """The text, empty if the template refuses the messages."""
+        try:
+            return self._render(messages, variables)
+        except _TooSlow:
+            raise
+        except Exception:
+            return ""
+
+
+class _TooSlow(Exception):
+    """A template computes for too long."""
+
+
+def _with_text_arguments(message: Message) -> Message:
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        text = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**function, "arguments": text}})
+    return {**message, "tool_calls": calls}
 
 
 def _to_parts(text: str) -> list[dict[str, str]]:
@@ -100,6 +157,21 @@ def _to_parts(text: str) -> list[dict[str, str]]:
 
 def _is_text(part: object) -> bool:
     return isinstance(part, Mapping) and isinstance(part.get("text"), str)
+
+
+def cut_behind(text: str, message: Mapping[str, Any]) -> str:
+    """The prompt up to the end of a message's words. Raises RequestError if it has none of them."""
+    content = message["content"]
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    words = "".join(parts).strip()
+    at = text.rfind(words)
+    if at < 0:
+        raise RequestError(
+            "The chat template changes the words of the last message, so that they cannot be "
+            "continued.",
+            param="continue_final_message",
+        )
+    return text[: at + len(words)]
 
 
 class GenerationBlock(Extension):
@@ -112,9 +184,33 @@ class GenerationBlock(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with a bound on what a template computes."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        for value, times in ((left, right), (right, left)):
+            is_repeated = isinstance(value, (str, list, tuple)) and isinstance(times, int)
+            if operator == "*" and is_repeated and len(value) * times > MAX_REPEATED:
+                raise jinja2.TemplateError(f"it repeats a value to more than {MAX_REPEATED} parts")
+        if operator == "**" and abs(right) > MAX_EXPONENT:
+            raise jinja2.TemplateError(f"an exponent is larger than {MAX_EXPONENT}")
+        return super().call_binop(context, operator, left, right)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        # Whatever goes on for long does so in loops and macros.
+        blocks: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For)]
+        for block in [*blocks, *tree.find_all(nodes.Macro)]:
+            watch = nodes.Call(nodes.Name(_WATCH, "load"), [], [], None, None)
+            block.body.insert(0, nodes.ExprStmt(watch))
+        return tree
+
+
 def _compile(source: str) -> jinja2.Template:
     """Raises: jinja2.TemplateSyntaxError."""
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = _to_json

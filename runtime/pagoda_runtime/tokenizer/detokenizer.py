@@ -27,6 +27,11 @@ def _union(special: frozenset[int], others: tuple[int, ...]) -> frozenset[int]:
     return special.union(others)
 
 
+@lru_cache(16)
+def _without(special: frozenset[int], shown: frozenset[int]) -> frozenset[int]:
+    return special - shown
+
+
 class IncrementalDetokenizer:
     """Turns pushed token ids into text, and ends it at the first stop string.
 
@@ -50,6 +55,7 @@ class IncrementalDetokenizer:
         eos_token_ids: the model's end tokens. Unless they are ignored, they give no text either,
             as special tokens do; some vocabularies have them as ordinary ones.
         num_characters_before: that the text has before it continues: an echo of the prompt.
+        shown_special_ids: special tokens that give text in any case.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class IncrementalDetokenizer:
         prompt_token_ids: Sequence[int] = (),
         eos_token_ids: Sequence[int] = (),
         num_characters_before: int = 0,
+        shown_special_ids: frozenset[int] = NO_IDS,
     ) -> None:
         self.stopped_by: str | None = None
         """The stop string that ended the text."""
@@ -71,13 +78,13 @@ class IncrementalDetokenizer:
         self.num_shown = num_characters_before
         """Characters that were returned so far."""
         self._tokenizer = tokenizer
-        self._skip_special_tokens = sampling_params.skip_special_tokens
         self._stop = sampling_params.stop
         self._min_tokens = sampling_params.min_tokens
         self._shows_stop = sampling_params.include_stop_str_in_output
-        special = tokenizer.all_special_ids if self._skip_special_tokens else NO_IDS
+        skips = sampling_params.skip_special_tokens
+        special = _without(tokenizer.all_special_ids, shown_special_ids) if skips else NO_IDS
         silent = [] if self._shows_stop else list(sampling_params.stop_token_ids)
-        if self._skip_special_tokens and not sampling_params.ignore_eos:
+        if skips and not sampling_params.ignore_eos:
             silent += [token_id for token_id in eos_token_ids if token_id not in special]
         self._silent_ids = _union(special, tuple(silent)) if silent else special
         # The window: ids[:num_known] give known_text, the rest is not shown yet.
@@ -129,7 +136,8 @@ class IncrementalDetokenizer:
         return text
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, self._skip_special_tokens) if ids else ""
+        # What is to be skipped is not among them.
+        return self._tokenizer.decode(ids, skip_special_tokens=False) if ids else ""
 
     def _advance(self, token_id: int) -> str:
         """The text that this token completes; the window moves on only at a whole character."""

@@ -19,6 +19,7 @@ Token = dict[str, Any]
 """Content and flags: the arguments of `tokenizers.AddedToken`."""
 
 SETTINGS_NAME = "tokenizer_config.json"
+DEFAULT_TEMPLATE = "default"
 _NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -38,7 +39,8 @@ class TokenizerFiles:
     """Special tokens that have to be in the vocabulary, with whatever id."""
     splits_special_tokens: bool
     """Whether a special token that is written in a text is text."""
-    chat_template: str | None
+    chat_templates: Mapping[str, str]
+    """By name."""
     has_types: bool = True
     """Whether models are to be told which text of a pair a token is of."""
 
@@ -63,7 +65,7 @@ class TokenizerFiles:
             has_all_added=has_all_added,
             special_list=(*named.values(), *(listed or _listed_tokens(additional))),
             splits_special_tokens=bool(settings.get("split_special_tokens")),
-            chat_template=_chat_template(folder, settings),
+            chat_templates=_chat_templates(folder, settings),
             has_types="token_type_ids" in (settings.get("model_input_names") or _INPUTS),
         )
 
@@ -138,12 +140,19 @@ def find_token_id(folder: Path, text: str) -> int | None:
     return token_id
 
 
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or the template in tokenizer_config.json (the default of several)."""
-    template = read_text(folder / "chat_template.jinja")
-    if template is not None:
-        return template
+def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """By name: chat_template.jinja or the one in tokenizer_config.json is the default, others have
+    a name there, or are files of a folder of their own."""
     stored = settings.get("chat_template")
     if isinstance(stored, list):
-        stored = next((t.get("template") for t in stored if t.get("name") == "default"), None)
-    return stored if isinstance(stored, str) else None
+        named = {
+            t["name"]: t.get("template") for t in stored if isinstance(t, dict) and "name" in t
+        }
+    else:
+        named = {DEFAULT_TEMPLATE: stored}
+    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        named[path.stem] = read_text(path)
+    named[DEFAULT_TEMPLATE] = read_text(folder / "chat_template.jinja") or named.get(
+        DEFAULT_TEMPLATE
+    )
+    return {str(name): text for name, text in named.items() if isinstance(text, str)}

@@ -19,13 +19,14 @@ from tokenizers import Tokenizer as FastTokenizer
 from pagoda_runtime.config_file import read_text
 from pagoda_runtime.errors import FatalError, RequestError
 from pagoda_runtime.sampling_params import SamplingParams
-from pagoda_runtime.tokenizer.chat_template import ChatTemplate
-from pagoda_runtime.tokenizer.files import TokenizerFiles
+from pagoda_runtime.tokenizer.chat_template import ChatTemplate, cut_behind
+from pagoda_runtime.tokenizer.files import DEFAULT_TEMPLATE, TokenizerFiles
 from pagoda_runtime.tokenizer.infill import find_infill_format
 from pagoda_runtime.tokenizer.pieces import decoder_kinds, is_context_free
 
 logger = logging.getLogger(__name__)
 
+NUM_KEPT_TEMPLATES = 32
 # Of about 100 bytes each.
 NUM_KEPT_PIECES = 65536
 TOKENIZER_FILE = "tokenizer.json"
@@ -56,15 +57,17 @@ class Tokenizer:
         tokenizer: FastTokenizer,
         *,
         special_tokens: Mapping[str, str],
-        chat_template: str | None = None,
+        chat_templates: Mapping[str, str] | None = None,
         has_types: bool = True,
     ) -> None:
-        """special_tokens: bos_token, eos_token, … → their text."""
+        """special_tokens: bos_token, eos_token, … → their text. chat_templates: by name."""
         self._tokenizer = tokenizer
         self._special_tokens = dict(special_tokens)
         self._has_types = has_types
-        self._compiled: dict[str, ChatTemplate] = {}
-        self.chat_template = chat_template
+        self.named_templates = dict(chat_templates or {})
+        self.chat_template = self.named_templates.get(DEFAULT_TEMPLATE)
+        # Requests may bring templates.
+        self._compile: Callable[[str], ChatTemplate] = lru_cache(NUM_KEPT_TEMPLATES)(ChatTemplate)
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
@@ -77,13 +80,19 @@ class Tokenizer:
             if token.special
             or self.decode([token_id]) != self.decode([token_id], skip_special_tokens=False)
         )
+        self.special_token_ids = {
+            token.content: token_id
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+            if token_id in self.all_special_ids
+        }
+        """Of all special tokens, by text."""
         self.longest_token = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
         """Characters of the longest token: no longer text can be one."""
         self._is_context_free = is_context_free(tokenizer.decoder)
         self.piece: Callable[[int], str | None] = lru_cache(NUM_KEPT_PIECES)(self._find_piece)
         """The text of a token behind a whole character, if it depends on nothing else."""
-        if chat_template is not None:
-            self._compile(chat_template)
+        for template in self.named_templates.values():
+            self._compile(template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in the text become their ids."""
@@ -190,14 +199,16 @@ class Tokenizer:
         *,
         template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **kwargs: Any,
     ) -> str:
         """Render messages to a prompt; it holds the special tokens already.
 
         Args:
             template: replaces the model's own.
+            continue_final_message: the prompt ends with the words of the last message.
             kwargs: further variables of the template.
-        Raises: RequestError: there is no template, or the template refuses the messages.
+        Raises: RequestError: there is no template, it is no Jinja, or it refuses the messages.
         """
         source = template if template is not None else self.chat_template
         if source is None:
@@ -211,12 +222,13 @@ class Tokenizer:
             **kwargs,
             "add_generation_prompt": add_generation_prompt,
         }
-        return self._compile(source).render(messages, variables)
-
-    def _compile(self, source: str) -> ChatTemplate:
-        if source not in self._compiled:
-            self._compiled[source] = ChatTemplate(source)
-        return self._compiled[source]
+        try:
+            text = self._compile(source).render(messages, variables)
+        except jinja2.TemplateSyntaxError as error:
+            raise RequestError(
+                f"chat_template is not valid Jinja: {error}.", param="chat_template"
+            ) from error
+        return cut_behind(text, messages[-1]) if continue_final_message else text
 
     def _id_of(self, name: str) -> int | None:
         text = self._special_tokens.get(name)
@@ -306,7 +318,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return Tokenizer(
             tokenizer,
             special_tokens=files.special_tokens,
-            chat_template=files.chat_template,
+            chat_templates=files.chat_templates,
             has_types=files.has_types,
         )
     except jinja2.TemplateError as error:

@@ -198,10 +198,13 @@ async def test_a_missing_prompt_is_named(http):
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "tool", "content": "a"}, "messages[0].role"),
+        ({"role": "tool", "content": "a"}, "messages[0].tool_call_id"),
         ({"content": "a"}, "messages[0].role"),
         ({"role": "user", "content": 3}, "messages[0].content"),
-        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "1"}]},
+            "messages[0].tool_calls[0].function",
+        ),
     ],
 )
 async def test_a_wrong_message_is_named_by_its_path(http, message, param):

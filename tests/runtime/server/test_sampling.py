@@ -9,7 +9,8 @@ import pytest
 
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.sampling_params import FIELDS
-from pagoda_runtime.server.protocol import ChatCompletionRequest, CompletionRequest
+from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
+from pagoda_runtime.server.protocol import CompletionRequest
 from pagoda_runtime.server.sampling import to_sampling_params
 from pagoda_runtime.server.start import start
 from pagoda_runtime.server.testing import ByteTokenizer, FakeEngine, make_config, make_state
