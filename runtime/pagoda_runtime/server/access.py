@@ -43,6 +43,9 @@ class Access:
 
     def __init__(self, app: ASGIApp, state: ServerState, paths: Collection[str] = ()) -> None:
         self.app, self.state, self.paths = app, state, frozenset(paths)
+        # The longer one says more.
+        templates = sorted((path for path in self.paths if "{" in path), key=len, reverse=True)
+        self.templates = {path: re.compile(re.sub(r"{\w+}", ".+", path)) for path in templates}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -84,7 +87,8 @@ class Access:
         # Labels come from fixed sets: a client must not be able to make new series.
         method, path = scope["method"], scope["path"]
         if path not in self.paths:
-            path = "/v1/models/{model}" if path.startswith("/v1/models/") else OTHER
+            fitting = (name for name, form in self.templates.items() if form.fullmatch(path))
+            path = next(fitting, OTHER)
         method = method if method in KNOWN_METHODS else OTHER
         self.state.metrics.observe_http(method, status, path, elapsed_seconds)
 

@@ -21,7 +21,7 @@ _PAGE = """\
 {{ " or " if not loop.first }}<code>{{ "%r" % value }}</code>
 {%- endfor -%}
 {%- elif schema.type == "array" -%}
-list of {{ type_of(schema["items"] or {}) }}
+list of {{ type_of(schema.get("items", {})) }}
 {%- elif schema.additionalProperties is mapping -%}
 object of {{ type_of(schema.additionalProperties) }}
 {%- else -%}

@@ -25,8 +25,17 @@ from pagoda_runtime.errors import (
     shown,
 )
 from pagoda_runtime.server.answers import Error, ErrorDetails
+from pagoda_runtime.server.messages_answers import AnthropicError, AnthropicErrorDetails
 
 CLIENT_CLOSED_REQUEST = 499
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 BAD_REQUEST_TYPE = "invalid_request_error"
 MAX_SHOWN_PROBLEMS = 3
 # An answer must not repeat megabytes of a request, whatever of it a message quotes.
@@ -62,8 +71,19 @@ class ApiError(PagodaError):
     def encode(self) -> bytes:
         return msgspec.json.encode(self.body)
 
-    def to_response(self) -> Response:
-        return json_response(self.body, self.status, self.headers)
+    def to_response(self, path: str = "") -> Response:
+        """The answer, in the form that clients of this path know."""
+        is_anthropic = f"{path}/".startswith(f"{ANTHROPIC_PATH}/")
+        body = to_anthropic(self) if is_anthropic else self.body
+        return json_response(body, self.status, self.headers)
+
+
+def to_anthropic(error: ApiError) -> AnthropicError:
+    """The same error as Anthropic has it."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
+    if kind == "api_error" and error.status < 500:
+        kind = BAD_REQUEST_TYPE
+    return AnthropicError(AnthropicErrorDetails(kind, str(error)))
 
 
 def json_response(
@@ -129,7 +149,7 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     # An unknown one is raised again by starlette after the answer, and logged by uvicorn.
-    return to_api_error(error).to_response()
+    return to_api_error(error).to_response(request.url.path)
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:
@@ -150,7 +170,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
         case status:
             message, code = error.detail, HTTPStatus(status).name.lower()
     headers = dict(error.headers or {})
-    return ApiError(error.status_code, message, code=code, headers=headers).to_response()
+    return ApiError(error.status_code, message, code=code, headers=headers).to_response(path)
 
 
 _HANDLERS: dict[int | type[Exception], Any] = {

@@ -38,12 +38,15 @@ class Authenticate:
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},
         )
-        await error.to_response()(scope, receive, send)
+        await error.to_response(scope["path"])(scope, receive, send)
 
     def _is_allowed(self, scope: Scope) -> bool:
-        header = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = header.partition(b" ")
-        return self.keys.accept(key.strip()) and scheme.lower() == b"bearer"
+        headers = dict(scope["headers"])
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            # As Anthropic's clients send it.
+            key = headers.get(b"x-api-key", b"")
+        return self.keys.accept(key.strip())
 
 
 class LimitBody:
@@ -60,7 +63,7 @@ class LimitBody:
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if int(announced) > self.state.max_body_bytes:
             error = self._too_large(f"The body has {int(announced)} bytes")
-            await error.to_response()(scope, receive, send)
+            await error.to_response(scope["path"])(scope, receive, send)
             return
         num_bytes = 0
 

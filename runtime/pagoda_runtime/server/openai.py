@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from pagoda_runtime.client.pooling import verify_generates
-from pagoda_runtime.server.answer import collect, stream
+from pagoda_runtime.server.answer import Answer, collect, stream
 from pagoda_runtime.server.answers import ChatCompletion, Completion, Model, ModelList
 from pagoda_runtime.server.body import read_body, receive_body
 from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
-from pagoda_runtime.server.errors import json_response
+from pagoda_runtime.server.errors import ApiError, json_response
 from pagoda_runtime.server.generation import close_all
 from pagoda_runtime.server.protocol import (
     CompletionRequest,
@@ -23,7 +26,7 @@ from pagoda_runtime.server.protocol import (
 )
 from pagoda_runtime.server.start import start
 from pagoda_runtime.server.state import ServerState
-from pagoda_runtime.server.streaming import EventStream, while_connected
+from pagoda_runtime.server.streaming import EventStream, end_as_openai, while_connected
 from pagoda_runtime.server.unsupported import verify_supported
 
 BODIES: dict[str, type[GenerationRequest]] = {
@@ -46,7 +49,7 @@ def make_routes(state: ServerState) -> list[Route]:
 
     return [
         *(
-            Route(path, partial(create_completion, state, body_class), methods=["POST"])
+            make_creation(state, path, partial(OpenAiForm, state, body_class))
             for path, body_class in BODIES.items()
         ),
         Route("/v1/models", list_models),
@@ -54,35 +57,77 @@ def make_routes(state: ServerState) -> list[Route]:
     ]
 
 
+def make_creation(state: ServerState, path: str, make_form: Callable[[], Form]) -> Route:
+    """The route that answers requests for tokens in a form."""
+    return Route(path, partial(create_completion, state, make_form), methods=["POST"])
+
+
+class Form(Protocol):
+    """How a route reads a body and writes its answer."""
+
+    async def read(self, raw: bytes) -> GenerationRequest:
+        """The request that the body is. Raises what `errors.to_api_error` takes."""
+
+    async def collect(self, answer: Answer) -> object:
+        """The body of the answer in one piece."""
+
+    def stream(self, answer: Answer) -> AsyncGenerator[bytes, None]:
+        """The events of the answer."""
+
+    def end(self, error: ApiError | None) -> bytes:
+        """What ends a stream, also one that fails."""
+
+
 async def create_completion(
-    state: ServerState, body_class: type[GenerationRequest], request: Request
+    state: ServerState, make_form: Callable[[], Form], request: Request
 ) -> Response:
     """Answer a request for tokens: in one piece, or as a stream."""
-    arrival = time.monotonic()
+    arrival, form = time.monotonic(), make_form()
     raw = await receive_body(request)
-    state.loaded()
+    verify_generates(state.loaded()[0])
     # Until the last chunk is sent, the drain waits for this request.
     with ExitStack() as open_request:
         open_request.enter_context(state.admit())
-        body = await _read(state, body_class, raw)
+        body = await form.read(raw)
         del raw
         async with while_connected(request.receive):
             answer = await start(state, body, arrival)
             if not body.stream:
-                return json_response(await collect(answer))
+                return json_response(await form.collect(answer))
         admission = open_request.pop_all()
 
     async def close() -> None:
         admission.close()
         await close_all(answer.generations)
 
-    return EventStream(stream(answer), close)
+    return EventStream(form.stream(answer), form.end, close)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAiForm:
+    """Of completions and chats: the answer as it is."""
+
+    state: ServerState
+    body_class: type[GenerationRequest]
+
+    async def read(self, raw: bytes) -> GenerationRequest:
+        return await _read(self.state, self.body_class, raw)
+
+    async def collect(self, answer: Answer) -> ChatCompletion | Completion:
+        return await collect(answer)
+
+    def stream(self, answer: Answer) -> AsyncGenerator[bytes, None]:
+        return stream(answer)
+
+    def end(self, error: ApiError | None) -> bytes:
+        return end_as_openai(error)
 
 
 async def complete(
     state: ServerState, body_class: type[GenerationRequest], raw: bytes
 ) -> ChatCompletion | Completion:
     """The answer to a body that asks for no stream. Raises what `errors.to_api_error` takes."""
+    verify_generates(state.loaded()[0])
     with state.admit():
         body = await _read(state, body_class, raw)
         return await collect(await start(state, body, time.monotonic()))
@@ -91,8 +136,6 @@ async def complete(
 async def _read(
     state: ServerState, body_class: type[GenerationRequest], raw: bytes
 ) -> GenerationRequest:
-    ready, _ = state.loaded()
-    verify_generates(ready)
     body = await read_body(state, body_class, raw)
     state.warn_unknown(verify_supported(body))
     state.verify_model(body.model)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from http import HTTPStatus
@@ -57,8 +60,11 @@ class Route:
     body: type[BaseModel] | None = None
     chunk: type[Struct] | None = None
     """An event of the stream that the body may ask for."""
+    events: str = ""
+    """What the events of that stream are, where they are of many kinds."""
     errors: tuple[int, ...] = ()
-    """Statuses that are answered with `Error`."""
+    error: type[Struct] = answers.Error
+    """What these statuses are answered with."""
     unready: bool = False
     """Whether 503 is answered with the same model."""
 
@@ -176,11 +182,13 @@ def build_document(*, are_keys_asked: bool) -> Json:
     written = {
         r: None for route in DOCUMENTED for r in (route.answer, route.chunk) if r is not None
     }
-    _, schemas = schema_components([*written, answers.Error], ref_template=_SCHEMAS + "{name}")
+    written |= {route.error: None for route in DOCUMENTED}
+    _, schemas = schema_components([*written], ref_template=_SCHEMAS + "{name}")
     _, bodies = models_json_schema(
         [(route.body, "validation") for route in DOCUMENTED if route.body is not None],
         ref_template=_SCHEMAS + "{model}",
     )
+    requested = _rename(bodies["$defs"], schemas.keys())
     paths: dict[str, Json] = {}
     for route in DOCUMENTED:
         operation = _describe(route, are_keys_asked=are_keys_asked)
@@ -190,7 +198,7 @@ def build_document(*, are_keys_asked: bool) -> Json:
         "info": {"title": "Pagoda", "version": version("pagoda-serve")},
         "paths": paths,
         "components": {
-            "schemas": {**schemas, **bodies["$defs"]},
+            "schemas": {**schemas, **requested},
             "headers": {
                 name: {"description": text, "schema": {"type": "string"}}
                 for name, text in _HEADERS.items()
@@ -198,6 +206,15 @@ def build_document(*, are_keys_asked: bool) -> Json:
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def _rename(definitions: Json, taken: Collection[str]) -> Json:
+    """Definitions of which none has a name that is taken: what is sent is called a Param then."""
+    text = json.dumps(definitions)
+    for name in taken:
+        text = text.replace(f'"{_SCHEMAS}{name}"', f'"{_SCHEMAS}{name}Param"')
+    renamed = json.loads(text)
+    return {f"{name}Param" if name in taken else name: d for name, d in renamed.items()}
 
 
 def _describe(route: Route, *, are_keys_asked: bool) -> Json:
@@ -209,9 +226,9 @@ def _describe(route: Route, *, are_keys_asked: bool) -> Json:
             "schema": {"type": "string", "minLength": 1, "maxLength": 128},
         }
     ]
-    if "{model}" in route.path:
+    for name in re.findall(r"{(\w+)}", route.path):
         schema = {"type": "string"}
-        parameters += [{"name": "model", "in": "path", "required": True, "schema": schema}]
+        parameters += [{"name": name, "in": "path", "required": True, "schema": schema}]
     operation: Json = {
         "operationId": f"{route.method}_{route.path.strip('/')}".lower().replace("/", "_"),
         "summary": route.summary,
@@ -231,19 +248,19 @@ def _describe_answers(route: Route) -> Json:
     else:
         content = _json_of(route.answer)
     described = {"200": _describe_answer(200, content)}
+    events = f"Their kinds are {route.events}." if route.events else ""
     if route.chunk is not None:
-        content["text/event-stream"] = {
-            "schema": {
-                "type": "string",
-                "description": "With `stream: true`: server-sent events. The data of each is a "
-                f"{route.chunk.__name__} ({_SCHEMAS}{route.chunk.__name__}), or an Error where the "
-                "answer breaks off; that of the last one is [DONE].",
-            }
-        }
+        events = (
+            f"The data of each is a {route.chunk.__name__} ({_SCHEMAS}{route.chunk.__name__}), or "
+            "an Error where the answer breaks off; that of the last one is [DONE]."
+        )
+    if events:
+        text = f"With `stream: true`: server-sent events. {events}"
+        content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
     if route.unready:
         described["503"] = _describe_answer(503, content)
     for status in route.errors:
-        described[str(status)] = _describe_answer(status, _json_of(answers.Error))
+        described[str(status)] = _describe_answer(status, _json_of(route.error))
     return described
 
 

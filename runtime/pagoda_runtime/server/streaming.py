@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pagoda_runtime.server.access import RAW_SEND
-from pagoda_runtime.server.errors import to_api_error
+from pagoda_runtime.server.errors import ApiError, to_api_error
 from pagoda_runtime.server.tasks import running
 
 logger = logging.getLogger("pagoda.server")
@@ -54,11 +54,18 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
         raise
 
 
+def end_as_openai(error: ApiError | None) -> bytes:
+    """The end of a stream of chunks: [DONE], behind the error if there is one."""
+    return DONE if error is None else b"data: " + error.encode() + b"\n\n" + DONE
+
+
 @dataclass(slots=True)
 class EventStream(Response):
     """Sends chunks until they end or the client goes; then everything is closed, at once."""
 
     chunks: AsyncGenerator[bytes, None]
+    end: Callable[[ApiError | None], bytes]
+    """The last bytes, also of a stream that fails."""
     close: Callable[[], Awaitable[None]]
     """Called even if no chunk was ever asked for, when `chunks` cannot clean up."""
 
@@ -77,11 +84,11 @@ class EventStream(Response):
         try:
             async for chunk in self.chunks:
                 await send_body({"type": "http.response.body", "body": chunk, "more_body": True})
-            last = DONE
+            last = self.end(None)
         except Exception as error:
             # The status is sent; clients know an error by this event.
             api_error = to_api_error(error)
             if api_error.status == 500:
                 logger.error("A stream failed.", exc_info=error)
-            last = b"data: " + api_error.encode() + b"\n\n" + DONE
+            last = self.end(api_error)
         await send_body({"type": "http.response.body", "body": last})

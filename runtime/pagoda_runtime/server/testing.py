@@ -243,6 +243,10 @@ class FakeStream:
         engine, params, logprob = self.engine, self.params, -1 / (index + 1)
         token = engine.answer[(self.num_tokens - 1 + index) % len(engine.answer)]
         is_stop, is_last = token in params.stop_token_ids, self.num_tokens == params.max_tokens
+        eos_token_ids = (
+            () if params.ignore_eos or engine.ready is None else engine.ready.eos_token_ids
+        )
+        is_end = token in eos_token_ids
         is_first = self.num_tokens == 1
         prompt_logprobs = None
         if params.prompt_logprobs is not None and is_first and index == 0:
@@ -259,7 +263,7 @@ class FakeStream:
                 else [fake_logprobs(token, logprob, params.logprobs)]
             ),
             prompt_logprobs=prompt_logprobs,
-            finish_reason="stop" if is_stop else "length" if is_last else None,
+            finish_reason="stop" if is_stop or is_end else "length" if is_last else None,
             stop_reason=token if is_stop else None,
             cumulative_logprob=logprob * self.num_tokens if params.needs_logprobs else None,
             num_cached_tokens=4,

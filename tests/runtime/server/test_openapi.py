@@ -102,7 +102,12 @@ async def test_both_pages_need_no_key_and_the_page_needs_no_other_host(http):
 
 
 @pytest.mark.parametrize(
-    ("path", "model"), [(r.path, r.answer) for r in DOCUMENTED if r.method == "GET" and r.answer]
+    ("path", "model"),
+    [
+        (route.path, route.answer)
+        for route in DOCUMENTED
+        if route.method == "GET" and route.answer and "{response_id}" not in route.path
+    ],
 )
 async def test_an_answer_of_a_get_route_is_what_the_document_says(http, path, model):
     assert_is(model, (await http.get(path.format(model="fake"))).json())
