@@ -111,7 +111,8 @@ gpu-compile: venv ## every kernel of GPU engines, compiled without a GPU: make g
 	  --out $(or $(OUT),benchmarks/results/gpu-compile.json)
 
 gpu-rehearse:   ## whole steps on a GPU that is not there: where would the host wait for it?
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/runtime/execution/test_rehearsal.py
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/runtime/execution/test_rehearsal.py \
+	  tests/runtime/execution/test_pooling_rehearsal.py
 
 gpu-packages:   ## in out/gpu-packages: what gpu-check and gpu-bench need on a machine without a network
 	@python3 e2e/phases.py gpu-packages

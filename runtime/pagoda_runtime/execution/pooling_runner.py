@@ -39,8 +39,36 @@ class PooledStep:
         return [RowOutput(pooled=row.tobytes()) for row in self.pooled.wait()]
 
 
-class PoolingRunner:
-    """Executes rows as `ModelRunner` does; each is a whole text.
+class PoolingSteps:
+    """Computes steps, one after the other; each row is a whole text."""
+
+    def __init__(self, model: PooledModel, *, is_deterministic: bool) -> None:
+        self.model = model
+        self.attention = make_packed_attention(model, is_deterministic=is_deterministic)
+
+    @torch.inference_mode()
+    def submit(
+        self,
+        rows: Sequence[ScheduledRow],
+        copies: Sequence[BlockCopy] = (),
+        masks: Masks | None = None,
+    ) -> PooledStep:
+        """Compute the rows' texts, or begin to."""
+        lens = np.array([len(row.token_ids) for row in rows])
+        ends = np.cumsum(lens)
+        token_ids = np.fromiter(chain.from_iterable(row.token_ids for row in rows), np.int64)
+        positions = np.arange(len(token_ids)) - np.repeat(ends - lens, lens)
+        seconds = [row.second_text_start or len(row.token_ids) for row in rows]
+        segments = (positions >= np.repeat(seconds, lens)).astype(np.int64)
+        tokens, places, of_pair, counts, lasts = all_to_device(
+            [token_ids, positions, segments, lens, ends - 1], self.attention.spec.device
+        )
+        hidden = self.model(StepInput(tokens, places, self.attention.plan(lens), of_pair))
+        return PooledStep(OnTheWay(self.model.pool(hidden, counts, lasts)))
+
+
+class PoolingRunner(PoolingSteps):
+    """A loaded model whose texts are pooled.
 
     Args:
         parallel: of several ranks each has a runner, and all execute the same steps.
@@ -62,34 +90,13 @@ class PoolingRunner:
         verify_max_model_len(model.config, config.max_model_len)
         max_model_len = config.max_model_len or model.config.max_position_embeddings
         model.set_max_model_len(max_model_len)
-        self.model = model
-        self.attention = make_packed_attention(model, is_deterministic=config.deterministic)
+        super().__init__(model, is_deterministic=config.deterministic)
         self.ready_facts = _describe(model, platform, max_model_len, parallel.size)
         on_progress("warmup", 0.0, 0.0)
         with timed("Warming up"):
             self.submit([_row(min(_WARMUP_TOKENS, max_model_len))]).result()
             self._verify_memory(config, platform, max_model_len)
         on_progress("warmup", 100.0, 0.0)
-
-    @torch.inference_mode()
-    def submit(
-        self,
-        rows: Sequence[ScheduledRow],
-        copies: Sequence[BlockCopy] = (),
-        masks: Masks | None = None,
-    ) -> PooledStep:
-        """Compute the rows' texts, or begin to."""
-        lens = np.array([len(row.token_ids) for row in rows])
-        ends = np.cumsum(lens)
-        token_ids = np.fromiter(chain.from_iterable(row.token_ids for row in rows), np.int64)
-        positions = np.arange(len(token_ids)) - np.repeat(ends - lens, lens)
-        seconds = [row.second_text_start or len(row.token_ids) for row in rows]
-        segments = (positions >= np.repeat(seconds, lens)).astype(np.int64)
-        tokens, places, of_pair, counts, lasts = all_to_device(
-            [token_ids, positions, segments, lens, ends - 1], self.attention.spec.device
-        )
-        hidden = self.model(StepInput(tokens, places, self.attention.plan(lens), of_pair))
-        return PooledStep(OnTheWay(self.model.pool(hidden, counts, lasts)))
 
     def _verify_memory(self, config: EngineConfig, platform: Platform, max_model_len: int) -> None:
         """Run the largest steps where the platform counts memory. Raises: FatalError."""

@@ -35,7 +35,7 @@ class PoolingRunner:
     def __init__(self):
         self.steps = []
 
-    def submit(self, rows, copies=()):
+    def submit(self, rows, copies=(), masks=None):
         assert all(row.start == 0 and row.sampling_params is not None for row in rows)
         self.steps.append([len(row.token_ids) for row in rows])
         return StepDone([RowOutput(pooled=bytes([sum(row.token_ids) % 256])) for row in rows])

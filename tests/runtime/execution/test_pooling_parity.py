@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.pooling_runner import PoolingRunner
 from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.models.testing import ENCODERS, make_tiny_pooled_checkpoint
+from pagoda_runtime.parallel import connect
 from pagoda_runtime.sampling_params import SamplingParams
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -26,12 +28,9 @@ def make_texts(seed=0):
     return [[1, *(rng.randrange(3, 320) for _ in range(length - 1))] for length in LENGTHS]
 
 
-def run(folder, texts, second_text_starts=(), **settings):
-    """[num_texts, outputs] of one step."""
-    config = EngineConfig(model=str(folder), dtype="float32", num_threads=1, **settings)
-    runner = PoolingRunner(config)
+def make_rows(texts, second_text_starts=()):
     starts = [*second_text_starts, *[0] * len(texts)]
-    rows = [
+    return [
         ScheduledRow(
             request_id=str(number),
             token_ids=token_ids,
@@ -42,7 +41,17 @@ def run(folder, texts, second_text_starts=(), **settings):
         )
         for number, token_ids in enumerate(texts)
     ]
-    outputs = runner.submit(rows).result()
+
+
+def run(folder, texts, second_text_starts=(), **settings):
+    """[num_texts, outputs] of one step."""
+    config = EngineConfig(
+        model=str(folder), **{"dtype": "float32", "num_threads": 1, "device": "cpu", **settings}
+    )
+    return numbers_of(PoolingRunner(config).submit(make_rows(texts, second_text_starts)).result())
+
+
+def numbers_of(outputs):
     return torch.stack([torch.tensor(array("f", output.pooled)) for output in outputs])
 
 
@@ -136,22 +145,28 @@ def test_the_texts_of_a_pair_are_told_apart(tmp_path):
 def test_vectors_in_16_bits_are_about_those_in_32(family, dtype, tmp_path):
     folder, texts = make_tiny_pooled_checkpoint(tmp_path, family), make_texts()
     exact = run(folder, texts)
-    config = EngineConfig(model=str(folder), dtype=dtype, num_threads=1)
-    runner = PoolingRunner(config)
-    assert runner.ready_facts.dtype == dtype
-    rows = [
-        ScheduledRow(
-            request_id=str(number),
-            token_ids=token_ids,
-            start=0,
-            block_table=[],
-            sampling_params=SamplingParams(),
-        )
-        for number, token_ids in enumerate(texts)
-    ]
-    outputs = runner.submit(rows).result()
-    found = torch.stack([torch.tensor(array("f", output.pooled)) for output in outputs])
+    found = run(folder, texts, dtype=dtype)
     assert cosine_similarity(found, exact).min() > 0.98
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "qwen3"])
+def test_two_ranks_compute_the_vectors_of_one(family, tmp_path):
+    folder = make_tiny_pooled_checkpoint(tmp_path / "model", family, modules=True)
+    texts = make_texts()
+
+    def run_rank(rank):
+        config = EngineConfig(
+            model=str(folder), dtype="float32", device="cpu", tensor_parallel_size=2
+        )
+        parallel = connect(rank, 2, str(tmp_path), torch.device("cpu"), backend="gloo")
+        return numbers_of(
+            PoolingRunner(config, parallel=parallel).submit(make_rows(texts)).result()
+        )
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(run_rank, range(2))
+    assert torch.equal(first, second)
+    assert_alike(first, run(folder, texts))
 
 
 def test_a_deterministic_vector_has_the_same_bits_in_every_company(tmp_path):
