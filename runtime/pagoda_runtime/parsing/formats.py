@@ -159,7 +159,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
         partial(read_tagged, tags=QWEN_TAGS),
         openers=("<tool_call>", "<function="),
         closers=_TOOL_CALL_END,
-        found_by=(("<function=", "<parameter="),),
+        found_by=(("<tool_call>", "<function=", "<parameter="),),
     ),
     "granite": ToolFormat(
         Written(
@@ -178,7 +178,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
         partial(read_json, closers=_TOOL_CALL_END),
         openers=_TOOL_CALL,
         closers=_TOOL_CALL_END,
-        found_by=(_TOOL_CALL,),
+        found_by=(("<tool_call>", '{"name"'), ("<tool_call>", "XML tags")),
     ),
     "lfm2": ToolFormat(
         Written(
@@ -192,7 +192,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
         partial(read_python, closers=("<|tool_call_end|>",)),
         openers=("<|tool_call_start|>",),
         closers=("<|tool_call_end|>",),
-        found_by=(("<|tool_call_start|>",),),
+        found_by=(("<|tool_call_start|>",), ("<|tool_list_start|>",)),
     ),
     "pythonic": ToolFormat(
         Written("{name}(", ")", begin="[", separator=", ", end="]", arguments="python"),
@@ -206,7 +206,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
         read_json,
         openers=("<|python_tag|>",),
         bare="{",
-        found_by=(("<|python_tag|>",), ('"parameters": ', "tool_call")),
+        found_by=(('"name": function name, "parameters": ',),),
     ),
 }
 
@@ -233,7 +233,7 @@ REASONING_FORMATS: Mapping[str, ReasoningFormat] = {
         "<think>",
         "</think>",
         ("<response>", "</response>"),
-        found_by=(("<think>", "<response>"),),
+        found_by=(("<think>", "<response>", "<|start_of_role|>"),),
     ),
     "think": ReasoningFormat("<think>", "</think>", found_by=(("<think>",), ("</think>",))),
 }

@@ -18,6 +18,7 @@ from pagoda_runtime.parsing.grammars import write_grammar
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.answer import Answer
 from pagoda_runtime.server.chat import (
+    ChatFormats,
     choose_template,
     find_formats,
     find_thinking,
@@ -114,13 +115,15 @@ async def _plan_chat(
     formats = find_formats(template, config.tool_call_parser, config.reasoning_parser)
     thinking = find_thinking(body, formats, text_end)
     answer.layout, answer.make_call_id = make_layout(body, formats, thinking), formats.make_call_id
-    special = formats.special_marks(tokenizer)
     if answer.layout is not None:
-        answer.shown_special_ids = frozenset(special.values())
+        looked_for = ChatFormats(answer.layout.tools, answer.layout.reasoning)
+        answer.shown_special_ids = frozenset(looked_for.special_marks(tokenizer).values())
     rules = make_rules(body, formats, thinking, answer.params.grammar)
     if rules is not None:
         param = "tools" if rules.tools else "thinking_token_budget"
-        structure = Structure(param, partial(write_grammar, rules, special))
+        structure = Structure(
+            param, partial(write_grammar, rules, formats.special_marks(tokenizer))
+        )
         grammar = await state.structures.make_grammar(structure)
         answer.params = msgspec.structs.replace(answer.params, grammar=grammar)
 

@@ -39,7 +39,7 @@ class ChatTemplate:
     Content is a string or a list of parts. Templates that loop over parts lose the words of a
     string, others print a list as Python writes it; so each message is given in the form that the
     template writes, its own if it writes both. The arguments of calls likewise: most templates
-    take an object, some a text.
+    take an object, some a text; and some see calls only where there is no content.
 
     Args:
         clock: seconds of computing of the thread that renders.
@@ -50,8 +50,8 @@ class ChatTemplate:
         self._template = _compile(source)
         self._clock = clock
         self._writes: dict[tuple[str, int], bool] = {}
-        self._takes_objects: bool | None = None
-        """Of a call's arguments; None: nobody asked yet."""
+        self._calls_form: Callable[[Message], Message] | None = None
+        """Of a message with calls; None: nobody asked yet."""
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         """The text of a conversation.
@@ -85,9 +85,9 @@ class ChatTemplate:
     def _fit(self, message: Message, variables: Mapping[str, Any]) -> Message:
         """The message in a form that the template writes."""
         if message.get("tool_calls"):
-            if self._takes_objects is None:
-                self._takes_objects = self._probe_calls(variables)
-            message = message if self._takes_objects else _with_text_arguments(message)
+            if self._calls_form is None:
+                self._calls_form = self._probe_calls(variables)
+            message = self._calls_form(message)
         content = message.get("content")
         if isinstance(content, str):
             forms: list[Any] = [content, _to_parts(content)]
@@ -117,16 +117,16 @@ class ChatTemplate:
         text = self._try([*before, probed, *after], variables)
         return all(word in text for word in words) and not _PROBE_PRINTED.search(text)
 
-    def _probe_calls(self, variables: Mapping[str, Any]) -> bool:
-        """Whether arguments that are an object come out as JSON, or those of a text do not."""
+    def _probe_calls(self, variables: Mapping[str, Any]) -> Callable[[Message], Message]:
+        """The first form in which name and arguments come out, and these as JSON."""
         function = {"name": "f", "arguments": dict([_PROBES])}
         call = {"id": "pagoda000", "type": "function", "function": function}
         message = {"role": "assistant", "content": "", "tool_calls": [call]}
-        texts = [
-            self._try([_USER, form], variables) for form in (message, _with_text_arguments(message))
-        ]
-        of_object, of_text = (all(word in text for word in _PROBES) for text in texts)
-        return not of_text or (of_object and _PRINTED_OBJECT not in texts[0])
+        for form in _CALLS_FORMS:
+            text = self._try([_USER, form(message)], variables)
+            if all(word in text for word in _PROBES) and _PRINTED_OBJECT not in text:
+                return form
+        return _CALLS_FORMS[0]
 
     def _try(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         """The text, empty if the template refuses the messages."""
@@ -149,6 +149,18 @@ def _with_text_arguments(message: Message) -> Message:
         text = json.dumps(function["arguments"], ensure_ascii=False)
         calls.append({**call, "function": {**function, "arguments": text}})
     return {**message, "tool_calls": calls}
+
+
+def _without_content(message: Message) -> Message:
+    return {**message, "content": message["content"] or None}
+
+
+_CALLS_FORMS: tuple[Callable[[Message], Message], ...] = (
+    dict,
+    _without_content,
+    _with_text_arguments,
+    lambda message: _without_content(_with_text_arguments(message)),
+)
 
 
 def _to_parts(text: str) -> list[dict[str, str]]:

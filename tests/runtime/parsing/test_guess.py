@@ -6,7 +6,7 @@ import pytest
 
 from pagoda_runtime.parsing.formats import REASONING_FORMATS, TOOL_FORMATS, guess_format
 
-HERMES = "<tools>{{ tools }}</tools> in <tool_call>{'name': …}</tool_call>"
+HERMES = '<tools>{{ tools }}</tools> in <tool_call>\\n{"name": …}</tool_call>'
 
 
 @pytest.mark.parametrize(
@@ -25,11 +25,11 @@ HERMES = "<tools>{{ tools }}</tools> in <tool_call>{'name': …}</tool_call>"
         ("<|start|>assistant<|channel|>final<|message|>", "openai", "openai"),
         ("<|tool_call>call:x<tool_call|><|channel>thought", "gemma4", "gemma4"),
         ("<start_function_call>call:", "functiongemma", None),
-        ("<|tool_call|><think></think><response></response>", "granite", "granite"),
+        ("<|start_of_role|><|tool_call|><think><response></response>", "granite", "granite"),
         ("<|tool_call_start|>[f()]<|tool_call_end|>", "lfm2", None),
         ("[func_name1(params_name1=…)]", "pythonic", None),
-        ("<|python_tag|> {{ tool_call.name }}", "llama3_json", None),
-        ('"parameters": {{ tool_call.arguments }}', "llama3_json", None),
+        ('{"name": function name, "parameters": dictionary of …}', "llama3_json", None),
+        ('<seed:tool_call><function=x><parameter=y>"parameters": x', None, None),
     ],
 )
 def test_a_template_shows_its_formats_by_their_marks(template, tools, reasoning):

@@ -16,7 +16,7 @@ from pagoda_runtime.server.testing import ServerProcess
 
 TEMPLATE = (
     "{% if tools %}{{ tools | map(attribute='function') | map(attribute='name') | join(' ') }} in "
-    "<tool_call>{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    '<tool_call>\n{"name"{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}'
     "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
     "{% endfor %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant:"
     "<think>\n{% if enable_thinking is false %}</think>\n{% endif %}{% endif %}"

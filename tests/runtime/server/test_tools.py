@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import pytest_asyncio
 
-from pagoda_runtime.server.testing import FakeEngine, make_config, make_state, running_server
+from pagoda_runtime.models.testing import write_tiny_tokenizer
+from pagoda_runtime.server.testing import READY, FakeEngine, make_config, make_state, running_server
+from pagoda_runtime.tokenizer.tokenizer import load_tokenizer
 
 TOOL = {
     "type": "function",
@@ -58,10 +62,7 @@ class Server:
 async def server() -> AsyncIterator[Server]:
     config = make_config("--tool-call-parser", "hermes", "--reasoning-parser", "qwen3")
     engine = FakeEngine(config.engine)
-    engine.ready = engine.ready and engine.ready.__class__(
-        **{name: getattr(engine.ready, name) for name in engine.ready.__struct_fields__}
-        | {"max_model_len": 4000, "num_blocks": 4000}
-    )
+    engine.ready = msgspec.structs.replace(READY, max_model_len=4000, num_blocks=4000)
     async with running_server(make_state(engine, config)) as url:
         server = Server(url, engine)
         async with server.http:
@@ -231,3 +232,31 @@ async def test_a_model_without_known_formats_refuses_what_needs_them():
             body = {"messages": [USER], field: value}
             answer = await http.post("/v1/chat/completions", json=body)
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
+async def test_marks_that_are_special_tokens_reach_the_reader_and_no_others_the_text(tmp_path):
+    write_tiny_tokenizer(tmp_path, "[TOOL_CALLS][ARGS]{{ messages[0].content }}")
+    path = tmp_path / "tokenizer_config.json"
+    special = {"additional_special_tokens": ["[TOOL_CALLS]", "[ARGS]", "<|other|>"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | special))
+    tokenizer = load_tokenizer(tmp_path)
+    config = make_config()
+    engine = FakeEngine(config.engine)
+    engine.ready = msgspec.structs.replace(READY, vocab_size=300)
+    text = '<|other|>Look.<|other|>[TOOL_CALLS]add[ARGS]{"a": 1}</s>'
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    assert max(tokens) > 258
+    engine.answer = tokens  # type: ignore[assignment]
+    state = make_state(engine, config)
+    state.tokenizer = tokenizer
+    async with running_server(state) as url, httpx.AsyncClient(base_url=url) as http:
+        body = {"messages": [USER], "tools": [TOOL], "stop_token_ids": [2]}
+        answer = (await http.post("/v1/chat/completions", json=body)).json()
+        plain = (await http.post("/v1/chat/completions", json=body | {"tools": []})).json()
+    message = answer["choices"][0]["message"]
+    assert message["content"] == "Look."
+    (call,) = message["tool_calls"]
+    assert call["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    # Mistral's templates take ids of this form alone.
+    assert re.fullmatch("[a-zA-Z0-9]{9}", call["id"])
+    assert plain["choices"][0]["message"]["content"] == 'Look.add{"a": 1}'

@@ -62,3 +62,13 @@ def test_arguments_have_the_form_that_the_template_writes_as_json(written):
             template.render([USER, CALLING], {})
             == f"f:{json.dumps({'é': [1]}, ensure_ascii=False)}"
         )
+
+
+def test_calls_come_without_content_where_the_template_looks_for_them_there_alone():
+    template = ChatTemplate(
+        "{% for m in messages %}{% if m.tool_calls and m.content is none %}"
+        "{{ m.tool_calls[0].function.arguments + '' }}{% else %}{{ m.content }};{% endif %}"
+        "{% endfor %}"
+    )
+    assert template.render([USER, CALLING], {}) == 'Hi;{"é": [1]}'
+    assert template.render([USER, {**CALLING, "content": "x"}], {}) == "Hi;x;"
