@@ -247,7 +247,7 @@ def _read_python_arguments(source: Source, names: list[str]) -> Reading[None]:
     while not (yield from _takes(scanner, ")")):
         word = ""
         if (yield from scanner.peek()).isidentifier():
-            word = yield from scanner.span(r"\w")
+            word = yield from scanner.span(_NAME)
             yield from scanner.space()
         if not (yield from scanner.peek()):
             yield from scanner.fail()

@@ -78,7 +78,7 @@ def _write_arguments(lark: Lark, written: Written, tool: Tool) -> str:
             return _write_list(
                 lark,
                 {f"{k}=": _python_value(lark, tool, s) for k, s in properties_of(schema).items()},
-                {f"{k}=" for k in schema.get("required", ())},
+                {f"{k}=" for k in _required(schema)},
             )
         case "gemma":
             return _gemma_object(lark, tool, schema, _gemma_quote(written))
@@ -95,7 +95,7 @@ def _json_value(lark: Lark, tool: Tool, schema: Any) -> str:
 
 
 def _write_tagged(lark: Lark, tool: Tool, tags: Tags) -> str:
-    required, parts = set(tool.schema.get("required", ())), []
+    required, parts = _required(tool.schema), []
     between = "" if tags.value.isspace() else "\n"
     for key, schema in properties_of(tool.schema).items():
         head = lark.literal(f"{tags.key}{key}{tags.key_end}{between}{tags.value}")
@@ -109,9 +109,18 @@ def _write_tagged(lark: Lark, tool: Tool, tags: Tags) -> str:
     return " ".join(parts)
 
 
+def _required(schema: Schema) -> set[str]:
+    names = schema.get("required", [])
+    if not isinstance(names, list):
+        raise ValueError("have a schema whose required is no list")
+    return set(map(str, names))
+
+
 def _text_value(lark: Lark, schema: Schema, end: str) -> str:
     """A string without quotes, and what ends it."""
-    values = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+    values = [schema["const"]] if "const" in schema else schema.get("enum", [])
+    if not isinstance(values, list):
+        raise ValueError("have a schema whose enum is no list")
     texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
     if texts:
         return f"({' | '.join(lark.literal(text + end) for text in texts)})"
@@ -126,7 +135,8 @@ def _search(pattern: str) -> str:
     """A schema's pattern, which may match anywhere, as one of the whole text."""
     begin = "" if pattern.startswith("^") else "(?s:.*)"
     end = "" if pattern.endswith("$") else "(?s:.*)"
-    body = pattern.removeprefix("^").removesuffix("$").replace("/", r"\/")
+    body = pattern.removeprefix("^").removesuffix("$")
+    body = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", body)
     return f"/{begin}(?:{body}){end}/"
 
 
@@ -159,9 +169,9 @@ def _gemma_quote(written: Written) -> str:
 
 
 def _gemma_object(lark: Lark, tool: Tool, schema: Schema, quote: str, depth: int = 0) -> str:
-    parts = schema.get("properties", {}) if depth < MAX_DEPTH else {}
+    parts = properties_of(schema) if depth < MAX_DEPTH else {}
     values = {f"{k}:": _gemma_value(lark, tool, part, quote, depth) for k, part in parts.items()}
-    required = {f"{key}:" for key in schema.get("required", ())}
+    required = {f"{key}:" for key in _required(schema)}
     return f'"{{" {_write_list(lark, values, required)} "}}"'
 
 

@@ -395,3 +395,47 @@ def test_the_channels_of_harmony_are_thoughts_words_and_calls():
     final = "<|channel|>final<|message|>Done < now.<|return|>"
     assert read(list(final), None, reasoning=HARMONY).content == "Done < now."
     assert read(["Plain."], None, reasoning=HARMONY).content == "Plain."
+
+
+FRAGMENTS = (
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    "\\",
+    "\n",
+    ", ",
+    ":",
+    "name",
+    '"name"',
+    '"arguments": ',
+    "now",
+)
+FRAGMENTS += (
+    "get_weather",
+    "(",
+    ")",
+    "=",
+    "1",
+    "True",
+    "'",
+    "<",
+    "|",
+    "é",
+    "call:",
+    "final",
+    "x y",
+)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_any_text_is_read_and_alike_however_it_comes(seed):
+    chance = random.Random(seed)
+    row = chance.choice(list(TOOL_FORMATS))
+    fields = {"reasoning": chance.choice([None, *REASONING_FORMATS]), "is_cut": seed % 2 == 0}
+    parts = [chance.choice((*MARKS[row], *FRAGMENTS)) for _ in range(chance.randint(1, 25))]
+    calls = WRITERS[row](CALLS["nested quotes"])
+    text = calls[: chance.randint(0, len(calls))] + "".join(parts)
+    whole = read([text], row, **fields)
+    assert read(list(text), row, **fields) == whole

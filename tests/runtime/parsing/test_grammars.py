@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -178,3 +179,37 @@ def test_a_structured_answer_or_calls_may_come(plain):
     assert plain.takes(rules, "yes")
     assert plain.takes(rules, '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>')
     assert not plain.takes(rules, "no")
+
+
+@pytest.mark.parametrize("row", TOOL_FORMATS)
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"enum": 5},
+        {"type": "string", "pattern": 3},
+        {"type": "string", "pattern": "a/b(["},
+        {"type": "string", "minLength": "x"},
+        {"type": ["nothing"]},
+        {"type": "object", "properties": {"x": 1}, "required": 3},
+        {"$ref": "#/properties/a"},
+        {"$ref": "#/$defs/missing"},
+        True,
+        {"anyOf": {}},
+    ],
+)
+def test_a_schema_that_is_none_is_told_of_and_nothing_worse(row, part):
+    tool = Tool("f", {"type": "object", "properties": {"a": part}, "required": ["a"]}, True)
+    rules = AnswerRules(tools=row, callable=(tool,), is_forced=True)
+    # Of what it does not look at, llguidance tells.
+    with contextlib.suppress(ValueError):
+        assert write_grammar(rules, {}).startswith("start: ")
+
+
+def test_slashes_of_a_pattern_are_those_of_the_text(plain):
+    parameters = {
+        "properties": {"a": {"type": "string", "pattern": r"^x/y\\/z\\\\$"}},
+        "required": ["a"],
+    }
+    rules = AnswerRules(tools="glm45", callable=(Tool("f", parameters),), is_forced=True)
+    text = plain.write(rules, 0)
+    assert r"<arg_value>x/y\/z\\</arg_value>" in text
