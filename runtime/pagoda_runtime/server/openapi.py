@@ -22,9 +22,13 @@ from starlette.responses import Response
 from pagoda_runtime.server import (
     answers,
     chat_protocol,
+    messages_answers,
+    messages_protocol,
     pooling_answers,
     pooling_protocol,
     protocol,
+    responses_answers,
+    responses_protocol,
     tokens_protocol,
 )
 from pagoda_runtime.server.docs_page import render_page
@@ -99,6 +103,58 @@ DOCUMENTED = (
         body=chat_protocol.ChatCompletionRequest,
         chunk=answers.ChatCompletionChunk,
         errors=_BODY,
+    ),
+    Route(
+        "POST",
+        "/v1/messages",
+        "Answer a conversation, as Anthropic has it",
+        messages_answers.Message,
+        body=messages_protocol.MessagesRequest,
+        events="message_start, content_block_start, content_block_delta, content_block_stop, "
+        "message_delta and message_stop, or error where the answer breaks off, as Anthropic has "
+        "them",
+        errors=_BODY,
+        error=messages_answers.AnthropicError,
+    ),
+    Route(
+        "POST",
+        "/v1/messages/count_tokens",
+        "The tokens of a conversation",
+        messages_answers.CountedTokens,
+        body=messages_protocol.CountTokensRequest,
+        errors=_BODY,
+        error=messages_answers.AnthropicError,
+    ),
+    Route(
+        "POST",
+        "/v1/responses",
+        "Answer a conversation that the server remembers",
+        responses_answers.Response,
+        body=responses_protocol.ResponsesRequest,
+        events="response.created, response.in_progress, those of each item, and "
+        "response.completed, response.incomplete, or error and response.failed, as OpenAI has them",
+        errors=_BODY,
+    ),
+    Route(
+        "GET",
+        "/v1/responses/{response_id}",
+        "A response that is remembered",
+        responses_answers.Response,
+        errors=(400, 401, 404),
+    ),
+    Route(
+        "DELETE",
+        "/v1/responses/{response_id}",
+        "Forget it",
+        responses_answers.DeletedResponse,
+        errors=(401, 404),
+    ),
+    Route(
+        "POST",
+        "/v1/responses/{response_id}/cancel",
+        "End an answer that is made in the background",
+        responses_answers.Response,
+        errors=(400, 401, 404),
     ),
     Route(
         "POST",
