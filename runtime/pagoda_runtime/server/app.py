@@ -20,8 +20,8 @@ from pagoda_runtime.server.access import LOAD_HEADER, REQUEST_ID_HEADER, Access
 from pagoda_runtime.server.errors import make_app
 from pagoda_runtime.server.framing import ReadHead
 from pagoda_runtime.server.middleware import Authenticate, LimitBody
-from pagoda_runtime.server.openapi import ROUTES
 from pagoda_runtime.server.response_store import ResponseStore
+from pagoda_runtime.server.route_table import ROUTES
 from pagoda_runtime.server.state import ServerState
 
 

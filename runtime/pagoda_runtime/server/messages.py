@@ -92,7 +92,7 @@ class MessageForm:
         return _message(answer, [_write_block(block) for block in blocks.blocks], last)
 
     async def stream(self, answer: Answer) -> AsyncGenerator[bytes, None]:
-        yield _event("message_start", message=_message(answer, [], None))
+        yield _event("message_start", message=_message(answer, [], None)) + _event("ping")
         blocks, last = Blocks(), None
         async with aclosing(typed_deltas(answer)) as deltas:
             async for last in deltas:

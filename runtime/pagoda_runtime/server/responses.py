@@ -28,14 +28,10 @@ from pagoda_runtime.server.openai import make_creation
 from pagoda_runtime.server.response_store import ResponseStore, Stored
 from pagoda_runtime.server.responses_protocol import (
     UNSUPPORTED,
-    FunctionCallItem,
-    InputItem,
-    InputMessage,
-    InputText,
     Message,
-    ReasoningItem,
     ResponsesRequest,
     add_item,
+    to_input,
 )
 from pagoda_runtime.server.state import ServerState
 from pagoda_runtime.server.unsupported import verify_supported
@@ -183,7 +179,7 @@ class ResponseForm:
 
     def _add_output(self, messages: list[Message]) -> None:
         for block in self.blocks.blocks:
-            add_item(messages, _to_input(block))
+            add_item(messages, to_input(block))
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         body = {"type": kind, "sequence_number": self.num_events, **fields}
@@ -286,20 +282,6 @@ def _part(block: Block) -> answers.OutputText | answers.ReasoningText:
     if block.kind == "reasoning":
         return answers.ReasoningText(block.text)
     return answers.OutputText(block.text, [], [])
-
-
-def _to_input(block: Block) -> InputItem:
-    """A block as the next request of the conversation has it."""
-    match block.kind:
-        case "text":
-            return InputMessage(role="assistant", content=block.text)
-        case "reasoning":
-            return ReasoningItem(
-                type="reasoning", content=[InputText(type="reasoning_text", text=block.text)]
-            )
-    return FunctionCallItem(
-        type="function_call", call_id=block.call_id, name=block.name, arguments=block.text
-    )
 
 
 def _dump(value: BaseModel | str | None) -> Any:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from pagoda_runtime.errors import RequestError, shown
+from pagoda_runtime.server.blocks import Block
 from pagoda_runtime.server.chat_protocol import MAX_MESSAGES, ChatCompletionRequest
 from pagoda_runtime.server.protocol import Small, Text
 
@@ -255,6 +256,20 @@ def add_item(messages: list[Message], item: InputItem) -> None:
         case ReasoningItem():
             thoughts = _to_text(item.content or item.summary)
             messages.append({"role": "assistant", "reasoning_content": thoughts})
+
+
+def to_input(block: Block) -> InputItem:
+    """A block as the next request of the conversation has it."""
+    match block.kind:
+        case "text":
+            return InputMessage(role="assistant", content=block.text)
+        case "reasoning":
+            return ReasoningItem(
+                type="reasoning", content=[InputText(type="reasoning_text", text=block.text)]
+            )
+    return FunctionCallItem(
+        type="function_call", call_id=block.call_id, name=block.name, arguments=block.text
+    )
 
 
 def _is_open(messages: Sequence[Message]) -> bool:

@@ -113,6 +113,16 @@ async def test_a_stream_has_all_its_events_and_ends_as_the_answer_in_one_piece(c
     assert streamed.usage.output_tokens == whole.usage.output_tokens > 0
 
 
+async def test_a_stream_is_named_events_without_openais_end(url):
+    body = {"max_tokens": 3, "messages": [USER], "stream": True}
+    async with httpx.AsyncClient(base_url=url, headers={"x-api-key": "k"}) as http:
+        text = (await http.post("/v1/messages", json=body)).text
+    kinds = [line.removeprefix("event: ") for line in text.split("\n") if line[:6] == "event:"]
+    assert kinds[:3] == ["message_start", "ping", "content_block_start"]
+    assert kinds[-1] == "message_stop"
+    assert "[DONE]" not in text
+
+
 async def test_a_tool_loop_sends_calls_thoughts_and_results_back(client, engine):
     engine.answer = THOUGHT_AND_CALL.encode()
     first = await create(client, tools=[TOOL], tool_choice={"type": "auto"})

@@ -21,8 +21,8 @@ from pagoda_runtime.server import (
     responses,
     tokens,
 )
-from pagoda_runtime.server.openapi import DOCUMENTED
 from pagoda_runtime.server.response_store import ResponseStore
+from pagoda_runtime.server.route_table import DOCUMENTED
 from pagoda_runtime.server.testing import FakeEngine, make_config, make_state, running_server
 
 STATE = make_state(FakeEngine(make_config().engine), make_config("--api-key", "k"))

@@ -169,6 +169,15 @@ async def test_the_oldest_responses_are_forgotten(client, monkeypatch):
             await client.responses.retrieve(gone.id)
 
 
+async def test_metrics_have_a_label_for_each_route_and_none_for_an_id(http):
+    for method, path in (("GET", "a"), ("GET", "b"), ("POST", "a/cancel")):
+        assert (await http.request(method, f"/v1/responses/{path}")).status_code == 404
+    metrics = (await http.get("/metrics")).text
+    one = 'http_requests_total{handler="/v1/responses/{response_id}%s",method="%s",status="4xx"} %s'
+    assert one % ("", "GET", "2.0") in metrics
+    assert one % ("/cancel", "POST", "1.0") in metrics
+
+
 async def wait_for(client: openai.AsyncOpenAI, response_id: str, status: str) -> Any:
     for _ in range(500):
         response = await client.responses.retrieve(response_id)
