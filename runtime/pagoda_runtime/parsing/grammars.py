@@ -101,7 +101,7 @@ def _write_tagged(lark: Lark, tool: Tool, tags: Tags) -> str:
         head = lark.literal(f"{tags.key}{key}{tags.key_end}{between}{tags.value}")
         end = tags.value_ends[0]
         if "string" in types_of(schema):
-            value = _text_value(lark, schema, end)
+            value = _text_value(lark, tool, schema, end)
         else:
             value = f"{_json_value(lark, tool, schema)} {lark.literal(end)}"
         part = lark.rule(f"{head} {value} {quoted(chr(10))}")
@@ -116,7 +116,7 @@ def _required(schema: Schema) -> set[str]:
     return set(map(str, names))
 
 
-def _text_value(lark: Lark, schema: Schema, end: str) -> str:
+def _text_value(lark: Lark, tool: Tool, schema: Schema, end: str) -> str:
     """A string without quotes, and what ends it."""
     values = [schema["const"]] if "const" in schema else schema.get("enum", [])
     if not isinstance(values, list):
@@ -124,6 +124,12 @@ def _text_value(lark: Lark, schema: Schema, end: str) -> str:
     texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
     if texts:
         return f"({' | '.join(lark.literal(text + end) for text in texts)})"
+    has_length = not schema.keys().isdisjoint(("minLength", "maxLength"))
+    if tool.is_strict and ("format" in schema or ("pattern" in schema and has_length)):
+        raise ValueError(
+            f"have a strict one, {tool.name}, with a string of a format, or of a pattern and a "
+            "length, which the model's form of calls cannot be held to"
+        )
     least, most = schema.get("minLength", 0), schema.get("maxLength", "")
     pattern = ANY_TEXT if (least, most) == (0, "") else f"/(?s:.{{{least},{most}}})/"
     if isinstance(schema.get("pattern"), str):
@@ -181,7 +187,7 @@ def _gemma_value(lark: Lark, tool: Tool, schema: Any, quote: str, depth: int) ->
     types = types_of(part) or {"string"}
     forms = []
     if "string" in types:
-        forms.append(f"{lark.literal(quote)} {_text_value(lark, part, quote)}")
+        forms.append(f"{lark.literal(quote)} {_text_value(lark, tool, part, quote)}")
     if "object" in types:
         forms.append(_gemma_object(lark, tool, part, quote, depth + 1))
     if "array" in types:
