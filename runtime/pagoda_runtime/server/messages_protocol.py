@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from pagoda_runtime.errors import RequestError, shown
+from pagoda_runtime.server.body import validate
 from pagoda_runtime.server.chat_protocol import MAX_MESSAGES, ChatCompletionRequest
 from pagoda_runtime.server.protocol import Phrase, Small, Text
 
@@ -154,7 +155,7 @@ class CountTokensRequest(BaseModel):
             is_on = self.thinking.type != "disabled"
             fields["chat_template_kwargs"] = {"enable_thinking": is_on, "thinking": is_on}
             fields["thinking_token_budget"] = self.thinking.budget_tokens
-        return ChatCompletionRequest.model_validate({**fields, **self._other_fields()})
+        return validate(ChatCompletionRequest, {**fields, **self._other_fields()})
 
     def _other_fields(self) -> dict[str, Any]:
         return {}

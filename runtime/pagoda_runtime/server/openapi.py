@@ -129,7 +129,7 @@ def _describe_answers(route: Route) -> Json:
         )
     if events:
         text = f"With `stream: true`: server-sent events. {events}"
-        content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
+        content["text/event-stream"] = {"schema": {"description": text}}
     if route.unready:
         described["503"] = _describe_answer(503, content)
     for status in route.errors:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from pagoda_runtime.errors import RequestError, shown
 from pagoda_runtime.server.blocks import Block
+from pagoda_runtime.server.body import validate
 from pagoda_runtime.server.chat_protocol import MAX_MESSAGES, ChatCompletionRequest
 from pagoda_runtime.server.protocol import Small, Text
 
@@ -230,9 +231,8 @@ class ResponsesRequest(BaseModel):
             fields["tool_choice"] = choice
         if self.text is not None and self.text.format is not None:
             fields["response_format"] = _to_response_format(self.text.format)
-        return ChatCompletionRequest.model_validate(
-            {name: value for name, value in fields.items() if value is not None}
-        )
+        given = {name: value for name, value in fields.items() if value is not None}
+        return validate(ChatCompletionRequest, given)
 
 
 def add_item(messages: list[Message], item: InputItem) -> None:

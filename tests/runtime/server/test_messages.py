@@ -162,6 +162,7 @@ async def test_tokens_are_counted_as_the_prompt_has_them(client, engine):
         ({"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": ""}]}]}, "no"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "sub"}}, "sub"),
+        ({"tools": [{**TOOL, "name": "an add"}]}, "'an add'"),
         ({"max_tokens": "many"}, "max_tokens"),
         ({"max_tokens": 100_000}, "100000"),
     ],

@@ -238,6 +238,8 @@ async def test_a_failure_is_told_in_the_stream_and_in_the_background(client, eng
         ({"background": True, "stream": True}, "background"),
         ({"background": True, "store": False}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{**TOOL, "name": "an add"}]}, "tools[0].function.name"),
+        ({"reasoning": {"effort": "most"}}, "reasoning_effort"),
         ({"temperature": 9}, "temperature"),
         ({"previous_response_id": "resp_none"}, "previous_response_id"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
