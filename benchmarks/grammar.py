@@ -1,9 +1,12 @@
 """What a grammar costs a decode step: 16 requests with one beside the same without, all logits
-computed for both. And 300 schemas made at random, answered by a server with random weights.
+computed for both; and in processor time, which a busy machine does not spoil, what masks cost its
+sampling. And 300 schemas made at random, answered by a server with random weights.
 
-`make bench-grammar` runs both.
+`make bench-grammar` runs all.
 
     python benchmarks/grammar.py --out FILE [--model FOLDER] [--rounds N] [--schemas N]
+
+Without rounds no steps are measured, without schemas none are answered.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from statistics import median
 from typing import Any
 
 import httpx
+import numpy as np
+import torch
 from checkpoints import gemma_folder, require_model
 from report import Bar, Result, publish
 from sides import make_prompts
@@ -28,17 +33,23 @@ from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore
 from pagoda_runtime.engine.process import make_core
 from pagoda_runtime.execution.runner import ModelRunner
+from pagoda_runtime.execution.sampler import sample
+from pagoda_runtime.execution.testing import make_row
+from pagoda_runtime.grammar.compiler import Grammars
 from pagoda_runtime.grammar.forms import json_grammar
 from pagoda_runtime.grammar.testing import NUM_CHOICES, SchemaMaker, ask_for
 from pagoda_runtime.ipc.messages import EngineRequest
+from pagoda_runtime.models.config import ModelConfig
+from pagoda_runtime.models.registry import load_model_config
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.server.testing import ServerProcess
+from pagoda_runtime.tokenizer.tokenizer import load_tokenizer
 
 NUM_REQUESTS = 16
 PROMPT_TOKENS = 64
 NUM_STEPS = 60
 # Both sides sample, so that all logits are computed for both, and go on to the last step.
-SAMPLED = {"temperature": 1.0, "max_tokens": NUM_STEPS + 20, "ignore_eos": True}
+SAMPLED = {"temperature": 1.0, "max_tokens": 500, "ignore_eos": True}
 SCHEMAS = {
     # Long texts: most tokens are allowed at most steps.
     "texts": {"type": "array", "items": {"type": "string", "minLength": 200}, "minItems": 50},
@@ -117,6 +128,66 @@ def measure_steps(folder: Path, rounds: int) -> list[Result]:
     ]
 
 
+def measure_sampling(vocab_size: int) -> Result:
+    """Milliseconds of one thread's processor time for the rows of a step."""
+    torch.set_num_threads(1)
+    logits, rng = torch.randn(NUM_REQUESTS, vocab_size).bfloat16(), np.random.default_rng(0)
+
+    def time_rows(params: SamplingParams, masks: list[bytes | None]) -> Callable[[int], float]:
+        rows = [
+            make_row(params, seeds=[seed], mask=mask) for seed, mask in enumerate(masks, start=1)
+        ]
+
+        def run(number: int) -> float:
+            begun = time.thread_time()
+            sample(logits, rows)
+            return 1000 * (time.thread_time() - begun)
+
+        return run
+
+    masks = [rng.bytes(4 * -(-vocab_size // 32)) for _ in range(NUM_REQUESTS)]
+    sides = {
+        "plain": time_rows(SamplingParams(), [None] * NUM_REQUESTS),
+        "masked": time_rows(SamplingParams(grammar=""), [*masks]),
+    }
+    medians = take_turns("sampling 16 rows", sides, 20)
+    return Result(
+        metric="masked_sampling_16",
+        value=medians["masked"],
+        unit="ms of processor time",
+        peer="the same rows without masks",
+        peer_value=medians["plain"],
+    )
+
+
+def measure_masks(folder: Path, config: ModelConfig) -> Result:
+    """Microseconds of a mask, for one sequence, beside the model."""
+    tokenizer = load_tokenizer(folder)
+    grammars = Grammars(
+        lambda: tokenizer, vocab_size=config.vocab_size, end_token_ids=config.eos_token_ids
+    )
+    rng, seconds, of_taking = np.random.default_rng(0), [], []
+    for schema in SCHEMAS.values():
+        matcher = grammars.compile(json_grammar(schema)).result().begin(ignore_eos=True)
+        for _ in range(300):
+            begun = time.perf_counter()
+            (mask,) = grammars.start_masks([matcher])()
+            seconds.append(time.perf_counter() - begun)
+            bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+            token_id = int(rng.choice(np.flatnonzero(bits)))
+            begun = time.perf_counter()
+            matcher.take(token_id)
+            of_taking.append(time.perf_counter() - begun)
+    return Result(
+        metric="mask",
+        value=1e6 * median(seconds),
+        unit="µs",
+        peer="99 % of them at most",
+        peer_value=1e6 * float(np.percentile(seconds, 99)),
+        details={"take_us": round(1e6 * median(of_taking), 1)},
+    )
+
+
 def measure_schemas(count: int) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         model = make_tiny_checkpoint(Path(folder) / "tiny")
@@ -159,8 +230,13 @@ def main() -> None:
     parser.add_argument("--schemas", type=int, default=300)
     arguments = parser.parse_args()
     require_model(arguments.model)
-    results = [measure_schemas(arguments.schemas)]
-    results += measure_steps(arguments.model, arguments.rounds)
+    results = []
+    if arguments.schemas:
+        results.append(measure_schemas(arguments.schemas))
+    if arguments.rounds:
+        results += measure_steps(arguments.model, arguments.rounds)
+    config = load_model_config(arguments.model)
+    results += [measure_masks(arguments.model, config), measure_sampling(config.vocab_size)]
     publish("grammar", results, arguments.out, rounds=arguments.rounds)
 
 

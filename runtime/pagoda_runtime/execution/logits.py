@@ -14,6 +14,12 @@ from pagoda_runtime.sampling_params import SamplingParams
 
 # Divided by the lowest temperature it is still in the range of fp32.
 _LARGE = 1e30
+# [256, 8]: what a byte of a mask adds to the logits of its tokens.
+_ADDED_BY_BYTE = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
+    np.float32(0),
+    np.float32(-np.inf),
+)
 
 
 def params_of(row: ScheduledRow) -> SamplingParams:
@@ -149,11 +155,24 @@ def _apply_masks(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) 
         rows: [num_masked] int64, the rows that the masks are of.
         masks: [num_masked, num_bytes] uint8, as `ScheduledRow.mask`.
     """
-    # By a table of what a byte adds to eight logits: a CPU is slow with single bits.
-    byte, bit = (torch.arange(size, device=masks.device) for size in (256, 8))
-    table = torch.where((byte[:, None] >> bit) % 2 == 1, 0.0, -torch.inf)
-    added = table.index_select(0, masks.flatten().int()).view(len(masks), -1)
-    logits.index_add_(0, rows, added[:, : logits.shape[1]])
+    of_device = added_by_table if masks.device.type == "cpu" else added_by_bits
+    added = of_device(masks).flatten(1)[:, : logits.shape[1]]
+    if len(rows) == len(logits):
+        logits.add_(added)
+    else:
+        logits.index_add_(0, rows, added)
+
+
+def added_by_table(masks: torch.Tensor) -> torch.Tensor:
+    """[num_masked, num_bytes, 8] fp32: what masks on a CPU, which is slow with single bits, add."""
+    # numpy is faster than torch with so small a table.
+    return torch.from_numpy(np.take(_ADDED_BY_BYTE, masks.numpy(), axis=0, mode="clip"))
+
+
+def added_by_bits(masks: torch.Tensor) -> torch.Tensor:
+    """The same on any device."""
+    bits = torch.arange(8, dtype=torch.uint8, device=masks.device)
+    return torch.where((masks[:, :, None] >> bits) & 1 == 1, 0.0, -torch.inf)
 
 
 def _allowed_token_ids(row: ScheduledRow, *, is_open: bool) -> Collection[int] | None:

@@ -8,7 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagoda_runtime.execution.logits import is_processed, process_logits
+from pagoda_runtime.execution.logits import (
+    added_by_bits,
+    added_by_table,
+    is_processed,
+    process_logits,
+)
 from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.sampling_params import SamplingParams
 
@@ -213,3 +218,11 @@ def test_masks_are_of_their_own_rows_whatever_rows_are_beside(vocab_size):
             expected = torch.full_like(before, -INF)
             expected[sorted(ids)] = before[sorted(ids)]
             assert torch.equal(after, expected)
+
+
+def test_masks_add_the_same_on_every_device():
+    masks = torch.arange(512).remainder(256).to(torch.uint8).view(2, 256)
+    added = added_by_bits(masks)
+    assert torch.equal(added, added_by_table(masks))
+    assert added.dtype is torch.float32
+    assert added[0, 0b10000010].tolist() == [-INF, 0, -INF, -INF, -INF, -INF, -INF, 0]

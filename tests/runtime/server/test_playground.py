@@ -1,5 +1,4 @@
-"""The page at /: what it may do, and that it loads nothing. A browser drives it elsewhere
-(`make playground-check`)."""
+"""The page at /: what it may do, and that it loads nothing."""
 
 from __future__ import annotations
 
