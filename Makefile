@@ -11,7 +11,8 @@ GPU_ENV = PYTHONPATH=kernels:runtime:benchmarks:out/gpu-packages
   gpu-check gpu-bench gpu-packages gpu-compile gpu-rehearse \
   bench-cpu bench-versions bench-long bench-waste bench-overhead llama-cpp bench-quantization \
   bench-grouped-linear bench-loading-memory bench-kv-cache bench-attention-bytes bench-strangers \
-  bench-grammar soak quant-real quant-tiny fuzz-api
+  bench-grammar soak quant-real quant-tiny fuzz-api playground-check \
+  clients
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
 	@python3 e2e/phases.py demo
@@ -99,6 +100,12 @@ bench-strangers: venv ## what attacks cost a server and its other clients: make 
 
 bench-grammar: model ## what grammars cost a step, and 300 schemas answered: make bench-grammar [ROUNDS=5] [OUT=FILE]
 	@$(PYTHON) benchmarks/grammar.py --rounds $(or $(ROUNDS),5) --out $(or $(OUT),out/bench-grammar.json)
+
+playground-check: venv ## the page at / in a headless Chromium, and its picture for the docs
+	@PYTHONPATH=e2e $(PYTHON) e2e/playground.py
+
+clients: venv   ## other people's clients in tool loops, with schemas and embeddings
+	@PYTHONPATH=e2e $(PYTHON) e2e/clients.py
 
 fuzz-api: venv  ## schemathesis on the whole API: make fuzz-api [SECONDS=300] [OUT=FILE]
 	@PYTHONPATH=e2e $(PYTHON) e2e/fuzz.py --seconds $(or $(SECONDS),300) $(if $(OUT),--out $(OUT))

@@ -28,7 +28,7 @@ CHECKS = (
     "content_type_conformance",
     "response_schema_conformance",
 )
-FLAGS = ["--disable-access-log"]
+FLAGS = ["--disable-access-log", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
 MODEL = "fake:" + json.dumps({"vocab_size": 256, "max_model_len": 256})
 
 

@@ -34,6 +34,8 @@ class Source(NamedTuple):
     tools: Tools
     opener: str
     """The marker that was read; "" where the answer itself begins as a call."""
+    closers: tuple[str, ...]
+    """Markers that end the calls behind it, if the format has them."""
 
     def start(self, name: str) -> None:
         """A call begins. Raises Malformed for a name that cannot be one, and without a marker for
@@ -47,9 +49,9 @@ class Source(NamedTuple):
         return properties_of(self.tools.get(name, {}))
 
 
-def read_json(source: Source, closers: tuple[str, ...] = ()) -> Reading[None]:
+def read_json(source: Source) -> Reading[None]:
     """`{"name": …, "arguments": …}`, several of them behind each other or in a list."""
-    scanner, ends = source.scanner, (*closers, source.opener)
+    scanner, ends = source.scanner, (*source.closers, source.opener)
     while True:
         yield from scanner.space()
         if (yield from scanner.take("[")):
@@ -61,7 +63,7 @@ def read_json(source: Source, closers: tuple[str, ...] = ()) -> Reading[None]:
             while (yield from _takes(scanner, ";")) or (yield from _goes_on(scanner, "{")):
                 yield from _read_object(source)
         # Some models forget the closer before the next opener.
-        if not closers or (yield from scanner.until(ends, drop)) != source.opener:
+        if not source.closers or (yield from scanner.until(ends, drop)) != source.opener:
             return
 
 
@@ -224,7 +226,7 @@ def read_tagged(source: Source, tags: Tags) -> Reading[None]:
         yield from scanner.take(tags.all_end)
 
 
-def read_python(source: Source, closers: tuple[str, ...] = ()) -> Reading[None]:
+def read_python(source: Source) -> Reading[None]:
     """`[f(a=1, b="x"), g()]`"""
     scanner = source.scanner
     yield from scanner.space()
@@ -236,8 +238,8 @@ def read_python(source: Source, closers: tuple[str, ...] = ()) -> Reading[None]:
         yield from _read_python_arguments(source, list(source.properties(name)))
         source.sink.end()
         yield from _takes(scanner, ",")
-    if closers:
-        yield from scanner.until(closers, drop)
+    if source.closers:
+        yield from scanner.until(source.closers, drop)
 
 
 def _read_python_arguments(source: Source, names: list[str]) -> Reading[None]:
@@ -247,7 +249,7 @@ def _read_python_arguments(source: Source, names: list[str]) -> Reading[None]:
     while not (yield from _takes(scanner, ")")):
         word = ""
         if (yield from scanner.peek()).isidentifier():
-            word = yield from scanner.span(r"\w")
+            word = yield from scanner.span(_NAME)
             yield from scanner.space()
         if not (yield from scanner.peek()):
             yield from scanner.fail()
@@ -265,7 +267,7 @@ def _read_python_arguments(source: Source, names: list[str]) -> Reading[None]:
         emit("}")
 
 
-def read_gemma(source: Source, closers: tuple[str, ...]) -> Reading[None]:
+def read_gemma(source: Source) -> Reading[None]:
     """`call:name{key:value,…}`, strings between quotes that are tokens."""
     scanner = source.scanner
     yield from scanner.space()
@@ -275,5 +277,5 @@ def read_gemma(source: Source, closers: tuple[str, ...]) -> Reading[None]:
         yield from scanner.fail()
     source.start(name)
     yield from read_value(scanner, source.sink.arguments, GEMMA)
-    yield from scanner.through(closers, drop)
+    yield from scanner.through(source.closers, drop)
     source.sink.end()

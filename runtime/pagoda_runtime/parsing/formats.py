@@ -77,7 +77,7 @@ _DEEPSEEK = partial(
 def _gemma(opener: str, closer: str, quote: str) -> ToolFormat:
     return ToolFormat(
         Written(f"{opener}call:{{name}}", closer, arguments="gemma"),
-        partial(read_gemma, closers=(closer,)),
+        read_gemma,
         openers=(opener,),
         closers=(closer,),
         found_by=((opener,),),
@@ -175,7 +175,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
     ),
     "hermes": ToolFormat(
         _json("<tool_call>\n", "\n</tool_call>"),
-        partial(read_json, closers=_TOOL_CALL_END),
+        read_json,
         openers=_TOOL_CALL,
         closers=_TOOL_CALL_END,
         found_by=(("<tool_call>", '{"name"'), ("<tool_call>", "XML tags")),
@@ -189,7 +189,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
             end="]<|tool_call_end|>",
             arguments="python",
         ),
-        partial(read_python, closers=("<|tool_call_end|>",)),
+        read_python,
         openers=("<|tool_call_start|>",),
         closers=("<|tool_call_end|>",),
         found_by=(("<|tool_call_start|>",), ("<|tool_list_start|>",)),

@@ -78,7 +78,7 @@ def _write_arguments(lark: Lark, written: Written, tool: Tool) -> str:
             return _write_list(
                 lark,
                 {f"{k}=": _python_value(lark, tool, s) for k, s in properties_of(schema).items()},
-                {f"{k}=" for k in schema.get("required", ())},
+                {f"{k}=" for k in _required(schema)},
             )
         case "gemma":
             return _gemma_object(lark, tool, schema, _gemma_quote(written))
@@ -95,13 +95,13 @@ def _json_value(lark: Lark, tool: Tool, schema: Any) -> str:
 
 
 def _write_tagged(lark: Lark, tool: Tool, tags: Tags) -> str:
-    required, parts = set(tool.schema.get("required", ())), []
+    required, parts = _required(tool.schema), []
     between = "" if tags.value.isspace() else "\n"
     for key, schema in properties_of(tool.schema).items():
         head = lark.literal(f"{tags.key}{key}{tags.key_end}{between}{tags.value}")
         end = tags.value_ends[0]
         if "string" in types_of(schema):
-            value = _text_value(lark, schema, end)
+            value = _text_value(lark, tool, schema, end)
         else:
             value = f"{_json_value(lark, tool, schema)} {lark.literal(end)}"
         part = lark.rule(f"{head} {value} {quoted(chr(10))}")
@@ -109,12 +109,27 @@ def _write_tagged(lark: Lark, tool: Tool, tags: Tags) -> str:
     return " ".join(parts)
 
 
-def _text_value(lark: Lark, schema: Schema, end: str) -> str:
+def _required(schema: Schema) -> set[str]:
+    names = schema.get("required", [])
+    if not isinstance(names, list):
+        raise ValueError("have a schema whose required is no list")
+    return set(map(str, names))
+
+
+def _text_value(lark: Lark, tool: Tool, schema: Schema, end: str) -> str:
     """A string without quotes, and what ends it."""
-    values = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+    values = [schema["const"]] if "const" in schema else schema.get("enum", [])
+    if not isinstance(values, list):
+        raise ValueError("have a schema whose enum is no list")
     texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
     if texts:
         return f"({' | '.join(lark.literal(text + end) for text in texts)})"
+    has_length = not schema.keys().isdisjoint(("minLength", "maxLength"))
+    if tool.is_strict and ("format" in schema or ("pattern" in schema and has_length)):
+        raise ValueError(
+            f"have a strict one, {tool.name}, with a string of a format, or of a pattern and a "
+            "length, which the model's form of calls cannot be held to"
+        )
     least, most = schema.get("minLength", 0), schema.get("maxLength", "")
     pattern = ANY_TEXT if (least, most) == (0, "") else f"/(?s:.{{{least},{most}}})/"
     if isinstance(schema.get("pattern"), str):
@@ -126,7 +141,8 @@ def _search(pattern: str) -> str:
     """A schema's pattern, which may match anywhere, as one of the whole text."""
     begin = "" if pattern.startswith("^") else "(?s:.*)"
     end = "" if pattern.endswith("$") else "(?s:.*)"
-    body = pattern.removeprefix("^").removesuffix("$").replace("/", r"\/")
+    body = pattern.removeprefix("^").removesuffix("$")
+    body = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", body)
     return f"/{begin}(?:{body}){end}/"
 
 
@@ -159,9 +175,9 @@ def _gemma_quote(written: Written) -> str:
 
 
 def _gemma_object(lark: Lark, tool: Tool, schema: Schema, quote: str, depth: int = 0) -> str:
-    parts = schema.get("properties", {}) if depth < MAX_DEPTH else {}
+    parts = properties_of(schema) if depth < MAX_DEPTH else {}
     values = {f"{k}:": _gemma_value(lark, tool, part, quote, depth) for k, part in parts.items()}
-    required = {f"{key}:" for key in schema.get("required", ())}
+    required = {f"{key}:" for key in _required(schema)}
     return f'"{{" {_write_list(lark, values, required)} "}}"'
 
 
@@ -171,7 +187,7 @@ def _gemma_value(lark: Lark, tool: Tool, schema: Any, quote: str, depth: int) ->
     types = types_of(part) or {"string"}
     forms = []
     if "string" in types:
-        forms.append(f"{lark.literal(quote)} {_text_value(lark, part, quote)}")
+        forms.append(f"{lark.literal(quote)} {_text_value(lark, tool, part, quote)}")
     if "object" in types:
         forms.append(_gemma_object(lark, tool, part, quote, depth + 1))
     if "array" in types:

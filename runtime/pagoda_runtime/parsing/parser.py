@@ -146,7 +146,7 @@ def _read_calls(
     num_before = sink.num_calls
     scanner.mark(len(opener))
     try:
-        yield from row.read(Source(scanner, sink, tools, opener))
+        yield from row.read(Source(scanner, sink, tools, opener, row.closers))
     except Malformed:
         if not sink.in_call and sink.num_calls == num_before:
             sink.content(scanner.since_mark())

@@ -6,12 +6,22 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from pagoda_runtime.config import ServerConfig
-from pagoda_runtime.server import health, openai, openapi, playground, pooling, tokens
+from pagoda_runtime.server import (
+    health,
+    messages,
+    openai,
+    openapi,
+    playground,
+    pooling,
+    responses,
+    tokens,
+)
 from pagoda_runtime.server.access import LOAD_HEADER, REQUEST_ID_HEADER, Access
 from pagoda_runtime.server.errors import make_app
 from pagoda_runtime.server.framing import ReadHead
 from pagoda_runtime.server.middleware import Authenticate, LimitBody
-from pagoda_runtime.server.openapi import ROUTES
+from pagoda_runtime.server.response_store import ResponseStore
+from pagoda_runtime.server.route_table import ROUTES
 from pagoda_runtime.server.state import ServerState
 
 
@@ -21,6 +31,8 @@ def create_app(state: ServerState) -> ASGIApp:
         *health.make_routes(state),
         *openai.make_routes(state),
         *tokens.make_routes(state),
+        *messages.make_routes(state),
+        *responses.make_routes(state, ResponseStore()),
         *pooling.make_routes(state),
         *openapi.make_routes(are_keys_asked=state.keys.are_asked, root_path=state.config.root_path),
         *(playground.make_routes() if state.config.playground else ()),

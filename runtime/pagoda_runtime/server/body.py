@@ -7,7 +7,7 @@ So its shape is measured first, by searches that cost a nanosecond for a byte.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
@@ -45,6 +45,14 @@ async def read_body(state: ServerState, body_class: type[B], raw: bytes) -> B:
     """The body as its model. Raises ApiError or RequestError, or as `state.loaded`."""
     ready, _ = state.loaded()
     return await state.parse(len(raw), partial(_parse, raw, body_class, ready.max_model_len))
+
+
+def validate(body_class: type[B], values: dict[str, Any]) -> B:
+    """The model of values that another form of the API was read into. Raises ApiError."""
+    try:
+        return body_class.model_validate(values)
+    except ValidationError as error:
+        raise describe_validation(error) from None
 
 
 def _parse(raw: bytes, body_class: type[B], max_model_len: int) -> B:

@@ -13,7 +13,7 @@ from pagoda_runtime.errors import QueueFull
 from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.server.body import MAX_HELD_BYTES
 from pagoda_runtime.server.errors import ApiError
-from pagoda_runtime.server.openapi import is_keyed
+from pagoda_runtime.server.route_table import is_keyed
 from pagoda_runtime.server.state import ServerState
 
 

@@ -21,7 +21,7 @@ from pagoda_runtime.keys import ApiKeys
 from pagoda_runtime.metrics import Metrics
 from pagoda_runtime.server.answers import Load
 from pagoda_runtime.server.body import default_max_body_bytes
-from pagoda_runtime.server.openapi import ROUTES
+from pagoda_runtime.server.route_table import ROUTES
 from pagoda_runtime.server.structured import Structures
 from pagoda_runtime.server.tracing import Tracer
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,47 @@ def test_a_structured_answer_or_calls_may_come(plain):
     assert plain.takes(rules, "yes")
     assert plain.takes(rules, '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>')
     assert not plain.takes(rules, "no")
+
+
+@pytest.mark.parametrize("row", TOOL_FORMATS)
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"enum": 5},
+        {"type": "string", "pattern": 3},
+        {"type": "string", "pattern": "a/b(["},
+        {"type": "string", "minLength": "x"},
+        {"type": ["nothing"]},
+        {"type": "object", "properties": {"x": 1}, "required": 3},
+        {"$ref": "#/properties/a"},
+        {"$ref": "#/$defs/missing"},
+        True,
+        {"anyOf": {}},
+    ],
+)
+def test_a_schema_that_is_none_is_told_of_and_nothing_worse(row, part):
+    tool = Tool("f", {"type": "object", "properties": {"a": part}, "required": ["a"]}, True)
+    rules = AnswerRules(tools=row, callable=(tool,), is_forced=True)
+    # Of what it does not look at, llguidance tells.
+    with suppress(ValueError):
+        assert write_grammar(rules, {}).startswith("start: ")
+
+
+def test_slashes_of_a_pattern_are_those_of_the_text(plain):
+    parameters = {
+        "properties": {"a": {"type": "string", "pattern": r"^x/y\\/z\\\\$"}},
+        "required": ["a"],
+    }
+    rules = AnswerRules(tools="glm45", callable=(Tool("f", parameters),), is_forced=True)
+    text = plain.write(rules, 0)
+    assert r"<arg_value>x/y\/z\\</arg_value>" in text
+
+
+@pytest.mark.parametrize("row", ["glm45", "qwen3_coder", "gemma4"])
+@pytest.mark.parametrize("part", [{"format": "date"}, {"pattern": "^a", "maxLength": 3}])
+def test_what_a_string_without_quotes_cannot_be_held_to_is_refused_where_it_is_strict(row, part):
+    schema = {"properties": {"a": {"type": "string", **part}}}
+    for is_strict in (False, True):
+        rules = AnswerRules(tools=row, callable=(Tool("f", schema, is_strict),), is_forced=True)
+        with pytest.raises(ValueError, match="a strict one, f") if is_strict else nullcontext():
+            write_grammar(rules, {})

@@ -12,8 +12,17 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from pagoda_runtime.server import answers, health, openai, pooling, tokens
-from pagoda_runtime.server.openapi import DOCUMENTED
+from pagoda_runtime.server import (
+    answers,
+    health,
+    messages,
+    openai,
+    pooling,
+    responses,
+    tokens,
+)
+from pagoda_runtime.server.response_store import ResponseStore
+from pagoda_runtime.server.route_table import DOCUMENTED
 from pagoda_runtime.server.testing import FakeEngine, make_config, make_state, running_server
 
 STATE = make_state(FakeEngine(make_config().engine), make_config("--api-key", "k"))
@@ -52,8 +61,11 @@ async def test_the_document_names_every_route_that_the_server_has(http):
     }
     served = {
         (method, route.path.replace(":path", ""))
-        for module in (health, openai, pooling, tokens)
-        for route in module.make_routes(STATE)
+        for routes in (
+            *(module.make_routes(STATE) for module in (health, messages, openai, pooling, tokens)),
+            responses.make_routes(STATE, ResponseStore()),
+        )
+        for route in routes
         for method in route.methods
         if method != "HEAD"
     }

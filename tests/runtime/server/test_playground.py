@@ -1,4 +1,5 @@
-"""The page at /: what it may do, and that it loads nothing."""
+"""The page at /: what it may do, and that it loads nothing. A browser drives it elsewhere
+(`make playground-check`)."""
 
 from __future__ import annotations
 

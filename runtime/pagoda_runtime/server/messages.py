@@ -1,0 +1,179 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's form of a chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+from msgspec.json import encode
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pagoda_runtime.server.answer import Answer, TypedDelta, typed_deltas
+from pagoda_runtime.server.blocks import Block, Blocks, Change
+from pagoda_runtime.server.body import read_body, receive_body
+from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
+from pagoda_runtime.server.errors import ApiError, json_response, to_anthropic
+from pagoda_runtime.server.generation import close_all
+from pagoda_runtime.server.messages_answers import (
+    CountedTokens,
+    Message,
+    MessageUsage,
+    StopReason,
+    TextBlock,
+    ThinkingBlock,
+    ToolUseBlock,
+)
+from pagoda_runtime.server.messages_protocol import CountTokensRequest, MessagesRequest
+from pagoda_runtime.server.openai import make_creation
+from pagoda_runtime.server.prompts import tokenize
+from pagoda_runtime.server.state import ServerState
+from pagoda_runtime.server.streaming import while_connected
+from pagoda_runtime.server.unsupported import verify_supported
+
+# The kinds of pieces and their fields, by the kind of a block.
+_PIECES = {
+    "text": ("text_delta", "text"),
+    "reasoning": ("thinking_delta", "thinking"),
+    "call": ("input_json_delta", "partial_json"),
+}
+_STOP_REASONS: dict[str, StopReason] = {"length": "max_tokens", "tool_calls": "tool_use"}
+
+
+def make_routes(state: ServerState) -> list[Route]:
+    return [
+        make_creation(state, "/v1/messages", partial(MessageForm, state)),
+        Route("/v1/messages/count_tokens", partial(count_tokens, state), methods=["POST"]),
+    ]
+
+
+async def count_tokens(state: ServerState, request: Request) -> Response:
+    """The tokens of a conversation, without an answer."""
+    raw = await receive_body(request)
+    with state.admit():
+        chat = await _read(state, CountTokensRequest, raw)
+        async with while_connected(request.receive):
+            (token_ids,) = await tokenize(state, chat)
+        return json_response(CountedTokens(len(token_ids)))
+
+
+async def _read(
+    state: ServerState, body_class: type[CountTokensRequest], raw: bytes
+) -> ChatCompletionRequest:
+    body = await read_body(state, body_class, raw)
+    state.warn_unknown(body.model_extra or ())
+    state.verify_model(body.model)
+    chat = body.to_chat()
+    verify_supported(chat)
+    return chat
+
+
+class MessageForm:
+    """Reads a body of /v1/messages, and writes its answer."""
+
+    def __init__(self, state: ServerState) -> None:
+        self.state = state
+
+    async def read(self, raw: bytes) -> ChatCompletionRequest:
+        return await _read(self.state, MessagesRequest, raw)
+
+    async def collect(self, answer: Answer) -> Message:
+        blocks, last = Blocks(), None
+        try:
+            async with aclosing(typed_deltas(answer)) as deltas:
+                async for last in deltas:
+                    blocks.add(last.parts)
+        finally:
+            await close_all(answer.generations)
+        return _message(answer, [_write_block(block) for block in blocks.blocks], last)
+
+    async def stream(self, answer: Answer) -> AsyncGenerator[bytes, None]:
+        yield _event("message_start", message=_message(answer, [], None)) + _event("ping")
+        blocks, last = Blocks(), None
+        async with aclosing(typed_deltas(answer)) as deltas:
+            async for last in deltas:
+                if events := _write_changes(blocks.take(last.parts)):
+                    yield events
+        message = _message(answer, [], last)
+        ending = {"stop_reason": message.stop_reason, "stop_sequence": message.stop_sequence}
+        yield (
+            _write_changes(blocks.finish())
+            + _event("message_delta", delta=ending, usage=message.usage)
+            + _event("message_stop")
+        )
+
+    def end(self, error: ApiError | None) -> bytes:
+        return b"" if error is None else _event("error", error=to_anthropic(error).error)
+
+
+def _event(kind: str, **fields: Any) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode({"type": kind, **fields}))
+
+
+def _message(
+    answer: Answer,
+    content: Sequence[TextBlock | ThinkingBlock | ToolUseBlock],
+    last: TypedDelta | None,
+) -> Message:
+    """last: the delta with which it ended, None while it has not."""
+    usage = answer.usage()
+    num_cached = usage.prompt_tokens_details.cached_tokens
+    stop_reason: StopReason | None = None
+    stop_sequence = None
+    if last is not None:
+        stop_reason = _STOP_REASONS.get(last.finish_reason or "", "end_turn")
+        if stop_reason == "end_turn" and isinstance(last.plain.stop_reason, str):
+            stop_reason, stop_sequence = "stop_sequence", last.plain.stop_reason
+    return Message(
+        f"msg_{answer.id.rpartition('-')[2]}",
+        "assistant",
+        answer.model,
+        list(content),
+        stop_reason,
+        stop_sequence,
+        MessageUsage(usage.prompt_tokens - num_cached, 0, num_cached, usage.completion_tokens),
+    )
+
+
+def _write_changes(changes: Iterable[Change]) -> bytes:
+    return b"".join(map(_write_change, changes))
+
+
+def _write_change(change: Change) -> bytes:
+    block = change.block
+    match change.what:
+        case "start":
+            begun = _write_block(block)
+            return _event("content_block_start", index=block.index, content_block=begun)
+        case "text":
+            kind, name = _PIECES[block.kind]
+            piece = {"type": kind, name: change.text}
+            return _event("content_block_delta", index=block.index, delta=piece)
+    signature = b""
+    if block.kind == "reasoning":
+        # Clients put it into the block, which they must send back whole.
+        piece = {"type": "signature_delta", "signature": ""}
+        signature = _event("content_block_delta", index=block.index, delta=piece)
+    return signature + _event("content_block_stop", index=block.index)
+
+
+def _write_block(block: Block) -> TextBlock | ThinkingBlock | ToolUseBlock:
+    match block.kind:
+        case "text":
+            return TextBlock(block.text)
+        case "reasoning":
+            return ThinkingBlock(block.text, "")
+    return ToolUseBlock(block.call_id, block.name, _read_arguments(block.text))
+
+
+def _read_arguments(text: str) -> dict[str, Any]:
+    """The arguments of a call; none while it begins, and where it was cut off."""
+    try:
+        arguments = json.loads(text)
+    except ValueError:
+        return {}
+    return arguments if isinstance(arguments, dict) else {}

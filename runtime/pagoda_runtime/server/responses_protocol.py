@@ -1,0 +1,298 @@
+"""The body of POST /v1/responses, OpenAI's newer form of a chat, as the chat that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+
+from pagoda_runtime.errors import RequestError, shown
+from pagoda_runtime.server.blocks import Block
+from pagoda_runtime.server.body import validate
+from pagoda_runtime.server.chat_protocol import MAX_MESSAGES, ChatCompletionRequest
+from pagoda_runtime.server.protocol import Small, Text
+
+Message = dict[str, Any]
+
+# Fields of the API that ask for what is not served, with what asks for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("conversation", "prompt", "context_management", "moderation"), ([], {})),
+    "max_tool_calls": (),
+    "include": ([],),
+    "truncation": ("disabled",),
+    "top_logprobs": (0,),
+}
+
+
+class _Item(BaseModel):
+    # Ids, states and annotations of items change nothing.
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class InputText(_Item):
+    """Text of a message, of thoughts, or of a call's result."""
+
+    type: Literal["input_text", "output_text", "reasoning_text", "summary_text", "text"]
+    text: Text
+
+
+def _tag_of(content: Any) -> str:
+    return "list[part]" if isinstance(content, list) else "str"
+
+
+# By the kind of the value, so that an error is of the one form that was sent.
+Texts = Annotated[
+    Annotated[Text, Tag("str")]
+    | Annotated[list[InputText], Field(fail_fast=True), Tag("list[part]")],
+    Discriminator(_tag_of),
+]
+
+
+class InputMessage(_Item):
+    """One message of the conversation; what the model said is of the role assistant."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Texts
+
+
+class FunctionCallItem(_Item):
+    """A call that the model made."""
+
+    type: Literal["function_call"]
+    call_id: Text
+    name: Text
+    arguments: Text
+
+
+class FunctionCallOutput(_Item):
+    """What came of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: Text
+    output: Texts
+
+
+class ReasoningItem(_Item):
+    """What the model thought."""
+
+    type: Literal["reasoning"]
+    content: list[InputText] | None = None
+    summary: list[InputText] = []
+
+
+_KINDS = ("message", "function_call", "function_call_output", "reasoning")
+
+
+def _kind_of(item: Any) -> str:
+    kind = item.get("type") or "message" if isinstance(item, dict) else "message"
+    return f"[{kind}]"
+
+
+def _verify_kind(item: Any) -> Any:
+    if isinstance(item, dict) and item.get("type", "message") not in (*_KINDS, None):
+        raise ValueError(f"items of {', '.join(_KINDS)} only, not {shown(item['type'])}")
+    return item
+
+
+InputItem = Annotated[
+    Annotated[
+        Annotated[InputMessage, Tag("[message]")]
+        | Annotated[FunctionCallItem, Tag("[function_call]")]
+        | Annotated[FunctionCallOutput, Tag("[function_call_output]")]
+        | Annotated[ReasoningItem, Tag("[reasoning]")],
+        Discriminator(_kind_of),
+    ],
+    BeforeValidator(_verify_kind),
+]
+
+
+class ResponseTool(BaseModel):
+    """A function that the model may call; tools that run on OpenAI's servers are not served."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    type: Literal["function"]
+    name: Text
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedFunction(_Item):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    name: Text
+
+
+class TextFormat(BaseModel):
+    """The form of the text: any, JSON, or JSON of a schema."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Text | None = None
+    description: Text | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class TextOptions(_Item):
+    """The form of the text."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ReasoningOptions(_Item):
+    """How much the model thinks; there are no summaries, thoughts come as they are."""
+
+    effort: Text | None = None
+    summary: Text | None = None
+    generate_summary: Text | None = None
+
+
+Input = Annotated[
+    Annotated[Text, Tag("str")]
+    | Annotated[list[InputItem], Field(max_length=MAX_MESSAGES, fail_fast=True), Tag("list[part]")],
+    Discriminator(_tag_of),
+]
+
+
+class ResponsesRequest(BaseModel):
+    """The body of POST /v1/responses."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: Text | None = None
+    input: Input = ""
+    instructions: Text | None = None
+    previous_response_id: Text | None = None
+    store: bool | None = None
+    background: bool | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    max_output_tokens: Small | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: dict[str, Text] | None = None
+    user: str | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    def verify(self) -> None:
+        """Raise RequestError for fields that are not served, or contradict each other."""
+        extra = self.model_extra or {}
+        for name, neutral in UNSUPPORTED.items():
+            value = extra.get(name)
+            if value is not None and value not in neutral:
+                raise RequestError(f"{name} is not supported here; leave it out.", param=name)
+        if self.background and (self.stream or self.store is False):
+            other = "stream" if self.stream else "store: false"
+            raise RequestError(
+                f"background goes with no {other} here; leave one of them out.", param="background"
+            )
+
+    def to_messages(self) -> list[Message]:
+        """The input, without instructions, as messages of a chat."""
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}] if self.input else []
+        messages: list[Message] = []
+        for item in self.input:
+            add_item(messages, item)
+        return messages
+
+    def to_chat(self, messages: Sequence[Message]) -> ChatCompletionRequest:
+        """The body of /v1/chat/completions that goes on with these messages."""
+        system = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        fields: dict[str, Any] = {
+            "model": self.model,
+            "messages": [*system, *messages],
+            "stream": self.stream,
+            "max_completion_tokens": self.max_output_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
+        }
+        if self.tools:
+            fields["tools"] = [_to_tool(tool) for tool in self.tools]
+            choice: Any = self.tool_choice
+            if isinstance(choice, NamedFunction):
+                choice = {"type": "function", "function": {"name": choice.name}}
+            fields["tool_choice"] = choice
+        if self.text is not None and self.text.format is not None:
+            fields["response_format"] = _to_response_format(self.text.format)
+        given = {name: value for name, value in fields.items() if value is not None}
+        return validate(ChatCompletionRequest, given)
+
+
+def add_item(messages: list[Message], item: InputItem) -> None:
+    """Add an item; calls and thoughts go into the message of the assistant that they belong to."""
+    match item:
+        case InputMessage():
+            content = _to_text(item.content)
+            if item.role == "assistant" and _is_open(messages):
+                messages[-1]["content"] = content
+            else:
+                messages.append({"role": item.role, "content": content})
+        case FunctionCallOutput():
+            output = _to_text(item.output)
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
+        case FunctionCallItem():
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant"})
+            function = {"name": item.name, "arguments": item.arguments}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            messages[-1].setdefault("tool_calls", []).append(call)
+        case ReasoningItem():
+            thoughts = _to_text(item.content or item.summary)
+            messages.append({"role": "assistant", "reasoning_content": thoughts})
+
+
+def to_input(block: Block) -> InputItem:
+    """A block as the next request of the conversation has it."""
+    match block.kind:
+        case "text":
+            return InputMessage(role="assistant", content=block.text)
+        case "reasoning":
+            return ReasoningItem(
+                type="reasoning", content=[InputText(type="reasoning_text", text=block.text)]
+            )
+    return FunctionCallItem(
+        type="function_call", call_id=block.call_id, name=block.name, arguments=block.text
+    )
+
+
+def _is_open(messages: Sequence[Message]) -> bool:
+    """Whether the last message has only thoughts yet."""
+    last = messages[-1] if messages else {}
+    return set(last) == {"role", "reasoning_content"}
+
+
+def _to_text(content: str | Sequence[InputText]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _to_tool(tool: ResponseTool) -> dict[str, Any]:
+    named = ("name", "description", "parameters", "strict")
+    values = {name: value for name in named if (value := getattr(tool, name)) is not None}
+    return {"type": "function", "function": values}
+
+
+def _to_response_format(text_format: TextFormat) -> dict[str, Any]:
+    if text_format.type != "json_schema":
+        return {"type": text_format.type}
+    schema: dict[str, Any] = {"name": text_format.name or "answer"}
+    schema["schema"] = text_format.schema_ or {}
+    if text_format.strict is not None:
+        schema["strict"] = text_format.strict
+    return {"type": "json_schema", "json_schema": schema}
