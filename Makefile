@@ -11,7 +11,7 @@ GPU_ENV = PYTHONPATH=kernels:runtime:benchmarks:out/gpu-packages
   gpu-check gpu-bench gpu-packages gpu-compile gpu-rehearse \
   bench-cpu bench-versions bench-long bench-waste bench-overhead llama-cpp bench-quantization \
   bench-grouped-linear bench-loading-memory bench-kv-cache bench-attention-bytes bench-strangers \
-  bench-grammar soak quant-real quant-tiny fuzz-api playground-check \
+  bench-embed bench-grammar soak quant-real quant-tiny fuzz-api playground-check \
   clients
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
@@ -83,6 +83,10 @@ bench-loading-memory: venv ## what loading 2 GB takes, by format: make bench-loa
 bench-kv-cache: model ## keys and values of 8 bits beside bf16's: make bench-kv-cache [ROUNDS=20] [OUT=FILE]
 	@$(PYTHON) benchmarks/kv_cache.py --rounds $(or $(ROUNDS),20) \
 	  --out $(or $(OUT),out/bench-kv-cache.json)
+
+bench-embed: venv ## texts that become vectors, against sentence-transformers: make bench-embed [ROUNDS=5] [OUT=FILE]
+	@PYTHONPATH=e2e $(PYTHON) benchmarks/embed.py --rounds $(or $(ROUNDS),5) \
+	  --out $(or $(OUT),out/bench-embed.json)
 
 quant-real: model ## what independent tools quantize, loaded and measured: make quant-real [KINDS=...] [OUT=FILE]
 	@PYTHONPATH=e2e $(PYTHON) benchmarks/quant_real.py $(if $(KINDS),--only $(KINDS)) \
