@@ -121,14 +121,15 @@ def verify_max_tokens_fit(
 
 def _verify_token_ids(prompt_token_ids: Sequence[int], facts: EngineReady) -> None:
     """Raise RequestError if the prompt is empty or names a token that the model does not have."""
+    what, param = ("prompt", "prompt") if facts.pooler is None else ("text", "input")
     if not prompt_token_ids:
-        raise RequestError("The prompt has no tokens; it must have at least 1.", param="prompt")
+        raise RequestError(f"The {what} has no tokens; it must have at least 1.", param=param)
     for token_id in (min(prompt_token_ids), max(prompt_token_ids)):
         if not 0 <= token_id < facts.vocab_size:
             raise RequestError(
-                f"The prompt holds token id {shown(token_id)}; the model's ids run from 0 to "
+                f"The {what} holds token id {shown(token_id)}; the model's ids run from 0 to "
                 f"{facts.vocab_size - 1}.",
-                param="prompt",
+                param=param,
             )
 
 

@@ -74,7 +74,13 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {"type_vocab_size": 1},
     "xlm-roberta": {"type_vocab_size": 1},
-    "modernbert": {"num_hidden_layers": 4, "local_attention": 8, "classifier_pooling": "mean"},
+    "modernbert": {
+        "num_hidden_layers": 4,
+        "local_attention": 8,
+        "classifier_pooling": "mean",
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
 }
 """Family → settings beside the common ones."""
 

@@ -249,7 +249,7 @@ async def test_a_model_that_generates_embeds_nothing():
         ("embeddings", {"input": []}, "input"),
         ("embeddings", {"input": [""], "model": "other"}, "model"),
         ("embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
-        ("embeddings", {"input": [[1, 400]]}, "prompt"),
+        ("embeddings", {"input": [[1, 400]]}, "input"),
         ("embeddings", {"input": [[1]], "prompt_name": "query"}, "input"),
         ("embeddings", {"input": "a", "messages": [1]}, "messages"),
         ("score", {"text_1": ["a", "b"], "text_2": ["c"]}, "text_1"),
