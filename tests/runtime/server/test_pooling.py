@@ -225,6 +225,8 @@ def test_classes_have_labels_and_probabilities(scorer_url):
     [
         ("completions", {"prompt": "a"}),
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ("responses", {"input": "a"}),
+        ("messages", {"max_tokens": 1, "messages": [{"role": "user", "content": "a"}]}),
         ("classify", {"input": "a"}),
     ],
 )
