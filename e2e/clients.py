@@ -76,7 +76,8 @@ def main() -> int:
         chat = make_tiny_checkpoint(Path(folder) / "chat", max_position_embeddings=4096)
         write_tiny_tokenizer(chat, TEMPLATE)
         embedder = make_tiny_pooled_checkpoint(Path(folder) / "embedder", "bert", modules=True)
-        servers = [start(chat, "--kv-cache-memory-bytes", "16000000"), start(embedder)]
+        flags = ["--kv-cache-memory-bytes", "16000000", "--tool-call-parser", "hermes"]
+        servers = [start(chat, *flags), start(embedder)]
         try:
             urls = [server.wait_until_ready() for server in servers]
             program = str(ROOT / "e2e" / "client_loops.py")

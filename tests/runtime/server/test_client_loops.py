@@ -24,6 +24,7 @@ TEMPLATE = (
 )
 FLAGS = ["--host", "127.0.0.1", "--port", "0", "--kv-cache-memory-bytes", "8000000"]
 FLAGS += ["--num-threads", "1", "--drain-delay-seconds", "0.2", "--max-num-seqs", "8"]
+FLAGS += ["--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
 
 
 class Add(BaseModel):
