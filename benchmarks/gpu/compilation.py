@@ -121,7 +121,10 @@ class Specialisation(NamedTuple):
         """What Triton makes of it."""
         triton.runtime.driver.set_active(Driver(target.gpu, str(target.gpu.arch)))
         kernel = getattr(importlib.import_module(self.module), self.kernel)
-        return kernel.warmup(*self.args, grid=(1,), **self.options)
+        options = dict(self.options)
+        if target.gpu.backend != "cuda":
+            options.pop("maxnreg", None)
+        return kernel.warmup(*self.args, grid=(1,), **options)
 
 
 def specialise(launches: Iterable[Launch], target: Target) -> dict[str, Specialisation]:

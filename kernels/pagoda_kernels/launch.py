@@ -61,8 +61,11 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
     """Run a kernel on the device of its tensors, the first of args among them.
 
     Args:
-        options: the kernel's constants (tl.constexpr), num_warps, num_stages.
+        options: the kernel's constants (tl.constexpr), num_warps, num_stages; and maxnreg, which
+            only NVIDIA's GPUs have.
     """
+    if torch.version.hip:
+        options.pop("maxnreg", None)
     # What Triton does by default, until 3.10; saying nothing about it makes 3.9 warn.
     options = {"enable_fp_fusion": True, **options}
     recorder = getattr(args[0], "fake_mode", None)

@@ -28,6 +28,8 @@ class Tile(NamedTuple):
     programs: int = 1
     """Of it there should be on each of a GPU's processors, to keep its memory busy; 0: steps are
     never split."""
+    most_registers: int | None = None
+    """Of a thread. Left alone, NVIDIA's assembler may take fewer and spill."""
 
 
 def choose_tile(tiles: Sequence[Tile], num_rows: int) -> Tile:

@@ -27,7 +27,7 @@ _WIDENED_BYTES = 32 << 20
 # Small ones for few rows: each processor has several programs, which hide each other's waits. From
 # 17 rows on larger ones, as each program reads all of its rows.
 _TILES = (
-    Tile(8, 64, 2, 3, programs=6),
+    Tile(8, 64, 2, 3, programs=6, most_registers=128),
     Tile(16, 64, 2, 3, programs=6),
     Tile(32, 128, 4, 3, programs=2),
     Tile(64, 128, 8, 3),
@@ -132,6 +132,7 @@ class TritonGroupedLinear(QuantizedLinear[Grouped]):
             MOST_ROWS=tile.rows,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            maxnreg=tile.most_registers,
         )
         return finish_sums(sums, self._bias, self._activation, self._dtype)
 
