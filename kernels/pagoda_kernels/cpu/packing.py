@@ -7,6 +7,7 @@ import torch
 
 from pagoda_kernels.cpu.compiled import address_of
 from pagoda_kernels.cpu.formats import int32s
+from pagoda_kernels.cpu.panel_memory import PANEL_MEMORY
 from pagoda_kernels.cpu.panels import (
     BYTES_PER_STEP,
     GROUP_SIZE,
@@ -19,21 +20,28 @@ from pagoda_kernels.cpu.panels import (
 from pagoda_kernels.cpu.threads import Task, ThreadedKernel, claim
 
 
-def pack(matrix: torch.Tensor, numbers: Numbers) -> torch.Tensor:
-    """[num_groups, num_steps, GROUP_SIZE, numbers a step]: a matrix in groups of panels.
+def make_panels(num_groups: int, in_features: int, numbers: Numbers) -> torch.Tensor:
+    """[num_groups, num_steps, GROUP_SIZE, numbers a step] bf16 or int8: zeros.
 
-    Args:
-        matrix: [out_features, in_features] bf16 or int8, on a CPU; zeros fill the last group.
     Raises: ValueError if in_features is not a whole number of steps.
     """
-    out_features, in_features = matrix.shape
     per_step = BYTES_PER_STEP // numbers.multiplied_bytes
     if in_features % per_step:
         raise ValueError(f"in_features is {in_features}; it must be a multiple of {per_step}.")
-    num_groups, num_steps = -(-out_features // GROUP_SIZE), in_features // per_step
-    panels = torch.empty(num_groups, num_steps, GROUP_SIZE, per_step, dtype=matrix.dtype)
-    _pack(matrix.contiguous(), out_features, num_steps, panels)
-    return panels
+    size = num_groups, in_features // per_step, GROUP_SIZE, per_step
+    dtype = torch.int8 if numbers.multiplied_bytes == 1 else torch.bfloat16
+    return PANEL_MEMORY.zeros(*size, dtype=dtype)
+
+
+def pack(matrix: torch.Tensor, panels: torch.Tensor) -> None:
+    """Write a matrix into groups of panels.
+
+    Args:
+        matrix: [out_features, in_features] bf16 or int8, on a CPU; zeros fill the last group.
+        panels: of `make_panels`, or some of its groups.
+    """
+    assert matrix.dtype is panels.dtype
+    _pack(matrix.contiguous(), len(matrix), panels.shape[1], panels)
 
 
 def columns_of(first: int, num_rows: int, outputs: int, num_parts: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import time
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ def load_model(
     with (
         must_fit(platform, f"The weights in {folder} do", remedy),
         timed("Loading the weights"),
+        memory_given_back(),
         torch.inference_mode(),
     ):
         model = make_model(model_config, placement)
@@ -107,6 +109,29 @@ def choose_dtype(flag: str, model_config: ModelConfig, device: torch.device) -> 
         logger.info("Computing in bfloat16 instead of float16, in which this CPU widens matrices")
         return torch.bfloat16
     return dtype
+
+
+@contextmanager
+def memory_given_back() -> Iterator[None]:
+    """Give large pieces of memory back to the system where they are freed.
+
+    glibc else keeps pieces of up to 32 MiB for later ones, and what lies between weights that stay
+    never fits these. Afterwards it has the thresholds that it would have come to by itself.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, 128 << 10)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""As malloc.h has them."""
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pagoda_kernels.cpu.grouped_linear.dot import (
 from pagoda_kernels.cpu.packed_linear import GATES
 from pagoda_kernels.cpu.packed_linear.kernel import NO_GATE
 from pagoda_kernels.cpu.packing import columns_of
+from pagoda_kernels.cpu.panel_memory import PANEL_MEMORY
 from pagoda_kernels.cpu.panels import BYTES_PER_STEP, GROUP_SIZE, INT8, has_panels
 from pagoda_kernels.grouped_linear import Grouped, GroupedShape
 from pagoda_kernels.quantized_linear import QuantizedLinear, require_rows
@@ -64,7 +65,8 @@ class PanelGroupedLinear(QuantizedLinear[Grouped]):
         scales_bytes = SCALES_BYTES if is_symmetric else 2 * SCALES_BYTES
         first_byte = 0 if num_groups == 1 else scales_bytes
         block_bytes = first_byte + block_size // BYTES_PER_STEP * step_bytes(shape.bits)
-        self._panels = torch.zeros(num_pairs, num_blocks, block_bytes, dtype=torch.uint8)
+        size = num_pairs, num_blocks, block_bytes
+        self._panels = PANEL_MEMORY.zeros(*size, dtype=torch.uint8)
         scales = self._panels[..., :scales_bytes]
         if num_groups == 1:
             scales = torch.zeros(num_pairs, 1, scales_bytes, dtype=torch.uint8)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from pagoda_kernels.cpu.int8_argmax.kernel import CHUNK_GROUPS, choose, find_largest, quantize_rows
-from pagoda_kernels.cpu.packing import pack
+from pagoda_kernels.cpu.packing import make_panels, pack
 from pagoda_kernels.cpu.panels import BYTES_PER_STEP, GROUP_SIZE, INT8, has_panels
 
 ROW_OFFSET = 128
@@ -120,7 +120,9 @@ class Int8Table:
     """A rounded table in panels, for products with rounded rows; the table is copied."""
 
     def __init__(self, table: Quantized) -> None:
-        self._panels = pack(table.integers, INT8)
+        num_rows, row_size = table.integers.shape
+        self._panels = make_panels(-(-num_rows // GROUP_SIZE), row_size, INT8)
+        pack(table.integers, self._panels)
         size = len(self._panels) * GROUP_SIZE
         # Rows are whole numbers plus 128. What fills the last group is less than any product.
         self._offsets = torch.full((size,), torch.iinfo(torch.int32).min, dtype=torch.int32)

@@ -12,6 +12,7 @@ from torch import Tensor
 from pagoda_kernels.cpu.packed_linear import GATES
 from pagoda_kernels.cpu.packed_linear.kernel import NO_GATE
 from pagoda_kernels.cpu.packing import columns_of
+from pagoda_kernels.cpu.panel_memory import PANEL_MEMORY
 from pagoda_kernels.cpu.panels import E4M3, GROUP_SIZE, PANEL_SIZE, has_panels
 from pagoda_kernels.cpu.scaled_linear import kernel
 from pagoda_kernels.quantized_linear import QuantizedLinear, require_rows
@@ -45,7 +46,8 @@ class PanelScaledLinear(QuantizedLinear[Scaled]):
         num_pairs = -(-self.out_features // (GROUP_SIZE // self._num_parts))
         num_blocks = -(-shape.inputs // shape.group_size)
         # Two numbers of each column.
-        steps = torch.zeros(num_pairs, shape.inputs // 2, GROUP_SIZE, dtype=torch.int16)
+        size = num_pairs, shape.inputs // 2, GROUP_SIZE
+        steps = PANEL_MEMORY.zeros(*size, dtype=torch.int16)
         self._panels = steps.view(*steps.shape[:2], _RUNS, 2, _PLACES)
         self._scales = torch.zeros(num_pairs, num_blocks, GROUP_SIZE)
         self._bias = torch.zeros(num_pairs * GROUP_SIZE)
