@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -136,19 +137,24 @@ def test_a_file_that_holds_no_tools_is_named(monkeypatch, capsys, tmp_path, text
     assert str(path) in capsys.readouterr().err
 
 
+def be_a_session() -> None:
+    """So that Ctrl-C is for it alone, and heard: what a shell has in its background ignores it."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """`pagoda chat` in a terminal of its own."""
 
     def __init__(self, *flags: str) -> None:
         self.master, slave = pty.openpty()
         command = [sys.executable, "-m", "pagoda_runtime", "chat", *flags]
-        # A session of its own, so that Ctrl-C in this terminal is for it alone.
         self.process = subprocess.Popen(
             command,
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            preexec_fn=os.setsid,
+            preexec_fn=be_a_session,
             env={**os.environ, "TERM": "xterm"},
         )
         self.slave = slave
