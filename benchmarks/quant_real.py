@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pagoda_runtime import LLM
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,10 @@ def quantize(tool: str, kind: str, model: Path, calibration: list[list[int]], ou
     log = out.with_name(f"{out.name}.log")
     with log.open("w") as output:
         command = [python_of(tool), script, kind, model, windows, out]
-        ended = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
+        # There, because gptqmodel writes logs of its own where it runs.
+        ended = subprocess.run(
+            command, stdout=output, stderr=subprocess.STDOUT, check=False, cwd=out.parent
+        )
     if ended.returncode:
         raise SystemExit(f"{tool} failed; see {log}.")
     for path in model.iterdir():
