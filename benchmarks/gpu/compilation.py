@@ -19,7 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from pagoda_kernels.launch import Launch
+from pagoda_kernels.launch import Launch, options_for
 
 _KIB = 1024
 # torch's allocators align what they give out at least to this.
@@ -121,9 +121,7 @@ class Specialisation(NamedTuple):
         """What Triton makes of it."""
         triton.runtime.driver.set_active(Driver(target.gpu, str(target.gpu.arch)))
         kernel = getattr(importlib.import_module(self.module), self.kernel)
-        options = dict(self.options)
-        if target.gpu.backend != "cuda":
-            options.pop("maxnreg", None)
+        options = options_for(self.options, is_nvidia=target.gpu.backend == "cuda")
         return kernel.warmup(*self.args, grid=(1,), **options)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +57,11 @@ class LaunchRecorder(FakeTensorMode):  # type: ignore[no-untyped-call]
         self.launches: list[Launch] = []
 
 
+def options_for(options: Mapping[str, Any], *, is_nvidia: bool) -> dict[str, Any]:
+    """Those of a launch that Triton takes for the device."""
+    return {name: value for name, value in options.items() if is_nvidia or name != "maxnreg"}
+
+
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
     """Run a kernel on the device of its tensors, the first of args among them.
 
@@ -64,10 +69,8 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
         options: the kernel's constants (tl.constexpr), num_warps, num_stages; and maxnreg, which
             only NVIDIA's GPUs have.
     """
-    if torch.version.hip:
-        options.pop("maxnreg", None)
     # What Triton does by default, until 3.10; saying nothing about it makes 3.9 warn.
-    options = {"enable_fp_fusion": True, **options}
+    options = {"enable_fp_fusion": True, **options_for(options, is_nvidia=not torch.version.hip)}
     recorder = getattr(args[0], "fake_mode", None)
     if recorder is None:
         kernel[tuple(grid)](*args, **options)

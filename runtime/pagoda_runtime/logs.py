@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -32,3 +35,11 @@ def _add_request(record: logging.LogRecord) -> bool:
     found = request_id.get()
     record.request = "" if found is None else f" [{found}]"
     return True
+
+
+@contextmanager
+def timed(phase: str) -> Iterator[None]:
+    """Log how long a phase of the start took."""
+    started = time.monotonic()
+    yield
+    logging.getLogger("pagoda.engine").info("%s took %.2f s", phase, time.monotonic() - started)

@@ -99,10 +99,12 @@ def to_probabilities(pooled: bytes, pooler: PoolerFacts, *, activates: bool = Tr
         case "softmax":
             largest = max(logits)
             weights = [math.exp(logit - largest) for logit in logits]
-            return [weight / sum(weights) for weight in weights]
+            total = sum(weights)
+            return [weight / total for weight in weights]
         case "tanh":
             return [math.tanh(logit) for logit in logits]
-    return logits
+        case "identity":
+            return logits
 
 
 def _sigmoid(x: float) -> float:

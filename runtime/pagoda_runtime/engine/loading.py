@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import Runner
+from pagoda_runtime.logs import timed
 from pagoda_runtime.models.registry import load_model_config
 from pagoda_runtime.models.source import OnProgress, read_ahead, resolve_model
 from pagoda_runtime.platforms import choose_platform
@@ -25,16 +26,20 @@ UseDevice = Callable[[EngineConfig, int], None]
 
 def find_model(config: EngineConfig, on_progress: OnProgress) -> EngineConfig:
     """Raises: FatalError: as `resolve_model`."""
-    folder = resolve_model(
-        config.model, config.revision, on_progress, quantization=config.quantization
-    )
+    with timed("Finding the model"):
+        folder = resolve_model(
+            config.model, config.revision, on_progress, quantization=config.quantization
+        )
     return replace(config, model=str(folder), revision=None)
 
 
 def make_model_runner(
     config: EngineConfig, on_progress: OnProgress, rank: int, socket_folder: str
 ) -> Runner:
-    """A rank's runner; of several once all have come and can compute. Raises: FatalError."""
+    """A rank's runner; of several once all have come and can compute. The model is on this machine.
+
+    Raises: FatalError.
+    """
     # The disk has to do while libraries are imported.
     threading.Thread(target=read_ahead, args=[config.model], daemon=True).start()
     # Here and not above: they take torch with them, which the tests of this room do without.
@@ -49,7 +54,6 @@ def make_model_runner(
         platform.verify_ranks(size)
         device = platform.device(rank)
         parallel = connect(rank, size, socket_folder, device, backend=platform.collectives)
-    config = find_model(config, on_progress)
     model_config = load_model_config(Path(config.model), quantization=config.quantization)
     if model_config.pooler is None:
         return ModelRunner(config, on_progress, parallel)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import TYPE_CHECKING
 
 from pagoda_runtime.engine.request import Request
 from pagoda_runtime.errors import RequestError
-from pagoda_runtime.grammar.compiler import Grammar, Grammars
+
+if TYPE_CHECKING:
+    from pagoda_runtime.grammar.compiler import Grammar, Grammars
 
 
 class Parking:

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -31,7 +32,6 @@ from pagoda_runtime.engine.overlap import ThreadedRunner
 from pagoda_runtime.engine.ranks import RankedRunner, Ranks
 from pagoda_runtime.engine.scheduler import SchedulerConfig
 from pagoda_runtime.errors import FatalError, QueueFull, RequestError
-from pagoda_runtime.grammar.compiler import Grammars
 from pagoda_runtime.ipc.messages import (
     AbortRequests,
     EngineFailed,
@@ -49,9 +49,7 @@ from pagoda_runtime.ipc.messages import (
 )
 from pagoda_runtime.ipc.sockets import input_address, output_address
 from pagoda_runtime.logs import configure_logging
-from pagoda_runtime.models.source import resolve_model
 from pagoda_runtime.platforms import PLATFORMS
-from pagoda_runtime.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("pagoda.engine")
 
@@ -175,18 +173,20 @@ def make_core(config: EngineConfig, runner: Runner) -> EngineCore:
     if config.async_scheduling and not platform.is_asynchronous:
         runner = ThreadedRunner(runner)
 
-    def load() -> Tokenizer:
-        # The runner has brought the model here by now; this only finds it.
-        return load_tokenizer(
-            resolve_model(config.model, config.revision, quantization=config.quantization)
-        )
+    # Here and not above: llguidance and the tokenizer's library can come while the disk reads.
+    from pagoda_runtime.grammar.compiler import Grammars
+    from pagoda_runtime.tokenizer.tokenizer import load_tokenizer
 
     return EngineCore(
         runner,
         scheduler_config,
         seed=config.seed,
         overlap=config.async_scheduling,
-        grammars=Grammars(load, vocab_size=facts.vocab_size, end_token_ids=facts.eos_token_ids),
+        grammars=Grammars(
+            lambda: load_tokenizer(Path(config.model)),
+            vocab_size=facts.vocab_size,
+            end_token_ids=facts.eos_token_ids,
+        ),
     )
 
 
@@ -198,7 +198,7 @@ def main(
     """Run the engine process to its end and return its exit status.
 
     Args:
-        find: asked once, before other ranks are started.
+        find: asked once, before all else.
         rank_command: runs `engine.rank.main` with the same runner.
     """
     # The parent drains on these, and then says Shutdown.
@@ -223,8 +223,8 @@ def main(
     config, folder = launch.config, launch.socket_folder
     ranks = None
     try:
+        config = find(config, outbox.report_progress)
         if config.tensor_parallel_size > 1:
-            config = find(config, outbox.report_progress)
             ranks = Ranks(config, folder, launch.log_level, command=rank_command, end=outbox.end)
         runner = make_runner(config, outbox.report_progress, 0, folder)
         core = make_core(config, runner if ranks is None else RankedRunner(runner, ranks))

@@ -94,7 +94,10 @@ def _take_samples(scheduler: Scheduler, sequence: Sequence, output: RowOutput) -
             finish_reason=taker.finish_reason,
             stop_reason=taker.stop_reason,
             num_cached_tokens=request.num_cached_tokens,
-            error=None if taker.matcher is None else taker.matcher.error,
+            # Nothing else ends a sequence so here.
+            error=taker.matcher.error
+            if taker.matcher is not None and taker.finish_reason == "abort"
+            else None,
         )
         deltas.append((request, _begin(request, delta) if num_output_tokens == 1 else delta))
     return deltas
@@ -114,9 +117,14 @@ def _begin(request: Request, delta: RequestDelta) -> RequestDelta:
 
 def _follow_grammar(scheduler: Scheduler, sequence: Sequence) -> None:
     """Take its last token, unless it is the end."""
-    token_id, ignore_eos = sequence.token_ids[-1], sequence.request.sampling_params.ignore_eos
-    if sequence.matcher is not None and (ignore_eos or token_id not in scheduler.eos_token_ids):
-        sequence.matcher.take(token_id)
+    if sequence.matcher is not None and not _is_end(scheduler, sequence):
+        sequence.matcher.take(sequence.token_ids[-1])
+
+
+def _is_end(scheduler: Scheduler, sequence: Sequence) -> bool:
+    """Whether the last token is one at which the model ends."""
+    ignores = sequence.request.sampling_params.ignore_eos
+    return not ignores and sequence.token_ids[-1] in scheduler.eos_token_ids
 
 
 def _finish_if_ended(scheduler: Scheduler, sequence: Sequence, num_output_tokens: int) -> None:
@@ -128,9 +136,7 @@ def _finish_if_ended(scheduler: Scheduler, sequence: Sequence, num_output_tokens
     elif token_id in params.stop_token_ids:
         sequence.stop_reason = token_id
         scheduler.finish(sequence, "stop")
-    elif (token_id in scheduler.eos_token_ids and not params.ignore_eos) or (
-        matcher is not None and matcher.is_finished
-    ):
+    elif _is_end(scheduler, sequence) or (matcher is not None and matcher.is_finished):
         scheduler.finish(sequence, "stop")
     elif (
         num_output_tokens == params.max_tokens

@@ -113,21 +113,22 @@ class Ranks:
 
     def begin_step(self, rows: Sequence[ScheduledRow], copies: Sequence[BlockCopy]) -> None:
         """Let all other ranks execute a step."""
-        message = self._encoder.encode(RankStep(rows, copies))
         # In this order: the watch asks first whether there is a step.
         self._begun_seconds = time.monotonic()
         self._num_steps += 1
         os.eventfd_write(self._wake, 1)
-        for rank in self._ranks:
-            rank.channel.send_bytes(message)
+        self._send(RankStep(rows, copies))
 
     def share(self, masks: Masks) -> Sequence[bytes]:
         """The masks of the last step, which the other ranks wait for too."""
         found = masks()
-        message = self._encoder.encode(found)
-        for rank in self._ranks:
-            rank.channel.send_bytes(message)
+        self._send(found)
         return found
+
+    def _send(self, message: RankStep | Sequence[bytes]) -> None:
+        encoded = self._encoder.encode(message)
+        for rank in self._ranks:
+            rank.channel.send_bytes(encoded)
 
     def await_verdict(self) -> None:
         """Give the watch the time to end this process, if another rank is what made it fail."""

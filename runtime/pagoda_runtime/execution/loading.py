@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from pagoda_kernels.cpu.panels import E4M3, INT8, describe_products, has_panels
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.memory import format_bytes, must_fit
+from pagoda_runtime.logs import timed
 from pagoda_runtime.models.check import verify_kv_cache_dtype, verify_tensor_parallel
 from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.model import Model
@@ -32,10 +33,9 @@ def load_model(
     config: EngineConfig, platform: Platform, parallel: TensorParallel, on_progress: OnProgress
 ) -> Model:
     """Find, check and load the model, in the form it computes with. Raises: FatalError."""
-    with timed("Finding the model"):
-        folder = resolve_model(
-            config.model, config.revision, on_progress, quantization=config.quantization
-        )
+    folder = resolve_model(
+        config.model, config.revision, on_progress, quantization=config.quantization
+    )
     model_config = load_model_config(
         folder, quantization=config.quantization, generation_config=config.generation_config
     )
@@ -61,26 +61,36 @@ def load_model(
         torch.inference_mode(),
     ):
         model = make_model(model_config, placement)
-        num_bytes = load_weights(
-            model.weights(),
-            folder,
-            unused=model.unused_weights,
-            prefix=model_config.prefix,
-            fused=model_config.fused,
-            on_progress=on_progress,
-        )
-        for name, shards in model.weights_beside.items():
-            num_bytes += load_weights(shards, folder / name, on_progress=on_progress)
+        _fill(model, folder, on_progress)
         model.after_loading()
+    _log_weights(model, bandwidth_gbps)
+    return model
+
+
+def _fill(model: Model, folder: Path, on_progress: OnProgress) -> None:
+    num_bytes = load_weights(
+        model.weights(),
+        folder,
+        unused=model.unused_weights,
+        prefix=model.config.prefix,
+        fused=model.config.fused,
+        on_progress=on_progress,
+    )
+    for name, shards in model.weights_beside.items():
+        num_bytes += load_weights(shards, folder / name, on_progress=on_progress)
     logger.info("Read %s of weights", format_bytes(num_bytes))
-    if quantization := model_config.quantization:
+
+
+def _log_weights(model: Model, bandwidth_gbps: float | None) -> None:
+    """In what forms they are held, and how fast they can be read."""
+    if quantization := model.config.quantization:
         logger.info(
             "Quantized by %s: a step reads %s of weights",
             quantization.method,
             format_bytes(model.step_bytes),
         )
-        if device.type == "cpu":
-            logger.info(describe_products(dtype))
+        if model.placement.device.type == "cpu":
+            logger.info(describe_products(model.placement.dtype))
     if copies := model.vocabulary_copies:
         forms = ", ".join(f"{form}: {format_bytes(size)}" for form, size in copies.items())
         logger.info("The tied vocabulary is held as a table, and %s", forms)
@@ -90,7 +100,6 @@ def load_model(
             bandwidth_gbps,
             predicted_tokens_per_second(model.step_bytes, bandwidth_gbps),
         )
-    return model
 
 
 def choose_dtype(flag: str, model_config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -132,11 +141,3 @@ def memory_given_back() -> Iterator[None]:
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """As malloc.h has them."""
-
-
-@contextmanager
-def timed(phase: str) -> Iterator[None]:
-    """Log how long a phase of the start took."""
-    started = time.monotonic()
-    yield
-    logger.info("%s took %.2f s", phase, time.monotonic() - started)

@@ -13,11 +13,12 @@ from pagoda_kernels.packed_attention import PackedAttention
 from pagoda_kernels.paged_attention import AttentionSpec
 from pagoda_kernels.transfer import OnTheWay, all_to_device
 from pagoda_runtime.config import EngineConfig
-from pagoda_runtime.execution.loading import load_model, timed
+from pagoda_runtime.execution.loading import load_model
 from pagoda_runtime.execution.memory import dtype_name, must_fit
 from pagoda_runtime.execution.runner import no_progress
 from pagoda_runtime.ipc.messages import BlockCopy, EngineReady, Masks, RowOutput, ScheduledRow
 from pagoda_runtime.layers.step_input import StepInput
+from pagoda_runtime.logs import timed
 from pagoda_runtime.models.check import verify_max_model_len
 from pagoda_runtime.models.pooled import PooledModel
 from pagoda_runtime.models.source import OnProgress

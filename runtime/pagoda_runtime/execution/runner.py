@@ -8,7 +8,7 @@ import torch
 
 from pagoda_kernels.paged_attention import make_backend
 from pagoda_runtime.config import EngineConfig
-from pagoda_runtime.execution.loading import load_model, timed
+from pagoda_runtime.execution.loading import load_model
 from pagoda_runtime.execution.memory import (
     MakeBackend,
     dtype_name,
@@ -21,6 +21,7 @@ from pagoda_runtime.execution.memory import (
 from pagoda_runtime.execution.profiling import find_step_bytes
 from pagoda_runtime.execution.steps import StepRunner
 from pagoda_runtime.ipc.messages import EngineReady, ScheduledRow
+from pagoda_runtime.logs import timed
 from pagoda_runtime.models.source import OnProgress
 from pagoda_runtime.parallel import ALONE, TensorParallel
 from pagoda_runtime.platforms import Platform, choose_platform

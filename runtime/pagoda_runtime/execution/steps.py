@@ -104,9 +104,8 @@ class StepRunner:
         """Copy blocks, compute the rows' tokens, and what each row asks for.
 
         On a platform that is asynchronous this is only begun, and a row's last token may be one
-        that the step before is still computing. Masks are waited for once the
-        model is called. Afterwards the cache holds each row's positions
-        0 … start + len(token_ids) - 1.
+        that the step before is still computing. Masks are waited for once the model
+        is called. Afterwards the cache holds each row's positions 0 … start + len(token_ids) - 1.
         """
         if copies:
             self.attention.copy_blocks(

@@ -12,21 +12,23 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask_par
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from pagoda_runtime.errors import PagodaError, RequestError
 from pagoda_runtime.grammar.vocabulary import MakeVocabulary, whole_vocabulary
 from pagoda_runtime.ipc.messages import Masks
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from pagoda_runtime.grammar.masks import MaskFiller
+
 # Of a grammar, from its coming; what takes longer goes on in its thread, for nobody. For the first
 # one the tokens of the model are sorted, which takes seconds on a busy machine.
 COMPILE_SECONDS = 30.0
 # llguidance descends into brackets and rules by recursion, and a full stack ends the process.
-MAX_DEPTH = 256
+_MAX_DEPTH = 256
 _STACK_BYTES = 512 << 20
 _NUM_THREADS = 2
 _MAX_KEPT = 32
@@ -121,8 +123,11 @@ class Grammars:
         return _make_threads(_NUM_THREADS, "pagoda-grammar")
 
     @cached_property
-    def _executor(self) -> LLExecutor:
-        return LLExecutor()
+    def _filler(self) -> MaskFiller:
+        # Here and not above: processes that only compile do without numpy.
+        from pagoda_runtime.grammar.masks import MaskFiller
+
+        return MaskFiller(self._find_tokenizer(), self._vocab_size, self._end_token_ids)
 
     def compile(self, text: str) -> Future[Grammar]:
         """The grammar, once it is compiled; its result raises RequestError for what is none."""
@@ -154,10 +159,10 @@ class Grammars:
 
         Until the masks are there, nobody else may use the matchers.
         """
-        return self._mask_thread.submit(self._fill, list(matchers)).result
+        return self._mask_thread.submit(self._filler.fill, list(matchers)).result
 
     def _compile(self, text: str) -> Grammar:
-        verify_depth(text)
+        _verify_depth(text)
         limits = LLParserLimits(
             max_items_in_row=_MAX_ITEMS, max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False
         )
@@ -192,39 +197,8 @@ class Grammars:
         vocabulary.tokens = []
         return tokenizer
 
-    def _fill(self, matchers: Sequence[Matcher]) -> list[bytes]:
-        assert self._tokenizer is not None
-        masks = np.zeros((len(matchers), -(-self._tokenizer.vocab_size // 32)), np.int32)
-        inner = [(matcher.inner, row) for row, matcher in enumerate(matchers)]
-        fill_next_token_bitmask_par(self._executor, inner, masks)
-        bits = masks.view(np.uint8)
-        # The tokenizer may have more tokens than the model.
-        is_known = np.arange(8 * bits.shape[1]) < self._vocab_size
-        bits &= (known := np.packbits(is_known, bitorder="little"))
-        for matcher, row in zip(matchers, bits, strict=True):
-            self._mark_ends(row, ignore_eos=matcher.ignore_eos)
-            if not row.any():
-                # Some token has to come; its matcher will not take it.
-                row[:] = known
-        num_bytes = 4 * -(-self._vocab_size // 32)
-        return [row[:num_bytes].tobytes() for row in bits]
 
-    def _mark_ends(self, mask: np.ndarray, *, ignore_eos: bool) -> None:
-        """llguidance marks one end token, where the grammar may end: mark all, or none."""
-        assert self._tokenizer is not None
-        byte, bit = divmod(self._tokenizer.eos_token, 8)
-        if not mask[byte] >> bit & 1:
-            return
-        if not ignore_eos and self._end_token_ids:
-            for token_id in self._end_token_ids:
-                mask[token_id // 8] |= 1 << token_id % 8
-            return
-        mask[byte] &= ~(1 << bit) & 0xFF
-        if not mask.any():
-            mask[byte] = 1 << bit
-
-
-def verify_depth(text: str) -> None:
+def _verify_depth(text: str) -> None:
     """Raise RequestError for more brackets within each other than a grammar has any use for.
 
     Those within strings count too.
@@ -233,9 +207,9 @@ def verify_depth(text: str) -> None:
     for character in text:
         if character in "([{":
             depth += 1
-            if depth > MAX_DEPTH:
+            if depth > _MAX_DEPTH:
                 raise RequestError(
-                    f"The grammar has more than {MAX_DEPTH} brackets within each other.",
+                    f"The grammar has more than {_MAX_DEPTH} brackets within each other.",
                     param="grammar",
                 )
         elif character in ")]}":

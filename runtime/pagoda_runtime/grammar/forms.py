@@ -13,9 +13,10 @@ import msgspec
 from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
+from pagoda_runtime.grammar.lark import ANY_TEXT, quoted
+
 # Any JSON value; spaces between its parts are bounded, or a weak model writes nothing else.
 _WHITESPACE = r"[ \t\n\r]{1,32}"
-_ANY_TEXT = r"/(?s:.*)/"
 MAX_CHOICES = 10_000
 
 
@@ -56,7 +57,7 @@ def choice_grammar(choices: Any) -> str:
     if not all(isinstance(choice, str) for choice in choices):
         raise ValueError("must be a list of texts alone")
     # As one terminal, whatever their number.
-    return f"start: CHOICE\nCHOICE: {' | '.join(map(quote, choices))}\n"
+    return f"start: CHOICE\nCHOICE: {' | '.join(map(quoted, choices))}\n"
 
 
 def lark_grammar(grammar: str) -> str:
@@ -88,15 +89,15 @@ def structural_tag_grammar(tag: Any) -> str:
         trigger = next((t for t in triggers if t and begin.startswith(t)), None)
         if trigger is None:
             raise ValueError(f"has no trigger for the begin of structures[{number}]")
-        rest = "".join(f" {quote(part)}" for part in (begin[len(trigger) :],) if part)
-        last = f" {quote(end)}" if end else ""
+        parts = begin[len(trigger) :], end
+        rest, last = (f" {quoted(part)}" if part else "" for part in parts)
         names.append(f"tag_{number}")
         rules += [
-            f"head_{number}[lazy]: TEXT {quote(trigger)}",
+            f"head_{number}[lazy]: TEXT {quoted(trigger)}",
             f"tag_{number}: head_{number}{rest} body_{number}{last}",
             f"body_{number}: {_json_rule(structure.get('schema', {}))}",
         ]
-    lines = [f"start: ({' | '.join(names)})* TEXT", f"TEXT: {_ANY_TEXT}", *rules]
+    lines = [f"start: ({' | '.join(names)})* TEXT", f"TEXT: {ANY_TEXT}", *rules]
     return "\n".join(lines) + "\n"
 
 
@@ -109,11 +110,6 @@ FORMS: dict[str, Callable[[Any], str]] = {
     "structural_tag": structural_tag_grammar,
 }
 """By vLLM's names."""
-
-
-def quote(text: str) -> str:
-    """A literal of Lark."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _json_rule(

@@ -246,6 +246,10 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):
     bytes_per_second: float = 0.0
 
 
+ScoreActivation = Literal["identity", "sigmoid", "tanh", "softmax"]
+"""What makes probabilities, or scores, of a classifier's logits."""
+
+
 class PoolerFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine that generates nothing makes of a text, and what is yet to be done with it."""
 
@@ -261,8 +265,8 @@ class PoolerFacts(msgspec.Struct, frozen=True, kw_only=True):
     default_prompt: str | None = None
     labels: list[str] = []
     """classify: of each logit."""
-    activation: str = "identity"
-    """classify: what makes probabilities of logits: identity, sigmoid, softmax or another one."""
+    activation: ScoreActivation = "identity"
+    """classify."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

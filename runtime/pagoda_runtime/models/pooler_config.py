@@ -10,11 +10,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pagoda_runtime.config_file import ConfigFile, read_text
 from pagoda_runtime.errors import FatalError
-from pagoda_runtime.ipc.messages import PoolerFacts
+from pagoda_runtime.ipc.messages import PoolerFacts, ScoreActivation
+
+A = TypeVar("A", bound=str)
 
 POOLINGS: Mapping[str, str] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 """sentence-transformers' name → ours."""
@@ -27,14 +29,19 @@ _OLD_POOLINGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
 }
 # By the last part of a torch class's name.
-_ACTIVATIONS = {
+_OF_LOGITS: dict[str, ScoreActivation] = {
+    "Identity": "identity",
+    "Sigmoid": "sigmoid",
+    "Tanh": "tanh",
+    "Softmax": "softmax",
+}
+_OF_LAYERS = {
     "Identity": "identity",
     "Sigmoid": "sigmoid",
     "Tanh": "tanh",
     "GELU": "gelu",
     "ReLU": "relu",
     "SiLU": "silu",
-    "Softmax": "softmax",
 }
 
 
@@ -177,7 +184,7 @@ def _read_dense(file: ConfigFile, name: str, in_features: int) -> PoolerLayer:
         in_features,
         file.integer("out_features"),
         file.boolean("bias", True),
-        _activation_of_class(file, "activation_function", "Tanh"),
+        _activation_of_class(file, "activation_function", "Tanh", _OF_LAYERS),
     )
 
 
@@ -191,21 +198,26 @@ def _read_dimensions(file: ConfigFile, size: int) -> list[int] | None:
     return named
 
 
-def _read_activation(file: ConfigFile, size: int) -> str:
+def _read_activation(file: ConfigFile, size: int) -> ScoreActivation:
     """What makes scores of logits: as sentence-transformers or transformers would say."""
     own = ConfigFile(file.path, file.mapping("sentence_transformers"))
     for source, key in ((own, "activation_fn"), (file, "sbert_ce_default_activation_function")):
         if source.values.get(key) is not None:
-            return _activation_of_class(source, key, "")
-    problems = {"regression": "identity", "multi_label_classification": "sigmoid"}
-    default = "sigmoid" if size == 1 else "softmax"
+            return _activation_of_class(source, key, "", _OF_LOGITS)
     # A single output is written down as a regression by whoever trained it by two classes.
-    return default if size == 1 else problems.get(str(file.values.get("problem_type")), default)
+    if size == 1:
+        return "sigmoid"
+    match file.values.get("problem_type"):
+        case "regression":
+            return "identity"
+        case "multi_label_classification":
+            return "sigmoid"
+    return "softmax"
 
 
-def _activation_of_class(file: ConfigFile, key: str, default: str) -> str:
+def _activation_of_class(file: ConfigFile, key: str, default: str, names: Mapping[str, A]) -> A:
     value: Any = file.values.get(key, default)
     name = str(value).rpartition(".")[2]
-    if name not in _ACTIVATIONS:
-        raise file.invalid(key, value, f"a class of torch.nn, one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    if name not in names:
+        raise file.invalid(key, value, f"a class of torch.nn, one of {', '.join(names)}")
+    return names[name]

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pagoda_runtime.parsing.deltas import Sink, drop
-from pagoda_runtime.parsing.literals import GEMMA, PYTHON, read_text_value, read_value, resolve
+from pagoda_runtime.parsing.literals import (
+    GEMMA,
+    PYTHON,
+    WORDS,
+    read_text_value,
+    read_value,
+    resolve,
+)
 from pagoda_runtime.parsing.scanner import Malformed, Reading, Scanner
 
 Tools = Mapping[str, Mapping[str, Any]]
@@ -258,7 +265,7 @@ def _read_python_arguments(source: Source, names: list[str]) -> Reading[None]:
         emit(f"{', ' if num_read else '{'}{json.dumps(key, ensure_ascii=False)}: ")
         num_read += 1
         if word and not is_named:
-            emit({"True": "true", "False": "false", "None": "null"}.get(word, json.dumps(word)))
+            emit(WORDS.get(word, json.dumps(word)))
         else:
             yield from read_value(scanner, emit, PYTHON)
         yield from scanner.space()

@@ -46,10 +46,9 @@ class Sink:
     Args:
         make_id: a new id for a call.
         max_calls: of the answer; those behind are left out.
-        strips: whether white space before the first word is left out.
     """
 
-    def __init__(self, make_id: Callable[[], str], max_calls: int | None, *, strips: bool) -> None:
+    def __init__(self, make_id: Callable[[], str], max_calls: int | None) -> None:
         self.deltas: list[Delta] = []
         """New ones; who takes them empties the list."""
         self.num_calls = 0
@@ -57,7 +56,8 @@ class Sink:
         self.is_reasoning = False
         self._make_id = make_id
         self._max_calls = max_calls
-        self._strips = strips
+        self._strips = False
+        """Whether white space before the next word is left out."""
         self._space = ""
         """White space that may have no word behind it."""
         self._has_arguments = False

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pagoda_runtime.grammar.lark import ANY_TEXT, SOME_TEXT, Lark, Schema, quoted
 from pagoda_runtime.parsing.calls import GLM_TAGS, QWEN_TAGS, Tags, properties_of
 from pagoda_runtime.parsing.formats import (
     HARMONY,
@@ -20,7 +21,6 @@ from pagoda_runtime.parsing.formats import (
     ToolFormat,
     Written,
 )
-from pagoda_runtime.parsing.lark import ANY_TEXT, SOME_TEXT, Lark, Schema, quoted
 from pagoda_runtime.parsing.literals import resolve, types_of
 
 MAX_FORCED_CALLS = 16
@@ -208,8 +208,9 @@ class AnswerRules:
         tools: the row of TOOL_FORMATS, where calls are forced or bound to their schemas.
         is_forced: whether there must be a call.
         reasoning: the row of REASONING_FORMATS.
-        begins: how the prompt leaves the answer's thoughts: within them, behind them, or so that
-            the answer may begin with them.
+        callable: the tools; max_calls: of the answer.
+        is_thinking: whether the prompt leaves the answer within its thoughts; may_think: whether it
+            may begin with them.
         thinking_tokens: at most so many tokens of thoughts.
         answer: the grammar of an answer in words, None where it is free.
     """
@@ -254,6 +255,17 @@ def _write_body(lark: Lark, rules: AnswerRules) -> str:
     """Calls or words, whatever of them may be."""
     row = None if rules.tools is None else TOOL_FORMATS[rules.tools]
     head = lark.literal(HARMONY_FINAL) if HARMONY in (rules.tools, rules.reasoning) else ""
+    # One that begins by letters of its own is looked for among other words.
+    is_sought = (
+        row is not None
+        and not (rules.is_forced or rules.answer is not None or head or row.bare)
+        and not any(token in row.openers[0] for token in lark.special)
+    )
+    if row is not None and is_sought:
+        opener = row.openers[0]
+        lead = lark.rule(f"/(?s:.*){_escaped(opener)}/", "[lazy]")
+        behind = write_calls(lark, row, rules.callable, rules.max_calls, behind=opener)
+        return f"({lead} {behind})? {ANY_TEXT}"
     calls = "" if row is None else write_calls(lark, row, rules.callable, rules.max_calls)
     if rules.is_forced:
         return calls
@@ -267,12 +279,7 @@ def _write_body(lark: Lark, rules: AnswerRules) -> str:
         return f"{calls} | {head} {ANY_TEXT}"
     if row.bare:
         return f"{calls} | /(?s:[^\\s\\{row.bare}].*)?/"
-    opener = row.openers[0]
-    if any(token in opener for token in lark.special):
-        return f"{ANY_TEXT} ({calls} {ANY_TEXT})?"
-    lead = lark.rule(f"/(?s:.*){_escaped(opener)}/", "[lazy]")
-    behind = write_calls(lark, row, rules.callable, rules.max_calls, behind=opener)
-    return f"({lead} {behind})? {ANY_TEXT}"
+    return f"{ANY_TEXT} ({calls} {ANY_TEXT})?"
 
 
 def _escaped(text: str) -> str:

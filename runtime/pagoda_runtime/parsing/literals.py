@@ -14,7 +14,7 @@ from pagoda_runtime.parsing.scanner import Emit, Reading, Scanner
 
 # Of references to references; one to itself means nothing.
 MAX_REFERENCES = 16
-_WORDS = {"True": "true", "False": "false", "None": "null"}
+WORDS = {"True": "true", "False": "false", "None": "null"}
 _ESCAPES = {
     **{"n": "\\n", "t": "\\t", "r": "\\r", "b": "\\b", "f": "\\f", "/": "/"},
     **{
@@ -141,8 +141,8 @@ def _refuse(word: str) -> None:
 def to_json(text: str) -> str:
     """A value without quotes as JSON: itself if it is JSON, Python's words and numbers, else a
     string."""
-    if text in _WORDS:
-        return _WORDS[text]
+    if text in WORDS:
+        return WORDS[text]
     if is_json(text):
         return text
     try:

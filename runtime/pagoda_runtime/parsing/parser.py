@@ -50,7 +50,7 @@ class AnswerParser:
 
     def __init__(self, layout: Layout, make_id: Callable[[], str]) -> None:
         self._scanner = Scanner()
-        self._sink = Sink(make_id, layout.max_calls, strips=False)
+        self._sink = Sink(make_id, layout.max_calls)
         self._reading: Reading[None] | None = _read_all(self._scanner, self._sink, layout)
         self._go_on()
 

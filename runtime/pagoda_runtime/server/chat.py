@@ -35,17 +35,19 @@ class ChatFormats:
     tools: str | None
     reasoning: str | None
 
-    def special_marks(self, tokenizer: Tokenizer) -> Mapping[str, int]:
-        """The special tokens among their marks: they are text to whoever reads an answer."""
-        tools = None if self.tools is None else TOOL_FORMATS[self.tools]
-        reasoning = None if self.reasoning is None else REASONING_FORMATS[self.reasoning]
-        marks = marks_of(tools, reasoning)
-        return {text: i for text, i in tokenizer.special_token_ids.items() if text in marks}
-
     def make_call_id(self) -> str:
         if self.tools is not None and TOOL_FORMATS[self.tools].has_short_ids:
             return uuid.uuid4().hex[:9]
         return f"call_{uuid.uuid4().hex[:24]}"
+
+
+@lru_cache(64)
+def special_marks(formats: ChatFormats, tokenizer: Tokenizer) -> Mapping[str, int]:
+    """The special tokens among the formats' marks: they are text to whoever reads an answer."""
+    tools = None if formats.tools is None else TOOL_FORMATS[formats.tools]
+    reasoning = None if formats.reasoning is None else REASONING_FORMATS[formats.reasoning]
+    marks = marks_of(tools, reasoning)
+    return {text: i for text, i in tokenizer.special_token_ids.items() if text in marks}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +112,7 @@ def template_variables(request: ChatCompletionRequest) -> dict[str, Any]:
         raise RequestError(f"{param} is a field of its own; send it as {taken[0]}.", param=param)
     variables: dict[str, Any] = {}
     if request.callable_tools:
-        names = {function.name for function in request.callable_tools}
-        tools = [tool for tool in request.tools or () if tool.function.name in names]
-        variables["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
+        variables["tools"] = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
     if request.documents:
         variables["documents"] = request.documents
     if request.reasoning_effort == "none":

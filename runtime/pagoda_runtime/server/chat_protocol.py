@@ -16,7 +16,7 @@ MAX_TOOLS = 256
 STRICT = ConfigDict(strict=True, extra="allow")
 
 
-def _tag_of_content(content: Any) -> str:
+def tag_of_content(content: Any) -> str:
     return "list[part]" if isinstance(content, list) else "str"
 
 
@@ -40,7 +40,7 @@ class TextPart(BaseModel):
 Content = Annotated[
     Annotated[Text, Tag("str")]
     | Annotated[list[TextPart], Field(fail_fast=True), Tag("list[part]")],
-    Discriminator(_tag_of_content),
+    Discriminator(tag_of_content),
 ]
 
 
@@ -80,8 +80,9 @@ class ChatMessage(BaseModel):
     @property
     def text(self) -> str:
         """The content as one text."""
-        content = self.content or ""
-        return "".join(part if isinstance(part, str) else part.text for part in content)
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content or ())
 
     @property
     def thoughts(self) -> str:

@@ -121,7 +121,6 @@ class _Encoder:
         self._verify_characters(num_characters, "messages")
         state, tokenizer = self.state, self.tokenizer
         template = choose_template(request, tokenizer, state.config, state.chat_template)
-        variables = template_variables(request)
         continues = bool(request.continue_final_message)
 
         def render() -> str:
@@ -130,7 +129,7 @@ class _Encoder:
                 template=template,
                 add_generation_prompt=not continues and request.add_generation_prompt is not False,
                 continue_final_message=continues,
-                **variables,
+                **template_variables(request),
             )
 
         text = await state.render(render)

@@ -197,6 +197,7 @@ class GenerationRequest(SamplingFields):
     guided_regex: Text | None = None
     guided_choice: list[Text] | None = None
     guided_grammar: Text | None = None
+    guided_structural_tag: dict[str, Any] | str | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None

@@ -10,7 +10,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pagoda_runtime.errors import RequestError, shown
 from pagoda_runtime.server.blocks import Block
 from pagoda_runtime.server.body import validate
-from pagoda_runtime.server.chat_protocol import MAX_MESSAGES, ChatCompletionRequest
+from pagoda_runtime.server.chat_protocol import (
+    MAX_MESSAGES,
+    ChatCompletionRequest,
+    tag_of_content,
+)
 from pagoda_runtime.server.protocol import Small, Text
 
 Message = dict[str, Any]
@@ -37,15 +41,11 @@ class InputText(_Item):
     text: Text
 
 
-def _tag_of(content: Any) -> str:
-    return "list[part]" if isinstance(content, list) else "str"
-
-
 # By the kind of the value, so that an error is of the one form that was sent.
 Texts = Annotated[
     Annotated[Text, Tag("str")]
     | Annotated[list[InputText], Field(fail_fast=True), Tag("list[part]")],
-    Discriminator(_tag_of),
+    Discriminator(tag_of_content),
 ]
 
 
@@ -157,7 +157,7 @@ class ReasoningOptions(_Item):
 Input = Annotated[
     Annotated[Text, Tag("str")]
     | Annotated[list[InputItem], Field(max_length=MAX_MESSAGES, fail_fast=True), Tag("list[part]")],
-    Discriminator(_tag_of),
+    Discriminator(tag_of_content),
 ]
 
 

@@ -24,6 +24,7 @@ from pagoda_runtime.server.chat import (
     find_thinking,
     make_layout,
     make_rules,
+    special_marks,
 )
 from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
 from pagoda_runtime.server.generation import Generation, close_all
@@ -117,12 +118,12 @@ async def _plan_chat(
     answer.layout, answer.make_call_id = make_layout(body, formats, thinking), formats.make_call_id
     if answer.layout is not None:
         looked_for = ChatFormats(answer.layout.tools, answer.layout.reasoning)
-        answer.shown_special_ids = frozenset(looked_for.special_marks(tokenizer).values())
+        answer.shown_special_ids = frozenset(special_marks(looked_for, tokenizer).values())
     rules = make_rules(body, formats, thinking, answer.params.grammar)
     if rules is not None:
         param = "tools" if rules.tools else "thinking_token_budget"
         structure = Structure(
-            param, partial(write_grammar, rules, formats.special_marks(tokenizer))
+            param, partial(write_grammar, rules, special_marks(formats, tokenizer))
         )
         grammar = await state.structures.make_grammar(structure)
         answer.params = msgspec.structs.replace(answer.params, grammar=grammar)

@@ -32,7 +32,7 @@ def find_structure(body: GenerationRequest) -> Structure | None:
     """The one structure that a body asks for. Raises RequestError: several, or with beams."""
     found = [*_of_response_format(body.response_format), *_of_outputs(body.structured_outputs)]
     for name, form in FORMS.items():
-        value = getattr(body, f"guided_{name}", None)
+        value = getattr(body, f"guided_{name}")
         if value is not None and value is not False and value not in ("", []):
             found.append(_structure(f"guided_{name}", form, value))
     if not found:

@@ -1,6 +1,6 @@
 """What of OpenAI's, vLLM's and SGLang's fields a route does not serve.
 
-Three kinds of fields: those that a body of `protocol` declares; those of the tables here, refused
+Three kinds of fields: those that a body declares; those of the tables here, refused
 by name unless they ask for nothing; and all others, accepted and reported once in the log.
 """
 

@@ -71,21 +71,17 @@ class Tokenizer:
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
-        # The flag of a token is not all: what is added again as a special token becomes one.
         self.infill_format = find_infill_format(tokenizer.token_to_id)
         """How a prompt with a suffix is written; None: the model does not fill in the middle."""
-        self.all_special_ids = frozenset(
-            token_id
-            for token_id, token in tokenizer.get_added_tokens_decoder().items()
-            if token.special
-            or self.decode([token_id]) != self.decode([token_id], skip_special_tokens=False)
-        )
         self.special_token_ids = {
             token.content: token_id
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
-            if token_id in self.all_special_ids
+            # The flag is not all: what is added again as a special token becomes one.
+            if token.special
+            or self.decode([token_id]) != self.decode([token_id], skip_special_tokens=False)
         }
         """Of all special tokens, by text."""
+        self.all_special_ids = frozenset(self.special_token_ids.values())
         self.longest_token = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
         """Characters of the longest token: no longer text can be one."""
         self._is_context_free = is_context_free(tokenizer.decoder)
@@ -145,7 +141,7 @@ class Tokenizer:
 
     def convert_ids_to_tokens(self, token_ids: Sequence[int]) -> list[str]:
         """Tokens as the vocabulary writes them; an id that it does not have is an empty text."""
-        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
+        return [*map(self.token_name, token_ids)]
 
     def token_text(self, token_id: int) -> str:
         """The text of a token within a text; for part of a character a replacement character."""
@@ -161,7 +157,7 @@ class Tokenizer:
         """The UTF-8 of a token's text; of part of a character its true bytes, if they are known."""
         text = self.token_text(token_id)
         if REPLACEMENT in text:
-            name = self._tokenizer.id_to_token(token_id) or ""
+            name = self.token_name(token_id)
             if len(name) == 6 and name.startswith("<0x"):
                 return bytes([int(name[3:5], 16)])
             if name and all(character in BYTE_OF for character in name):

@@ -15,6 +15,7 @@ from pagoda_kernels.cpu.grouped_linear import kernel
 from pagoda_kernels.cpu.grouped_linear.dot import (
     HEAD_BYTES,
     SCALES_BYTES,
+    first_plane,
     step_bytes,
     steps_per_turn,
 )
@@ -28,6 +29,7 @@ from pagoda_kernels.quantized_linear import QuantizedLinear, require_rows
 
 BLOCK_SIZE = 128
 """Inputs whose products are added up as whole numbers, at most."""
+
 # Of fp16's largest numbers, and of a multiplier in fp32.
 _HALF_EXPONENT, _LEAST_EXPONENT = 15, -120
 
@@ -80,6 +82,7 @@ class PanelGroupedLinear(QuantizedLinear[Grouped]):
             pair_bytes=num_blocks * block_bytes,
             bits=shape.bits,
             steps_per_turn=steps_per_turn(shape.bits),
+            first_plane=first_plane(shape.bits),
             num_blocks=num_blocks,
             block_size=block_size,
             block_bytes=block_bytes,

@@ -208,7 +208,7 @@ def _load_vectors(b: Any, bits: int, turn: Any, step: int) -> Sequence[Any]:
         first = step * STEP_BYTES
         return [load_at(b, turn, first + i * VECTOR_BYTES, _INT32S) for i in range(2)]
     vectors, planes = [ir.Constant(_BYTES, [0] * VECTOR_BYTES)] * 2, 0
-    if bits >= 4:
+    if first_plane(bits):
         coded = load_at(b, turn, step * VECTOR_BYTES, _INT32S)
         shifted = b.lshr(coded, ir.Constant(_INT32S, [4] * PANEL_SIZE))
         vectors = [b.bitcast(b.and_(part, _NIBBLES), _BYTES) for part in (coded, shifted)]

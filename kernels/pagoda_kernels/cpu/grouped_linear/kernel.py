@@ -51,6 +51,8 @@ class Matrix(NamedTuple):
     pair_bytes: int
     bits: int
     steps_per_turn: int
+    first_plane: int
+    """The lowest bit that lies in a plane; below it are nibbles, if it is not 0."""
     num_blocks: int
     block_size: int
     """Inputs, zeros at the end of each group included."""
@@ -218,7 +220,6 @@ def _write_column(m: Matrix, numbers: Any, block: int, column: int) -> None:
     """The numbers of a block's steps, 4 bytes of each, of one column of a pair of panels."""
     panel, lane = column // PANEL_SIZE, column % PANEL_SIZE
     turn_bytes = m.steps_per_turn * STEP_BYTES * m.bits // 8
-    first_bit = 4 if m.bits >= 4 else 0
     for step in range(len(numbers)):
         number, inside = numbers[step], step % m.steps_per_turn
         turn = block + step // m.steps_per_turn * turn_bytes
@@ -226,16 +227,16 @@ def _write_column(m: Matrix, numbers: Any, block: int, column: int) -> None:
             at = turn + inside * STEP_BYTES + panel * VECTOR_BYTES + lane * BYTES_PER_STEP
             int32s(at, (1,))[0] = number
             continue
-        if m.bits >= 4:
+        if m.first_plane:
             word = int32s(turn + inside * VECTOR_BYTES + lane * BYTES_PER_STEP, (1,))
             nibbles = np.int32(0x0F0F0F0F)
             shift = np.int32(4 * panel)
             word[0] = (word[0] & ~(nibbles << shift)) | ((number & nibbles) << shift)
             turn += m.steps_per_turn * VECTOR_BYTES
-        for bit in range(first_bit, m.bits):
+        for bit in range(m.first_plane, m.bits):
             ones = (number >> np.int32(bit)) & np.int32(0x01010101)
             four = (ones | (ones >> 7) | (ones >> 14) | (ones >> 21)) & 15
-            plane = turn + ((bit - first_bit) * m.steps_per_turn + inside) * PLANE_BYTES
+            plane = turn + ((bit - m.first_plane) * m.steps_per_turn + inside) * PLANE_BYTES
             # A byte has the bits of two columns.
             byte = uint8s(plane + panel * (PLANE_BYTES // 2) + lane // 2, (1,))
             place = 4 * (lane % 2)
