@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import ExitStack, aclosing
 from copy import deepcopy
 from functools import partial
@@ -16,7 +16,8 @@ from starlette import responses
 from starlette.requests import Request
 from starlette.routing import Route
 
-from pagoda_runtime.errors import RequestError
+from pagoda_runtime.errors import PagodaError, RequestError
+from pagoda_runtime.parsing.deltas import Delta
 from pagoda_runtime.server import responses_answers as answers
 from pagoda_runtime.server.answer import Answer, typed_deltas
 from pagoda_runtime.server.blocks import Block, Blocks, Change
@@ -95,7 +96,7 @@ class ResponseForm:
         if body.previous_response_id is not None:
             stored = self.store.get(body.previous_response_id, "previous_response_id")
             # What is added may go into the last message.
-            before = deepcopy(stored.messages)
+            before = [*stored.messages[:-1], deepcopy(stored.messages[-1])]
         self.messages = [*before, *body.to_messages()]
         if not self.messages:
             raise RequestError("input is empty; it must have something to answer.", param="input")
@@ -111,7 +112,11 @@ class ResponseForm:
                 await close_all(answer.generations)
             return self._finish(answer)
         admission = ExitStack()
-        admission.enter_context(self.state.admit())
+        try:
+            admission.enter_context(self.state.admit())
+        except PagodaError:
+            await close_all(answer.generations)
+            raise
         stored = Stored(self._describe(answer, "in_progress"), self.messages)
         stored.task = asyncio.create_task(self._run(answer, stored))
         stored.task.add_done_callback(lambda task: admission.close())
@@ -132,9 +137,9 @@ class ResponseForm:
             await close_all(answer.generations)
 
     async def _take_all(self, answer: Answer) -> None:
-        async with aclosing(self._changes(answer)) as changes:
-            async for _ in changes:
-                pass
+        async with aclosing(self._parts(answer)) as deltas:
+            async for parts in deltas:
+                self.blocks.add(parts)
 
     async def stream(self, answer: Answer) -> AsyncGenerator[bytes, None]:
         self.answer = answer
@@ -142,10 +147,13 @@ class ResponseForm:
         yield self._event("response.created", response=begun) + self._event(
             "response.in_progress", response=begun
         )
-        async with aclosing(self._changes(answer)) as changes:
-            async for some in changes:
-                if events := b"".join(map(self._write_change, some)):
+        async with aclosing(self._parts(answer)) as deltas:
+            async for parts in deltas:
+                # One by one: an event tells of its block as it is then.
+                if events := b"".join(map(self._write_change, self.blocks.take(parts))):
                     yield events
+        if events := b"".join(map(self._write_change, self.blocks.finish())):
+            yield events
         response = self._finish(answer)
         yield self._event(f"response.{response.status}", response=response)
 
@@ -159,12 +167,12 @@ class ResponseForm:
         failed = self._describe(self.answer, "failed", error)
         return event + self._event("response.failed", response=failed)
 
-    async def _changes(self, answer: Answer) -> AsyncGenerator[list[Change], None]:
+    async def _parts(self, answer: Answer) -> AsyncGenerator[Sequence[Delta], None]:
         async with aclosing(typed_deltas(answer)) as deltas:
             async for delta in deltas:
+                yield delta.parts
+                # Only what is still open then is cut off.
                 self.is_cut_off = delta.finish_reason == "length"
-                yield [*self.blocks.take(delta.parts)]
-        yield [*self.blocks.finish()]
 
     def _finish(self, answer: Answer) -> answers.Response:
         response = self._describe(answer, self._status)

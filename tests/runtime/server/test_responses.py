@@ -100,6 +100,13 @@ async def test_a_stream_has_all_its_events_in_order(client, engine):
         *("function_call_arguments.delta", "function_call_arguments.done", "output_item.done"),
         "completed",
     ]
+    # What is added is empty, and what comes then is all of it.
+    added = [event for event in events if event.type.endswith(".added")]
+    assert [event.part.text for event in added if event.type.endswith("part.added")] == ["", ""]
+    assert added[-1].item.arguments == ""
+    for kind, expected in (("reasoning", "Hm."), ("output", "I add.")):
+        wanted = f"response.{kind}_text.delta"
+        assert "".join(e.delta for e in events if e.type == wanted) == expected
     response = events[-1].response
     thought, message, call = response.output
     assert thought.content[0].text == "Hm."
