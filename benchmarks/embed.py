@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from checkpoints import cache_folder
-from phases import find_uv
+from environments import make_environment
 from report import Bar, Result, publish
 from turns import take_turns
 
@@ -101,20 +101,6 @@ def make_texts(number: int) -> list[str]:
     ]
 
 
-def python_of_peer() -> Path:
-    """The interpreter of sentence-transformers' environment, which is made at the first call."""
-    folder = cache_folder() / "sentence-transformers"
-    marker, wanted = folder / ".made-from", "\n".join(REQUIREMENTS)
-    python = folder / "bin" / "python"
-    if not marker.exists() or marker.read_text() != wanted:
-        uv = find_uv()
-        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", "3.11", folder], check=True)
-        packages = [uv, "pip", "install", "--quiet", "--python", python, *REQUIREMENTS]
-        subprocess.run(packages, check=True)
-        marker.write_text(wanted)
-    return python
-
-
 class Peer:
     """sentence-transformers in a process of its own."""
 
@@ -127,13 +113,20 @@ class Peer:
         assert self._process.stdout is not None
         asked = {"model": str(model), "dtype": dtype, **inputs}
         print(json.dumps(asked), file=self._process.stdin, flush=True)
-        answer = json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"sentence-transformers ended with {self._process.wait()}.")
+        answer = json.loads(line)
         return answer["seconds"], torch.tensor(answer["found"])
 
 
 @contextmanager
 def running_peer(num_threads: int) -> Iterator[Peer]:
-    command = [python_of_peer(), WORKER, str(num_threads)]
+    command = [
+        make_environment("sentence-transformers", REQUIREMENTS) / "python",
+        WORKER,
+        str(num_threads),
+    ]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

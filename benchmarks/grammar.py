@@ -43,7 +43,7 @@ from pagoda_runtime.ipc.messages import EngineRequest
 from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.registry import load_model_config
 from pagoda_runtime.models.testing import make_tiny_checkpoint
-from pagoda_runtime.server.testing import ServerProcess
+from pagoda_runtime.server.testing_process import ServerProcess
 from pagoda_runtime.tokenizer.tokenizer import load_tokenizer
 
 NUM_REQUESTS = 16

@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 from checkpoints import cache_folder, gemma_folder, require_model
+from environments import make_environment
 from exl2_writer import write_exl2_folder
 from llamacpp import gemma_file
 from perplexity import Score, agreement, score, windows_of_text
-from phases import find_uv
 from report import Result, publish
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,20 +74,6 @@ PROMPTS = [[5, 9, 100, 7, 42], list(range(40, 70))]
 NUM_STEPS = 4
 
 
-def python_of(tool: str) -> Path:
-    """The interpreter of a tool's environment, which is made at the first call."""
-    folder = cache_folder() / "quantizers" / tool
-    marker, wanted = folder / ".made-from", "\n".join(TOOLS[tool].requirements)
-    python = folder / "bin" / "python"
-    if not marker.exists() or marker.read_text() != wanted:
-        uv = find_uv()
-        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", "3.11", folder], check=True)
-        packages = [uv, "pip", "install", "--quiet", "--python", python, *TOOLS[tool].requirements]
-        subprocess.run(packages, check=True)
-        marker.write_text(wanted)
-    return python
-
-
 def docstrings() -> Iterator[str]:
     """Of the standard library's modules; other English than what is measured."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -120,7 +106,8 @@ def quantize(tool: str, kind: str, model: Path, calibration: list[list[int]], ou
     script = HERE / "quantizers" / f"with_{tool}.py"
     log = out.with_name(f"{out.name}.log")
     with log.open("w") as output:
-        command = [python_of(tool), script, kind, model, windows, out]
+        python = make_environment(f"quantizers/{tool}", TOOLS[tool].requirements) / "python"
+        command = [python, script, kind, model, windows, out]
         # There, because gptqmodel writes logs of its own where it runs.
         ended = subprocess.run(
             command, stdout=output, stderr=subprocess.STDOUT, check=False, cwd=out.parent

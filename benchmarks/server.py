@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from pagoda_runtime.server.testing import ServerProcess
+from pagoda_runtime.server.testing_process import ServerProcess
 
 READY_SECONDS = 300.0
 

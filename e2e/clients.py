@@ -14,14 +14,14 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from phases import find_uv
+from environments import make_environment
 
 from pagoda_runtime.models.testing import (
     make_tiny_checkpoint,
     make_tiny_pooled_checkpoint,
     write_tiny_tokenizer,
 )
-from pagoda_runtime.server.testing import ServerProcess
+from pagoda_runtime.server.testing_process import ServerProcess
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -47,21 +47,6 @@ keep to tools and schemas.
 """
 
 
-def make_environment() -> str:
-    """The interpreter of an environment with the clients."""
-    cache = Path(os.environ.get("PAGODA_CACHE") or Path.home() / ".cache" / "pagoda")
-    folder = cache / "clients"
-    python = folder / "bin" / "python"
-    marker = folder / "made-from"
-    if not marker.exists() or marker.read_text() != " ".join(PACKAGES):
-        uv = find_uv()
-        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", "3.11", folder], check=True)
-        command = [uv, "pip", "install", "--quiet", "--python", python, *PACKAGES]
-        subprocess.run(command, check=True)
-        marker.write_text(" ".join(PACKAGES))
-    return str(python)
-
-
 def start(folder: Path, *flags: str) -> ServerProcess:
     command = ["pagoda_runtime", "serve", str(folder), *FLAGS, *flags]
     return ServerProcess(command, folder.parent / "termination-log")
@@ -71,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "reference" / "clients.md")
     out = parser.parse_args().out
-    python = make_environment()
+    python = str(make_environment("clients", PACKAGES) / "python")
     with tempfile.TemporaryDirectory() as folder:
         chat = make_tiny_checkpoint(Path(folder) / "chat", max_position_embeddings=4096)
         write_tiny_tokenizer(chat, TEMPLATE)

@@ -17,9 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from phases import find_uv
+from environments import make_environment
 
-from pagoda_runtime.server.testing import ServerProcess
+from pagoda_runtime.server.testing_process import ServerProcess
 
 SCHEMATHESIS = "schemathesis==4.32.5"
 CHECKS = (
@@ -32,24 +32,9 @@ FLAGS = ["--disable-access-log", "--tool-call-parser", "hermes", "--reasoning-pa
 MODEL = "fake:" + json.dumps({"vocab_size": 256, "max_model_len": 256})
 
 
-def make_environment() -> Path:
-    """The folder of an environment's programs with schemathesis among them."""
-    cache = Path(os.environ.get("PAGODA_CACHE") or Path.home() / ".cache" / "pagoda")
-    folder = cache / "fuzz"
-    marker = folder / SCHEMATHESIS
-    if not marker.exists():
-        uv = find_uv()
-        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", "3.11", folder], check=True)
-        python = folder / "bin" / "python"
-        command = [uv, "pip", "install", "--quiet", "--python", python, SCHEMATHESIS]
-        subprocess.run(command, check=True)
-        marker.touch()
-    return folder / "bin"
-
-
 def fuzz(seconds: int, seed: int, folder: Path) -> tuple[int, dict[str, Any]]:
     """The exit status of schemathesis, and its report."""
-    programs = make_environment()
+    programs = make_environment("fuzz", [SCHEMATHESIS])
     command = ["pagoda_runtime.server.testing", MODEL, "--host", "127.0.0.1", "--port", "0"]
     server = ServerProcess([*command, *FLAGS], folder / "termination-log")
     try:

@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 import msgspec
-from phases import find_uv
+from environments import make_environment
 
 from pagoda_runtime.client.stream import RequestStream
 from pagoda_runtime.ipc.messages import EngineRequest
@@ -66,31 +66,15 @@ def find_browser() -> str:
     return shutil.which("chromium") or "chromium"
 
 
-def make_environment() -> str:
-    """The interpreter of an environment with Playwright."""
-    cache = Path(os.environ.get("PAGODA_CACHE") or Path.home() / ".cache" / "pagoda")
-    folder = cache / "browser"
-    python = folder / "bin" / "python"
-    marker = folder / PLAYWRIGHT
-    if not marker.exists():
-        uv = find_uv()
-        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", "3.11", folder], check=True)
-        subprocess.run(
-            [uv, "pip", "install", "--quiet", "--python", python, PLAYWRIGHT], check=True
-        )
-        marker.touch()
-    return str(python)
-
-
 async def check(picture: Path) -> int:
-    python, browser = make_environment(), find_browser()
+    python, browser = make_environment("browser", [PLAYWRIGHT]) / "python", find_browser()
     config = make_config(*FLAGS)
     engine = ScriptedEngine(config.engine, step_seconds=0.002)
     engine.ready = msgspec.structs.replace(READY, max_model_len=8000, num_blocks=8000)
     async with running_server(make_state(engine, config)) as url:
         program = ROOT / "e2e" / "browser.py"
         process = await asyncio.create_subprocess_exec(
-            python, str(program), url, KEY, browser, str(picture)
+            str(python), str(program), url, KEY, browser, str(picture)
         )
         return await process.wait()
 

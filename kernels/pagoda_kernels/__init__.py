@@ -3,6 +3,7 @@
 kv_cache: how keys and values are stored.
 launch: where Triton kernels run.
 paged_attention: the contract of attention backends, which own keys and values, and the reference.
+packed_attention: of whole texts, without a cache of keys and values.
 copy_blocks: of keys and values, for sequences that part.
 rotary: the angles of a step's tokens.
 rotate_and_store: norms and rotation of heads, and their keys and values into the cache.

@@ -2,7 +2,8 @@
 
 `latency` and `throughput` run the engine offline; `serve` loads any OpenAI-compatible server.
 `workloads` makes prompts and arrivals, `load` sends them in time, `endpoint` measures one request
-over `client` and `http1`, `server` finds it, `summary` makes figures of the records.
+over `client` and `http1`, `server` finds the server and its model, `summary` makes figures of the
+records.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from pagoda_runtime.client.engine_client import ENGINE_COMMAND, EngineClient
 from pagoda_runtime.client.output_processor import OutputProcessor, WholeChoice, engine_params
 from pagoda_runtime.client.outputs import RequestOutput, describe, make_outputs
-from pagoda_runtime.client.pooled_llm import PooledLLM
+from pagoda_runtime.client.pooled_llm import PooledLLM, finish_all
 from pagoda_runtime.client.pooling import verify_generates
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.errors import RequestError
@@ -278,19 +278,10 @@ class LLM(PooledLLM):
     async def _finish_all(
         self, client: EngineClient, requests: Sequence[_Request], on_finished: _OnFinished
     ) -> list[RequestOutput]:
-        # The rest waits here: the engine's own queue would refuse it.
-        places = asyncio.Semaphore(self.config.max_num_seqs + self.config.max_num_waiting)
-
         async def finish(request: _Request) -> RequestOutput:
-            async with places:
-                return await self._finish_one(client, request, on_finished)
+            return await self._finish_one(client, request, on_finished)
 
-        tasks = [asyncio.create_task(finish(request)) for request in requests]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        return await finish_all(self.config, requests, finish)
 
     async def _finish_one(
         self, client: EngineClient, request: _Request, on_finished: _OnFinished

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from pagoda_runtime.client.engine_client import EngineClient
@@ -23,6 +23,7 @@ from pagoda_runtime.ipc.messages import EngineReady, EngineRequest
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
+R = TypeVar("R")
 Texts = str | Sequence[str]
 
 
@@ -97,16 +98,31 @@ class PooledLLM:
 async def _pool_all(
     client: EngineClient, requests: Sequence[EngineRequest], config: EngineConfig
 ) -> list[bytes]:
-    # The rest waits here: the engine's own queue would refuse it.
-    places = asyncio.Semaphore(config.max_num_seqs + config.max_num_waiting)
-
     async def finish(request: EngineRequest) -> bytes:
-        async with places:
-            delta = await anext(client.generate(request))
+        delta = await anext(client.generate(request))
         assert delta.pooled is not None
         return delta.pooled
 
-    return await asyncio.gather(*map(finish, requests))
+    return await finish_all(config, requests, finish)
+
+
+async def finish_all(
+    config: EngineConfig, requests: Sequence[T], finish: Callable[[T], Awaitable[R]]
+) -> list[R]:
+    """The results, in order; where one fails, the others are ended."""
+    # The rest waits here: the engine's own queue would refuse it.
+    places = asyncio.Semaphore(config.max_num_seqs + config.max_num_waiting)
+
+    async def finish_one(request: T) -> R:
+        async with places:
+            return await finish(request)
+
+    tasks = [asyncio.create_task(finish_one(request)) for request in requests]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _as_list(texts: Texts) -> list[str]:

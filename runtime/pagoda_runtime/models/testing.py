@@ -57,17 +57,21 @@ def make_tiny_checkpoint(
     config = AutoConfig.for_model(family, **{**_COMMON, **TINY.get(family, {}), **settings})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Large enough that tokens differ and no near-tie decides; norms away from the identity.
-            if "norm" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            else:
-                parameter.copy_(torch.randn_like(parameter) * 0.15)
+    _randomize(model)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     write_tiny_tokenizer(folder)
     return folder
+
+
+@torch.no_grad()
+def _randomize(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        # Large enough that tokens differ and no near-tie decides; norms away from the identity.
+        if "norm" in name.lower():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        else:
+            parameter.copy_(torch.randn_like(parameter) * 0.15)
 
 
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -103,12 +107,7 @@ def make_tiny_pooled_checkpoint(
     torch.manual_seed(0)
     kind = AutoModelForSequenceClassification if num_labels else AutoModel
     model = kind.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name.lower():
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            else:
-                parameter.copy_(torch.randn_like(parameter) * 0.15)
+    _randomize(model)
     model.save_pretrained(folder)
     has_segments = own.get("type_vocab_size", 2) > 1
     write_tiny_tokenizer(folder, for_pairs="1" if has_segments else "0")

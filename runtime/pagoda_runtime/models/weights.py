@@ -40,9 +40,14 @@ def settle_by_weights(config: ModelConfig, folder: Path) -> ModelConfig:
     Raises: FatalError: as load_weights, for files that are missing or damaged.
     """
     table, head = map(config.stored_name, ("embed_tokens.weight", "lm_head.weight"))
-    wanted = (table, head) if config.pooler is None else (table, config.prefix + table)
+    wanted, part = (table, head), slice(None)
+    if config.pooler is not None:
+        if config.dtype != DTYPE_OF_WEIGHTS:
+            return config
+        # Of such a model nothing but the dtype is asked.
+        wanted, part = (table, config.prefix + table), slice(1)
     stored = {
-        name: piece[...]
+        name: piece[part]
         for path in find_weight_files(folder)
         for name, piece in read_tensors(path, wanted)
     }

@@ -233,7 +233,7 @@ class ErrorDetails(Struct, frozen=True):
 
 
 class Error(Struct, frozen=True):
-    """The body of every answer from status 400 on, but for probes."""
+    """The body of every answer from status 400 on, but for probes and /v1/messages."""
 
     error: ErrorDetails
 

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: {"error": {message, type, param, code}}."""
+"""Errors in OpenAI's shape: {"error": {message, type, param, code}}, or in Anthropic's."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ _HANDLERS: dict[int | type[Exception], Any] = {
 
 
 def make_app(routes: Sequence[BaseRoute]) -> FastAPI:
-    """An application that answers every exception of its routes in OpenAI's shape.
+    """An application that answers every exception of its routes in the shape of their API.
 
     The routes are Starlette's, because they read their bodies themselves, on a thread of their own
     choice; and the document of the API is made by `openapi`.

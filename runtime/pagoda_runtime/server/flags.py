@@ -50,11 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cache_flags(parser)
     add_server_flags(parser)
     add_address_flags(parser)
+    add_tls_flags(parser)
     add_browser_flags(parser)
 
 
 def add_address_flags(parser: argparse.ArgumentParser) -> None:
-    flags = Flags(parser, "addresses and TLS")
+    flags = Flags(parser, "addresses")
     flags.add("--host", type=text_value, help="address to listen on")
     flags.add("--port", type=integer(0, 65535), help="port; 0 takes a free one")
     flags.add(
@@ -71,6 +72,21 @@ def add_address_flags(parser: argparse.ArgumentParser) -> None:
         shown="none",
         help="path under which a proxy shows this server, as /llm, whether it takes it off or not",
     )
+    flags.add(
+        "--admin-port",
+        type=integer(0, 65535),
+        shown="none: there is no admin port",
+        help="port of /reset_prefix_cache; 0 takes a free one",
+    )
+    flags.add(
+        "--admin-host",
+        type=text_value,
+        help="address of the admin port, which has no TLS; not one that clients reach",
+    )
+
+
+def add_tls_flags(parser: argparse.ArgumentParser) -> None:
+    flags = Flags(parser, "TLS")
     flags.add(
         "--ssl-certfile",
         metavar="FILE",
@@ -97,17 +113,6 @@ def add_address_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=(0, 1, 2),
         help="whether a client shows a certificate: 0 no, 1 it may, 2 it must",
-    )
-    flags.add(
-        "--admin-port",
-        type=integer(0, 65535),
-        shown="none: there is no admin port",
-        help="port of /reset_prefix_cache; 0 takes a free one",
-    )
-    flags.add(
-        "--admin-host",
-        type=text_value,
-        help="address of the admin port, which has no TLS; not one that clients reach",
     )
 
 

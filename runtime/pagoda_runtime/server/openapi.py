@@ -1,4 +1,4 @@
-"""/openapi.json and /docs: what the server answers, from the models of `protocol` and `answers`."""
+"""/openapi.json and /docs: what the server answers, from `route_table`."""
 
 from __future__ import annotations
 

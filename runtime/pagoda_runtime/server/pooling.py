@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -38,7 +39,7 @@ from pagoda_runtime.server.pooling_protocol import (
 from pagoda_runtime.server.protocol import Prompt
 from pagoda_runtime.server.state import ServerState
 from pagoda_runtime.server.streaming import while_connected
-from pagoda_runtime.server.unsupported import verify_pooling_supported
+from pagoda_runtime.server.unsupported import UNSUPPORTED_IN_POOLING, verify_fields
 
 Handler = Callable[[ServerState, Any, float], Awaitable[Any]]
 """The answer to a body that came at time.monotonic(). Raises what `errors.to_api_error` takes."""
@@ -67,7 +68,7 @@ async def _answer(
     pooler_of(ready, "embed", "classify")
     with state.admit():
         body = await read_body(state, body_class, raw)
-        state.warn_unknown(verify_pooling_supported(body))
+        state.warn_unknown(verify_fields(body, UNSUPPORTED_IN_POOLING))
         state.verify_model(body.model)
         async with while_connected(request.receive):
             return json_response(await handler(state, body, arrival))
@@ -130,14 +131,13 @@ async def rerank(state: ServerState, body: RerankRequest, arrival: float) -> ans
     texts = body.texts
     scores, pooled = await _score(state, body, [body.query], texts, arrival)
     order = sorted(range(len(texts)), key=lambda index: -scores[index])
-    results = [answers.Ranked(index, scores[index]) for index in order[: body.top_n]]
-    if body.return_documents is not False:
-        results = [
-            answers.Ranked(
-                each.index, each.relevance_score, answers.RankedDocument(texts[each.index])
-            )
-            for each in results
-        ]
+    has_documents = body.return_documents is not False
+    results = [
+        answers.Ranked(
+            index, scores[index], answers.RankedDocument(texts[index]) if has_documents else UNSET
+        )
+        for index in order[: body.top_n]
+    ]
     name, _, model = _head(state, body, "rerank")
     return answers.Reranking(name, model, results, _usage(pooled))
 

@@ -28,14 +28,17 @@ from pagoda_runtime.server.generation import close_all
 from pagoda_runtime.server.openai import make_creation
 from pagoda_runtime.server.response_store import ResponseStore, Stored
 from pagoda_runtime.server.responses_protocol import (
-    UNSUPPORTED,
     Message,
     ResponsesRequest,
     add_item,
     to_input,
 )
 from pagoda_runtime.server.state import ServerState
-from pagoda_runtime.server.unsupported import verify_supported
+from pagoda_runtime.server.unsupported import (
+    UNSUPPORTED_IN_RESPONSES,
+    verify_fields,
+    verify_supported,
+)
 
 PATH = "/v1/responses"
 _PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
@@ -89,8 +92,9 @@ class ResponseForm:
 
     async def read(self, raw: bytes) -> ChatCompletionRequest:
         self.body = body = await read_body(self.state, ResponsesRequest, raw)
+        unknown = verify_fields(body, UNSUPPORTED_IN_RESPONSES)
         body.verify()
-        self.state.warn_unknown(set(body.model_extra or ()) - set(UNSUPPORTED))
+        self.state.warn_unknown(unknown)
         self.state.verify_model(body.model)
         before: list[Message] = []
         if body.previous_response_id is not None:

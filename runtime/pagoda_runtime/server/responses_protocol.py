@@ -19,15 +19,6 @@ from pagoda_runtime.server.protocol import Small, Text
 
 Message = dict[str, Any]
 
-# Fields of the API that ask for what is not served, with what asks for nothing.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("conversation", "prompt", "context_management", "moderation"), ([], {})),
-    "max_tool_calls": (),
-    "include": ([],),
-    "truncation": ("disabled",),
-    "top_logprobs": (0,),
-}
-
 
 class _Item(BaseModel):
     # Ids, states and annotations of items change nothing.
@@ -189,12 +180,7 @@ class ResponsesRequest(BaseModel):
     prompt_cache_key: str | None = None
 
     def verify(self) -> None:
-        """Raise RequestError for fields that are not served, or contradict each other."""
-        extra = self.model_extra or {}
-        for name, neutral in UNSUPPORTED.items():
-            value = extra.get(name)
-            if value is not None and value not in neutral:
-                raise RequestError(f"{name} is not supported here; leave it out.", param=name)
+        """Raise RequestError for fields that contradict each other."""
         if self.background and (self.stream or self.store is False):
             other = "stream" if self.stream else "store: false"
             raise RequestError(

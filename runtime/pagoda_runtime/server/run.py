@@ -95,9 +95,10 @@ async def serve_async(
             admin = http_config(create_admin_app(state), ADMIN_CONNECTIONS, ADMIN_BACKLOG)
             servers.append(_start_http(admin, admin_listener))
             logger.info("Admin port on %s", describe(admin_listener))
-        if config.otlp_traces_endpoint is not None:
-            state.tracer = Tracer(config.otlp_traces_endpoint)
         try:
+            if config.otlp_traces_endpoint is not None:
+                # Its imports take half a second, in which probes are to be answered.
+                state.tracer = await asyncio.to_thread(Tracer, config.otlp_traces_endpoint)
             return await live(state, load_tokenizer, stop)
         finally:
             # Streams that are still open end with an error that says so, then HTTP ends.

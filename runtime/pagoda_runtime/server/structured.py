@@ -56,7 +56,10 @@ def _structure(param: str, form: Callable[[Any], str], value: Any) -> Structure:
 
 
 def _of_response_format(wanted: ResponseFormat | None) -> list[Structure]:
-    if wanted is None or wanted.type == "text":
+    if wanted is None:
+        return []
+    _verify_parts(wanted)
+    if wanted.type == "text":
         return []
     if wanted.type == "json_object":
         return [_structure("response_format", FORMS["json_object"], True)]
@@ -70,9 +73,43 @@ def _of_response_format(wanted: ResponseFormat | None) -> list[Structure]:
     return [_structure("response_format", json_grammar, schema)]
 
 
+_PARTS = {
+    "json_schema": "json_schema",
+    "structures": "structural_tag",
+    "triggers": "structural_tag",
+}
+"""Fields of a response_format, with the type that reads each."""
+
+
+def _verify_parts(wanted: ResponseFormat) -> None:
+    for name, kind in _PARTS.items():
+        if getattr(wanted, name) is not None and wanted.type != kind:
+            param = f"response_format.{name}"
+            raise RequestError(
+                f"{param} goes with the type {kind}, and the type is {wanted.type}; leave it out.",
+                param=param,
+            )
+
+
+def _verify_spaces(wanted: StructuredOutputs) -> None:
+    """Raise RequestError for what says nothing of the answer: no JSON, or no space to describe."""
+    for name in ("whitespace_pattern", "disable_any_whitespace"):
+        if not getattr(wanted, name):
+            continue
+        param = f"structured_outputs.{name}"
+        if wanted.json_schema is None and not wanted.json_object:
+            raise RequestError(f"{param} goes with json or json_object; leave it out.", param=param)
+        if name == "whitespace_pattern" and wanted.disable_any_whitespace:
+            raise RequestError(
+                f"{param} describes what disable_any_whitespace forbids; leave one out.",
+                param=param,
+            )
+
+
 def _of_outputs(wanted: StructuredOutputs | None) -> list[Structure]:
     if wanted is None:
         return []
+    _verify_spaces(wanted)
 
     def write_json(schema: Any) -> str:
         return json_grammar(

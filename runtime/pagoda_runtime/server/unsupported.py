@@ -61,6 +61,14 @@ UNSUPPORTED_IN_MESSAGE = dict.fromkeys(
     ("audio", "function_call", "images", "prefix", "refusal"), EMPTY
 )
 
+UNSUPPORTED_IN_RESPONSES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("conversation", "prompt", "context_management", "moderation"), ([], {})),
+    "max_tool_calls": (),
+    "include": ([],),
+    "truncation": ("disabled",),
+    "top_logprobs": (0,),
+}
+
 
 def verify_supported(body: GenerationRequest) -> list[str]:
     """The unknown fields of a body.
@@ -84,9 +92,10 @@ def verify_supported(body: GenerationRequest) -> list[str]:
     return unknown
 
 
-def verify_pooling_supported(body: BaseModel) -> list[str]:
-    """The unknown fields of a body of `pooling_protocol`. Raises RequestError as above."""
-    refused, unknown = _sort_out(body.model_extra or {}, UNSUPPORTED_IN_POOLING)
+def verify_fields(body: BaseModel, table: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """The unknown fields of a body of another form, with its own table. Raises RequestError as
+    above."""
+    refused, unknown = _sort_out(body.model_extra or {}, table)
     _refuse(refused)
     return unknown
 

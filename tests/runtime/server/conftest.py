@@ -1,17 +1,37 @@
-"""Real server processes, with an engine process without a model."""
+"""A server with a fake engine in this process, and in processes of their own."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import pytest_asyncio
 
-from pagoda_runtime.server.testing import ServerProcess
+from pagoda_runtime.server.state import ServerState
+from pagoda_runtime.server.testing import FakeEngine, make_config, make_state, running_server
+from pagoda_runtime.server.testing_process import ServerProcess
 
 Start = Callable[..., ServerProcess]
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine(make_config().engine)
+
+
+@pytest.fixture
+def state(engine: FakeEngine) -> ServerState:
+    return make_state(engine, make_config("--served-model-name", "tiny"))
+
+
+@pytest_asyncio.fixture
+async def http(state: ServerState) -> AsyncIterator[httpx.AsyncClient]:
+    async with running_server(state) as url, httpx.AsyncClient(base_url=url) as http:
+        yield http
 
 
 @pytest.fixture

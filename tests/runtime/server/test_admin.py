@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import httpx
-import pytest
 
 from pagoda_runtime.ipc.messages import EngineFailed
 from pagoda_runtime.server.admin import create_admin_app
@@ -13,11 +12,6 @@ from pagoda_runtime.server.testing import FakeEngine, make_config, make_state
 def connect(engine: FakeEngine, *flags: str) -> httpx.AsyncClient:
     app = create_admin_app(make_state(engine, make_config(*flags)))
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin")
-
-
-@pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine(make_config().engine)
 
 
 async def test_the_prefix_cache_is_emptied_and_its_blocks_are_counted(engine):

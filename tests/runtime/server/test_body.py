@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-import pytest_asyncio
 
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.server import body, middleware
@@ -27,19 +26,8 @@ from pagoda_runtime.server.testing import (
 
 
 @pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine(make_config().engine)
-
-
-@pytest.fixture
 def state(engine: FakeEngine) -> ServerState:
     return make_state(engine, make_config())
-
-
-@pytest_asyncio.fixture
-async def http(state: ServerState) -> AsyncIterator[httpx.AsyncClient]:
-    async with running_server(state) as url, httpx.AsyncClient(base_url=url) as http:
-        yield http
 
 
 def message_of(answer: httpx.Response, status: int = 400) -> str:

@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from pagoda_runtime.models.testing import make_tiny_checkpoint, write_tiny_tokenizer
-from pagoda_runtime.server.testing import ServerProcess
+from pagoda_runtime.server.testing_process import serving
 
 TEMPLATE = (
     "{% if tools %}{{ tools | map(attribute='function') | map(attribute='name') | join(' ') }} in "
@@ -22,8 +22,7 @@ TEMPLATE = (
     "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant:"
     "{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-FLAGS = ["--host", "127.0.0.1", "--port", "0", "--kv-cache-memory-bytes", "8000000"]
-FLAGS += ["--num-threads", "1", "--drain-delay-seconds", "0.2", "--max-num-seqs", "8"]
+FLAGS = ["--kv-cache-memory-bytes", "8000000", "--max-num-seqs", "8"]
 FLAGS += ["--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
 
 
@@ -51,10 +50,8 @@ class Verdict(BaseModel):
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = make_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
     write_tiny_tokenizer(folder, TEMPLATE)
-    command = ["pagoda_runtime", "serve", str(folder), "--served-model-name", "tiny", *FLAGS]
-    server = ServerProcess(command, folder.parent / "termination-log")
-    yield server.wait_until_ready()
-    server.close()
+    with serving(folder, *FLAGS) as url:
+        yield url
 
 
 def test_anthropics_client_thinks_calls_and_answers(url):

@@ -18,13 +18,8 @@ import pytest_asyncio
 from pagoda_runtime.server import connections
 from pagoda_runtime.server.connections import ANSWER, BODY, HEADERS, IDLE, PROBE_ROOM, share_files
 from pagoda_runtime.server.state import ServerState
-from pagoda_runtime.server.testing import (
-    FakeEngine,
-    ServerProcess,
-    make_config,
-    make_state,
-    running_server,
-)
+from pagoda_runtime.server.testing import FakeEngine, make_config, make_state, running_server
+from pagoda_runtime.server.testing_process import ServerProcess
 
 BODY_BYTES = b'{"prompt": [97], "max_tokens": 2}'
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\n"

@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from pagoda_runtime.ipc.messages import EngineFailed, EngineStats
 from pagoda_runtime.server.health import find_problem
-from pagoda_runtime.server.state import ServerState
-from pagoda_runtime.server.testing import READY, FakeEngine, make_config, make_state, running_server
+from pagoda_runtime.server.testing import READY, FakeEngine, make_config, make_state
 
 LOAD_FIELDS = {"running", "waiting", "slots", "kv_usage", "preemptions_total", "finished_total"}
-
-
-@pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine(make_config().engine)
-
-
-@pytest.fixture
-def state(engine: FakeEngine) -> ServerState:
-    return make_state(engine, make_config("--served-model-name", "tiny"))
-
-
-@pytest_asyncio.fixture
-async def http(state: ServerState) -> AsyncIterator[httpx.AsyncClient]:
-    async with running_server(state) as url, httpx.AsyncClient(base_url=url) as http:
-        yield http
 
 
 async def scrape(http: httpx.AsyncClient) -> dict[str, float]:

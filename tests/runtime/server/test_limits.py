@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import tracemalloc
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
-import pytest_asyncio
 
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.state import MAX_WARNED_FIELDS, ServerState
@@ -21,7 +19,6 @@ from pagoda_runtime.server.testing import (
     FakeEngine,
     make_config,
     make_state,
-    running_server,
 )
 from pagoda_runtime.tokenizer.detokenizer import IncrementalDetokenizer
 
@@ -55,12 +52,6 @@ def state(engine: FakeEngine, tokenizer: CountingTokenizer) -> ServerState:
     state = make_state(engine, make_config("--max-num-seqs", "8", "--max-num-waiting", "12"))
     state.tokenizer = tokenizer
     return state
-
-
-@pytest_asyncio.fixture
-async def http(state: ServerState) -> AsyncIterator[httpx.AsyncClient]:
-    async with running_server(state) as url, httpx.AsyncClient(base_url=url) as http:
-        yield http
 
 
 async def complete(http: httpx.AsyncClient, **fields: Any) -> httpx.Response:

@@ -16,13 +16,8 @@ import trustme
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.server.flags import parse_serve_args
 from pagoda_runtime.server.listening import listen_on_path, tls_options
-from pagoda_runtime.server.testing import (
-    FakeEngine,
-    ServerProcess,
-    make_config,
-    make_state,
-    running_server,
-)
+from pagoda_runtime.server.testing import FakeEngine, make_config, make_state, running_server
+from pagoda_runtime.server.testing_process import ServerProcess
 
 MODEL = "fake:" + json.dumps({"vocab_size": 256, "max_model_len": 4000})
 COMMAND = ["pagoda_runtime.server.testing", MODEL, "--drain-delay-seconds", "0"]

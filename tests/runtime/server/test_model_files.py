@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 
 from pagoda_runtime.models.testing import make_tiny_checkpoint
-from pagoda_runtime.server.testing import ServerProcess
+from pagoda_runtime.server.testing_process import ServerProcess
 from pagoda_runtime.tokenizer.tokenizer import load_tokenizer
 
 FLAGS = ["--host", "127.0.0.1", "--port", "0", "--kv-cache-memory-bytes", "4000000"]

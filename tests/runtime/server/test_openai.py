@@ -16,11 +16,6 @@ from pagoda_runtime.server.testing import READY, FakeEngine, make_config, make_s
 
 
 @pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine(make_config().engine)
-
-
-@pytest.fixture
 def state(engine: FakeEngine) -> ServerState:
     return make_state(engine, make_config("--served-model-name", "tiny", "alias"))
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from pagoda_runtime.models.testing import make_tiny_pooled_checkpoint
-from pagoda_runtime.server.testing import FakeEngine, ServerProcess, make_config, make_state
+from pagoda_runtime.server.testing import FakeEngine, make_config, make_state
 from pagoda_runtime.server.testing import running_server as serve_fake
+from pagoda_runtime.server.testing_process import ServerProcess
 
 FLAGS = ["--host", "127.0.0.1", "--port", "0", "--num-threads", "1", "--served-model-name", "tiny"]
 FLAGS += ["--max-num-seqs", "8", "--max-num-waiting", "24", "--drain-delay-seconds", "0"]

@@ -16,7 +16,7 @@ import pytest
 
 from pagoda_runtime.convert.testing import write_gguf
 from pagoda_runtime.models.testing import make_tiny_checkpoint, write_tiny_tokenizer
-from pagoda_runtime.server.testing import ServerProcess
+from pagoda_runtime.server.testing_process import ServerProcess
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 FLAGS = ["--host", "127.0.0.1", "--port", "0", "--kv-cache-memory-bytes", "4000000"]

@@ -228,6 +228,8 @@ async def test_a_failure_is_told_in_the_stream_and_in_the_background(client, eng
     assert (events[-2].type, events[-2].message) == ("error", "gone")
     assert (events[-1].type, events[-1].response.status) == ("response.failed", "failed")
     assert events[-1].response.error.code == "engine_dead"
+    while engine.running:
+        await asyncio.sleep(0.005)
     engine.failure = None
     failed = await wait_for(client, begun.id, "failed")
     assert failed.error.message == "gone"

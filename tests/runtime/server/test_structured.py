@@ -108,6 +108,32 @@ async def test_a_form_that_asks_for_nothing_is_none(http, engine, fields):
         ({"guided_regex": "(a"}, "guided_regex", "not valid"),
         ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs.regex", "look"),
         ({"structured_outputs": {}}, "structured_outputs", "must have one of json"),
+        (
+            {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}},
+            "structured_outputs.whitespace_pattern",
+            "goes with json",
+        ),
+        (
+            {"structured_outputs": {"choice": ["a"], "disable_any_whitespace": True}},
+            "structured_outputs.disable_any_whitespace",
+            "goes with json",
+        ),
+        (
+            {
+                "structured_outputs": {
+                    "json": {},
+                    "whitespace_pattern": " ",
+                    "disable_any_whitespace": True,
+                }
+            },
+            "structured_outputs.whitespace_pattern",
+            "leave one out",
+        ),
+        (
+            {"response_format": {"type": "json_object", "triggers": ["<"]}},
+            "response_format.triggers",
+            "goes with the type structural_tag",
+        ),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "list of texts"),
         ({"guided_grammar": "start: x"}, "guided_grammar", "not valid"),
         ({"guided_grammar": 'start: "a"' + 300_000 * " "}, "guided_grammar", "262144"),

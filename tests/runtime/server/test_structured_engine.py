@@ -10,22 +10,19 @@ import pytest
 
 from pagoda_runtime.grammar.testing import SchemaMaker, ask_for
 from pagoda_runtime.models.testing import make_tiny_checkpoint
-from pagoda_runtime.server.testing import ServerProcess
+from pagoda_runtime.server.testing_process import serving
 
 pytestmark = pytest.mark.slow
 
 NUM_SCHEMAS = 300
-FLAGS = ["--host", "127.0.0.1", "--port", "0", "--kv-cache-memory-bytes", "1500000"]
-FLAGS += ["--num-threads", "1", "--drain-delay-seconds", "0.2", "--max-num-seqs", "64"]
+FLAGS = ["--kv-cache-memory-bytes", "1500000", "--max-num-seqs", "64"]
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = make_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
-    command = ["pagoda_runtime", "serve", str(folder), "--served-model-name", "tiny"]
-    server = ServerProcess([*command, *FLAGS], folder.parent / "termination-log")
-    yield server.wait_until_ready()
-    server.close()
+    with serving(folder, *FLAGS) as url:
+        yield url
 
 
 async def test_finished_answers_fit_their_schemas(url):

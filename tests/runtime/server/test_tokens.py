@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
-import pytest_asyncio
 
 from pagoda_runtime.models.testing import write_tiny_tokenizer
-from pagoda_runtime.server.state import ServerState
-from pagoda_runtime.server.testing import FakeEngine, make_config, make_state, running_server
+from pagoda_runtime.server.testing import make_config, make_state, running_server
 from pagoda_runtime.tokenizer.tokenizer import load_tokenizer
 
 MESSAGES = [{"role": "system", "content": "a"}, {"role": "user", "content": "é?"}]
-
-
-@pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine(make_config().engine)
-
-
-@pytest.fixture
-def state(engine: FakeEngine) -> ServerState:
-    return make_state(engine, make_config("--served-model-name", "tiny"))
-
-
-@pytest_asyncio.fixture
-async def http(state: ServerState) -> AsyncIterator[httpx.AsyncClient]:
-    async with running_server(state) as url, httpx.AsyncClient(base_url=url) as http:
-        yield http
 
 
 async def post(http: httpx.AsyncClient, path: str, **body: Any) -> dict[str, Any]:

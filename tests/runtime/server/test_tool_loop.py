@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from pagoda_runtime.models.testing import make_tiny_checkpoint, write_tiny_tokenizer
-from pagoda_runtime.server.testing import ServerProcess
+from pagoda_runtime.server.testing_process import serving
 
 TEMPLATE = (
     "{% if tools %}{{ tools | map(attribute='function') | map(attribute='name') | join(' ') }} in "
@@ -21,8 +21,7 @@ TEMPLATE = (
     "{% endfor %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant:"
     "<think>\n{% if enable_thinking is false %}</think>\n{% endif %}{% endif %}"
 )
-FLAGS = ["--host", "127.0.0.1", "--port", "0", "--kv-cache-memory-bytes", "8000000"]
-FLAGS += ["--num-threads", "1", "--drain-delay-seconds", "0.2", "--max-num-seqs", "8"]
+FLAGS = ["--kv-cache-memory-bytes", "8000000", "--max-num-seqs", "8"]
 USER: Any = {"role": "user", "content": "7 + 5?"}
 
 
@@ -42,10 +41,8 @@ def no_thoughts(**fields: Any) -> dict[str, Any]:
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = make_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
     write_tiny_tokenizer(folder, TEMPLATE)
-    command = ["pagoda_runtime", "serve", str(folder), "--served-model-name", "tiny", *FLAGS]
-    server = ServerProcess(command, folder.parent / "termination-log")
-    yield server.wait_until_ready()
-    server.close()
+    with serving(folder, *FLAGS) as url:
+        yield url
 
 
 @pytest.fixture
