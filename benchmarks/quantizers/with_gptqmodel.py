@@ -21,9 +21,10 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import torch
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+from gptqmodel.quantization.awq.quantize import scale
 from gptqmodel.quantization.config import FORMAT, AWQConfig, GPTQConfig
 from safetensors.torch import load_file, save_file
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3RotaryEmbedding
 
 COMMON = {"bits": 4, "group_size": 128, "offload_to_disk": False}
 CONFIGS = {
@@ -50,8 +51,17 @@ def let_positions_have_a_type() -> None:
     Gemma3RotaryEmbedding.forward = forward
 
 
+def let_norms_multiply_by_one_more() -> None:
+    """AWQ divides Gemma 3's norms as Llama's: their products are weight, and Gemma's 1 + weight.
+
+    It knows Gemma 2's, whose place Gemma 3's take.
+    """
+    scale.Gemma2RMSNorm = Gemma3RMSNorm
+
+
 def main(kind: str, model: Path, calibration: Path, out: Path) -> None:
     let_positions_have_a_type()
+    let_norms_multiply_by_one_more()
     windows = json.loads(calibration.read_text())
     rows = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows]
     if kind == "awq":

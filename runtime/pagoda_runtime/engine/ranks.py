@@ -175,14 +175,15 @@ class Ranks:
             due = min(map(self._due_seconds, self._ranks))
             left = None if due == math.inf else max(0.0, due - time.monotonic())
             found = wait(signs, left)
+            now = time.monotonic()
             if self._is_closing:
                 return None
             if self._wake in found:
                 os.eventfd_read(self._wake)
-            if time.monotonic() > due + _GRACE_SECONDS:
+            if now > due + _GRACE_SECONDS:
                 # This process was stopped too, and the ranks had not all that time.
                 for rank in self._ranks:
-                    rank.heard_seconds = time.monotonic()
+                    rank.heard_seconds = now
             for rank in self._ranks:
                 self._read(rank)
                 rank.is_gone |= rank.pidfd in found
@@ -190,7 +191,8 @@ class Ranks:
                 self._ready.set()
             if any(rank.is_gone or rank.report for rank in self._ranks):
                 return self._explain_death()
-            if late := [rank for rank in self._ranks if self._is_late(rank)]:
+            # Only what was waited for is late: this process can be stopped at any line of these.
+            if due <= now and (late := [rank for rank in self._ranks if self._is_late(rank, now)]):
                 return self._explain_silence(late)
 
     def _due_seconds(self, rank: _Rank) -> float:
@@ -199,8 +201,7 @@ class Ranks:
             return math.inf
         return max(rank.heard_seconds, self._begun_seconds) + self._timeout_seconds
 
-    def _is_late(self, rank: _Rank) -> bool:
-        now = time.monotonic()
+    def _is_late(self, rank: _Rank, now: float) -> bool:
         if now < self._due_seconds(rank):
             return False
         if rank.is_ready or _is_stopped(rank):
