@@ -117,10 +117,8 @@ def load_weights(
     faults: dict[str, list[str]] = {kind: [] for kind in kinds}
     seen: set[str] = set()
     num_scales = 0
-    started = time.monotonic()
-    bytes_done = bytes_read = 0
     files = find_weight_files(folder)
-    bytes_total = sum(_file_bytes(path) for path in files)
+    progress = _Progress(sum(_file_bytes(path) for path in files), on_progress)
     for path in files:
         for name, stored in _read_parts(path, prefix, fused):
             name = name if name in shards else _other_name(name)
@@ -135,20 +133,31 @@ def load_weights(
             except _FaultError as error:
                 faults[error.kind].append(str(error))
             else:
-                bytes_read += piece.nbytes
-                bytes_done += math.prod(stored.get_shape()) * piece.itemsize
+                progress.add(piece, math.prod(stored.get_shape()) * piece.itemsize)
             seen.add(name)
-            speed = bytes_read / max(time.monotonic() - started, 1e-9)
-            on_progress("load", 100.0 * bytes_done / max(bytes_total, bytes_done), speed)
-    faults["missing"] = [
-        name
-        for name, shard in shards.items()
-        if name not in seen and not shard.parameter.is_optional
-    ]
+    missing = (name for name in shards if name not in seen)
+    faults["missing"] += [name for name in missing if not shards[name].parameter.is_optional]
     _raise_faults(folder, faults)
     if num_scales:
         logger.info(_UNUSED_SCALES, num_scales, ", ".join(KV_SCALES))
-    return bytes_read
+    return progress.bytes_read
+
+
+class _Progress:
+    """What is loaded of all files, and how fast."""
+
+    def __init__(self, bytes_total: int, report: OnProgress) -> None:
+        self.bytes_read = 0
+        self._bytes_done, self._bytes_total = 0, bytes_total
+        self._report, self._started_seconds = report, time.monotonic()
+
+    def add(self, piece: torch.Tensor, num_bytes: int) -> None:
+        """piece: this rank's; num_bytes: of the whole tensor."""
+        self.bytes_read += piece.nbytes
+        self._bytes_done += num_bytes
+        speed = self.bytes_read / max(time.monotonic() - self._started_seconds, 1e-9)
+        whole = max(self._bytes_total, self._bytes_done)
+        self._report("load", 100.0 * self._bytes_done / whole, speed)
 
 
 _UNUSED_SCALES = (
