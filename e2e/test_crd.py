@@ -46,6 +46,21 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown dtype": ({"engine": {"dtype": "bf16"}}, 'Unsupported value: "bf16"'),
     "TP 5": ({"engine": {"tensorParallelSize": 5}}, "is 1, 2, 3, 4, 6, 8 or 16"),
     "TP 0": ({"engine": {"tensorParallelSize": 0}}, "greater than or equal to 1"),
+    "a block of 24": ({"engine": {"blockSize": 24}}, "blockSize is 8, 16, 32, 64, 128 or 256"),
+    "an alias with a space": (
+        {"model": {"uri": "pvc://a/b", "aliases": ["a b"]}},
+        "a name in model.aliases begins with a letter or digit and has no spaces",
+    ),
+    "more shared memory than memory": (
+        {"resources": {"memory": "4Gi", "sharedMemory": "4Gi"}},
+        "resources.sharedMemory counts in resources.memory, and is less than that",
+    ),
+    "no time to drain": ({"lifecycle": {"drainSeconds": 0}}, "greater than or equal to 1"),
+    "a hang at once": ({"lifecycle": {"stallSeconds": 1}}, "greater than or equal to 10"),
+    "the drain as a flag": (
+        {"engine": {"extraArgs": ["--drain-seconds=3"]}},
+        "set spec.lifecycle.drainSeconds",
+    ),
     "negative context": ({"engine": {"maxModelLen": -8}}, "greater than or equal to 2"),
     "all of the GPU": ({"engine": {"gpuMemoryPercent": 100}}, "less than or equal to 98"),
     "a string for a number": ({"engine": {"maxNumSeqs": "16"}}, "must be of type integer"),
@@ -131,7 +146,7 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
         {"networkPolicy": {"enabled": True, "from": [{}]}},
         "should have at least 1 properties",
     ),
-    "unknown field": ({"engine": {"blockSize": 16}}, 'unknown field "spec.engine.blockSize"'),
+    "unknown field": ({"engine": {"blocks": 16}}, 'unknown field "spec.engine.blocks"'),
 }
 
 

@@ -13,7 +13,6 @@ PORT = 8000
 MODELS_PATH = "/models"
 API_KEYS_PATH = "/etc/pagoda/api-keys"
 DRAIN_DELAY_SECONDS = 5
-DRAIN_SECONDS = 30
 
 
 def engine_args(service: LLMService) -> list[str]:
@@ -22,7 +21,7 @@ def engine_args(service: LLMService) -> list[str]:
     args = ["serve", "--model", _model_argument(spec.model.uri)]
     if spec.model.revision is not None:
         args += ["--revision", spec.model.revision]
-    args += ["--served-model-name", service.model_name]
+    args += ["--served-model-name", service.model_name, *spec.model.aliases]
     args += ["--host", "0.0.0.0", "--port", str(PORT)]
     # Named, not detected: an engine that finds no GPU fails rather than crawls on the CPU.
     args += ["--device", "cuda" if spec.num_gpus else "cpu"]
@@ -36,12 +35,18 @@ def engine_args(service: LLMService) -> list[str]:
     if engine.max_model_len is not None:
         args += ["--max-model-len", str(engine.max_model_len)]
     args += ["--max-num-seqs", str(engine.max_num_seqs)]
+    if engine.max_num_batched_tokens is not None:
+        args += ["--max-num-batched-tokens", str(engine.max_num_batched_tokens)]
+    if engine.block_size is not None:
+        args += ["--block-size", str(engine.block_size)]
     args += ["--gpu-memory-utilization", f"{engine.gpu_memory_percent / 100:.2f}"]
     args += ["--enable-prefix-caching" if engine.prefix_caching else "--no-enable-prefix-caching"]
     if spec.auth.api_keys_secret_ref is not None:
         args += ["--api-key-file", API_KEYS_PATH]
     args += ["--drain-delay-seconds", str(DRAIN_DELAY_SECONDS)]
-    args += ["--drain-seconds", str(DRAIN_SECONDS)]
+    args += ["--drain-seconds", str(spec.lifecycle.drain_seconds)]
+    if spec.lifecycle.stall_seconds is not None:
+        args += ["--stall-seconds", str(spec.lifecycle.stall_seconds)]
     return [*args, *engine.extra_args]
 
 

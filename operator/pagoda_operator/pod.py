@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pagoda_operator.flags import (
     API_KEYS_PATH,
     DRAIN_DELAY_SECONDS,
-    DRAIN_SECONDS,
     MODELS_PATH,
     PORT,
     engine_args,
@@ -20,7 +19,6 @@ from pagoda_operator.flags import (
 from pagoda_operator.names import Manifest, common_labels, engine_name, selector_labels
 from pagoda_operator.spec import LLMService, Part, PodTemplate, SecurityContext
 
-STARTUP_SECONDS = 3600
 # What the engine needs to end after its drain, before the kubelet kills it.
 DRAIN_MARGIN_SECONDS = 10
 # The numeric user of the runtime image: the kubelet cannot check runAsNonRoot against a name.
@@ -46,7 +44,7 @@ SHM_GIBIBYTES_A_GPU = 1
 
 def render_pod_template(service: LLMService, engine_image: str) -> Manifest:
     """The template of the engine's pods; two services with the same spec get the same one."""
-    added = service.spec.pod_template
+    added, lifecycle = service.spec.pod_template, service.spec.lifecycle
     metadata: Manifest = {"labels": {**added.labels, **common_labels(service.key.name)}}
     if added.annotations:
         metadata["annotations"] = added.annotations
@@ -57,7 +55,7 @@ def render_pod_template(service: LLMService, engine_image: str) -> Manifest:
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "terminationGracePeriodSeconds": (
-                DRAIN_DELAY_SECONDS + DRAIN_SECONDS + DRAIN_MARGIN_SECONDS
+                DRAIN_DELAY_SECONDS + lifecycle.drain_seconds + DRAIN_MARGIN_SECONDS
             ),
             "securityContext": _render_security_context(added.security_context),
             "containers": [_render_container(service, engine_image)],
@@ -136,7 +134,9 @@ def _render_container(service: LLMService, engine_image: str) -> Manifest:
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
-        "startupProbe": _render_probe("/startup", period=1, failures=STARTUP_SECONDS),
+        "startupProbe": _render_probe(
+            "/startup", period=1, failures=service.spec.lifecycle.startup_timeout_seconds
+        ),
         "readinessProbe": _render_probe("/ready", period=2, failures=3),
         # Longer than readiness: a busy engine leaves the Service before it is restarted.
         "livenessProbe": _render_probe("/health", period=10, failures=6),
@@ -208,8 +208,8 @@ def _own_volumes(service: LLMService) -> list[tuple[str, Manifest]]:
     """(path in the container, volume) of every volume that is not the user's own."""
     num_gpus = service.spec.num_gpus
     # Ranks on a CPU talk over sockets.
-    shm_size = f"{SHM_GIBIBYTES_A_GPU * num_gpus}Gi" if num_gpus > 1 else "256Mi"
-    shm = {"medium": "Memory", "sizeLimit": shm_size}
+    least = f"{SHM_GIBIBYTES_A_GPU * num_gpus}Gi" if num_gpus > 1 else "256Mi"
+    shm = {"medium": "Memory", "sizeLimit": str(service.spec.resources.shared_memory or least)}
     volumes: list[tuple[str, Manifest]] = [
         ("/tmp", {"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE_LIMIT}}),
         (

@@ -21,11 +21,11 @@ from pagoda_operator.names import (
     engine_name,
     selector_labels,
 )
-from pagoda_operator.pod import STARTUP_SECONDS, render_pod_template
+from pagoda_operator.pod import render_pod_template
 from pagoda_operator.spec import LLMService
 
-# A pod may load for STARTUP_SECONDS; only then has the rollout failed.
-PROGRESS_DEADLINE_SECONDS = STARTUP_SECONDS + 300
+# A pod may load for the whole of its startup timeout; only then has the rollout failed.
+PROGRESS_MARGIN_SECONDS = 300
 # Of the operator's own pods, whatever the release (`charts/pagoda`).
 OPERATOR_LABELS = {"app.kubernetes.io/name": "pagoda-operator"}
 # The API server gives it to every namespace.
@@ -84,10 +84,11 @@ def render_deployment(service: LLMService, *, engine_image: str) -> Manifest:
     """The engines."""
     template = render_pod_template(service, engine_image)
     template["metadata"]["labels"][LABEL_REVISION] = digest(template)[:10]
+    deadline = service.spec.lifecycle.startup_timeout_seconds + PROGRESS_MARGIN_SECONDS
     spec = {
         "selector": {"matchLabels": selector_labels(service.key.name)},
         "strategy": _render_strategy(service),
-        "progressDeadlineSeconds": PROGRESS_DEADLINE_SECONDS,
+        "progressDeadlineSeconds": deadline,
         "revisionHistoryLimit": 3,
         "template": template,
     }

@@ -42,6 +42,7 @@ class SecretRef:
 class Model:
     uri: str
     name: str | None = None
+    aliases: tuple[str, ...] = ()
     revision: str | None = None
     credentials_secret_ref: SecretRef | None = None
 
@@ -55,6 +56,8 @@ class Engine:
     kv_cache_dtype: KvCacheDtype = "Auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
     gpu_memory_percent: int = 90
     prefix_caching: bool = True
     extra_args: tuple[str, ...] = ()
@@ -75,6 +78,7 @@ class Resources:
     cpu_limit: int | float | str | None = None
     memory: int | str | None = None
     memory_request: int | str | None = None
+    shared_memory: int | str | None = None
     ephemeral_storage: int | str | None = None
 
 
@@ -94,6 +98,13 @@ class Autoscaling:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     strategy: RolloutStrategy = "Auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifecycle:
+    startup_timeout_seconds: int = 3600
+    drain_seconds: int = 30
+    stall_seconds: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +161,7 @@ class LLMServiceSpec:
     replicas: int = 1
     autoscaling: Autoscaling | None = None
     rollout: Rollout = field(default_factory=Rollout)
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
     auth: Auth = field(default_factory=Auth)
     cache: Cache = field(default_factory=Cache)
     network_policy: NetworkPolicy = field(default_factory=NetworkPolicy)

@@ -45,7 +45,7 @@ def parse(spec: dict[str, Any]) -> ServerConfig:
 def test_every_field_of_the_spec_arrives_in_the_configuration() -> None:
     config = parse(
         {
-            "model": {"uri": "pvc://models/gemma-3-270m", "name": "gemma"},
+            "model": {"uri": "pvc://models/gemma-3-270m", "name": "gemma", "aliases": ["small"]},
             "auth": {"apiKeysSecretRef": {"name": "keys"}},
             "engine": {
                 "dtype": "Float16",
@@ -54,22 +54,28 @@ def test_every_field_of_the_spec_arrives_in_the_configuration() -> None:
                 "kvCacheDtype": "FP8E5M2",
                 "maxModelLen": 4096,
                 "maxNumSeqs": 12,
+                "maxNumBatchedTokens": 300,
+                "blockSize": 64,
                 "gpuMemoryPercent": 85,
                 "prefixCaching": False,
                 "extraArgs": ["--seed", "7", "--num-threads=2"],
             },
+            "lifecycle": {"drainSeconds": 90, "stallSeconds": 45},
         }
     )
     engine = config.engine
-    assert (config.served_model_name, config.host, config.port) == (("gemma",), "0.0.0.0", PORT)
+    assert config.served_model_name == ("gemma", "small")
+    assert (config.host, config.port) == ("0.0.0.0", PORT)
     assert (engine.model, engine.device) == ("/models/gemma-3-270m", "cuda")
     assert (engine.dtype, engine.tensor_parallel_size) == ("float16", 2)
     assert (engine.quantization, engine.kv_cache_dtype) == ("awq", "fp8_e5m2")
     assert (engine.max_model_len, engine.max_num_seqs) == (4096, 12)
+    assert (engine.max_num_batched_tokens, engine.block_size) == (300, 64)
     assert engine.gpu_memory_utilization == 0.85
     assert engine.enable_prefix_caching is False
     assert (engine.seed, engine.num_threads) == (7, 2)
     assert config.api_key_file == "/etc/pagoda/api-keys"
+    assert (config.drain_seconds, engine.stall_seconds) == (90, 45)
 
 
 def test_a_revision_of_the_hub_arrives_in_the_configuration() -> None:

@@ -99,6 +99,7 @@ def test_every_folder_on_the_nodes_disk_is_bounded() -> None:
     four = {"engine": {"tensorParallelSize": 4}}
     assert limits(four)["shm"] == "4Gi"
     assert limits({**four, "resources": CPU})["shm"] == "256Mi"
+    assert limits({**four, "resources": {"sharedMemory": "9Gi"}})["shm"] == "9Gi"
 
 
 def variables(spec: dict[str, Any] | None = None) -> dict[str, str]:
@@ -156,10 +157,20 @@ def test_a_chosen_strategy_holds_on_cpus_and_gpus(strategy: str, rendered: Manif
         assert found["spec"]["strategy"] == rendered
 
 
-def test_the_grace_period_covers_the_drain_that_the_flags_ask_for() -> None:
-    args = container()["args"]
-    drain = sum(int(args[args.index(f) + 1]) for f in ("--drain-delay-seconds", "--drain-seconds"))
-    assert pod_spec()["terminationGracePeriodSeconds"] > drain
+@pytest.mark.parametrize("seconds", [1, 30, 86400])
+def test_the_grace_period_covers_the_drain_that_the_flags_ask_for(seconds: int) -> None:
+    spec = {"lifecycle": {"drainSeconds": seconds}}
+    args = container(spec)["args"]
+    drain = [int(args[args.index(f) + 1]) for f in ("--drain-delay-seconds", "--drain-seconds")]
+    assert drain == [5, seconds]
+    assert pod_spec(spec)["terminationGracePeriodSeconds"] == sum(drain) + 10
+
+
+def test_a_replica_may_load_for_its_startup_timeout_and_the_rollout_a_little_longer() -> None:
+    spec = {"lifecycle": {"startupTimeoutSeconds": 7200}}
+    probe = container(spec)["startupProbe"]
+    assert (probe["periodSeconds"], probe["failureThreshold"]) == (1, 7200)
+    assert deployment(spec)["spec"]["progressDeadlineSeconds"] == 7500
 
 
 def test_resources_are_reserved_and_only_cpu_is_not_limited() -> None:
@@ -236,6 +247,8 @@ engines = st.fixed_dictionaries(
         "maxModelLen": st.integers(2, 10**6),
         "tensorParallelSize": st.sampled_from([1, 2, 4, 8]),
         "prefixCaching": st.booleans(),
+        "maxNumBatchedTokens": st.integers(1, 2**20),
+        "blockSize": st.sampled_from([8, 16, 32, 64, 128, 256]),
     },
 )
 
