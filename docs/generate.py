@@ -240,7 +240,8 @@ def _field_rows(node: dict[str, Any], prefix: str) -> Iterator[str]:
 def _values(field: dict[str, Any]) -> str:
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
-    kind = field.get("type", "quantity")
+    # A percentage has four letters at most.
+    kind = field.get("type", "number or percentage" if field.get("maxLength") == 4 else "quantity")
     if kind == "integer":
         return f"{field['minimum']} … {field['maximum']}"
     if kind == "array":

@@ -20,6 +20,8 @@ from operator_process import (
     without_installed_operator,
 )
 
+from pagoda_operator.names import CHILD_KINDS
+
 pytestmark = pytest.mark.cluster
 
 
@@ -154,16 +156,15 @@ def test_the_rights_of_a_release_are_enough_for_all_that_its_operator_does(
     with without_installed_operator(target.kubectl):
         operator.start()
         try:
-            namespace.apply(manifest({"networkPolicy": {"enabled": True}}, name="chat"))
+            namespace.apply(manifest(EVERY_CHILD, name="chat"))
             wait_until(
                 "a status",
                 lambda: condition(namespace.get("llmservice", "chat") or {}, "Ready"),
                 timeout_seconds=20,
                 on_timeout=lambda: operator.log,
             )
-            kinds = "deployment,service,serviceaccount,networkpolicy"
-            found = {item["kind"] for item in namespace.items(kinds, "-l", LABEL)}
-            assert found == {"Deployment", "Service", "ServiceAccount", "NetworkPolicy"}
+            found = {item["kind"] for item in namespace.items(",".join(CHILD_KINDS), "-l", LABEL)}
+            assert found == set(CHILD_KINDS)
             assert "forbidden" not in operator.log
         finally:
             operator.kill()
@@ -173,6 +174,7 @@ def test_the_rights_of_a_release_are_enough_for_all_that_its_operator_does(
 
 
 LABEL = "pagoda.dev/service=chat"
+EVERY_CHILD = {"networkPolicy": {"enabled": True}, "replicas": 2}
 
 
 def as_account(kubectl: Kubectl, account: str, path: Path) -> Path:

@@ -61,6 +61,15 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
         {"engine": {"extraArgs": ["--drain-seconds=3"]}},
         "set spec.lifecycle.drainSeconds",
     ),
+    "two budgets": (
+        {"disruption": {"minAvailable": 1, "maxUnavailable": 1}},
+        "disruption has minAvailable or maxUnavailable, not both",
+    ),
+    "a budget of words": (
+        {"disruption": {"minAvailable": "half"}},
+        "minAvailable is a number of replicas, as 1, or a percentage of them, as 50%",
+    ),
+    "a budget above the whole": ({"disruption": {"maxUnavailable": "101%"}}, "as 50%"),
     "negative context": ({"engine": {"maxModelLen": -8}}, "greater than or equal to 2"),
     "all of the GPU": ({"engine": {"gpuMemoryPercent": 100}}, "less than or equal to 98"),
     "a string for a number": ({"engine": {"maxNumSeqs": "16"}}, "must be of type integer"),

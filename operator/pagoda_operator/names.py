@@ -67,12 +67,13 @@ RESOURCES = {
     "Service": ("", "v1", "services"),
     "ServiceAccount": ("", "v1", "serviceaccounts"),
     "NetworkPolicy": ("networking.k8s.io", "v1", "networkpolicies"),
+    "PodDisruptionBudget": ("policy", "v1", "poddisruptionbudgets"),
     "Pod": ("", "v1", "pods"),
     "Event": ("", "v1", "events"),
     "Lease": ("coordination.k8s.io", "v1", "leases"),
 }
 """kind → (group, version, plural) of every kind that the operator reads or writes"""
-CHILD_KINDS = ("ServiceAccount", "Service", "NetworkPolicy", "Deployment")
+CHILD_KINDS = ("ServiceAccount", "Service", "NetworkPolicy", "PodDisruptionBudget", "Deployment")
 """In the order in which they are applied: a pod needs its ServiceAccount."""
 
 
@@ -107,7 +108,7 @@ def find_condition(status: Manifest, kind: str) -> Manifest:
 
 
 def engine_name(service_name: str) -> str:
-    """Name of the Deployment, the ServiceAccount and the NetworkPolicy of the engines."""
+    """Name of every child but the Service."""
     return f"{service_name}-engine"
 
 

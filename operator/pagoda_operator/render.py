@@ -46,6 +46,8 @@ def render_children(
     children = [render_service_account(service), render_service(service)]
     if service.spec.network_policy.enabled:
         children.append(render_network_policy(service, operator_namespace))
+    if (budget := render_disruption_budget(service)) is not None:
+        children.append(budget)
     children.append(render_deployment(service, engine_image=engine_image))
     return {ChildRef.of(child): child for child in children}
 
@@ -78,6 +80,26 @@ def render_network_policy(service: LLMService, operator_namespace: str | None = 
         "ingress": [{"from": [*peers, operator], "ports": ports}],
     }
     return _child(service, "NetworkPolicy", spec=spec)
+
+
+def render_disruption_budget(service: LLMService) -> Manifest | None:
+    """How many replicas a drain of nodes may take at once; None: one replica that may be moved."""
+    disruption = service.spec.disruption
+    if disruption.min_available is not None:
+        bound = {"minAvailable": disruption.min_available}
+    elif disruption.max_unavailable is not None:
+        bound = {"maxUnavailable": disruption.max_unavailable}
+    elif service.spec.max_replicas > 1:
+        bound = {"maxUnavailable": 1}
+    else:
+        return None
+    spec = {
+        "selector": {"matchLabels": selector_labels(service.key.name)},
+        **bound,
+        # A replica that loads or fails answers nobody: it does not hold up a node's drain.
+        "unhealthyPodEvictionPolicy": "AlwaysAllow",
+    }
+    return _child(service, "PodDisruptionBudget", spec=spec)
 
 
 def render_deployment(service: LLMService, *, engine_image: str) -> Manifest:

@@ -108,6 +108,12 @@ class Lifecycle:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Disruption:
+    min_available: int | str | None = None
+    max_unavailable: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Auth:
     api_keys_secret_ref: SecretRef | None = None
 
@@ -162,6 +168,7 @@ class LLMServiceSpec:
     autoscaling: Autoscaling | None = None
     rollout: Rollout = field(default_factory=Rollout)
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    disruption: Disruption = field(default_factory=Disruption)
     auth: Auth = field(default_factory=Auth)
     cache: Cache = field(default_factory=Cache)
     network_policy: NetworkPolicy = field(default_factory=NetworkPolicy)
@@ -180,6 +187,11 @@ class LLMServiceSpec:
         if self.rollout.strategy != "Auto":
             return self.rollout.strategy
         return "Recreate" if self.num_gpus else "Surge"
+
+    @property
+    def max_replicas(self) -> int:
+        """The most replicas that there can be, where the service is not suspended."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
     @property
     def min_replicas(self) -> int:

@@ -73,15 +73,22 @@ def replicas(cluster: MemoryCluster) -> int:
     return int(cluster.find("Deployment", "chat-engine")["spec"]["replicas"])
 
 
-async def test_a_network_policy_goes_when_the_spec_no_longer_asks_for_it(
-    cluster: MemoryCluster, reconciler: Reconciler
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("NetworkPolicy", {"networkPolicy": {"enabled": True}}),
+        ("PodDisruptionBudget", {"replicas": 2}),
+    ],
+)
+async def test_a_child_goes_when_the_spec_no_longer_asks_for_it(
+    cluster: MemoryCluster, reconciler: Reconciler, kind: str, spec: Manifest
 ) -> None:
-    cluster.put(make_manifest({"networkPolicy": {"enabled": True}}))
+    cluster.put(make_manifest(spec))
     await settle(reconciler)
-    assert ("NetworkPolicy", "chat-engine") in cluster.objects
+    assert (kind, "chat-engine") in cluster.objects
     edit(cluster, {}, generation=2)
     await settle(reconciler)
-    assert ("NetworkPolicy", "chat-engine") not in cluster.objects
+    assert (kind, "chat-engine") not in cluster.objects
 
 
 async def test_a_new_service_gets_its_children_and_then_nothing_is_written(

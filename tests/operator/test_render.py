@@ -45,6 +45,31 @@ def test_the_children_have_fixed_names_and_one_owner() -> None:
         assert (owner["uid"], owner["controller"]) == ("uid-of-chat", True)
 
 
+@pytest.mark.parametrize(
+    ("spec", "bound"),
+    [
+        ({}, None),
+        ({"autoscaling": {"maxReplicas": 1}}, None),
+        ({"replicas": 2}, {"maxUnavailable": 1}),
+        ({"replicas": 2, "suspend": True}, {"maxUnavailable": 1}),
+        ({"autoscaling": {"maxReplicas": 3}}, {"maxUnavailable": 1}),
+        ({"disruption": {"minAvailable": "50%"}}, {"minAvailable": "50%"}),
+        ({"disruption": {"maxUnavailable": 0}, "replicas": 2}, {"maxUnavailable": 0}),
+    ],
+)
+def test_a_drain_of_nodes_takes_one_of_several_replicas_or_what_the_spec_says(
+    spec: dict[str, Any], bound: dict[str, Any] | None
+) -> None:
+    children = render_children(make_service(spec), engine_image="engine:1")
+    budget = children.get(ChildRef("PodDisruptionBudget", "chat-engine"))
+    if bound is None:
+        assert budget is None
+        return
+    assert budget is not None
+    assert budget["spec"].pop("selector") == deployment()["spec"]["selector"]
+    assert budget["spec"] == {**bound, "unhealthyPodEvictionPolicy": "AlwaysAllow"}
+
+
 def test_the_service_leads_port_80_to_the_pods_of_every_revision() -> None:
     children = render_children(make_service(), engine_image="engine:1")
     service = children[ChildRef("Service", "chat")]["spec"]
