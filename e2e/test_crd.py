@@ -14,6 +14,7 @@ from llmservices import dry_run, manifest
 pytestmark = pytest.mark.cluster
 EXAMPLES = sorted((stack.ROOT / "examples").glob("*.yaml"))
 
+CLAIM = {"name": "gpu", "resourceClaimTemplateName": "one-gpu"}
 BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "no model": ({"model": None}, "spec.model: Required value"),
     "empty uri": ({"model": {"uri": ""}}, "spec.model.uri"),
@@ -146,6 +147,18 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "a product twice": (
         {"resources": {"gpu": {"products": ["NVIDIA-L4", "NVIDIA-L4"]}}},
         "Duplicate value",
+    ),
+    "GPUs by claims and by number": (
+        {"resources": {"gpu": {"count": 1, "claims": [CLAIM]}}},
+        "resources.gpu.claims say which GPUs and how many; remove count, products and resourceName",
+    ),
+    "a claim of nothing": (
+        {"resources": {"gpu": {"claims": [{"name": "gpu"}]}}},
+        "spec.resources.gpu.claims[0].resourceClaimTemplateName: Required value",
+    ),
+    "a queue with a space": (
+        {"resources": {"queueName": "a b"}},
+        "queueName is the name of a LocalQueue of Kueue",
     ),
     "nine products": (
         {"resources": {"gpu": {"products": [f"NVIDIA-{number}" for number in range(9)]}}},

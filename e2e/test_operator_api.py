@@ -261,3 +261,34 @@ def test_sigterm_ends_the_operator_with_status_zero(
     assert operator.stop() == 0
     assert time.monotonic() - started < 10
     assert "Traceback" not in operator.log
+
+
+def test_a_claim_without_its_template_is_named(
+    namespace: Kubectl, operator: OperatorProcess
+) -> None:
+    claim = {"name": "gpu", "resourceClaimTemplateName": "one-gpu"}
+    namespace.apply(manifest(resources={"gpu": {"claims": [claim]}}))
+    reason = "ResourceClaimTemplateMissing"
+    wait_until(reason, lambda: ready_reason(namespace) == reason, timeout_seconds=25)
+    pod = deployment(namespace)["spec"]["template"]["spec"]
+    assert pod["resourceClaims"] == [claim]
+    assert pod["containers"][0]["resources"]["claims"] == [{"name": "gpu"}]
+
+
+def test_a_budget_comes_with_the_second_replica_and_goes_with_it(
+    namespace: Kubectl, operator: OperatorProcess
+) -> None:
+    start_service(namespace)
+    assert namespace.get("poddisruptionbudget", "chat-engine") is None
+    namespace.run("scale", "llms/chat", "--replicas=2")
+    found = wait_until(
+        "a budget",
+        lambda: namespace.get("poddisruptionbudget", "chat-engine"),
+        timeout_seconds=5,
+    )
+    assert found["spec"]["maxUnavailable"] == 1
+    assert found["spec"]["selector"] == deployment(namespace)["spec"]["selector"]
+    namespace.run("scale", "llms/chat", "--replicas=1")
+    within_two_seconds(
+        "no budget", lambda: namespace.get("poddisruptionbudget", "chat-engine") is None
+    )

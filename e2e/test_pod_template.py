@@ -26,6 +26,10 @@ BAD_PARTS: dict[str, tuple[dict[str, Any], str]] = {
         {"annotations": {"container.apparmor.security.beta.kubernetes.io/engine": "unconfined"}},
         "podTemplate.annotations may not loosen the security of the pods",
     ),
+    "a queue as a label": (
+        {"labels": {"kueue.x-k8s.io/queue-name": "team"}},
+        "set spec.resources.queueName",
+    ),
     "a label with a space": ({"labels": {"team": "a b"}}, "a label is NAME or DOMAIN/NAME"),
     "a variable of the operator": (
         {"env": [{"name": "HF_HOME", "value": "/x"}]},

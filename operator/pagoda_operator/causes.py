@@ -17,7 +17,18 @@ from pagoda_operator.spec import LLMServiceSpec
 
 IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 # Warnings that keep a container from being created; the pod's own status says nothing of them.
-START_WARNINGS = ("FailedMount", "FailedAttachVolume", "FailedMapVolume", "FailedCreatePodSandBox")
+START_WARNINGS = (
+    "FailedMount",
+    "FailedAttachVolume",
+    "FailedMapVolume",
+    "FailedCreatePodSandBox",
+    "FailedResourceClaimCreation",
+)
+KINDS = {
+    "secret": "Secret",
+    "configmap": "ConfigMap",
+    "resourceclaimtemplate.resource.k8s.io": "ResourceClaimTemplate",
+}
 CRASHES_UNTIL_STALLED = 3
 # What differs between two equal failures (times, ids, ports of the client) would be a write of the
 # status at each.
@@ -78,11 +89,15 @@ def is_ready(pod: Manifest) -> bool:
 
 
 def is_unstarted(pod: Manifest) -> bool:
-    """Whether the pod has a node on which its container was never created."""
+    """Whether the pod has a node on which its container was never created, or waits for claims
+    of which the scheduler says nothing as long as they do not exist.
+    """
     status = pod.get("status", {})
+    scheduled = find_condition(status, "PodScheduled").get("status")
+    has_claims = "resourceClaims" in pod.get("spec", {})
     return (
         status.get("phase") == "Pending"
-        and find_condition(status, "PodScheduled").get("status") == "True"
+        and (scheduled == "True" or (scheduled is None and has_claims))
         and all(
             entry.get("state", {}).get("waiting", {}).get("reason") in (None, "ContainerCreating")
             for entry in status.get("containerStatuses", [])
@@ -146,6 +161,8 @@ def _cause_of_pod(
 ) -> Cause | None:
     pod_status = pod.get("status", {})
     scheduled = find_condition(pod_status, "PodScheduled")
+    if scheduled.get("reason") == "SchedulingGated":
+        return _cause_of_gates(spec, pod)
     if scheduled.get("status") == "False":
         return _cause_of_unscheduled(spec, str(scheduled.get("message", "")), older)
     if is_unstarted(pod):
@@ -163,6 +180,15 @@ def _cause_of_pod(
         if "running" in state:
             return Cause("LoadingModel", "The engine loads the model.", False)
     return None
+
+
+def _cause_of_gates(spec: LLMServiceSpec, pod: Manifest) -> Cause:
+    gates = ", ".join(gate["name"] for gate in pod.get("spec", {}).get("schedulingGates", []))
+    queue = spec.resources.queue_name
+    if queue is not None and "kueue.x-k8s.io/" in gates:
+        text = f"Kueue has not admitted the pod to the queue {queue} (spec.resources.queueName) yet"
+        return Cause("Queued", f"{text}; see its Workload.", False)
+    return Cause("SchedulingGated", f"The pod waits until its gates are removed: {gates}.", False)
 
 
 def _cause_of_unscheduled(spec: LLMServiceSpec, message: str, older: Sequence[Manifest]) -> Cause:
@@ -186,6 +212,9 @@ def _cause_of_unscheduled(spec: LLMServiceSpec, message: str, older: Sequence[Ma
 def _cause_of_gpus(spec: LLMServiceSpec, message: str) -> Cause | None:
     """The want of GPUs, of the wanted products where there are such, if that is what it is."""
     gpu = spec.resources.gpu
+    if gpu.claims and "cannot allocate all claims" in message:
+        text = "No node has devices free for spec.resources.gpu.claims. The scheduler says: "
+        return Cause("InsufficientGPU", text + message, False)
     is_missing = f"Insufficient {gpu.resource_name}" in message
     text = f"No node has {spec.num_gpus} free {gpu.resource_name}"
     if gpu.products:
@@ -231,10 +260,11 @@ def _cause_of_missing(message: str) -> Cause | None:
         key, kind, name = found.groups()
         text = f"The {kind} {name} has no key {key}; add it, or correct the spec that names it."
         return Cause(f"{kind}Missing", text, True)
-    found = re.search(r'(secret|configmap) "([^"]+)" not found', message)
+    kinds = "|".join(map(re.escape, KINDS))
+    found = re.search(rf'({kinds}) "([^"]+)" not found', message)
     if found is None:
         return None
-    kind = {"secret": "Secret", "configmap": "ConfigMap"}[found[1]]
+    kind = KINDS[found[1]]
     text = f"The {kind} {found[2]} does not exist in this namespace; create it, or correct the spec"
     return Cause(f"{kind}Missing", f"{text} that names it.", True)
 

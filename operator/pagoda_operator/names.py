@@ -29,6 +29,8 @@ MANAGED_BY = "pagoda"
 LABEL_COMPONENT = "app.kubernetes.io/component"
 LABEL_SERVICE = "pagoda.dev/service"
 LABEL_REVISION = "pagoda.dev/revision"
+LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
+"""By which Kueue finds what it admits."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

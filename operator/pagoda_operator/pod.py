@@ -16,7 +16,13 @@ from pagoda_operator.flags import (
     engine_args,
     model_claim,
 )
-from pagoda_operator.names import Manifest, common_labels, engine_name, selector_labels
+from pagoda_operator.names import (
+    LABEL_QUEUE,
+    Manifest,
+    common_labels,
+    engine_name,
+    selector_labels,
+)
 from pagoda_operator.spec import LLMService, Part, PodTemplate, SecurityContext
 
 # What the engine needs to end after its drain, before the kubelet kills it.
@@ -45,7 +51,8 @@ SHM_GIBIBYTES_A_GPU = 1
 def render_pod_template(service: LLMService, engine_image: str) -> Manifest:
     """The template of the engine's pods; two services with the same spec get the same one."""
     added, lifecycle = service.spec.pod_template, service.spec.lifecycle
-    metadata: Manifest = {"labels": {**added.labels, **common_labels(service.key.name)}}
+    labels = {**added.labels, **common_labels(service.key.name), **queue_labels(service)}
+    metadata: Manifest = {"labels": labels}
     if added.annotations:
         metadata["annotations"] = added.annotations
     return {
@@ -65,6 +72,12 @@ def render_pod_template(service: LLMService, engine_image: str) -> Manifest:
     }
 
 
+def queue_labels(service: LLMService) -> dict[str, str]:
+    """What the Deployment and its pods have for Kueue, which copies it from one to the other."""
+    queue = service.spec.resources.queue_name
+    return {} if queue is None else {LABEL_QUEUE: queue}
+
+
 def _render_security_context(security: SecurityContext) -> Manifest:
     context: Manifest = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     if security.user_from == "Image":
@@ -81,6 +94,7 @@ def _render_placement(service: LLMService, added: PodTemplate) -> Manifest:
     """Where the pods go and who pulls their images; only what the spec has."""
     own_pods = {"labelSelector": {"matchLabels": selector_labels(service.key.name)}}
     placement = {
+        "resourceClaims": list(service.spec.resources.gpu.claims),
         "imagePullSecrets": list(added.image_pull_secrets),
         "nodeSelector": added.node_selector,
         "tolerations": list(added.tolerations),
@@ -183,15 +197,17 @@ def _render_probe(path: str, *, period: int, failures: int) -> Manifest:
 
 def _render_resources(service: LLMService) -> Manifest:
     resources = service.spec.resources
+    claims = [{"name": claim["name"]} for claim in resources.gpu.claims]
     both = {
         "ephemeral-storage": resources.ephemeral_storage,
-        resources.gpu.resource_name: service.spec.num_gpus or None,
+        resources.gpu.resource_name: None if claims else service.spec.num_gpus or None,
     }
     memory_request = resources.memory_request or resources.memory
     return {
         "requests": _quantities({"cpu": resources.cpu, "memory": memory_request, **both}),
         # No cpu by default: idle cores are of use to the tokenizer, and throttling delays steps.
         "limits": _quantities({"cpu": resources.cpu_limit, "memory": resources.memory, **both}),
+        **({"claims": claims} if claims else {}),
     }
 
 

@@ -21,7 +21,7 @@ from pagoda_operator.names import (
     engine_name,
     selector_labels,
 )
-from pagoda_operator.pod import render_pod_template
+from pagoda_operator.pod import queue_labels, render_pod_template
 from pagoda_operator.spec import LLMService
 
 # A pod may load for the whole of its startup timeout; only then has the rollout failed.
@@ -114,7 +114,9 @@ def render_deployment(service: LLMService, *, engine_image: str) -> Manifest:
         "revisionHistoryLimit": 3,
         "template": template,
     }
-    return _child(service, "Deployment", spec=spec)
+    manifest = _child(service, "Deployment", spec=spec)
+    manifest["metadata"]["labels"] |= queue_labels(service)
+    return manifest
 
 
 def revision_of(deployment: Manifest) -> str:

@@ -69,6 +69,7 @@ class Gpu:
     """None: as many as engine.tensor_parallel_size."""
     resource_name: str = "nvidia.com/gpu"
     products: tuple[str, ...] = ()
+    claims: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,7 @@ class Resources:
     memory_request: int | str | None = None
     shared_memory: int | str | None = None
     ephemeral_storage: int | str | None = None
+    queue_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

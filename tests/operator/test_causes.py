@@ -58,6 +58,54 @@ def test_a_secret_that_lacks_the_key_is_named() -> None:
     assert cause.message.startswith("The Secret hub has no key HF_TOKEN; add it")
 
 
+CLAIMS = [{"name": "gpu", "resourceClaimTemplateName": "one-gpu"}]
+CLAIMING = make_service({"resources": {"gpu": {"claims": CLAIMS}, "queueName": "team"}}).spec
+
+
+def test_claims_that_no_node_can_meet_are_a_want_of_gpus() -> None:
+    said = "0/1 nodes are available: 1 cannot allocate all claims."
+    cause = cause_of(make_pod("rev", unschedulable=said), spec=CLAIMING)
+    assert cause is not None
+    assert (cause.reason, cause.is_stalled) == ("InsufficientGPU", False)
+    assert cause.message.endswith(f"spec.resources.gpu.claims. The scheduler says: {said}")
+
+
+def test_a_missing_template_of_a_claim_is_named_though_the_scheduler_is_silent() -> None:
+    pod = make_pod("rev") | {"spec": {"resourceClaims": CLAIMS}}
+    pod["metadata"]["uid"] = "u"
+    pod["status"] = {"phase": "Pending"}
+    assert is_unstarted(pod)
+    event = {
+        "involvedObject": {"uid": "u"},
+        "reason": "FailedResourceClaimCreation",
+        "message": 'PodResourceClaim gpu: resource claim template "one-gpu": '
+        'resourceclaimtemplate.resource.k8s.io "one-gpu" not found',
+    }
+    cause = cause_of(pod, spec=CLAIMING, events=[event])
+    assert cause is not None
+    assert (cause.reason, cause.is_stalled) == ("ResourceClaimTemplateMissing", True)
+    assert cause.message.startswith("The ResourceClaimTemplate one-gpu does not exist")
+
+
+@pytest.mark.parametrize(
+    ("gate", "reason", "part"),
+    [
+        ("kueue.x-k8s.io/admission", "Queued", "the queue team (spec.resources.queueName)"),
+        ("example.com/quota", "SchedulingGated", "example.com/quota"),
+    ],
+)
+def test_a_pod_behind_a_gate_waits_for_its_queue_or_for_who_set_it(
+    gate: str, reason: str, part: str
+) -> None:
+    pod = make_pod("rev", unschedulable="Scheduling is blocked due to non-empty scheduling gates")
+    pod["status"]["conditions"][-1]["reason"] = "SchedulingGated"
+    pod["spec"] = {"schedulingGates": [{"name": gate}]}
+    cause = cause_of(pod, spec=CLAIMING)
+    assert cause is not None
+    assert (cause.reason, cause.is_stalled) == (reason, False)
+    assert part in cause.message
+
+
 def test_pods_that_have_to_end_before_new_ones_start_are_named() -> None:
     ending = make_pod("older", name="chat-engine-old")
     ending["metadata"]["deletionTimestamp"] = "now"

@@ -53,6 +53,24 @@ def test_a_field_of_the_placement_reaches_the_pod_and_makes_a_new_revision(field
     assert revision_of(deployment(spec)) != revision_of(deployment())
 
 
+def test_gpus_come_by_claims_in_place_of_a_resource() -> None:
+    claims = [{"name": "gpu", "resourceClaimTemplateName": "two-gpus"}]
+    spec = {"engine": {"tensorParallelSize": 2}, "resources": {"gpu": {"claims": claims}}}
+    (container,) = pod(spec)["containers"]
+    assert pod(spec)["resourceClaims"] == claims
+    assert container["resources"] == {"requests": {}, "limits": {}, "claims": [{"name": "gpu"}]}
+    assert container["args"][container["args"].index("--device") + 1] == "cuda"
+
+
+def test_a_queue_of_kueue_is_named_by_the_deployment_and_its_pods() -> None:
+    spec = {"resources": {"queueName": "team"}}
+    label = {"kueue.x-k8s.io/queue-name": "team"}
+    for metadata in (deployment(spec)["metadata"], template(spec)["metadata"]):
+        assert label.items() <= metadata["labels"].items()
+    assert label.keys().isdisjoint(deployment()["metadata"]["labels"])
+    assert label.keys().isdisjoint(deployment(spec)["spec"]["selector"]["matchLabels"])
+
+
 PRODUCTS = ["NVIDIA-H100-80GB-HBM3", "NVIDIA-H200"]
 
 
