@@ -163,26 +163,35 @@ def server_side(kubectl: Kubectl, document: dict[str, Any]) -> None:
     kubectl.run("apply", *flags, stdin=json.dumps(document))
 
 
-def test_a_service_without_replicas_can_be_scaled_by_an_autoscaler(team: Kubectl) -> None:
-    start_service(team, "hpa")
-    scale = scale_of(team, "hpa")
+@pytest.mark.parametrize("bounds", [{}, {"driver": "External", "maxReplicas": 2}], ids=str)
+def test_a_service_without_replicas_can_be_scaled_by_an_autoscaler(
+    team: Kubectl, bounds: dict[str, Any]
+) -> None:
+    name = "hpa-bounded" if bounds else "hpa"
+    start_service(team, name, **({"autoscaling": bounds} if bounds else {}))
+    scale = scale_of(team, name)
     assert scale["spec"]["replicas"] == 1
-    assert "pagoda.dev/service=hpa" in scale["status"]["selector"]
-    target = {"apiVersion": "pagoda.dev/v1alpha1", "kind": "LLMService", "name": "hpa"}
+    assert f"pagoda.dev/service={name}" in scale["status"]["selector"]
+    target = {"apiVersion": "pagoda.dev/v1alpha1", "kind": "LLMService", "name": name}
     spec = {"scaleTargetRef": target, "minReplicas": 2, "maxReplicas": 3}
     kind = {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler"}
-    team.apply({**kind, "metadata": {"name": "hpa"}, "spec": spec})
+    team.apply({**kind, "metadata": {"name": name}, "spec": spec})
 
     def able() -> bool:
-        found = condition(team.get("hpa", "hpa") or {}, "AbleToScale")
+        found = condition(team.get("hpa", name) or {}, "AbleToScale")
         return found.get("status") == "True"
 
     wait_until("the autoscaler scales", able, timeout_seconds=40)
     wait_until(
         "its least number",
-        lambda: deployment(team, "hpa")["spec"]["replicas"] == 2,
+        lambda: deployment(team, name)["spec"]["replicas"] == 2,
         timeout_seconds=20,
     )
+    if bounds:
+        team.run("delete", "hpa", name)
+        team.run("scale", f"llms/{name}", "--replicas=9")
+        time.sleep(1)
+        assert deployment(team, name)["spec"]["replicas"] == 2
 
 
 @pytest.mark.parametrize("way", ["client-side", "server-side"])

@@ -34,7 +34,9 @@ class ScalingPolicy:
     def of(cls, spec: LLMServiceSpec) -> Self | None:
         """The policy of a spec; None where the number of replicas is fixed."""
         scaling = spec.autoscaling
-        if spec.suspend or scaling is None or scaling.min_replicas == scaling.max_replicas:
+        if spec.suspend or scaling is None or scaling.driver == "External":
+            return None
+        if scaling.min_replicas == scaling.max_replicas:
             return None
         return cls(
             min_replicas=scaling.min_replicas,

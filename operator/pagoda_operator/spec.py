@@ -29,6 +29,7 @@ Quantization = Literal[
     "Auto", "None", "AWQ", "GPTQ", "FP8", "INT8", "INT4", "EXL2", "CompressedTensors", "GGUF"
 ]
 KvCacheDtype = Literal["Auto", "FP8", "FP8E4M3", "FP8E5M2", "INT8"]
+ScalingDriver = Literal["Operator", "External"]
 RolloutStrategy = Literal["Auto", "Surge", "InPlace", "Recreate"]
 UserFrom = Literal["Image", "Platform"]
 
@@ -91,6 +92,7 @@ class ScaleDown:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Autoscaling:
+    driver: ScalingDriver = "Operator"
     min_replicas: int = 1
     max_replicas: int
     target_queue_depth: int = 4
@@ -200,9 +202,12 @@ class LLMServiceSpec:
         """The number of replicas below which the service is not what its spec asks for."""
         if self.suspend:
             return 0
-        if self.autoscaling is not None:
-            return self.autoscaling.min_replicas
-        return self.replicas
+        if self.autoscaling is None:
+            return self.replicas
+        least = self.autoscaling.min_replicas
+        if self.autoscaling.driver == "Operator":
+            return least
+        return min(max(self.replicas, least), self.autoscaling.max_replicas)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -165,6 +165,8 @@ def autoscaling_condition(
     """
     if spec.autoscaling is None:
         return {}
+    if spec.autoscaling.driver == "External" and not spec.suspend:
+        return {"AutoscalingActive": (None, "External", _describe_external(spec))}
     is_active, reason, message = _describe_scaling(spec, blindness)
     if replicas_owner is not None:
         reason = "ReplicasIgnored" if is_active else reason
@@ -240,6 +242,13 @@ def _hindered(available: Condition, cause: Cause) -> Conditions:
         "Reconciling": reconciling,
         "Stalled": stalled,
     }
+
+
+def _describe_external(spec: LLMServiceSpec) -> str:
+    text = "An autoscaler of yours sets spec.replicas through /scale."
+    if spec.replicas != spec.min_replicas:
+        text += f" spec.replicas: {spec.replicas} is out of bounds; {spec.min_replicas} are kept."
+    return text
 
 
 def _describe_scaling(spec: LLMServiceSpec, blindness: str | None) -> tuple[bool, str, str]:

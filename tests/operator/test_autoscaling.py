@@ -8,13 +8,14 @@ import pytest
 
 from pagoda_operator.names import Manifest
 from pagoda_operator.ownership import replicas_owner
+from pagoda_operator.scaling import ScalingPolicy, initial_target
 from pagoda_operator.status import autoscaling_condition
 from pagoda_operator.testing import make_manifest, make_service
 
 SCALED = {"autoscaling": {"maxReplicas": 3}}
 
 
-def found(spec: dict[str, Any], **more: str) -> tuple[bool, str, str]:
+def found(spec: dict[str, Any], **more: str) -> tuple[bool | None, str, str]:
     arguments = {"replicas_owner": None, "blindness": None, **more}
     return autoscaling_condition(make_service(spec).spec, **arguments)["AutoscalingActive"]
 
@@ -31,6 +32,19 @@ def test_replicas_that_follow_the_demand_are_active() -> None:
 def test_a_fixed_number_and_a_suspended_service_are_not() -> None:
     assert found({"autoscaling": {"minReplicas": 2, "maxReplicas": 2}})[:2] == (False, "Fixed")
     assert found({**SCALED, "suspend": True})[:2] == (False, "Suspended")
+
+
+@pytest.mark.parametrize(("replicas", "kept"), [(0, 2), (2, 2), (4, 4), (9, 5)])
+def test_an_external_driver_sets_the_replicas_within_their_bounds(replicas: int, kept: int) -> None:
+    scaled = {"driver": "External", "minReplicas": 2, "maxReplicas": 5}
+    spec = {"autoscaling": scaled, "replicas": replicas}
+    parsed = make_service(spec).spec
+    assert ScalingPolicy.of(parsed) is None
+    assert initial_target(parsed, remembered=3, live=3) == parsed.min_replicas == kept
+    is_active, reason, message = found(spec, replicas_owner="hpa")
+    assert (is_active, reason) == (None, "External")
+    assert ("out of bounds" in message) == (replicas != kept)
+    assert found({**spec, "suspend": True})[1] == "Suspended"
 
 
 def test_blind_scaling_says_why_and_what_helps() -> None:
