@@ -145,3 +145,18 @@ def installed_engine_image(kubectl: Kubectl) -> str | None:
     flags = found["spec"]["template"]["spec"]["containers"][0]["args"]
     (image,) = (flag.partition("=")[2] for flag in flags if flag.startswith("--engine-image="))
     return str(image)
+
+
+def pids_in_pods() -> list[int]:
+    """The operator's processes in its pods, as this machine sees them."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                command = (folder / "cmdline").read_bytes().split(b"\0")
+                in_pod = b"kubepods" in (folder / "cgroup").read_bytes()
+            except OSError:
+                continue
+            if in_pod and any(part.endswith(b"pagoda-operator") for part in command[:2]):
+                found.append(int(folder.name))
+    return found

@@ -12,29 +12,37 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import audit
 import httpx
 import openai
+import operator_process
 import pytest
 import stack
+import tool_calls
 from kube import Kubectl, condition, wait_ready, wait_until
 from llmservices import manifest
+from openai.types.chat import ChatCompletionMessage
 
 NAMESPACE = "e2e-serving"
-NAME = "gemma"
+NAME, MODEL = "gemma", "gemma-3-270m"
+Call = Callable[[openai.OpenAI, str], ChatCompletionMessage]
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 def gemma(**changes: Any) -> dict[str, Any]:
     """A small CPU service; `changes` replace parts of its spec."""
     spec: dict[str, Any] = {
-        "model": {"uri": "pvc://models/gemma-3-270m", "name": "gemma-3-270m"},
-        # One thread each: two replicas, or an old one and its successor, share two cores.
-        "engine": {"maxModelLen": 2048, "maxNumSeqs": 16, "extraArgs": ["--num-threads=1"]},
+        "model": {"uri": "pvc://models/gemma-3-270m", "name": MODEL},
+        "engine": {
+            "maxModelLen": 2048,
+            "maxNumSeqs": 16,
+            # One thread each: two replicas, or an old one and its successor, share two cores.
+            "extraArgs": ["--num-threads=1", "--tool-call-parser=hermes"],
+        },
         # With two replicas and a successor it fits on two cores beside the demo.
         "resources": {"gpu": {"count": 0}, "cpu": "400m", "memory": "4Gi"},
         "autoscaling": {
@@ -82,7 +90,7 @@ def complete(url: str, *, max_tokens: int = 4, timeout: float = 120) -> str:
     """One completion on a connection of its own; raises if it fails in any way."""
     with httpx.Client(timeout=timeout) as client:
         body = {
-            "model": "gemma-3-270m",
+            "model": MODEL,
             "prompt": "The capital of France is",
             "max_tokens": max_tokens,
             "ignore_eos": True,
@@ -101,7 +109,7 @@ def replicas(kubectl: Kubectl) -> int:
 def test_an_applied_service_answers_the_openai_client(url: str) -> None:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     stream = client.chat.completions.create(
-        model="gemma-3-270m",
+        model=MODEL,
         messages=[{"role": "user", "content": "What is the capital of France?"}],
         max_tokens=16,
         temperature=0,
@@ -109,6 +117,13 @@ def test_an_applied_service_answers_the_openai_client(url: str) -> None:
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
     assert "Paris" in text
+
+
+@pytest.mark.parametrize("call", [tool_calls.call, tool_calls.stream_call])
+def test_a_client_gets_a_call_carries_it_out_and_gets_an_answer(url: str, call: Call) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        called = call(client, MODEL)
+        assert "42" in tool_calls.answer(client, MODEL, called)
 
 
 def test_a_pod_starts_with_the_kernels_of_its_image_and_compiles_none(
@@ -142,7 +157,7 @@ def test_the_name_of_the_service_resolves_in_a_pod(
         models, status = kubectl.run("logs", "dns").strip().splitlines()
     finally:
         kubectl.run("delete", "pod", "dns", "--wait=false")
-    assert json.loads(models)["data"][0]["id"] == "gemma-3-270m"
+    assert json.loads(models)["data"][0]["id"] == MODEL
     assert status == "200"
 
 
@@ -177,8 +192,11 @@ def test_an_edit_rolls_without_a_failed_request_under_load(kubectl: Kubectl, url
 
 def test_forty_requests_make_two_replicas_and_silence_makes_one(kubectl: Kubectl, url: str) -> None:
     wait_until("one replica", lambda: replicas(kubectl) == 1, timeout_seconds=60)
-    with concurrent.futures.ThreadPoolExecutor(40) as pool:
-        requests = [pool.submit(complete, url, max_tokens=160, timeout=300) for _ in range(40)]
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    with client, concurrent.futures.ThreadPoolExecutor(40) as pool:
+        # Neither half would do without the other.
+        requests = [pool.submit(complete, url, max_tokens=160, timeout=300) for _ in range(20)]
+        requests += [pool.submit(tool_calls.call_until, client, MODEL, 160) for _ in range(20)]
         wait_until("two replicas", lambda: replicas(kubectl) == 2, timeout_seconds=60)
         for request in requests:
             assert request.result()
@@ -221,7 +239,7 @@ def test_a_killed_operator_converges_after_each_restart(
     rng = random.Random(11)
     for round_number in range(5):
         max_num_seqs = 8 + round_number
-        pids = wait_until("the operator running", operator_pids, timeout_seconds=60)
+        pids = wait_until("the operator running", operator_process.pids_in_pods, timeout_seconds=60)
         operator.run("rollout", "status", "deployment/pagoda-operator", "--timeout=60s")
         kubectl.apply(gemma(engine={"maxNumSeqs": max_num_seqs}))
         time.sleep(rng.uniform(0, 1.5))
@@ -291,18 +309,3 @@ def engine_arguments(kubectl: Kubectl) -> str:
     deployment = kubectl.get("deployment", f"{NAME}-engine")
     assert deployment is not None
     return " ".join(deployment["spec"]["template"]["spec"]["containers"][0]["args"])
-
-
-def operator_pids() -> list[int]:
-    """The operator's processes in its pods, as this machine sees them."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                command = (folder / "cmdline").read_bytes().split(b"\0")
-                in_pod = b"kubepods" in (folder / "cgroup").read_bytes()
-            except OSError:
-                continue
-            if in_pod and any(part.endswith(b"pagoda-operator") for part in command[:2]):
-                found.append(int(folder.name))
-    return found
