@@ -17,7 +17,7 @@ from pagoda_runtime.server import answers
 from pagoda_runtime.server.answers import ChatFinishReason
 from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
 from pagoda_runtime.server.chat_writing import write_delta, write_message
-from pagoda_runtime.server.generation import Generation, close_all, merge
+from pagoda_runtime.server.generation import Generation, merge
 from pagoda_runtime.server.logprobs import LogprobsWriter
 from pagoda_runtime.server.protocol import GenerationRequest
 
@@ -76,7 +76,8 @@ class TypedDelta(Struct, frozen=True):
 
 
 async def typed_deltas(answer: Answer) -> AsyncGenerator[TypedDelta, None]:
-    """The answer as it comes, with what its text is; tokens are counted."""
+    """The answer as it comes, with what its text is; tokens are counted. Whoever closes it ends the
+    prompts in the engine."""
     layout, parsers = answer.layout, dict[int, AnswerParser]()
     async with aclosing(merge(answer.generations)) as deltas:
         async for delta in deltas:
@@ -173,12 +174,9 @@ async def collect(answer: Answer) -> answers.ChatCompletion | answers.Completion
     """The answer in one piece, once all choices have ended."""
     num_choices = answer.params.num_choices
     choices = [TypedChoice() for _ in range(len(answer.generations) * num_choices)]
-    try:
-        async with aclosing(typed_deltas(answer)) as deltas:
-            async for delta in deltas:
-                choices[delta.plain.index].take_typed(delta)
-    finally:
-        await close_all(answer.generations)
+    async with aclosing(typed_deltas(answer)) as deltas:
+        async for delta in deltas:
+            choices[delta.plain.index].take_typed(delta)
     best = [
         (generation, choice)
         for number, generation in enumerate(answer.generations)

@@ -3,9 +3,12 @@ have it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from msgspec.json import encode
 
 from pagoda_runtime.parsing.deltas import (
     CallArguments,
@@ -14,13 +17,16 @@ from pagoda_runtime.parsing.deltas import (
     Delta,
     ReasoningDelta,
 )
+from pagoda_runtime.server.answer import Answer, TypedDelta, typed_deltas
+
+Kind = Literal["reasoning", "text", "call"]
 
 
 @dataclass(slots=True)
 class Block:
     """One block: its text, or a call's arguments as JSON."""
 
-    kind: Literal["reasoning", "text", "call"]
+    kind: Kind
     index: int
     call_id: str = ""
     name: str = ""
@@ -45,11 +51,26 @@ class Blocks:
 
     blocks: list[Block] = field(default_factory=list)
     is_open: bool = False
+    last: TypedDelta | None = None
+    """That with which the answer ended, while it goes on the latest."""
 
-    def add(self, deltas: Sequence[Delta]) -> None:
-        """Take deltas of which nobody needs to hear."""
-        for _ in self.take(deltas):
+    async def collect(self, answer: Answer) -> None:
+        """Take all of an answer of which nobody needs to hear before its end."""
+        async for _ in self.stream(answer, lambda change: b""):
             pass
+
+    async def stream(
+        self, answer: Answer, write: Callable[[Change], bytes]
+    ) -> AsyncGenerator[bytes, None]:
+        """Each change as it is written, when the block is as it says."""
+        async with aclosing(typed_deltas(answer)) as deltas:
+            async for delta in deltas:
+                if events := b"".join(map(write, self.take(delta.parts))):
+                    yield events
+                # Only what is still open then is what it ended with.
+                self.last = delta
+        if events := b"".join(map(write, self.finish())):
+            yield events
 
     def take(self, deltas: Sequence[Delta]) -> Iterator[Change]:
         for delta in deltas:
@@ -74,9 +95,7 @@ class Blocks:
             yield from self._start(kind)
         yield from self._append(text)
 
-    def _start(
-        self, kind: Literal["reasoning", "text", "call"], call_id: str = "", name: str = ""
-    ) -> Iterator[Change]:
+    def _start(self, kind: Kind, call_id: str = "", name: str = "") -> Iterator[Change]:
         yield from self.finish()
         self.is_open = True
         self.blocks.append(Block(kind, len(self.blocks), call_id, name))
@@ -85,3 +104,8 @@ class Blocks:
     def _append(self, text: str) -> Iterator[Change]:
         self.blocks[-1].texts.append(text)
         yield Change("text", self.blocks[-1], text)
+
+
+def write_event(kind: str, **fields: Any) -> bytes:
+    """A server-sent event whose data repeats its kind."""
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode({"type": kind, **fields}))

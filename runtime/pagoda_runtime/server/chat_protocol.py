@@ -5,68 +5,50 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
-from pagoda_runtime.errors import shown
 from pagoda_runtime.sampling_params import MAX_LOGPROBS
-from pagoda_runtime.server.protocol import GenerationRequest, Small, Text
+from pagoda_runtime.server.protocol import (
+    GenerationRequest,
+    OpenPart,
+    Part,
+    Small,
+    Text,
+    TextOr,
+    only,
+)
 
 MAX_MESSAGES = 2048
 MAX_TOOLS = 256
-STRICT = ConfigDict(strict=True, extra="allow")
 
 
-def tag_of_content(content: Any) -> str:
-    return "list[part]" if isinstance(content, list) else "str"
-
-
-class TextPart(BaseModel):
+class TextPart(Part):
     """The only kind of content part that a text model takes."""
-
-    model_config = ConfigDict(strict=True)
 
     type: Literal["text"]
     text: Text
 
-    @model_validator(mode="before")
-    @classmethod
-    def _verify_kind(cls, part: Any) -> Any:
-        if isinstance(part, dict) and part.get("type", "text") != "text":
-            raise ValueError(f"text parts only; the type of this one is {shown(part['type'])}")
-        return part
+
+Content = TextOr[Annotated[TextPart, only("text parts", "text", default="text")]]
 
 
-# By the kind of the value, so that an error is of the one form that was sent.
-Content = Annotated[
-    Annotated[Text, Tag("str")]
-    | Annotated[list[TextPart], Field(fail_fast=True), Tag("list[part]")],
-    Discriminator(tag_of_content),
-]
-
-
-class CalledFunction(BaseModel):
+class CalledFunction(OpenPart):
     """What was called, with what: a JSON object as text."""
-
-    model_config = STRICT
 
     name: Text
     arguments: Text
 
 
-class ToolCall(BaseModel):
+class ToolCall(OpenPart):
     """A call that the model made."""
-
-    model_config = STRICT
 
     id: Annotated[Text, Field(min_length=1)]
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(OpenPart):
     """One message of a conversation."""
-
-    model_config = STRICT
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
@@ -95,10 +77,8 @@ class ChatMessage(BaseModel):
         return len(self.text) + len(self.thoughts) + num_of_calls
 
 
-class Function(BaseModel):
+class Function(OpenPart):
     """A function that the model may call."""
-
-    model_config = STRICT
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: Text | None = None
@@ -107,27 +87,27 @@ class Function(BaseModel):
     strict: bool | None = None
 
 
-class Tool(BaseModel):
+class Tool(OpenPart):
     """A tool; all of them are functions."""
-
-    model_config = STRICT
 
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(BaseModel):
-    """The name of one of the tools."""
+def to_tool(function: Part) -> dict[str, Any]:
+    """A function of another form of the API as a tool; fields have the names of Function's."""
+    values = function.model_dump(exclude={"type"}, exclude_none=True)
+    return {"type": "function", "function": values}
 
-    model_config = STRICT
+
+class FunctionName(OpenPart):
+    """The name of one of the tools."""
 
     name: Text
 
 
-class NamedTool(BaseModel):
+class NamedTool(OpenPart):
     """The tool that must be called."""
-
-    model_config = STRICT
 
     type: Literal["function"]
     function: FunctionName

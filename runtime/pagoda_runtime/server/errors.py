@@ -73,9 +73,13 @@ class ApiError(PagodaError):
 
     def to_response(self, path: str = "") -> Response:
         """The answer, in the form that clients of this path know."""
-        is_anthropic = f"{path}/".startswith(f"{ANTHROPIC_PATH}/")
-        body = to_anthropic(self) if is_anthropic else self.body
+        body = to_anthropic(self) if is_anthropic(path) else self.body
         return json_response(body, self.status, self.headers)
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether clients of this path know errors as Anthropic has them."""
+    return f"{path}/".startswith(f"{ANTHROPIC_PATH}/")
 
 
 def to_anthropic(error: ApiError) -> AnthropicError:

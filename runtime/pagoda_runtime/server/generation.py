@@ -74,7 +74,8 @@ async def close_all(generations: Sequence[Generation], reason: str = "abort") ->
 
 
 def merge(generations: Sequence[Generation]) -> AsyncGenerator[TextDelta, None]:
-    """The deltas of all prompts as they come. The first error ends all of them."""
+    """The deltas of all prompts as they come. The first error ends all of them, and so does their
+    end, whatever it is."""
     if len(generations) == 1:
         return generations[0].deltas()
     return _merge_several(generations)
@@ -92,13 +93,17 @@ async def _merge_several(generations: Sequence[Generation]) -> AsyncGenerator[Te
         except Exception as error:
             await queue.put(error)
 
-    async with running(*map(pump, generations)):
-        num_open = len(generations)
-        while num_open:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                num_open -= 1
-            else:
-                yield item
+    try:
+        async with running(*map(pump, generations)):
+            num_open = len(generations)
+            while num_open:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    num_open -= 1
+                else:
+                    yield item
+    finally:
+        # Those whose pump had no time to begin.
+        await close_all(generations)

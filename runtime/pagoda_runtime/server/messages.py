@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-from msgspec.json import encode
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pagoda_runtime.server.answer import Answer, TypedDelta, typed_deltas
-from pagoda_runtime.server.blocks import Block, Blocks, Change
+from pagoda_runtime.server.answer import Answer, TypedDelta
+from pagoda_runtime.server.blocks import Block, Blocks, Change, write_event
 from pagoda_runtime.server.body import read_body, receive_body
 from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
 from pagoda_runtime.server.errors import ApiError, json_response, to_anthropic
-from pagoda_runtime.server.generation import close_all
 from pagoda_runtime.server.messages_answers import (
     CountedTokens,
     Message,
@@ -67,7 +65,7 @@ async def _read(
     body = await read_body(state, body_class, raw)
     state.warn_unknown(body.model_extra or ())
     state.verify_model(body.model)
-    chat = body.to_chat()
+    chat = await state.parse(len(raw), body.to_chat)
     verify_supported(chat)
     return chat
 
@@ -82,36 +80,24 @@ class MessageForm:
         return await _read(self.state, MessagesRequest, raw)
 
     async def collect(self, answer: Answer) -> Message:
-        blocks, last = Blocks(), None
-        try:
-            async with aclosing(typed_deltas(answer)) as deltas:
-                async for last in deltas:
-                    blocks.add(last.parts)
-        finally:
-            await close_all(answer.generations)
-        return _message(answer, [_write_block(block) for block in blocks.blocks], last)
+        blocks = Blocks()
+        await blocks.collect(answer)
+        return _message(answer, [_write_block(block) for block in blocks.blocks], blocks.last)
 
     async def stream(self, answer: Answer) -> AsyncGenerator[bytes, None]:
-        yield _event("message_start", message=_message(answer, [], None)) + _event("ping")
-        blocks, last = Blocks(), None
-        async with aclosing(typed_deltas(answer)) as deltas:
-            async for last in deltas:
-                if events := _write_changes(blocks.take(last.parts)):
-                    yield events
-        message = _message(answer, [], last)
+        begun = _message(answer, [], None)
+        yield write_event("message_start", message=begun) + write_event("ping")
+        blocks = Blocks()
+        async with aclosing(blocks.stream(answer, _write_change)) as events:
+            async for event in events:
+                yield event
+        message = _message(answer, [], blocks.last)
         ending = {"stop_reason": message.stop_reason, "stop_sequence": message.stop_sequence}
-        yield (
-            _write_changes(blocks.finish())
-            + _event("message_delta", delta=ending, usage=message.usage)
-            + _event("message_stop")
-        )
+        yield write_event("message_delta", delta=ending, usage=message.usage)
+        yield write_event("message_stop")
 
     def end(self, error: ApiError | None) -> bytes:
-        return b"" if error is None else _event("error", error=to_anthropic(error).error)
-
-
-def _event(kind: str, **fields: Any) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode({"type": kind, **fields}))
+        return b"" if error is None else write_event("error", error=to_anthropic(error).error)
 
 
 def _message(
@@ -139,26 +125,22 @@ def _message(
     )
 
 
-def _write_changes(changes: Iterable[Change]) -> bytes:
-    return b"".join(map(_write_change, changes))
-
-
 def _write_change(change: Change) -> bytes:
     block = change.block
     match change.what:
         case "start":
             begun = _write_block(block)
-            return _event("content_block_start", index=block.index, content_block=begun)
+            return write_event("content_block_start", index=block.index, content_block=begun)
         case "text":
             kind, name = _PIECES[block.kind]
             piece = {"type": kind, name: change.text}
-            return _event("content_block_delta", index=block.index, delta=piece)
+            return write_event("content_block_delta", index=block.index, delta=piece)
     signature = b""
     if block.kind == "reasoning":
         # Clients put it into the block, which they must send back whole.
         piece = {"type": "signature_delta", "signature": ""}
-        signature = _event("content_block_delta", index=block.index, delta=piece)
-    return signature + _event("content_block_stop", index=block.index)
+        signature = write_event("content_block_delta", index=block.index, delta=piece)
+    return signature + write_event("content_block_stop", index=block.index)
 
 
 def _write_block(block: Block) -> TextBlock | ThinkingBlock | ToolUseBlock:

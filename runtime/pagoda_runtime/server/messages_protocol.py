@@ -6,34 +6,29 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import Field
 
-from pagoda_runtime.errors import RequestError, shown
+from pagoda_runtime.errors import RequestError
 from pagoda_runtime.server.body import validate
-from pagoda_runtime.server.chat_protocol import MAX_MESSAGES, ChatCompletionRequest
-from pagoda_runtime.server.protocol import Phrase, Small, Text
+from pagoda_runtime.server.chat_protocol import MAX_MESSAGES, ChatCompletionRequest, to_tool
+from pagoda_runtime.server.protocol import Body, Part, Phrase, Small, Text, TextOr, only
 
 
-class _Part(BaseModel):
-    # Of what a part has beside these fields, such as cache_control, nothing changes the answer.
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class TextBlockParam(_Part):
+class TextBlockParam(Part):
     """Text of a message, of the system or of a tool's result."""
 
     type: Literal["text"]
     text: Text
 
 
-class ThinkingBlockParam(_Part):
+class ThinkingBlockParam(Part):
     """What the model thought in an earlier answer; its signature is not looked at."""
 
     type: Literal["thinking"]
     thinking: Text
 
 
-class ToolUseBlockParam(_Part):
+class ToolUseBlockParam(Part):
     """A call of an earlier answer."""
 
     type: Literal["tool_use"]
@@ -42,7 +37,7 @@ class ToolUseBlockParam(_Part):
     input: dict[str, Any]
 
 
-class ToolResultBlockParam(_Part):
+class ToolResultBlockParam(Part):
     """What came of a call."""
 
     type: Literal["tool_result"]
@@ -50,53 +45,36 @@ class ToolResultBlockParam(_Part):
     content: Text | list[TextBlockParam] | None = None
 
 
-def _verify_kind(block: Any) -> Any:
-    kinds = ("text", "thinking", "tool_use", "tool_result")
-    if isinstance(block, dict) and block.get("type") not in kinds:
-        raise ValueError(
-            f"blocks of text, thinking, tool_use and tool_result only; the type of this one is "
-            f"{shown(block.get('type'))}"
-        )
-    return block
-
-
 Block = Annotated[
     Annotated[
         TextBlockParam | ThinkingBlockParam | ToolUseBlockParam | ToolResultBlockParam,
         Field(discriminator="type"),
     ],
-    BeforeValidator(_verify_kind),
+    only(
+        "blocks of text, thinking, tool_use and tool_result",
+        *("text", "thinking", "tool_use", "tool_result"),
+    ),
 ]
 
 
-def _tag_of(content: Any) -> str:
-    return "list[block]" if isinstance(content, list) else "str"
-
-
-BlockContent = Annotated[
-    Annotated[Text, Tag("str")] | Annotated[list[Block], Field(fail_fast=True), Tag("list[block]")],
-    Discriminator(_tag_of),
-]
-
-
-class MessageParam(_Part):
+class MessageParam(Part):
     """One message; the results of tools stand in those of the user."""
 
     role: Literal["user", "assistant"]
-    content: BlockContent
+    content: TextOr[Block]
 
 
-class MessageTool(_Part):
+class MessageTool(Part):
     """A tool that the model may call; tools that Anthropic's own servers run are not served."""
 
     type: Literal["custom"] | None = None
     name: Text
     description: Text | None = None
-    input_schema: dict[str, Any]
+    parameters: Annotated[dict[str, Any], Field(alias="input_schema")]
     strict: bool | None = None
 
 
-class MessageToolChoice(_Part):
+class MessageToolChoice(Part):
     """Which tools have to be called."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -104,33 +82,30 @@ class MessageToolChoice(_Part):
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(_Part):
+class Thinking(Part):
     """Whether the model thinks before it answers, and for how many tokens at most."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
-class OutputFormat(_Part):
+class OutputFormat(Part):
     """The JSON schema of the answer."""
 
     type: Literal["json_schema"]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
 
-class OutputConfig(_Part):
+class OutputConfig(Part):
     """The form of the answer."""
 
     format: OutputFormat | None = None
     effort: Literal["low", "medium", "high", "xhigh"] | None = None
 
 
-class CountTokensRequest(BaseModel):
+class CountTokensRequest(Body):
     """The body of POST /v1/messages/count_tokens."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    model: Text | None = None
     messages: Annotated[
         list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     ]
@@ -148,7 +123,7 @@ class CountTokensRequest(BaseModel):
         if messages[-1]["role"] == "assistant":
             fields |= {"continue_final_message": True, "add_generation_prompt": False}
         if self.tools:
-            fields["tools"] = [_to_tool(tool) for tool in self.tools]
+            fields["tools"] = [to_tool(tool) for tool in self.tools]
         if self.tool_choice is not None:
             fields |= _to_tool_choice(self.tool_choice)
         if self.thinking is not None:
@@ -188,7 +163,7 @@ class MessagesRequest(CountTokensRequest):
         if config.format is not None:
             schema = {"name": "answer", "schema": config.format.schema_, "strict": True}
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return {name: value for name, value in fields.items() if value is not None}
+        return fields
 
 
 def _to_text(content: str | Sequence[TextBlockParam] | None) -> str:
@@ -224,14 +199,6 @@ def _to_messages(message: MessageParam) -> list[dict[str, Any]]:
     own |= {"tool_calls": calls} if calls else {}
     own |= {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
     return results if results and not parts else [*results, own]
-
-
-def _to_tool(tool: MessageTool) -> dict[str, Any]:
-    function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema}
-    for name in ("description", "strict"):
-        if (value := getattr(tool, name)) is not None:
-            function[name] = value
-    return {"type": "function", "function": function}
 
 
 def _to_tool_choice(choice: MessageToolChoice) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from pagoda_runtime.server.protocol import (
 )
 from pagoda_runtime.server.start import start
 from pagoda_runtime.server.state import ServerState
-from pagoda_runtime.server.streaming import EventStream, end_as_openai, while_connected
+from pagoda_runtime.server.streaming import DONE, EventStream, while_connected
 from pagoda_runtime.server.unsupported import verify_supported
 
 BODIES: dict[str, type[GenerationRequest]] = {
@@ -120,7 +120,8 @@ class OpenAiForm:
         return stream(answer)
 
     def end(self, error: ApiError | None) -> bytes:
-        return end_as_openai(error)
+        """[DONE], behind the error if there is one."""
+        return DONE if error is None else b"data: " + error.encode() + b"\n\n" + DONE
 
 
 async def complete(

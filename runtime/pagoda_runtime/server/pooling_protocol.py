@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, Field
 
-from pagoda_runtime.server.protocol import Priority, Prompts, Small, Text, Truncation
+from pagoda_runtime.server.protocol import (
+    Body,
+    Part,
+    Priority,
+    Prompts,
+    Small,
+    Text,
+    Truncation,
+)
 
 MAX_DOCUMENTS = 8192
 Texts = Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 
 
-class PoolingRequest(BaseModel):
+class PoolingRequest(Body):
     """The fields that all of them share."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    model: Text | None = None
     truncate_prompt_tokens: Truncation | None = None
     priority: Priority | None = None
     user: str | None = None
@@ -47,10 +52,8 @@ class ScoreRequest(PoolingRequest):
     text_2: Annotated[Texts, Field(validation_alias=AliasChoices("text_2", "documents"))]
 
 
-class Document(BaseModel):
+class Document(Part):
     """A document as an object."""
-
-    model_config = ConfigDict(strict=True)
 
     text: Text
 

@@ -6,20 +6,23 @@ ranges. Fields that are not declared are looked up in `unsupported`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
+    Discriminator,
     Field,
     PlainValidator,
+    Tag,
     create_model,
 )
 
+from pagoda_runtime.errors import shown
 from pagoda_runtime.sampling_params import FIELDS, MAX_LOGIT_BIAS
 
+P = TypeVar("P")
 Prompt = str | list[int]
 PromptInput = str | list[str] | list[int] | list[list[int]]
 # As truncate_prompt_tokens: the context, less what is asked of the answer.
@@ -50,6 +53,42 @@ Phrase = Annotated[str, Field(max_length=1024), AfterValidator(_verify_text)]
 # The first wrong entry ends the list: an error for each of a million costs more than the list.
 TokenIds = Annotated[list[Small], Field(fail_fast=True)]
 Salt = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_verify_text)]
+
+
+class Body(BaseModel, strict=True, extra="allow"):
+    """What every body has. Fields that are not declared are kept, for `unsupported`."""
+
+    model: Text | None = None
+
+
+class Part(BaseModel, strict=True, extra="ignore"):
+    """An object in a body. What it has beside its fields changes nothing."""
+
+
+class OpenPart(Part, extra="allow"):
+    """An object whose other fields are kept."""
+
+
+def tag_of_content(content: Any) -> str:
+    return "list[part]" if isinstance(content, list) else "str"
+
+
+# By the kind of the value, so that an error is of the one form that was sent.
+TextOr = Annotated[
+    Annotated[Text, Tag("str")] | Annotated[list[P], Field(fail_fast=True), Tag("list[part]")],
+    Discriminator(tag_of_content),
+]
+
+
+def only(what: str, *kinds: str, default: str | None = None) -> BeforeValidator:
+    """Takes an object if its type, or else the default, is one of these kinds."""
+
+    def verify(part: Any) -> Any:
+        if isinstance(part, dict) and part.get("type", default) not in kinds:
+            raise ValueError(f"{what} only; the type of this one is {shown(part.get('type'))}")
+        return part
+
+    return BeforeValidator(verify)
 
 
 def _is_token_ids(value: Any) -> bool:
@@ -108,10 +147,8 @@ Truncation = Annotated[Small, AfterValidator(_verify_truncation)]
 Priority = Annotated[int, Field(ge=-1000, le=1000)]
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(OpenPart):
     """A schema by its name; strict or not, an answer fits it."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     name: str | None = None
     description: str | None = None
@@ -119,10 +156,8 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Part, extra="forbid"):
     """The form of an answer, as OpenAI's API has it, and structural tags as vLLM's."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
@@ -130,10 +165,8 @@ class ResponseFormat(BaseModel):
     triggers: list[str] | None = None
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Part, extra="forbid"):
     """The form of an answer, as vLLM's API has it: one of json to structural_tag."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     json_schema: Annotated[dict[str, Any] | bool | str | None, Field(alias="json")] = None
     json_object: bool | None = None
@@ -145,10 +178,8 @@ class StructuredOutputs(BaseModel):
     disable_any_whitespace: bool | None = None
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(OpenPart):
     """What a stream tells beside its text."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -156,7 +187,7 @@ class StreamOptions(BaseModel):
 
 if TYPE_CHECKING:
 
-    class SamplingFields(BaseModel):
+    class SamplingFields(Body):
         """What type checkers know: those that are read by name."""
 
         prompt_logprobs: int | None
@@ -164,6 +195,7 @@ else:
     # Their ranges are told here; SamplingParams verifies them.
     SamplingFields = create_model(
         "SamplingFields",
+        __base__=Body,
         **{
             name: (FIELDS[name].type | None, Field(default=None, description=FIELDS[name].expected))
             for name in SAME_FORM
@@ -174,9 +206,6 @@ else:
 class GenerationRequest(SamplingFields):
     """The fields that completions and chat completions share."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    model: Text | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Small | None = None

@@ -5,42 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
-from pagoda_runtime.errors import RequestError, shown
+from pagoda_runtime.errors import RequestError
 from pagoda_runtime.server.blocks import Block
 from pagoda_runtime.server.body import validate
-from pagoda_runtime.server.chat_protocol import (
-    MAX_MESSAGES,
-    ChatCompletionRequest,
-    tag_of_content,
-)
-from pagoda_runtime.server.protocol import Small, Text
+from pagoda_runtime.server.chat_protocol import MAX_MESSAGES, ChatCompletionRequest, to_tool
+from pagoda_runtime.server.protocol import Body, Part, Small, Text, TextOr, only, tag_of_content
 
 Message = dict[str, Any]
 
 
-class _Item(BaseModel):
-    # Ids, states and annotations of items change nothing.
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class InputText(_Item):
+class InputText(Part):
     """Text of a message, of thoughts, or of a call's result."""
 
     type: Literal["input_text", "output_text", "reasoning_text", "summary_text", "text"]
     text: Text
 
 
-# By the kind of the value, so that an error is of the one form that was sent.
-Texts = Annotated[
-    Annotated[Text, Tag("str")]
-    | Annotated[list[InputText], Field(fail_fast=True), Tag("list[part]")],
-    Discriminator(tag_of_content),
-]
+Texts = TextOr[InputText]
 
 
-class InputMessage(_Item):
+class InputMessage(Part):
     """One message of the conversation; what the model said is of the role assistant."""
 
     type: Literal["message"] = "message"
@@ -48,7 +34,7 @@ class InputMessage(_Item):
     content: Texts
 
 
-class FunctionCallItem(_Item):
+class FunctionCallItem(Part):
     """A call that the model made."""
 
     type: Literal["function_call"]
@@ -57,7 +43,7 @@ class FunctionCallItem(_Item):
     arguments: Text
 
 
-class FunctionCallOutput(_Item):
+class FunctionCallOutput(Part):
     """What came of a call."""
 
     type: Literal["function_call_output"]
@@ -65,12 +51,12 @@ class FunctionCallOutput(_Item):
     output: Texts
 
 
-class ReasoningItem(_Item):
+class ReasoningItem(Part):
     """What the model thought."""
 
     type: Literal["reasoning"]
     content: list[InputText] | None = None
-    summary: list[InputText] = []
+    summary: list[InputText] = Field(default=[])
 
 
 _KINDS = ("message", "function_call", "function_call_output", "reasoning")
@@ -81,12 +67,6 @@ def _kind_of(item: Any) -> str:
     return f"[{kind}]"
 
 
-def _verify_kind(item: Any) -> Any:
-    if isinstance(item, dict) and item.get("type", "message") not in (*_KINDS, None):
-        raise ValueError(f"items of {', '.join(_KINDS)} only, not {shown(item['type'])}")
-    return item
-
-
 InputItem = Annotated[
     Annotated[
         Annotated[InputMessage, Tag("[message]")]
@@ -95,14 +75,12 @@ InputItem = Annotated[
         | Annotated[ReasoningItem, Tag("[reasoning]")],
         Discriminator(_kind_of),
     ],
-    BeforeValidator(_verify_kind),
+    only(f"items of {', '.join(_KINDS)}", *_KINDS, default="message"),
 ]
 
 
-class ResponseTool(BaseModel):
+class ResponseTool(Part):
     """A function that the model may call; tools that run on OpenAI's servers are not served."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     type: Literal["function"]
     name: Text
@@ -111,17 +89,15 @@ class ResponseTool(BaseModel):
     strict: bool | None = None
 
 
-class NamedFunction(_Item):
+class NamedFunction(Part):
     """The tool that must be called."""
 
     type: Literal["function"]
     name: Text
 
 
-class TextFormat(BaseModel):
+class TextFormat(Part):
     """The form of the text: any, JSON, or JSON of a schema."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     type: Literal["text", "json_object", "json_schema"]
     name: Text | None = None
@@ -130,14 +106,14 @@ class TextFormat(BaseModel):
     strict: bool | None = None
 
 
-class TextOptions(_Item):
+class TextOptions(Part):
     """The form of the text."""
 
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
-class ReasoningOptions(_Item):
+class ReasoningOptions(Part):
     """How much the model thinks; there are no summaries, thoughts come as they are."""
 
     effort: Text | None = None
@@ -152,12 +128,9 @@ Input = Annotated[
 ]
 
 
-class ResponsesRequest(BaseModel):
+class ResponsesRequest(Body):
     """The body of POST /v1/responses."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    model: Text | None = None
     input: Input = ""
     instructions: Text | None = None
     previous_response_id: Text | None = None
@@ -210,15 +183,14 @@ class ResponsesRequest(BaseModel):
             "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
         }
         if self.tools:
-            fields["tools"] = [_to_tool(tool) for tool in self.tools]
+            fields["tools"] = [to_tool(tool) for tool in self.tools]
             choice: Any = self.tool_choice
             if isinstance(choice, NamedFunction):
                 choice = {"type": "function", "function": {"name": choice.name}}
             fields["tool_choice"] = choice
         if self.text is not None and self.text.format is not None:
             fields["response_format"] = _to_response_format(self.text.format)
-        given = {name: value for name, value in fields.items() if value is not None}
-        return validate(ChatCompletionRequest, given)
+        return validate(ChatCompletionRequest, fields)
 
 
 def add_item(messages: list[Message], item: InputItem) -> None:
@@ -266,12 +238,6 @@ def _is_open(messages: Sequence[Message]) -> bool:
 
 def _to_text(content: str | Sequence[InputText]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-def _to_tool(tool: ResponseTool) -> dict[str, Any]:
-    named = ("name", "description", "parameters", "strict")
-    values = {name: value for name in named if (value := getattr(tool, name)) is not None}
-    return {"type": "function", "function": values}
 
 
 def _to_response_format(text_format: TextFormat) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from msgspec import Struct
 from pydantic import BaseModel
@@ -19,12 +20,23 @@ from pagoda_runtime.server import (
     responses_protocol,
     tokens_protocol,
 )
+from pagoda_runtime.server.errors import is_anthropic
 
 KEYED = ("/v1", "/tokenize", "/detokenize")
 """The paths that ask for a key where there are any, and all below them."""
-# 4xx and 5xx of every route under /v1 that needs the model, and of those that take a body.
+# 4xx and 5xx of every route that needs the model, of those that take a body, and of a response.
 _LOADED = (401, 503)
 _BODY = (400, 401, 404, 413, 429, 503)
+_STORED = (400, 401, 404)
+_RESPONSE = "/v1/responses/{response_id}"
+_MESSAGE_EVENTS = (
+    "message_start, content_block_start, content_block_delta, content_block_stop, message_delta "
+    "and message_stop, or error where the answer breaks off, as Anthropic has them"
+)
+_RESPONSE_EVENTS = (
+    "response.created, response.in_progress, those of each item, and response.completed, "
+    "response.incomplete, or error and response.failed, as OpenAI has them"
+)
 
 
 def is_keyed(path: str) -> bool:
@@ -46,14 +58,23 @@ class Route:
     events: str = ""
     """What the events of that stream are, where they are of many kinds."""
     errors: tuple[int, ...] = ()
-    error: type[Struct] = answers.Error
-    """What these statuses are answered with."""
     unready: bool = False
     """Whether 503 is answered with the same model."""
 
     @property
     def is_keyed(self) -> bool:
         return is_keyed(self.path)
+
+    @property
+    def error(self) -> type[Struct]:
+        """What `errors` are answered with."""
+        return messages_answers.AnthropicError if is_anthropic(self.path) else answers.Error
+
+
+def _post(
+    path: str, summary: str, answer: type[Struct], body: type[BaseModel], **details: Any
+) -> Route:
+    return Route("POST", path, summary, answer, body, errors=_BODY, **details)
 
 
 DOCUMENTED = (
@@ -65,123 +86,84 @@ DOCUMENTED = (
     Route("GET", "/metrics", "Metrics in Prometheus' text format", None),
     Route("GET", "/v1/models", "The served names", answers.ModelList, errors=_LOADED),
     Route("GET", "/v1/models/{model}", "One of them", answers.Model, errors=(*_LOADED, 404)),
-    Route(
-        "POST",
+    _post(
         "/v1/completions",
         "Continue prompts",
         answers.Completion,
-        body=protocol.CompletionRequest,
+        protocol.CompletionRequest,
         chunk=answers.CompletionChunk,
-        errors=_BODY,
     ),
-    Route(
-        "POST",
+    _post(
         "/v1/chat/completions",
         "Answer a conversation",
         answers.ChatCompletion,
-        body=chat_protocol.ChatCompletionRequest,
+        chat_protocol.ChatCompletionRequest,
         chunk=answers.ChatCompletionChunk,
-        errors=_BODY,
     ),
-    Route(
-        "POST",
+    _post(
         "/v1/messages",
         "Answer a conversation, as Anthropic has it",
         messages_answers.Message,
-        body=messages_protocol.MessagesRequest,
-        events="message_start, content_block_start, content_block_delta, content_block_stop, "
-        "message_delta and message_stop, or error where the answer breaks off, as Anthropic has "
-        "them",
-        errors=_BODY,
-        error=messages_answers.AnthropicError,
+        messages_protocol.MessagesRequest,
+        events=_MESSAGE_EVENTS,
     ),
-    Route(
-        "POST",
+    _post(
         "/v1/messages/count_tokens",
         "The tokens of a conversation",
         messages_answers.CountedTokens,
-        body=messages_protocol.CountTokensRequest,
-        errors=_BODY,
-        error=messages_answers.AnthropicError,
+        messages_protocol.CountTokensRequest,
     ),
-    Route(
-        "POST",
+    _post(
         "/v1/responses",
         "Answer a conversation that the server remembers",
         responses_answers.Response,
-        body=responses_protocol.ResponsesRequest,
-        events="response.created, response.in_progress, those of each item, and "
-        "response.completed, response.incomplete, or error and response.failed, as OpenAI has them",
-        errors=_BODY,
+        responses_protocol.ResponsesRequest,
+        events=_RESPONSE_EVENTS,
     ),
     Route(
         "GET",
-        "/v1/responses/{response_id}",
+        _RESPONSE,
         "A response that is remembered",
         responses_answers.Response,
-        errors=(400, 401, 404),
+        errors=_STORED,
     ),
-    Route(
-        "DELETE",
-        "/v1/responses/{response_id}",
-        "Forget it",
-        responses_answers.DeletedResponse,
-        errors=(401, 404),
-    ),
+    Route("DELETE", _RESPONSE, "Forget it", responses_answers.DeletedResponse, errors=(401, 404)),
     Route(
         "POST",
-        "/v1/responses/{response_id}/cancel",
+        f"{_RESPONSE}/cancel",
         "End an answer that is made in the background",
         responses_answers.Response,
-        errors=(400, 401, 404),
+        errors=_STORED,
     ),
-    Route(
-        "POST",
-        "/tokenize",
-        "The tokens of a prompt",
-        answers.Tokenized,
-        body=tokens_protocol.TokenizeRequest,
-        errors=_BODY,
+    _post(
+        "/tokenize", "The tokens of a prompt", answers.Tokenized, tokens_protocol.TokenizeRequest
     ),
-    Route(
-        "POST",
-        "/detokenize",
-        "The text of tokens",
-        answers.Detokenized,
-        body=tokens_protocol.DetokenizeRequest,
-        errors=_BODY,
+    _post(
+        "/detokenize", "The text of tokens", answers.Detokenized, tokens_protocol.DetokenizeRequest
     ),
-    Route(
-        "POST",
+    _post(
         "/v1/embeddings",
         "Vectors of texts",
         pooling_answers.EmbeddingList,
-        body=pooling_protocol.EmbeddingRequest,
-        errors=_BODY,
+        pooling_protocol.EmbeddingRequest,
     ),
-    Route(
-        "POST",
+    _post(
         "/v1/score",
         "How well pairs of texts go together",
         pooling_answers.ScoreList,
-        body=pooling_protocol.ScoreRequest,
-        errors=_BODY,
+        pooling_protocol.ScoreRequest,
     ),
-    Route(
-        "POST",
+    _post(
         "/v1/rerank",
         "Documents by how well they answer a query",
         pooling_answers.Reranking,
-        body=pooling_protocol.RerankRequest,
-        errors=_BODY,
+        pooling_protocol.RerankRequest,
     ),
-    Route(
-        "POST",
+    _post(
         "/v1/classify",
         "Classes of texts",
         pooling_answers.ClassificationList,
-        body=pooling_protocol.ClassificationRequest,
-        errors=_BODY,
+        pooling_protocol.ClassificationRequest,
     ),
 )
 ROUTES = (

@@ -54,11 +54,6 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
         raise
 
 
-def end_as_openai(error: ApiError | None) -> bytes:
-    """The end of a stream of chunks: [DONE], behind the error if there is one."""
-    return DONE if error is None else b"data: " + error.encode() + b"\n\n" + DONE
-
-
 @dataclass(slots=True)
 class EventStream(Response):
     """Sends chunks until they end or the client goes; then everything is closed, at once."""

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, RootModel, Tag
+from pydantic import Discriminator, RootModel, Tag
 
 from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
-from pagoda_runtime.server.protocol import Text, TokenIds
+from pagoda_runtime.server.protocol import Body, Text, TokenIds
 
 
-class TokenizePromptRequest(BaseModel):
+class TokenizePromptRequest(Body):
     """The body of POST /tokenize for a prompt."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    model: Text | None = None
     prompt: Text
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
@@ -43,10 +40,7 @@ class TokenizeRequest(
     """The body of POST /tokenize: a prompt or a conversation."""
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Body):
     """The body of POST /detokenize."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    model: Text | None = None
     tokens: TokenIds
