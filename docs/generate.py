@@ -14,6 +14,10 @@ from typing import Any
 import yaml
 from prometheus_client.core import Metric
 
+from pagoda_operator.checkpoint import Checkpoint
+from pagoda_operator.gpus import memory_of
+from pagoda_operator.sizing import size_engine
+from pagoda_operator.spec import Engine
 from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.flags import FlagParser
 from pagoda_runtime.ipc.messages import EngineReady, EngineStats
@@ -201,6 +205,62 @@ def render_quantization() -> str:
     return text
 
 
+SHAPES: dict[str, tuple[int, ...]] = {
+    "Qwen3 0.6B": (151936, 1024, 3072, 28, 16, 8, 128, 40960, True),
+    "Qwen3 4B": (151936, 2560, 9728, 36, 32, 8, 128, 40960, True),
+    "Llama 3.1 8B": (128256, 4096, 14336, 32, 32, 8, 128, 131072, False),
+    "Qwen3 14B": (151936, 5120, 17408, 40, 40, 8, 128, 40960, False),
+    "Qwen3 32B": (151936, 5120, 25600, 64, 64, 8, 128, 40960, False),
+    "Llama 3.3 70B": (128256, 8192, 28672, 80, 64, 8, 128, 131072, False),
+}
+"""vocab_size, hidden_size, intermediate_size, layers, heads, KV heads, head_dim, positions, tied"""
+SIZED_FLAGS: dict[str, dict[str, Any]] = {
+    "": {},
+    "`quantization: FP8`, `kvCacheDtype: FP8`": {"quantization": "FP8", "kv_cache_dtype": "FP8"},
+    "`quantization: INT4`, `kvCacheDtype: FP8`": {"quantization": "INT4", "kv_cache_dtype": "FP8"},
+}
+SIZED_GPUS = (
+    "NVIDIA-L4",
+    "NVIDIA-L40S",
+    "NVIDIA-A100-SXM4-40GB",
+    "NVIDIA-H100-80GB-HBM3",
+    "NVIDIA-H200",
+)
+
+
+def render_sizing() -> str:
+    """The guide to sizes, with the table of which model fits which GPU."""
+    heads = [name.removeprefix("NVIDIA-") for name in SIZED_GPUS]
+    lines = [f"| model | flags | {' | '.join(heads)} |", "| --- " * (2 + len(heads)) + "|"]
+    for name, shape in SHAPES.items():
+        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+        keys += ("num_kv_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings")
+        values: dict[str, Any] = dict(zip(keys, shape, strict=True))
+        checkpoint = Checkpoint(
+            architecture="LlamaForCausalLM",
+            dtype="bfloat16",
+            quantization=None,
+            stored_bytes=None,
+            **values,
+        )
+        for flags, engine in SIZED_FLAGS.items():
+            cells = [_describe_size(checkpoint, engine, gpu) for gpu in SIZED_GPUS]
+            lines.append(f"| {' | '.join([name, flags, *cells])} |")
+    return _replace_fields("docs/guides/sizing.md", lines)
+
+
+def _describe_size(checkpoint: Checkpoint, engine: dict[str, Any], product: str) -> str:
+    """The fewest GPUs that hold a request of 8,192 tokens, and the tokens that they hold."""
+    gpu = memory_of(product)
+    assert gpu is not None
+    for size in (1, 2, 4, 8):
+        asked = Engine(tensor_parallel_size=size, max_model_len=8192, **engine)
+        fit = size_engine(checkpoint, asked, gpu)
+        if fit is not None and fit.missing_bytes <= 0:
+            return f"{f'{size} GPUs: ' if size > 1 else ''}{fit.num_tokens // 1000}k"
+    return "no"
+
+
 def _describe_kernels(rows: list[dict[str, Any]]) -> str:
     """The same kernel, compiled several times for one target."""
     if not rows:
@@ -262,6 +322,7 @@ def render_all() -> dict[str, str]:
         "docs/reference/llmservice.md": render_llmservice(),
         "docs/reference/metrics.md": render_metrics(),
         "docs/reference/quantization.md": render_quantization(),
+        "docs/guides/sizing.md": render_sizing(),
     }
 
 

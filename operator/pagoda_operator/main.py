@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from pagoda_operator import tools
 from pagoda_operator.cluster import ApiError, ApiServer, StartError, Unavailable, own_namespace
 from pagoda_operator.health import serve_health
 from pagoda_operator.lease import Lease
@@ -195,7 +196,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
     """The flags as values; ends the process with status 2 if they are wrong."""
     parser = argparse.ArgumentParser(
         prog="pagoda-operator",
-        description="Serve the LLMServices of a cluster.",
+        description="Serve the LLMServices of a cluster. Commands for people: "
+        f"{', '.join(f'pagoda-operator {name} --help' for name in tools.COMMANDS)}.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -232,7 +234,10 @@ async def run(options: Options) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_options(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in tools.COMMANDS:
+        sys.exit(tools.main(arguments))
+    options = parse_options(arguments)
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )

@@ -17,6 +17,18 @@ from pagoda_operator.spec import LLMService, parse
 from pagoda_operator.telemetry import Telemetry
 
 KEY = Key("team", "chat")
+LLAMA_8B: Mapping[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "dtype": "bfloat16",
+}
+"""A config.json."""
 
 
 def make_manifest(spec: Mapping[str, Any] | None = None, *, generation: int = 1) -> Manifest:

@@ -1,0 +1,180 @@
+"""The commands for people, of `pagoda-operator` and, as a plugin, of `kubectl pagoda`.
+
+The exit status is for pipelines: 0 all is well, 1 something is wrong with the service, 2 the
+command could not be done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+import yaml
+
+from pagoda_operator.checkpoint import (
+    HEAD_LENGTH_BYTES,
+    CheckpointError,
+    Tensors,
+    read_checkpoint,
+    read_head,
+)
+from pagoda_operator.forecast import Forecast, Paint
+from pagoda_operator.hub import PUBLIC_HUB, Answer, Hub, Unreadable
+from pagoda_operator.names import KIND, Manifest
+from pagoda_operator.pod import HUB_TOKEN
+from pagoda_operator.preflight import Preflight, check, of_checkpoint_error
+from pagoda_operator.render import render_children
+from pagoda_operator.spec import LLMService, SpecError, parse
+
+COMMANDS = ("plan",)
+HF = "hf://"
+_STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
+
+
+class UsageError(Exception):
+    """The command cannot be done; the message says why and what helps."""
+
+
+def main(arguments: Sequence[str], prog: str = "pagoda-operator") -> int:
+    """Run one of COMMANDS. Returns the exit status."""
+    options = _make_parser(prog).parse_args(arguments)
+    try:
+        return asyncio.run(_plan(options, sys.stdout))
+    except (UsageError, OSError) as error:
+        print(f"{prog} {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def kubectl_main() -> None:
+    sys.exit(main(sys.argv[1:], "kubectl pagoda"))
+
+
+def make_paint(stream: TextIO, environment: Mapping[str, str]) -> Paint:
+    """Colours on a terminal, unless NO_COLOR is set."""
+    if not stream.isatty() or environment.get("NO_COLOR"):
+        return lambda text, style: text
+    return lambda text, style: f"\033[{_STYLES[style]}m{text}\033[0m"
+
+
+def read_services(text: str, namespace: str) -> list[LLMService]:
+    """The LLMServices of a file with manifests, with the CRD's defaults.
+
+    Raises:
+        UsageError: there are none, or one cannot be understood.
+    """
+    try:
+        documents = [it for it in yaml.safe_load_all(text) if isinstance(it, dict)]
+    except yaml.YAMLError as error:
+        raise UsageError(f"the file is not YAML: {error}") from error
+    items = [item for it in documents for item in it.get("items", [it])]
+    found = [it for it in items if isinstance(it, dict) and it.get("kind") == KIND]
+    if not found:
+        raise UsageError(f"the file has no object of kind {KIND}.")
+    return [_parse(manifest, namespace) for manifest in found]
+
+
+def read_folder(folder: Path) -> Answer:
+    """What a model's folder on this machine tells.
+
+    Raises:
+        UsageError: it has no config.json, or one that is not JSON.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model-folder: {path}: {error}") from error
+    sizes, dtypes = 0, []
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as weights:
+            length = int.from_bytes(weights.read(HEAD_LENGTH_BYTES), "little")
+            tensors = read_head(json.loads(weights.read(length)))
+        sizes += tensors.num_bytes or 0
+        dtypes.append(tensors.dtype)
+    return Answer(config, Tensors(sizes or None, next(filter(None, dtypes), None)))
+
+
+def _parse(manifest: Manifest, namespace: str) -> LLMService:
+    metadata = manifest.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    name = metadata.get("name")
+    if not isinstance(name, str) or not name:
+        raise UsageError(f"an object of kind {KIND} has no metadata.name.")
+    known = {"namespace": namespace, **metadata, "uid": "", "generation": 1}
+    try:
+        return parse({**manifest, "metadata": known})
+    except SpecError as error:
+        raise UsageError(f"{name}: {error}") from error
+
+
+async def _plan(options: argparse.Namespace, stream: TextIO) -> int:
+    text = sys.stdin.read() if options.filename == "-" else Path(options.filename).read_text()
+    services = read_services(text, options.namespace)
+    hub = Hub(options.hub_endpoint, os.environ.get(HUB_TOKEN)) if options.hub_endpoint else None
+    paint, is_good = make_paint(stream, os.environ), True
+    try:
+        for service in services:
+            forecast = await _forecast(service, options, hub)
+            is_good &= not forecast.preflight.problems
+            if options.output == "yaml":
+                children = render_children(service, engine_image=options.engine_image)
+                stream.write(yaml.safe_dump_all(children.values(), sort_keys=False))
+            else:
+                stream.writelines(f"{line}\n" for line in forecast.lines(paint))
+    finally:
+        if hub is not None:
+            await hub.close()
+    return 0 if is_good else 1
+
+
+async def _forecast(service: LLMService, options: argparse.Namespace, hub: Hub | None) -> Forecast:
+    children = list(render_children(service, engine_image=options.engine_image))
+    spec = service.spec
+    if options.gpu and not spec.resources.gpu.products:
+        gpu = replace(spec.resources.gpu, products=(options.gpu,))
+        spec = replace(spec, resources=replace(spec.resources, gpu=gpu))
+    try:
+        if options.model_folder:
+            answer = read_folder(Path(options.model_folder))
+        elif spec.model.uri.startswith(HF) and hub is not None:
+            answer = await hub.read(spec.model.uri.removeprefix(HF), spec.model.revision)
+        else:
+            raise Unreadable(f"{spec.model.uri} is not read from here; give --model-folder")
+        checkpoint = read_checkpoint(answer.config, answer.tensors)
+    except Unreadable as error:
+        why = f"The model was not checked: {error}."
+        return Forecast(service, children, None, Preflight(warnings=(why,)))
+    except CheckpointError as error:
+        return Forecast(service, children, None, of_checkpoint_error(error))
+    return Forecast(service, children, checkpoint, check(spec, checkpoint))
+
+
+def _make_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    plan = commands.add_parser(
+        "plan",
+        help="say what an LLMService would become",
+        description="Say what would be created, how the model fits the GPU, and what is wrong. "
+        "Exit status: 0 nothing is wrong, 1 it would not serve, 2 the file cannot be read.",
+        allow_abbrev=False,
+    )
+    plan.add_argument("-f", "--filename", required=True, help="a file with LLMServices; - is stdin")
+    plan.add_argument("-n", "--namespace", default="default", help="of objects that name none")
+    plan.add_argument("--model-folder", help="a copy of the model's folder on this machine")
+    plan.add_argument("--gpu", help="the product, where resources.gpu.products names none")
+    plan.add_argument(
+        "--hub-endpoint",
+        default=os.environ.get("HF_ENDPOINT", PUBLIC_HUB),
+        help="of hf:// models (HF_ENDPOINT); empty: nothing is read",
+    )
+    plan.add_argument("--engine-image", default="pagoda-runtime", help="of -o yaml")
+    plan.add_argument("-o", "--output", choices=("text", "yaml"), default="text")
+    return parser

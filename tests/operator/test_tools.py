@@ -1,0 +1,128 @@
+"""The commands for people, as they are run."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pagoda_operator.testing import LLAMA_8B, make_manifest
+from pagoda_operator.tools import main, make_paint
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    return tmp_path
+
+
+def write(folder: Path, *documents: Any) -> str:
+    path = folder / "service.yaml"
+    path.write_text(yaml.safe_dump_all(documents))
+    return str(path)
+
+
+def plan(folder: Path, spec: dict[str, Any], *flags: str) -> int:
+    arguments = ["plan", "-f", write(folder, make_manifest(spec)), "--model-folder", str(folder)]
+    return main([*arguments, *flags])
+
+
+def on(product: str, **engine: Any) -> dict[str, Any]:
+    return {"engine": engine, "resources": {"gpu": {"products": [product]}}}
+
+
+def test_a_plan_shows_objects_memory_and_requests(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(folder, on("NVIDIA-H100-80GB-HBM3", maxModelLen=8192)) == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "LLMService team/chat of pvc://models/gemma",
+        "Deployment chat-engine",
+        "1 replica, each with 1 × nvidia.com/gpu NVIDIA-H100-80GB-HBM3",
+        "14.96 GiB  weights",
+        "128 KiB each",
+        "54 of them with 8,192 tokens fit the KV cache",
+    ):
+        assert text in shown
+    assert "\033" not in shown
+
+
+def test_a_plan_of_what_would_not_serve_ends_with_1_and_says_why(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(folder, on("NVIDIA-L4", maxModelLen=100_000)) == 1
+    assert "DoesNotFit: A request of engine.maxModelLen 100000" in capsys.readouterr().out
+
+
+def test_the_gpu_may_be_named_where_the_spec_names_none(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(folder, {}) == 0
+    assert "names no GPU" in capsys.readouterr().out
+    assert plan(folder, {"engine": {"maxModelLen": 100_000}}, "--gpu", "NVIDIA-L4") == 1
+
+
+def test_the_size_of_a_folder_is_that_of_its_tensors(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    awq = {**LLAMA_8B, "quantization_config": {"quant_method": "awq", "group_size": 128}}
+    (folder / "config.json").write_text(json.dumps(awq))
+    head = json.dumps({"w": {"dtype": "I32", "shape": [1], "data_offsets": [0, 5 << 30]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    assert plan(folder, on("NVIDIA-L4")) == 0
+    assert "5.00 GiB  weights" in capsys.readouterr().out
+
+
+def test_the_manifests_of_a_plan_are_those_that_would_be_applied(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(folder, {}, "-o", "yaml", "--engine-image", "engine:1") == 0
+    found = list(yaml.safe_load_all(capsys.readouterr().out))
+    assert [it["kind"] for it in found] == ["ServiceAccount", "Service", "Deployment"]
+    assert found[2]["spec"]["template"]["spec"]["containers"][0]["image"] == "engine:1"
+
+
+def test_a_model_that_cannot_be_read_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = {"model": {"uri": "hf://org/model"}}
+    path = write(tmp_path, make_manifest(hub), {"kind": "ConfigMap"}, None)
+    assert main(["plan", "-f", path, "--hub-endpoint", "http://127.0.0.1:9"]) == 0
+    assert "The model was not checked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("documents", "what"),
+    [
+        ([{"kind": "ConfigMap"}], "no object of kind LLMService"),
+        ([{"kind": "LLMService", "metadata": None}], "no metadata.name"),
+        ([{"kind": "LLMService", "metadata": {"name": "x"}}], "x: spec: an object is needed"),
+        ([make_manifest({"replica": 1})], "chat: spec.replica: this operator does not know"),
+    ],
+)
+def test_a_file_that_cannot_be_planned_ends_with_2(
+    documents: list[Any], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "-f", write(tmp_path, *documents)]) == 2
+    assert what in capsys.readouterr().err
+
+
+def test_a_file_that_is_missing_or_no_yaml_ends_with_2(tmp_path: Path) -> None:
+    assert main(["plan", "-f", str(tmp_path / "none.yaml")]) == 2
+    (tmp_path / "x.yaml").write_text("a: [")
+    assert main(["plan", "-f", str(tmp_path / "x.yaml")]) == 2
+
+
+def test_colours_are_for_terminals_without_no_color() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert make_paint(Terminal(), {})("x", "red") == "\033[31mx\033[0m"
+    assert make_paint(Terminal(), {"NO_COLOR": "1"})("x", "red") == "x"
+    assert make_paint(io.StringIO(), {})("x", "red") == "x"
