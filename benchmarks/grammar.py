@@ -25,29 +25,23 @@ import httpx
 import numpy as np
 import torch
 from checkpoints import gemma_folder, require_model
+from decoding import NUM_REQUESTS, begin_decoding, load_core
 from report import Bar, Result, publish
-from sides import make_prompts
+from server import serving
 from turns import take_turns
 
 from pagoda_runtime import SamplingParams
-from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import EngineCore
-from pagoda_runtime.engine.process import make_core
-from pagoda_runtime.execution.runner import ModelRunner
 from pagoda_runtime.execution.sampler import sample
 from pagoda_runtime.execution.testing import make_row
 from pagoda_runtime.grammar.compiler import Grammars
 from pagoda_runtime.grammar.forms import json_grammar
 from pagoda_runtime.grammar.testing import NUM_CHOICES, SchemaMaker, ask_for
-from pagoda_runtime.ipc.messages import EngineRequest
 from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.registry import load_model_config
 from pagoda_runtime.models.testing import make_tiny_checkpoint
-from pagoda_runtime.server.testing_process import ServerProcess
 from pagoda_runtime.tokenizer.tokenizer import load_tokenizer
 
-NUM_REQUESTS = 16
-PROMPT_TOKENS = 64
 NUM_STEPS = 60
 # Both sides sample, so that all logits are computed for both, and go on to the last step.
 SAMPLED = {"temperature": 1.0, "max_tokens": 500, "ignore_eos": True}
@@ -74,31 +68,21 @@ SCHEMAS = {
 
 
 def measure(
-    core: EngineCore, vocab_size: int, grammar: str | None, clock: Callable[[], float]
+    core: EngineCore, grammar: str | None, clock: Callable[[], float]
 ) -> Callable[[int], float]:
     """Milliseconds of the median decode step of a round."""
 
     def run(number: int) -> float:
-        for index, prompt in enumerate(
-            make_prompts(NUM_REQUESTS, PROMPT_TOKENS, vocab_size, f"grammar {number}")
-        ):
-            params = SamplingParams(**SAMPLED, seed=index, grammar=grammar)
-            request = EngineRequest(
-                request_id=f"{number}-{index}",
-                prompt_token_ids=prompt,
-                sampling_params=params,
-                arrival_seconds=time.time(),
-            )
-            core.add(request)
-        running = core.scheduler.running
-        while len(running) < NUM_REQUESTS or any(s.num_output_tokens < 4 for s in running):
-            core.step(time.time())
+        params = [
+            SamplingParams(**SAMPLED, seed=seed, grammar=grammar) for seed in range(NUM_REQUESTS)
+        ]
+        begin_decoding(core, params, f"grammar {number}")
         seconds = []
         for _ in range(NUM_STEPS):
             begun = clock()
             core.step(time.time())
             seconds.append(clock() - begun)
-            assert len(running) == NUM_REQUESTS, "an answer ended"
+            assert len(core.scheduler.running) == NUM_REQUESTS, "an answer ended"
         core.abort(list(core.scheduler.requests))
         return 1000 * median(seconds)
 
@@ -107,18 +91,10 @@ def measure(
 
 def measure_steps(folder: Path, rounds: int, *, is_busy: bool) -> list[Result]:
     clock = time.process_time if is_busy else time.perf_counter
-    config = EngineConfig(
-        model=str(folder),
-        dtype="bfloat16",
-        max_model_len=1024,
-        max_num_seqs=NUM_REQUESTS,
-        async_scheduling=False,
-        num_threads=1 if is_busy else None,
-    )
-    runner = ModelRunner(config)
-    core, vocab_size = make_core(config, runner), runner.ready_facts.vocab_size
+    threads = 1 if is_busy else None
+    core, _ = load_core(folder, async_scheduling=False, num_threads=threads)
     grammars = {"plain": None, **{name: json_grammar(SCHEMAS[name]) for name in SCHEMAS}}
-    sides = {name: measure(core, vocab_size, text, clock) for name, text in grammars.items()}
+    sides = {name: measure(core, text, clock) for name, text in grammars.items()}
     medians = take_turns("step of 16 requests", sides, rounds)
     return [
         Result(
@@ -196,21 +172,14 @@ def measure_masks(folder: Path, config: ModelConfig) -> Result:
 def measure_schemas(count: int) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         model = make_tiny_checkpoint(Path(folder) / "tiny")
-        flags = ["--host", "127.0.0.1", "--port", "0", "--max-num-seqs", "64"]
-        # So little that requests are preempted.
-        flags += ["--kv-cache-memory-bytes", "1500000"]
-        server = ServerProcess(
-            ["pagoda_runtime", "serve", str(model), *flags], model / "last-words"
-        )
-        try:
-            url = server.wait_until_ready()
+        # So little memory that requests are preempted.
+        flags = ("--max-num-seqs", "64", "--kv-cache-memory-bytes", "1500000")
+        with serving(model, *flags) as (url, _):
             schemas = [SchemaMaker(seed).make() for seed in range(count)]
             begun = time.monotonic()
             tally = asyncio.run(ask_for(url, schemas, max_tokens=400))
             details: dict[str, Any] = {"seconds": round(time.monotonic() - begun, 1)}
             metrics = httpx.get(f"{url}/metrics").text.splitlines()
-        finally:
-            server.close()
     preemptions = next(line for line in metrics if line.startswith("vllm:num_preemptions_total"))
     details |= {"schemas": count, "answers": NUM_CHOICES * count, "cut": tally.num_cut}
     details |= {"schemas_without_a_finished_answer": len(tally.unfinished)}

@@ -18,19 +18,13 @@ from typing import Any
 
 import msgspec
 from checkpoints import gemma_folder, require_model
+from decoding import NUM_REQUESTS, begin_decoding, load_core
 from report import Bar, Result, publish
-from sides import make_prompts
 
 from pagoda_runtime import SamplingParams
-from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine import core as engine_core
-from pagoda_runtime.engine.process import make_core
 from pagoda_runtime.execution import sampler, steps
-from pagoda_runtime.execution.runner import ModelRunner
-from pagoda_runtime.ipc.messages import EngineRequest
 
-NUM_REQUESTS = 16
-PROMPT_TOKENS = 64
 NUM_STEPS = 200
 # What belongs to the model; all else of a step is overhead.
 MODEL_PHASES = ("decoder", "vocabulary")
@@ -68,11 +62,7 @@ class TimedModel:
 
 def measure(folder: Path) -> dict[str, list[float]]:
     """Seconds of each phase, step by step; "step" is the whole."""
-    config = EngineConfig(
-        model=str(folder), dtype="bfloat16", max_model_len=1024, max_num_seqs=NUM_REQUESTS
-    )
-    runner = ModelRunner(config)
-    core = make_core(config, runner)
+    core, runner = load_core(folder)
     watch = Stopwatch()
     runner.model = TimedModel(runner.model, watch)
     core.scheduler.schedule = watch.wrap("schedule", core.scheduler.schedule)
@@ -81,18 +71,7 @@ def measure(folder: Path) -> dict[str, list[float]]:
     engine_core.advance = watch.wrap("advance", engine_core.advance)
     encode = watch.wrap("encode", msgspec.msgpack.Encoder().encode)
     params = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS + 50, ignore_eos=True)
-    prompts = make_prompts(NUM_REQUESTS, PROMPT_TOKENS, runner.ready_facts.vocab_size, "overhead")
-    for number, prompt in enumerate(prompts):
-        core.add(
-            EngineRequest(
-                request_id=str(number),
-                prompt_token_ids=prompt,
-                sampling_params=params,
-                arrival_seconds=0.0,
-            )
-        )
-    while any(s.num_output_tokens < 8 for s in core.scheduler.running) or core.scheduler.waiting:
-        core.step(0.0)
+    begin_decoding(core, [params] * NUM_REQUESTS, "overhead")
     seconds_of: dict[str, list[float]] = defaultdict(list)
     for _ in range(NUM_STEPS):
         watch.seconds.clear()

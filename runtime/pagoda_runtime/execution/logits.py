@@ -14,6 +14,8 @@ from pagoda_runtime.sampling_params import SamplingParams
 
 # Divided by the lowest temperature it is still in the range of fp32.
 _LARGE = 1e30
+# Of so many tokens one is allowed at most where it is faster to look at the allowed ones alone.
+_FEW = 16
 # [256, 8]: what a byte of a mask adds to the logits of its tokens.
 _ADDED_BY_BYTE = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
@@ -86,19 +88,20 @@ def find_changes(
     tokens alone, and for these tokens, bias, repetition, presence and frequency the places in
     flattened logits, int64, each with numbers, fp32.
     """
-    masked = list[int]()
+    masked, masks = list[int](), list[Array]()
     allowed, added, repeated, present, frequent = entries = [_Entries() for _ in range(5)]
     for index, row in enumerate(rows):
         params, said = params_of(row), row.history or []
-        output = said[row.num_prompt_tokens :]
+        output, some = said[row.num_prompt_tokens :], params.allowed_token_ids
         forbidden = _forbidden_token_ids(row, eos_token_ids)
-        some = _allowed_token_ids(row, is_open=not forbidden)
-        if some is not None:
-            allowed.append((index, some, 0.0))
-        elif row.mask is not None:
+        if row.mask is not None:
             masked.append(index)
-        if forbidden and not forbidden.issuperset(range(vocab_size) if some is None else some):
-            added.append((index, forbidden, -np.inf))
+            masks.append(_narrow(row.mask, some, forbidden))
+        else:
+            if some is not None:
+                allowed.append((index, some, 0.0))
+            if forbidden and not forbidden.issuperset(range(vocab_size) if some is None else some):
+                added.append((index, forbidden, -np.inf))
         if params.logit_bias:
             added.append((index, params.logit_bias, list(params.logit_bias.values())))
         if params.repetition_penalty != 1.0:
@@ -107,14 +110,10 @@ def find_changes(
             present.append((index, output, params.presence_penalty))
         if params.frequency_penalty:
             frequent.append((index, output, -params.frequency_penalty))
-    # Not bytes: torch wants what can be written to.
-    masks = bytearray().join(rows[index].mask or b"" for index in masked)
-    packed = np.frombuffer(masks, np.uint8).reshape(len(masked), -1 if masked else 0)
-    restricted = np.array([index for index, *_ in allowed], np.int64)
     return [
         np.array(masked, np.int64),
-        packed,
-        restricted,
+        np.stack(masks) if masks else np.empty((0, 0), np.uint8),
+        np.array([index for index, *_ in allowed], np.int64),
         *(array for some in entries for array in _locate(some, vocab_size)),
     ]
 
@@ -175,21 +174,37 @@ def added_by_bits(masks: torch.Tensor) -> torch.Tensor:
     return torch.where((masks[:, :, None] >> bits) & 1 == 1, 0.0, -torch.inf)
 
 
-def _allowed_token_ids(row: ScheduledRow, *, is_open: bool) -> Collection[int] | None:
-    """The only tokens that the row may have; None: all, or all that its mask allows.
-
-    Args:
-        is_open: nothing else forbids it tokens.
+def few_token_ids(
+    row: ScheduledRow, eos_token_ids: Collection[int], vocab_size: int
+) -> torch.Tensor | None:
+    """[num_tokens] int64, ascending: the tokens that a row's mask leaves it, if they are few, and
+    nothing else changes their logits.
     """
-    allowed = params_of(row).allowed_token_ids
-    if row.mask is None or (allowed is None and is_open):
-        return allowed
-    bits = np.unpackbits(np.frombuffer(row.mask, np.uint8), bitorder="little")
-    of_grammar = np.flatnonzero(bits)
-    if allowed is not None:
-        both = of_grammar[np.isin(of_grammar, allowed)]
-        return (both if len(both) else of_grammar).tolist()
-    return of_grammar.tolist()
+    params = params_of(row)
+    if row.mask is None or params.needs_history or params.logit_bias or row.num_candidates:
+        return None
+    num_allowed = int(np.bitwise_count(np.frombuffer(row.mask, np.uint32)).sum())
+    if not 0 < num_allowed <= vocab_size // _FEW:
+        return None
+    forbidden = _forbidden_token_ids(row, eos_token_ids)
+    mask = _narrow(row.mask, params.allowed_token_ids, forbidden)
+    bits = np.unpackbits(mask, count=vocab_size, bitorder="little")
+    return torch.from_numpy(np.flatnonzero(bits.view(np.bool_)))
+
+
+def _narrow(mask: bytes, allowed: Collection[int] | None, forbidden: Collection[int]) -> Array:
+    """[num_bytes] uint8: a mask, without the tokens that are not allowed if any of it is left then,
+    and without those that are forbidden likewise.
+    """
+    narrowed = np.frombuffer(mask, np.uint8)
+    for token_ids, inverted in ((allowed, 0x00), (forbidden or None, 0xFF)):
+        if token_ids is not None:
+            some = np.fromiter(token_ids, np.int64, len(token_ids))
+            bits = np.zeros_like(narrowed)
+            np.bitwise_or.at(bits, some // 8, np.left_shift(1, some % 8).astype(np.uint8))
+            both = narrowed & (bits ^ np.uint8(inverted))
+            narrowed = both if both.any() else narrowed
+    return narrowed
 
 
 def _forbidden_token_ids(row: ScheduledRow, eos_token_ids: Collection[int]) -> set[int]:
@@ -206,7 +221,9 @@ def _forbidden_token_ids(row: ScheduledRow, eos_token_ids: Collection[int]) -> s
 
 def _locate(entries: _Entries, vocab_size: int) -> tuple[Array, Array]:
     """The entries' places in flattened logits, and their numbers."""
-    places, numbers = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+    if not entries:
+        return np.empty(0, np.int64), np.empty(0, np.float32)
+    places, numbers = list[Array](), list[Array]()
     for row, token_ids, amounts in entries:
         some = np.fromiter(token_ids, np.int64, len(token_ids)) + row * vocab_size
         places.append(some)

@@ -14,7 +14,13 @@ import torch
 
 from pagoda_kernels.sampling import Draw, make_state
 from pagoda_runtime.execution.draw import draw_each
-from pagoda_runtime.execution.logits import is_plain, params_of, process_logits
+from pagoda_runtime.execution.logits import (
+    clean_logits,
+    few_token_ids,
+    is_plain,
+    params_of,
+    process_logits,
+)
 from pagoda_runtime.execution.logprobs import (
     Numbers,
     ToHost,
@@ -78,7 +84,7 @@ def sample(
         argmax: where they are known the tokens of the largest logits, if there are rows that take
             these as computed.
     """
-    groups = _make_groups(logits, rows)
+    groups = _make_groups(logits, rows, eos_token_ids)
     outputs: dict[int, RowOutput] = {}
     chosen = [group.choose(eos_token_ids, argmax) for group in groups]
     for group, found in zip(groups, ToHost(chosen).wait(), strict=True):
@@ -86,10 +92,17 @@ def sample(
     return [outputs[index] for index in range(len(rows))]
 
 
-def _make_groups(logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> list[_Group]:
+def _make_groups(
+    logits: torch.Tensor, rows: Sequence[ScheduledRow], eos_token_ids: Collection[int]
+) -> list[_Group]:
     """Each row in one group, with others that are sampled like it."""
+    groups = []
     members: dict[tuple[bool, ...], list[int]] = {}
     for index, row in enumerate(rows):
+        few = few_token_ids(row, eos_token_ids, logits.shape[1])
+        if few is not None:
+            groups.append(_Group([index], [row], logits[index, None], few))
+            continue
         params = params_of(row)
         kind = (
             is_plain(row),
@@ -99,7 +112,6 @@ def _make_groups(logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> list[_Gr
             row.num_candidates > 0,
         )
         members.setdefault(kind, []).append(index)
-    groups = []
     for (takes_argmax, needs_logprobs, *_), indices in members.items():
         # An argmax leaves nothing that should stay in the cache.
         is_whole = takes_argmax and not needs_logprobs
@@ -124,6 +136,8 @@ class _Group(NamedTuple):
     rows: list[ScheduledRow]
     logits: torch.Tensor
     """[num_rows, vocab_size]"""
+    few: torch.Tensor | None = None
+    """The only tokens of a single row: `few_token_ids`."""
 
     def choose(self, eos_token_ids: Collection[int], argmax: Sequence[int]) -> list[torch.Tensor]:
         """A token for each seed of each row, and if logprobs are wanted what `describe_tokens`
@@ -131,7 +145,9 @@ class _Group(NamedTuple):
         """
         takes_argmax, params = is_plain(self.rows[0]), [params_of(row) for row in self.rows]
         logits = self.logits
-        if not takes_argmax:
+        if self.few is not None:
+            logits = clean_logits(logits[:, self.few])
+        elif not takes_argmax:
             logits = process_logits(logits, self.rows, eos_token_ids)
         if self.rows[0].num_candidates:
             return [*find_candidates(logits, max(row.num_candidates for row in self.rows))]
@@ -143,6 +159,8 @@ class _Group(NamedTuple):
             token_ids = _take(_argmax(logits), of_seeds)
         else:
             token_ids = _draw(logits, self.rows)
+        if self.few is not None:
+            token_ids = self.few[token_ids]
         if not params[0].needs_logprobs:
             return [token_ids]
         num_top = max(some.logprobs or 0 for some in params)

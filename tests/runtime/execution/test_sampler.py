@@ -310,3 +310,26 @@ def test_a_gpu_chooses_what_a_cpu_chooses():
         assert output.token_logprobs == (
             expected.token_logprobs and pytest.approx(expected.token_logprobs, abs=1e-5)
         )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0.0},
+        {"top_p": 0.7, "logprobs": 3},
+        {"top_k": 4, "min_p": 0.01},
+        {"min_tokens": 5, "allowed_token_ids": (3, 64, 65, 300)},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_few_tokens_are_allowed_they_are_drawn_as_from_all(fields, dtype):
+    torch.manual_seed(1)
+    logits = torch.randn(1, 1000).to(dtype)
+    mask = sum(1 << i for i in (0, 3, 9, 64, 65, 300, 999)).to_bytes(128, "little")
+
+    def draw_masked(**others):
+        params = SamplingParams(grammar="", **fields, **others)
+        return sample(logits, [make_row(params, seeds=range(40), mask=mask)], [3])
+
+    # A bias, be it 0, has all tokens looked at.
+    assert draw_masked() == draw_masked(logit_bias={5: 0.0})
