@@ -83,6 +83,8 @@ def install_operator(target: Target, images: dict[str, str]) -> None:
     command = [target.helm, "upgrade", "--install", "pagoda", str(CHART)]
     command += ["--namespace", OPERATOR_NAMESPACE, "--create-namespace", "--skip-crds"]
     command += ["--set", f"image={images['operator']}", "--set", f"engineImage={images['runtime']}"]
+    # Nothing beyond this machine.
+    command += ["--set", "hubEndpoint="]
     if kubectl.kubeconfig:
         command += ["--kubeconfig", kubectl.kubeconfig]
     if kubectl.context:

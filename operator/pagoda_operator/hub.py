@@ -31,6 +31,10 @@ class Unreadable(Exception):
     """The hub does not tell; the message says why."""
 
 
+class Unreachable(Unreadable):
+    """Nobody answers, or not in time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a hub told of a model."""
@@ -55,35 +59,34 @@ class Hub:
     token: str | None = None
     _session: aiohttp.ClientSession | None = field(default=None, init=False)
 
-    async def read(self, name: str, revision: str | None, known: Answer | None = None) -> Answer:
-        """What is known of the model ORG/NAME.
+    async def read(self, name: str, revision: str | None, etag: str | None = None) -> Answer | None:
+        """What the hub tells of the model ORG/NAME.
 
         Args:
             revision: branch, tag or commit; None: the default branch.
-            known: what was read before; returned if it still holds.
+            etag: of what was read before; None is returned if that still holds.
         Raises:
             Unreadable
         """
         root = f"{self.endpoint.rstrip('/')}/{name}/resolve/{_quote(revision or 'main')}/"
         try:
             async with asyncio.timeout(READ_SECONDS):
-                return await self._read(root, known)
+                return await self._read(root, etag)
         except TimeoutError as error:
-            raise Unreadable(f"{root} did not answer within {READ_SECONDS:g} s") from error
+            raise Unreachable(f"{root} did not answer within {READ_SECONDS:g} s") from error
         except (OSError, aiohttp.ClientError) as error:
             what = str(error) or type(error).__name__
-            raise Unreadable(f"{root} cannot be reached: {what}") from error
+            raise Unreachable(f"{root} cannot be reached: {what}") from error
 
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
 
-    async def _read(self, root: str, known: Answer | None) -> Answer:
-        old_etag = known.etag if known is not None else None
-        asked = {"If-None-Match": old_etag} if old_etag else {}
+    async def _read(self, root: str, etag: str | None) -> Answer | None:
+        asked = {"If-None-Match": etag} if etag else {}
         status, body, etag = await self._get(f"{root}config.json", asked)
-        if known is not None and status == 304:
-            return known
+        if asked and status == 304:
+            return None
         config = _parse(status, body, f"{root}config.json")
         keys = ("quantization_config", "compression_config")
         if isinstance(config, dict) and not any(map(config.get, keys)):

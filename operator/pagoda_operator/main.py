@@ -15,8 +15,10 @@ import sys
 from collections.abc import Sequence
 
 from pagoda_operator import tools
+from pagoda_operator.checks import Checks
 from pagoda_operator.cluster import ApiError, ApiServer, StartError, Unavailable, own_namespace
 from pagoda_operator.health import serve_health
+from pagoda_operator.hub import Hub
 from pagoda_operator.lease import Lease
 from pagoda_operator.names import Key
 from pagoda_operator.poll import Poller
@@ -40,6 +42,7 @@ UNSURE_RETRY_SECONDS = 1.0
 class Options(argparse.Namespace):
     namespace: str | None
     engine_image: str
+    hub_endpoint: str
     log_level: str
     health_port: int
 
@@ -54,11 +57,15 @@ class Operator:
         self._telemetry = telemetry
         self._queue = WorkQueue(clock)
         self._poller = Poller(clock=clock, on_change=self._queue.add, telemetry=telemetry)
+        self._checks = None
+        if options.hub_endpoint:
+            self._checks = Checks(Hub(options.hub_endpoint), clock, self._queue.add)
         self._reconciler = Reconciler(
             api,
             self._poller,
             engine_image=options.engine_image,
             operator_namespace=own_namespace(),
+            checks=self._checks,
         )
         self._clock = clock
         self._lease = Lease(api, options.namespace, clock)
@@ -93,6 +100,8 @@ class Operator:
             signals.cancel()
             await asyncio.wait(self._workers, timeout=FINISH_SECONDS)
             await self._poller.close()
+            if self._checks is not None:
+                await self._checks.close()
             is_lost = renewal.done()
             renewal.cancel()
             await self._lease.release()
@@ -207,6 +216,12 @@ def parse_options(arguments: Sequence[str]) -> Options:
     )
     parser.add_argument(
         "--engine-image", required=True, help="image of engines whose LLMService names none"
+    )
+    parser.add_argument(
+        "--hub-endpoint",
+        default="",
+        help="a Hugging Face hub, as https://huggingface.co, where hf:// models are looked up "
+        "before a GPU is taken for them (they are not if the flag is absent or empty)",
     )
     parser.add_argument(
         "--log-level", default="info", choices=("debug", "info", "warning", "error")

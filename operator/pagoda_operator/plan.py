@@ -7,7 +7,7 @@ state, in which the operator writes nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pagoda_operator.contest import Contests, Edit
 from pagoda_operator.names import (
@@ -53,6 +53,8 @@ class Memory:
     contests: Contests = field(default_factory=Contests)
     scaled: int | None = None
     """The replicas that the Deployment last had as it should."""
+    judged: tuple[str, Manifest | None] | None = None
+    """The revision that preflight let pass last, and what it found."""
     is_swept: bool = False
     """Whether children that are not wanted any more were looked for and deleted."""
 
@@ -88,6 +90,11 @@ class Plan:
     waiting: tuple[str, ...] = ()
     held: tuple[Edit, ...] = ()
     requeue_seconds: float | None = None
+
+    def without_pods(self) -> Plan:
+        """The same, but the pods stay as they are."""
+        kept = (a for a in self.applies if a.ref.kind != "Deployment" or a.manager != MANAGER)
+        return replace(self, applies=tuple(kept))
 
 
 def make_plan(

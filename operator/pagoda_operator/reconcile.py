@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 
@@ -23,6 +23,7 @@ from pagoda_operator.causes import (
     find_cause,
     steady,
 )
+from pagoda_operator.checks import Checks, Verdict
 from pagoda_operator.cluster import ApiError, ApiServer, NotFound, Refused, Unavailable
 from pagoda_operator.names import (
     CHILD_KINDS,
@@ -77,6 +78,7 @@ class Reconciler:
     _: KW_ONLY
     engine_image: str
     operator_namespace: str | None = None
+    checks: Checks | None = None
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     clock: Callable[[], float] = time.monotonic
     _memories: dict[Key, Memory] = field(default_factory=dict, init=False)
@@ -116,6 +118,9 @@ class Reconciler:
         target = self.poller.target(service, previous, deployment)
         memory, now = self._memories.setdefault(key, Memory()), self.clock()
         plan = make_plan(service, wanted, world.children, memory, target_replicas=target, now=now)
+        verdict = self._judge(service, wanted, deployment, previous)
+        if verdict.cause is not None:
+            plan = plan.without_pods()
         failure: Refused | Unavailable | None = None
         try:
             deployment = await self._execute(key, plan, memory, now) or deployment
@@ -126,10 +131,12 @@ class Reconciler:
         memory.is_swept |= is_complete and failure is None and not plan.conflicts
         if failure is None and plan.applies and not is_seen(previous):
             return FIRST_STATUS_SECONDS
-        hindrance = _find_hindrance(plan, failure) or memory.contests.find_cause(plan.held, now)
+        hindrance = _find_hindrance(plan, failure) or verdict.cause
+        hindrance = hindrance or memory.contests.find_cause(plan.held, now)
         # The queue tells of the first trouble, and tries the status again as well.
         with contextlib.suppress(*([ApiError] if isinstance(failure, Unavailable) else [])):
-            await self._report(manifest, service, world, deployment, target, hindrance)
+            told = hindrance, verdict.fields
+            await self._report(manifest, service, world, deployment, target, *told)
         if isinstance(failure, Unavailable):
             raise failure
         if failure is not None:
@@ -145,6 +152,28 @@ class Reconciler:
             memory.contests.seconds_to_next_look(plan.held, now),
         ]
         return min((seconds for seconds in looks if seconds), default=None)
+
+    def _judge(
+        self,
+        service: LLMService,
+        wanted: Mapping[ChildRef, Manifest],
+        deployment: Manifest | None,
+        previous: Manifest,
+    ) -> Verdict:
+        """What preflight says of pods that are about to change; those that are there need none."""
+        if self.checks is None:
+            return Verdict()
+        memory = self._memories[service.key]
+        revision = revision_of(wanted[ChildRef("Deployment", engine_name(service.key.name))])
+        if deployment is None or revision_of(deployment) != revision:
+            verdict = self.checks.judge(service)
+            if verdict.cause is None:
+                memory.judged = revision, verdict.fields
+            return verdict
+        if memory.judged is not None and memory.judged[0] == revision:
+            return Verdict(fields=memory.judged[1])
+        told = previous.get("preflight", {})
+        return Verdict(fields=None if told.get("result") == "Failed" else told)
 
     async def _look(
         self, service: LLMService, manifest: Manifest, wanted: Collection[ChildRef]
@@ -228,6 +257,7 @@ class Reconciler:
         deployment: Manifest | None,
         target: int,
         hindrance: Cause | None,
+        preflight: Manifest | None,
     ) -> None:
         cause, model = hindrance, None
         if deployment is not None:
@@ -243,6 +273,7 @@ class Reconciler:
             is_applied=hindrance is None,
             is_reachable=hindrance is None or front is not None,
             model=manifest.get("status", {}).get("model") if model is None else model,
+            preflight=preflight,
         )
         conditions |= autoscaling_condition(
             service.spec,

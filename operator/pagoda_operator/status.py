@@ -83,6 +83,7 @@ def make_status(
     is_applied: bool = True,
     is_reachable: bool = True,
     model: Manifest | None = None,
+    preflight: Manifest | None = None,
 ) -> tuple[Manifest, Conditions]:
     """The fields of the status and the four conditions, for `stamp`.
 
@@ -92,6 +93,7 @@ def make_status(
         is_applied: every child is as the spec asks; if not, `cause` says why.
         is_reachable: the Service in front of the engines is there and is ours.
         model: what the engine that was ready last says that it runs.
+        preflight: what was found before the pods were made.
     """
     counts = Counts.of(deployment)
     labels = selector_labels(service.key.name)
@@ -105,6 +107,8 @@ def make_status(
         fields["revision"] = revision_of(deployment)
     if model:
         fields["model"] = model
+    if preflight:
+        fields["preflight"] = preflight
     available = _available(counts, desired_replicas, service.spec.suspend, is_reachable)
     if cause is not None and not is_applied:
         return fields, _hindered(available, cause)

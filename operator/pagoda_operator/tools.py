@@ -25,6 +25,7 @@ from pagoda_operator.checkpoint import (
     read_checkpoint,
     read_head,
 )
+from pagoda_operator.checks import HF
 from pagoda_operator.forecast import Forecast, Paint
 from pagoda_operator.hub import PUBLIC_HUB, Answer, Hub, Unreadable
 from pagoda_operator.names import KIND, Manifest
@@ -34,7 +35,6 @@ from pagoda_operator.render import render_children
 from pagoda_operator.spec import LLMService, SpecError, parse
 
 COMMANDS = ("plan",)
-HF = "hf://"
 _STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
 
 
@@ -144,7 +144,10 @@ async def _forecast(service: LLMService, options: argparse.Namespace, hub: Hub |
         if options.model_folder:
             answer = read_folder(Path(options.model_folder))
         elif spec.model.uri.startswith(HF) and hub is not None:
-            answer = await hub.read(spec.model.uri.removeprefix(HF), spec.model.revision)
+            told = await hub.read(spec.model.uri.removeprefix(HF), spec.model.revision)
+            # None is for those who know more.
+            assert told is not None
+            answer = told
         else:
             raise Unreadable(f"{spec.model.uri} is not read from here; give --model-folder")
         checkpoint = read_checkpoint(answer.config, answer.tensors)

@@ -14,12 +14,14 @@ import yaml
 from msgspec import to_builtins
 
 from pagoda_operator.causes import Cause
+from pagoda_operator.checkpoint import Tensors, read_checkpoint
 from pagoda_operator.names import GROUP, KIND, PLURAL, VERSION
+from pagoda_operator.preflight import check, unchecked
 from pagoda_operator.reports import parse_report
 from pagoda_operator.scaling import ScalingPolicy
 from pagoda_operator.spec import LLMServiceSpec, camel_case, parse
 from pagoda_operator.status import failed_status, make_status, stamp
-from pagoda_operator.testing import make_manifest, make_service
+from pagoda_operator.testing import LLAMA_8B, make_manifest, make_service
 from pagoda_runtime.server.answers import Running
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,7 +128,8 @@ def unbounded(node: dict[str, Any], path: str) -> list[str]:
 
 def test_every_value_of_a_spec_and_of_an_engines_report_is_bounded() -> None:
     assert not unbounded(schema()["spec"], "spec")
-    assert not unbounded(schema()["status"]["properties"]["model"], "status.model")
+    for name in ("model", "preflight"):
+        assert not unbounded(schema()["status"]["properties"][name], f"status.{name}")
 
 
 def test_every_status_that_the_operator_writes_fits_the_schema() -> None:
@@ -138,11 +141,24 @@ def test_every_status_that_the_operator_writes_fits_the_schema() -> None:
     deployment = render_deployment(service, engine_image="engine:1")
     body = json.dumps({"model": to_builtins(Running("LlamaForCausalLM", "awq", "int8", 2))})
     model = parse_report(body.encode())
-    made = make_status(service, deployment=deployment, cause=None, desired_replicas=1, model=model)
+    gpu = {"gpu": {"products": ["NVIDIA-L4"]}}
+    preflight = check(make_service({"resources": gpu}).spec, read_checkpoint(LLAMA_8B, Tensors()))
+    made = make_status(
+        service,
+        deployment=deployment,
+        cause=None,
+        desired_replicas=1,
+        model=model,
+        preflight=preflight.fields(),
+    )
     status = stamp(*made, {}, 1, now)
     known = schema()["status"]["properties"]
     assert set(status) == set(known)
     assert set(model) == set(known["model"]["properties"])
+    assert set(status["preflight"]) == set(known["preflight"]["properties"])
+    assert {"Passed", "Failed", unchecked("x")["result"]} == set(
+        known["preflight"]["properties"]["result"]["enum"]
+    )
     cause = Cause("InvalidSpec", "x", True)
     failed = stamp(*failed_status(cause, None, status), status, 1, now)
     for found in (status, failed):

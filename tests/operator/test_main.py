@@ -12,7 +12,9 @@ from pagoda_operator.cluster import ApiServer, StartError
 from pagoda_operator.main import Operator, Options, parse_options
 from pagoda_operator.telemetry import Telemetry
 
-OPTIONS = Options(namespace=None, engine_image="e:1", log_level="info", health_port=0)
+OPTIONS = Options(
+    namespace=None, engine_image="e:1", hub_endpoint="", log_level="info", health_port=0
+)
 
 
 @pytest.mark.parametrize("flags", [[], ["--namespace="], ["--namespace", ""]])

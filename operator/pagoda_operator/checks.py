@@ -1,0 +1,165 @@
+"""What preflight says of services whose engines are about to change, before they do.
+
+A model's files are read beside the passes, once for all services that serve it, and kept; a pass
+only ever waits for the first reading, by coming again when it is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pagoda_operator.causes import Cause
+from pagoda_operator.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from pagoda_operator.hub import Hub, Unreachable, Unreadable
+from pagoda_operator.names import Key, Manifest
+from pagoda_operator.preflight import Preflight, check, of_checkpoint_error, unchecked
+from pagoda_operator.spec import LLMService, Model
+
+logger = logging.getLogger(__name__)
+
+HF = "hf://"
+HUB_VARIABLE = "HF_ENDPOINT"
+MAX_READ_AT_ONCE = 4
+FRESH_SECONDS = 300.0
+"""How long what was read is not asked for again."""
+UNREACHABLE_SECONDS = 60.0
+"""How long a hub that is not there is not asked at all."""
+MAX_MODELS = 500
+READING = Cause("CheckingModel", "The model's config.json is being read from the hub.", False)
+
+Outcome = Checkpoint | CheckpointError | Unreadable
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """cause: why the engines must not be changed. fields: `status.preflight`, if there is any."""
+
+    cause: Cause | None = None
+    fields: Manifest | None = None
+
+
+@dataclass(slots=True)
+class _Read:
+    """A model that was read, or is being read."""
+
+    outcome: Outcome | None = None
+    etag: str | None = None
+    read_at: float = 0.0
+    waiting: set[Key] = field(default_factory=set)
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True)
+class Checks:
+    """Checks models of one hub. A model of another source is not checked.
+
+    Args:
+        clock: seconds of a monotonic clock.
+        on_change: called with a service whose verdict may be another one now.
+    """
+
+    hub: Hub
+    clock: Callable[[], float]
+    on_change: Callable[[Key], None]
+    _models: dict[Model, _Read] = field(default_factory=dict, init=False)
+    _slots: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(MAX_READ_AT_ONCE), init=False
+    )
+    _unreachable: tuple[float, Unreadable] | None = field(default=None, init=False)
+
+    def judge(self, service: LLMService) -> Verdict:
+        """Of a service whose pods would change now."""
+        spec = service.spec
+        if not spec.model.uri.startswith(HF):
+            return Verdict()
+        if (other := self._find_other_hub(service)) is not None:
+            return Verdict(fields=unchecked(other))
+        outcome = self._find(service.key, spec.model)
+        if outcome is None:
+            return Verdict(READING)
+        if isinstance(outcome, Unreadable):
+            return Verdict(fields=unchecked(f"The model was not checked: {outcome}."))
+        if isinstance(outcome, CheckpointError):
+            return _verdict(of_checkpoint_error(outcome))
+        return _verdict(check(spec, outcome))
+
+    async def close(self) -> None:
+        tasks = [read.task for read in self._models.values() if read.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.hub.close()
+
+    def _find_other_hub(self, service: LLMService) -> str | None:
+        """Why the engine may get its model from elsewhere: no pod chooses what is asked here."""
+        added = service.spec.pod_template
+        for variable in added.env:
+            if variable["name"] == HUB_VARIABLE and variable.get("value") != self.hub.endpoint:
+                return (
+                    f"The model was not checked: {HUB_VARIABLE} of podTemplate.env is not the "
+                    f"operator's hub, {self.hub.endpoint}."
+                )
+        return None
+
+    def _find(self, key: Key, model: Model) -> Outcome | None:
+        """What is known of a model; None: wait for it. What is old is read anew meanwhile."""
+        read = self._models.get(model)
+        if read is None:
+            self._make_room()
+            read = self._models[model] = _Read()
+        is_old = read.outcome is None or self.clock() - read.read_at > FRESH_SECONDS
+        if read.task is None and is_old:
+            read.task = asyncio.get_running_loop().create_task(self._read(model, read))
+        if read.task is not None:
+            read.waiting.add(key)
+        return read.outcome
+
+    async def _read(self, model: Model, read: _Read) -> None:
+        before = read.outcome
+        try:
+            async with self._slots:
+                self._require_reachable()
+                name = model.uri.removeprefix(HF)
+                answer = await self.hub.read(name, model.revision, read.etag)
+            if answer is not None:
+                read.etag = answer.etag
+                read.outcome = read_checkpoint(answer.config, answer.tensors)
+        except Unreachable as error:
+            self._unreachable = self._unreachable or (self.clock() + UNREACHABLE_SECONDS, error)
+            # What was read before still holds, as far as anybody knows.
+            read.outcome = before or error
+        except Unreadable as error:
+            read.outcome, read.etag = error, None
+        except CheckpointError as error:
+            read.outcome = error
+        except Exception:
+            logger.exception("%s cannot be checked", model.uri)
+            read.outcome = Unreadable("an error of the operator; see its log")
+        finally:
+            read.read_at, read.task = self.clock(), None
+        waiting, read.waiting = read.waiting, set()
+        if read.outcome != before:
+            for key in sorted(waiting):
+                self.on_change(key)
+
+    def _require_reachable(self) -> None:
+        """Raises Unreachable, without asking, for a while after a hub was not there."""
+        if self._unreachable is None:
+            return
+        until, error = self._unreachable
+        if self.clock() < until:
+            raise error
+        self._unreachable = None
+
+    def _make_room(self) -> None:
+        """Forget what was read first, so that names alone do not fill the memory."""
+        done = [model for model, read in self._models.items() if read.task is None]
+        for model in done[: max(0, len(self._models) + 1 - MAX_MODELS)]:
+            del self._models[model]
+
+
+def _verdict(found: Preflight) -> Verdict:
+    return Verdict(found.problems[0] if found.problems else None, found.fields())
