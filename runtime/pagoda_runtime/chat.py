@@ -17,9 +17,8 @@ from typing import Any, TextIO
 
 import msgspec
 
+from pagoda_runtime.bench.chunks import Chunk, ChunkReader, Delta, ErrorEvent, show_error
 from pagoda_runtime.bench.client import HttpClient
-from pagoda_runtime.bench.endpoint import show_error
-from pagoda_runtime.bench.http1 import EventParser
 from pagoda_runtime.bench.server import add_server_flags, find_model, make_client
 from pagoda_runtime.errors import PagodaError, RequestError, exit_status
 
@@ -30,42 +29,6 @@ HELP = "Enter sends, Ctrl-C stops an answer, Ctrl-D ends. /clear forgets the con
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 # What a model writes must not steer the terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-class _Function(msgspec.Struct):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _Call(msgspec.Struct):
-    index: int = 0
-    id: str | None = None
-    function: _Function | None = None
-
-
-class _Delta(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    """Another server's name of reasoning_content."""
-    tool_calls: list[_Call] | None = None
-
-
-class _Choice(msgspec.Struct):
-    delta: _Delta
-
-
-class _Usage(msgspec.Struct):
-    completion_tokens: int = 0
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: Any = None
-
-
-_decoder = msgspec.json.Decoder(_Chunk)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,10 +116,10 @@ class Chat:
         try:
             async for chunk in self._chunks():
                 if chunk.usage is not None:
-                    num_tokens = chunk.usage.completion_tokens
+                    num_tokens = chunk.usage.completion_tokens or 0
                 for choice in chunk.choices:
                     first = first or time.perf_counter()
-                    self._show(choice.delta, message)
+                    self._show(choice.delta or Delta(), message)
         except asyncio.CancelledError:
             # A call that is cut off has no result.
             message.pop("tool_calls", None)
@@ -176,8 +139,8 @@ class Chat:
             )
         return message
 
-    def _show(self, delta: _Delta, message: Message) -> None:
-        self.screen.note(delta.reasoning_content or delta.reasoning or "")
+    def _show(self, delta: Delta, message: Message) -> None:
+        self.screen.note(delta.thoughts)
         text = delta.content or ""
         message["content"] += text
         self.screen.write(text)
@@ -191,7 +154,7 @@ class Chat:
                 function["name"] += call.function.name or ""
                 function["arguments"] += call.function.arguments or ""
 
-    async def _chunks(self) -> AsyncIterator[_Chunk]:
+    async def _chunks(self) -> AsyncIterator[Chunk]:
         """Raises RequestError: the server refuses, or breaks off; NoAnswer."""
         body = {
             "model": self.model,
@@ -200,22 +163,18 @@ class Chat:
             "stream_options": {"include_usage": True},
             **({"tools": self.tools} if self.tools else {}),
         }
-        events = EventParser()
+        chunks = ChunkReader()
         async with self.client.request("POST", PATH, msgspec.json.encode(body)) as answer:
             if answer.status != 200:
                 reason = show_error(await answer.read_all())
                 raise RequestError(f"The server answers {answer.status}: {reason}")
-            async for piece in answer.pieces():
-                for data in events.feed(piece):
-                    if data == b"[DONE]":
-                        continue
-                    try:
-                        chunk = _decoder.decode(data)
-                    except msgspec.DecodeError as error:
-                        raise RequestError(f"An event is no chunk of a chat: {error}.") from error
-                    if chunk.error is not None:
-                        raise RequestError(f"The server breaks off: {show_error(data)}")
-                    yield chunk
+            try:
+                async for piece in answer.pieces():
+                    for chunk in chunks.feed(piece):
+                        yield chunk
+            except ErrorEvent as error:
+                raise RequestError(f"The server breaks off: {error}") from error
+            chunks.finish()
 
 
 def _converse(chat: Chat, runner: asyncio.Runner) -> None:

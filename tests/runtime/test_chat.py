@@ -21,6 +21,9 @@ import pytest
 from pagoda_runtime.cli import main
 from pagoda_runtime.server.testing import FakeEngine, make_config, make_state, running_server
 
+# In place of the rest of a stream.
+CUT: dict[str, Any] = {"cut": True}
+
 
 class Scripted(ThreadingHTTPServer):
     """Answers each chat with the next list of deltas, and keeps the bodies that it got."""
@@ -48,6 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         for delta in self.server.answers.pop(0):
+            if delta == CUT:
+                return
             chunk = delta if "error" in delta else {"choices": [{"index": 0, "delta": delta}]}
             self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
             self.wfile.flush()
@@ -121,7 +126,11 @@ def test_reasoning_and_calls_are_printed(monkeypatch, capsys, scripted, tmp_path
 
 @pytest.mark.parametrize(
     ("deltas", "words"),
-    [([{"content": "a"}, {"error": {"message": "gone"}}], "gone"), ([{"content": 3}], "no chunk")],
+    [
+        ([{"content": "a"}, {"error": {"message": "gone"}}], "breaks off: gone"),
+        ([{"content": 3}], "no chunk"),
+        ([{"content": "a"}, CUT], "without [DONE]"),
+    ],
 )
 def test_a_stream_that_breaks_off_is_an_error(monkeypatch, capsys, scripted, deltas, words):
     assert pipe(monkeypatch, "q", "--url", scripted(deltas).url) == 1

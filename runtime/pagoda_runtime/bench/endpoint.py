@@ -10,11 +10,10 @@ from typing import Any
 
 import msgspec
 
+from pagoda_runtime.bench.chunks import ChunkReader, Usage, show_error
 from pagoda_runtime.bench.client import HttpClient
-from pagoda_runtime.bench.http1 import Answer, EventParser, NoAnswer
+from pagoda_runtime.bench.http1 import Answer, BrokenAnswer, NoAnswer
 from pagoda_runtime.bench.workloads.base import BenchRequest, render_words
-
-MAX_SHOWN_CHARACTERS = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,42 +104,12 @@ class RequestRecord:
         return (self.end_to_end - self.time_to_first_token) / (self.num_output_tokens - 1)
 
 
-class _Delta(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
+class Refused(NoAnswer):
+    """The server answered with another status than 200."""
 
-
-class _Choice(msgspec.Struct):
-    text: str | None = None
-    delta: _Delta | None = None
-
-    @property
-    def has_text(self) -> bool:
-        delta = self.delta
-        return bool(self.text or (delta and (delta.content or delta.reasoning_content)))
-
-
-class _PromptDetails(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: _PromptDetails | None = None
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: Any = None
-
-
-class _StreamFailed(Exception):
-    """The stream carried an error or broke off: (kind, detail)."""
-
-
-_decoder = msgspec.json.Decoder(_Chunk)
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = f"HTTP {status}"
 
 
 async def measure(
@@ -151,11 +120,8 @@ async def measure(
     try:
         async with asyncio.timeout(timeout_seconds), client.request("POST", path, body) as answer:
             if answer.status != 200:
-                detail = show_error(await answer.read_all())
-                raise _StreamFailed(f"HTTP {answer.status}", detail)
+                raise Refused(answer.status, show_error(await answer.read_all()))
             await _read_stream(answer, record)
-    except _StreamFailed as error:
-        record.failure, record.detail = error.args
     except TimeoutError:
         record.failure, record.detail = "timeout", f"no end after {timeout_seconds:g} s"
     except NoAnswer as error:
@@ -166,14 +132,10 @@ async def measure(
 
 
 async def _read_stream(answer: Answer, record: RequestRecord) -> None:
-    events, num_texts, last_text, is_done = EventParser(), 0, 0.0, False
+    chunks, num_texts, last_text = ChunkReader(), 0, 0.0
     async for piece in answer.pieces():
         now = time.perf_counter()
-        for data in events.feed(piece):
-            if data == b"[DONE]":
-                is_done = True
-                continue
-            chunk = _decode(data)
+        for chunk in chunks.feed(piece):
             if chunk.usage is not None:
                 _take_usage(record, chunk.usage)
             if not chunk.choices:
@@ -185,10 +147,9 @@ async def _read_stream(answer: Answer, record: RequestRecord) -> None:
                 else:
                     record.gaps.append(now - last_text)
                 num_texts, last_text = num_texts + 1, now
-    if not is_done:
-        raise _StreamFailed("connection lost", "the stream ended without [DONE]")
+    chunks.finish()
     if not record.ended:
-        raise _StreamFailed("broken answer", "the stream held no choice")
+        raise BrokenAnswer("the stream held no choice")
     if record.time_to_first_token is None:
         # Tokens without text, such as special ones: all that is known is when they were complete.
         record.time_to_first_token = record.end_to_end
@@ -196,29 +157,10 @@ async def _read_stream(answer: Answer, record: RequestRecord) -> None:
         record.num_output_tokens = num_texts
 
 
-def _decode(data: bytes) -> _Chunk:
-    try:
-        chunk = _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _StreamFailed("broken answer", f"an event is no chunk: {error}") from error
-    if chunk.error is not None:
-        raise _StreamFailed("error event", show_error(data))
-    return chunk
-
-
-def _take_usage(record: RequestRecord, usage: _Usage) -> None:
+def _take_usage(record: RequestRecord, usage: Usage) -> None:
     record.num_prompt_tokens = usage.prompt_tokens
     if usage.prompt_tokens_details is not None:
         record.num_cached_tokens = usage.prompt_tokens_details.cached_tokens or 0
     if usage.completion_tokens is not None:
         record.num_output_tokens = usage.completion_tokens
         record.is_counted_by_server = True
-
-
-def show_error(body: bytes) -> str:
-    """The message of an error in OpenAI's shape, or the beginning of whatever it is."""
-    try:
-        message = msgspec.json.decode(body)["error"]["message"]
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
-        message = body.decode(errors="replace")
-    return str(message)[:MAX_SHOWN_CHARACTERS]

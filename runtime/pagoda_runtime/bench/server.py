@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 
+from pagoda_runtime.bench.chunks import show_error
 from pagoda_runtime.bench.client import HttpClient
-from pagoda_runtime.bench.endpoint import show_error
 from pagoda_runtime.bench.http1 import Answer, NoAnswer, parse_base_url
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.flags import text_value

@@ -77,7 +77,7 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class Head(Struct, frozen=True):
-    """What every answer with tokens, and every event of a stream, begins with."""
+    """What most answers begin with, and every event of a stream of tokens."""
 
     id: str
     created: int

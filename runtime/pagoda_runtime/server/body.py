@@ -9,11 +9,12 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.requests import Request
 
 from pagoda_runtime.errors import RequestError
-from pagoda_runtime.server.errors import describe_validation
+from pagoda_runtime.server.errors import validate
+from pagoda_runtime.server.unsupported import verify_supported
 
 if TYPE_CHECKING:
     from pagoda_runtime.server.state import ServerState
@@ -42,25 +43,22 @@ async def receive_body(request: Request) -> bytes:
 
 
 async def read_body(state: ServerState, body_class: type[B], raw: bytes) -> B:
-    """The body as its model. Raises ApiError or RequestError, or as `state.loaded`."""
+    """The body as its model, of which all that it asks for is served, as far as fields tell.
+
+    Raises ApiError, RequestError or ModelNotServed, or as `state.loaded`.
+    """
     ready, _ = state.loaded()
-    return await state.parse(len(raw), partial(_parse, raw, body_class, ready.max_model_len))
-
-
-def validate(body_class: type[B], values: dict[str, Any]) -> B:
-    """The model of values that another form of the API was read into. Raises ApiError."""
-    try:
-        return body_class.model_validate(values)
-    except ValidationError as error:
-        raise describe_validation(error) from None
+    body = await state.parse(len(raw), partial(_parse, raw, body_class, ready.max_model_len))
+    # One of several models stands in the root of their union.
+    one: Any = getattr(body, "root", body)
+    state.warn_unknown(verify_supported(one))
+    state.verify_model(one.model)
+    return body
 
 
 def _parse(raw: bytes, body_class: type[B], max_model_len: int) -> B:
     verify_shape(raw, max_model_len)
-    try:
-        return body_class.model_validate_json(raw)
-    except ValidationError as error:
-        raise describe_validation(error) from None
+    return validate(body_class.model_validate_json, raw)
 
 
 def verify_shape(raw: bytes, max_model_len: int) -> None:

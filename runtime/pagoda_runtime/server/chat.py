@@ -21,7 +21,12 @@ from pagoda_runtime.parsing.formats import (
 )
 from pagoda_runtime.parsing.grammars import MAX_FORCED_CALLS, NO_ARGUMENTS, AnswerRules, Tool
 from pagoda_runtime.parsing.parser import Layout
-from pagoda_runtime.server.chat_protocol import ChatCompletionRequest, ChatMessage, Function
+from pagoda_runtime.server.chat_protocol import (
+    ChatCompletionRequest,
+    ChatMessage,
+    Function,
+    ToolCall,
+)
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
 # Variables of templates that are fields of their own.
@@ -66,17 +71,17 @@ def find_formats(template: str | None, tool_parser: str, reasoning_parser: str) 
     Args:
         tool_parser, reasoning_parser: a row or an alias of it, auto or none.
     """
-    tools = guess_format(template, TOOL_FORMATS) if tool_parser == "auto" else tool_parser
-    reasoning = (
-        guess_format(template, REASONING_FORMATS)
-        if reasoning_parser == "auto"
-        else reasoning_parser
+    return ChatFormats(
+        _find_format(template, tool_parser, TOOL_FORMATS, TOOL_ALIASES),
+        _find_format(template, reasoning_parser, REASONING_FORMATS, REASONING_ALIASES),
     )
-    tools, reasoning = (
-        TOOL_ALIASES.get(tools or "", tools),
-        REASONING_ALIASES.get(reasoning or "", reasoning),
-    )
-    return ChatFormats(*(None if name == "none" else name for name in (tools, reasoning)))
+
+
+def _find_format(
+    template: str | None, parser: str, formats: Mapping[str, Any], aliases: Mapping[str, str]
+) -> str | None:
+    name = guess_format(template, formats) if parser == "auto" else parser
+    return None if name in (None, "none") else aliases.get(name, name)
 
 
 def choose_template(
@@ -146,18 +151,14 @@ def _template_message(message: ChatMessage, names: Mapping[str, str]) -> dict[st
         made |= dict.fromkeys(("reasoning_content", "reasoning"), message.thoughts)
         made |= {} if content else {"thinking": message.thoughts}
     if message.tool_calls:
-        made["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {
-                    "name": call.function.name,
-                    "arguments": json.loads(call.function.arguments or "{}"),
-                },
-            }
-            for call in message.tool_calls
-        ]
+        made["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     return made
+
+
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    arguments = json.loads(call.function.arguments or "{}")
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def find_thinking(

@@ -86,25 +86,19 @@ def _verify_contents(request: ChatCompletionRequest) -> None:
         # An empty text is one; an empty list of parts holds none.
         is_missing = message.content is None or message.content == []
         if is_missing and not message.tool_calls and not message.thoughts:
-            path = f"messages[{index}].content"
-            raise RequestError(
-                f"{path} is missing; a message of the role {message.role} needs a text, which may "
-                "be empty.",
-                param=path,
-            )
+            why = f"a message of the role {message.role} needs a text, which may be empty"
+            _refuse(f"messages[{index}].content", "missing", why)
 
 
 def _verify_ending(request: ChatCompletionRequest) -> None:
+    param = "continue_final_message"
     if not request.continue_final_message:
         return
     if request.add_generation_prompt:
         raise RequestError(
-            "continue_final_message and add_generation_prompt ask for two beginnings; leave one "
-            "out.",
-            param="continue_final_message",
+            f"{param} and add_generation_prompt ask for two beginnings; leave one out.", param=param
         )
     if request.messages[-1].role != "assistant" or not request.messages[-1].text.strip():
         raise RequestError(
-            "continue_final_message asks for a last message of the role assistant with words.",
-            param="continue_final_message",
+            f"{param} asks for a last message of the role assistant with words.", param=param
         )

@@ -23,10 +23,7 @@ def write_message(message: WholeMessage) -> answers.AssistantMessage:
         for call in message.calls
     ]
     return answers.AssistantMessage(
-        message.content or (None if calls else ""),
-        None,
-        message.reasoning or UNSET,
-        calls or UNSET,
+        message.content or (None if calls else ""), None, message.reasoning or UNSET, calls or UNSET
     )
 
 

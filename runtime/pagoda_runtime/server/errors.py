@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI
@@ -26,6 +26,9 @@ from pagoda_runtime.errors import (
 )
 from pagoda_runtime.server.answers import Error, ErrorDetails
 from pagoda_runtime.server.messages_answers import AnthropicError, AnthropicErrorDetails
+
+T = TypeVar("T")
+M = TypeVar("M")
 
 CLIENT_CLOSED_REQUEST = 499
 ANTHROPIC_PATH = "/v1/messages"
@@ -122,7 +125,15 @@ def _later(status: int, code: str, error: Exception, seconds: int) -> ApiError:
     return ApiError(status, str(error), kind=kind, code=code, headers=headers)
 
 
-def describe_validation(error: ValidationError) -> ApiError:
+def validate(make: Callable[[T], M], values: T) -> M:
+    """The model that pydantic makes of the values of a body. Raises ApiError."""
+    try:
+        return make(values)
+    except ValidationError as error:
+        raise _describe_validation(error) from None
+
+
+def _describe_validation(error: ValidationError) -> ApiError:
     """The first problems of a request body, with the path of the first field as param."""
     problems = error.errors(include_url=False, include_context=False)
     first = problems[0]

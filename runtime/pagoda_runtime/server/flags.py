@@ -41,6 +41,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 CORS_DETAILS = ("allow_credentials", "allowed_methods", "allowed_headers")
 # Of flags that take several values, and may come several times.
 SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "type": text_value, "default": None}
+FILE: dict[str, Any] = {"metavar": "FILE", "type": text_value}
+PATH = {**FILE, "metavar": "PATH"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,11 +61,7 @@ def add_address_flags(parser: argparse.ArgumentParser) -> None:
     flags.add("--host", type=text_value, help="address to listen on")
     flags.add("--port", type=integer(0, 65535), help="port; 0 takes a free one")
     flags.add(
-        "--uds",
-        metavar="PATH",
-        type=text_value,
-        shown="none",
-        help="Unix socket to listen on in place of host and port",
+        "--uds", **PATH, shown="none", help="Unix socket to listen on in place of host and port"
     )
     flags.add(
         "--root-path",
@@ -89,22 +87,16 @@ def add_tls_flags(parser: argparse.ArgumentParser) -> None:
     flags = Flags(parser, "TLS")
     flags.add(
         "--ssl-certfile",
-        metavar="FILE",
-        type=text_value,
+        **FILE,
         shown="none: plain HTTP",
         help="PEM file of the server's certificate and those above it; clients then speak TLS",
     )
     flags.add(
-        "--ssl-keyfile",
-        metavar="FILE",
-        type=text_value,
-        shown="in --ssl-certfile",
-        help="PEM file of its private key",
+        "--ssl-keyfile", **FILE, shown="in --ssl-certfile", help="PEM file of its private key"
     )
     flags.add(
         "--ssl-ca-certs",
-        metavar="FILE",
-        type=text_value,
+        **FILE,
         shown="none",
         help="PEM file of authorities whose certificates clients may show",
     )
@@ -128,8 +120,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     )
     flags.add(
         "--api-key-file",
-        metavar="FILE",
-        type=text_value,
+        **FILE,
         help="file with more keys, one a line, or folder of such files, as a mounted Secret is; "
         "changes hold within seconds",
     )
@@ -173,27 +164,21 @@ def add_request_flags(flags: Flags) -> None:
         shown="MODEL as given",
         help="names that requests may use; answers show the first",
     )
-    flags.add(
-        "--chat-template",
-        metavar="FILE",
-        type=text_value,
-        help="Jinja file in place of the model's template",
-    )
+    flags.add("--chat-template", **FILE, help="Jinja file in place of the model's template")
     flags.add(
         "--trust-request-chat-template",
         action="store_true",
         help="take `chat_template` of requests: programs of strangers, in a sandbox",
     )
-    flags.add(
-        "--tool-call-parser",
-        choices=("auto", "none", *TOOL_FORMATS, *TOOL_ALIASES),
-        help="format in which the model calls tools; auto finds it by the chat template",
-    )
-    flags.add(
-        "--reasoning-parser",
-        choices=("auto", "none", *REASONING_FORMATS, *REASONING_ALIASES),
-        help="format of the model's thoughts; auto finds it by the chat template",
-    )
+    for name, formats, what in (
+        ("--tool-call-parser", (*TOOL_FORMATS, *TOOL_ALIASES), "in which the model calls tools"),
+        ("--reasoning-parser", (*REASONING_FORMATS, *REASONING_ALIASES), "of the model's thoughts"),
+    ):
+        flags.add(
+            name,
+            choices=("auto", "none", *formats),
+            help=f"format {what}; auto finds it by the chat template",
+        )
     flags.add("--log-level", choices=LOG_LEVELS, help="least level that server and engine log")
 
 

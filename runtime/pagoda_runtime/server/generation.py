@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -18,15 +18,28 @@ from pagoda_runtime.server.tasks import running
 
 
 @dataclass(slots=True)
-class Generation:
+class Running:
     """One prompt in the engine. It is there from the start; `close` aborts it if it still runs."""
 
     stream: RequestStream
-    outputs: OutputProcessor
     clock: RequestClock
+    is_finished: bool = field(default=False, init=False)
+
+    async def close(self, reason: str) -> None:
+        """End it, in the engine too; only the first call counts."""
+        if not self.is_finished:
+            self.is_finished = True
+            await self.stream.aclose()
+            self.clock.finish(reason)
+
+
+@dataclass(slots=True)
+class Generation(Running):
+    """A prompt that is gone on with."""
+
+    outputs: OutputProcessor
     is_scoring: bool = False
     """No token was asked for; the one that the engine needs is not shown."""
-    is_finished: bool = False
 
     async def deltas(self) -> AsyncGenerator[TextDelta, None]:
         """The text as it comes; the last delta of a choice has a finish_reason. EngineDead."""
@@ -49,13 +62,6 @@ class Generation:
         finally:
             await self.close("abort")
 
-    async def close(self, reason: str) -> None:
-        """End it, in the engine too; only the first call counts."""
-        if not self.is_finished:
-            self.is_finished = True
-            await self.stream.aclose()
-            self.clock.finish(reason)
-
 
 def _without_tokens(delta: RequestDelta) -> RequestDelta:
     return msgspec.structs.replace(
@@ -68,9 +74,9 @@ def _without_tokens(delta: RequestDelta) -> RequestDelta:
     )
 
 
-async def close_all(generations: Sequence[Generation], reason: str = "abort") -> None:
-    for generation in generations:
-        await generation.close(reason)
+async def close_all(prompts: Sequence[Running], reason: str = "abort") -> None:
+    for prompt in prompts:
+        await prompt.close(reason)
 
 
 def merge(generations: Sequence[Generation]) -> AsyncGenerator[TextDelta, None]:

@@ -8,15 +8,13 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
 
 from pagoda_runtime.server.answer import Answer, TypedDelta
 from pagoda_runtime.server.blocks import Block, Blocks, Change, write_event
-from pagoda_runtime.server.body import read_body, receive_body
+from pagoda_runtime.server.body import read_body
 from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
-from pagoda_runtime.server.errors import ApiError, json_response, to_anthropic
+from pagoda_runtime.server.errors import ApiError, to_anthropic
 from pagoda_runtime.server.messages_answers import (
     CountedTokens,
     Message,
@@ -27,10 +25,9 @@ from pagoda_runtime.server.messages_answers import (
     ToolUseBlock,
 )
 from pagoda_runtime.server.messages_protocol import CountTokensRequest, MessagesRequest
-from pagoda_runtime.server.openai import make_creation
+from pagoda_runtime.server.openai import make_answer, make_creation
 from pagoda_runtime.server.prompts import tokenize
 from pagoda_runtime.server.state import ServerState
-from pagoda_runtime.server.streaming import while_connected
 from pagoda_runtime.server.unsupported import verify_supported
 
 # The kinds of pieces and their fields, by the kind of a block.
@@ -43,28 +40,21 @@ _STOP_REASONS: dict[str, StopReason] = {"length": "max_tokens", "tool_calls": "t
 
 
 def make_routes(state: ServerState) -> list[Route]:
+    async def count_tokens(chat: ChatCompletionRequest, arrival: float) -> CountedTokens:
+        (token_ids,) = await tokenize(state, chat)
+        return CountedTokens(len(token_ids))
+
+    read = partial(_read, state, CountTokensRequest)
     return [
         make_creation(state, "/v1/messages", partial(MessageForm, state)),
-        Route("/v1/messages/count_tokens", partial(count_tokens, state), methods=["POST"]),
+        make_answer(state, "/v1/messages/count_tokens", read, count_tokens),
     ]
-
-
-async def count_tokens(state: ServerState, request: Request) -> Response:
-    """The tokens of a conversation, without an answer."""
-    raw = await receive_body(request)
-    with state.admit():
-        chat = await _read(state, CountTokensRequest, raw)
-        async with while_connected(request.receive):
-            (token_ids,) = await tokenize(state, chat)
-        return json_response(CountedTokens(len(token_ids)))
 
 
 async def _read(
     state: ServerState, body_class: type[CountTokensRequest], raw: bytes
 ) -> ChatCompletionRequest:
     body = await read_body(state, body_class, raw)
-    state.warn_unknown(body.model_extra or ())
-    state.verify_model(body.model)
     chat = await state.parse(len(raw), body.to_chat)
     verify_supported(chat)
     return chat

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pagoda_runtime.errors import RequestError
-from pagoda_runtime.server.body import validate
 from pagoda_runtime.server.chat_protocol import MAX_MESSAGES, ChatCompletionRequest, to_tool
+from pagoda_runtime.server.errors import validate
 from pagoda_runtime.server.protocol import Body, Part, Phrase, Small, Text, TextOr, only
 
 
@@ -130,7 +130,7 @@ class CountTokensRequest(Body):
             is_on = self.thinking.type != "disabled"
             fields["chat_template_kwargs"] = {"enable_thinking": is_on, "thinking": is_on}
             fields["thinking_token_budget"] = self.thinking.budget_tokens
-        return validate(ChatCompletionRequest, {**fields, **self._other_fields()})
+        return validate(ChatCompletionRequest.model_validate, {**fields, **self._other_fields()})
 
     def _other_fields(self) -> dict[str, Any]:
         return {}

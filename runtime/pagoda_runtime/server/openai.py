@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from pagoda_runtime.client.pooling import verify_generates
+from pagoda_runtime.ipc.messages import EngineReady
 from pagoda_runtime.server.answer import Answer, collect, stream
 from pagoda_runtime.server.answers import ChatCompletion, Completion, Model, ModelList
 from pagoda_runtime.server.body import read_body, receive_body
 from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
 from pagoda_runtime.server.errors import ApiError, json_response
 from pagoda_runtime.server.generation import close_all
-from pagoda_runtime.server.protocol import (
-    CompletionRequest,
-    GenerationRequest,
-)
+from pagoda_runtime.server.protocol import CompletionRequest, GenerationRequest
 from pagoda_runtime.server.start import start
 from pagoda_runtime.server.state import ServerState
 from pagoda_runtime.server.streaming import DONE, EventStream, while_connected
-from pagoda_runtime.server.unsupported import verify_supported
+
+B = TypeVar("B")
 
 BODIES: dict[str, type[GenerationRequest]] = {
     "/v1/completions": CompletionRequest,
@@ -60,6 +59,32 @@ def make_routes(state: ServerState) -> list[Route]:
 def make_creation(state: ServerState, path: str, make_form: Callable[[], Form]) -> Route:
     """The route that answers requests for tokens in a form."""
     return Route(path, partial(create_completion, state, make_form), methods=["POST"])
+
+
+def make_answer(
+    state: ServerState,
+    path: str,
+    read: Callable[[bytes], Awaitable[B]],
+    handler: Callable[[B, float], Awaitable[object]],
+    verify: Callable[[EngineReady], object] = lambda ready: None,
+) -> Route:
+    """The route whose answer is one value.
+
+    Args:
+        handler: makes it of what was read, which came at time.monotonic().
+        verify: raises what `errors.to_api_error` takes, whatever the body is.
+    """
+
+    async def answer(request: Request) -> Response:
+        arrival = time.monotonic()
+        raw = await receive_body(request)
+        verify(state.loaded()[0])
+        with state.admit():
+            body = await read(raw)
+            async with while_connected(request.receive):
+                return json_response(await handler(body, arrival))
+
+    return Route(path, answer, methods=["POST"])
 
 
 class Form(Protocol):
@@ -111,7 +136,7 @@ class OpenAiForm:
     body_class: type[GenerationRequest]
 
     async def read(self, raw: bytes) -> GenerationRequest:
-        return await _read(self.state, self.body_class, raw)
+        return await read_body(self.state, self.body_class, raw)
 
     async def collect(self, answer: Answer) -> ChatCompletion | Completion:
         return await collect(answer)
@@ -130,17 +155,8 @@ async def complete(
     """The answer to a body that asks for no stream. Raises what `errors.to_api_error` takes."""
     verify_generates(state.loaded()[0])
     with state.admit():
-        body = await _read(state, body_class, raw)
+        body = await read_body(state, body_class, raw)
         return await collect(await start(state, body, time.monotonic()))
-
-
-async def _read(
-    state: ServerState, body_class: type[GenerationRequest], raw: bytes
-) -> GenerationRequest:
-    body = await read_body(state, body_class, raw)
-    state.warn_unknown(verify_supported(body))
-    state.verify_model(body.model)
-    return body
 
 
 def _describe_model(state: ServerState, name: str) -> Model:

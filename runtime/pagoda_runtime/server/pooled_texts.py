@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from pagoda_runtime.client.pooling import POOLING_PARAMS
-from pagoda_runtime.client.stream import RequestStream
-from pagoda_runtime.errors import PagodaError, PromptTooLong, RequestError
+from pagoda_runtime.errors import PagodaError, PromptTooLong
 from pagoda_runtime.metrics import RequestClock
+from pagoda_runtime.server.generation import Running, close_all
 from pagoda_runtime.server.pooling_protocol import PoolingRequest
 from pagoda_runtime.server.prompts import CHARACTERS_PER_TOKEN, CUT_TOKENS
 from pagoda_runtime.server.protocol import AS_MANY_AS_FIT
@@ -29,13 +29,8 @@ class PooledTexts:
     num_tokens: int
 
 
-@dataclass(slots=True)
-class _Text:
-    """One text in the engine; `close` aborts it if it still runs."""
-
-    stream: RequestStream
-    clock: RequestClock
-    is_finished: bool = False
+class _Text(Running):
+    """One text in the engine."""
 
     async def take(self) -> bytes:
         try:
@@ -48,12 +43,6 @@ class _Text:
         await self.close("stop")
         return delta.pooled
 
-    async def close(self, reason: str) -> None:
-        if not self.is_finished:
-            self.is_finished = True
-            await self.stream.aclose()
-            self.clock.finish(reason)
-
 
 async def pool(
     state: ServerState, body: PoolingRequest, inputs: Sequence[Input], arrival: float
@@ -64,7 +53,7 @@ async def pool(
         arrival: time.monotonic() at which the request came.
     Raises: RequestError, QueueFull, EngineDead.
     """
-    _verify_number(state, len(inputs))
+    state.verify_places(len(inputs), f"{len(inputs)} texts", "input")
     texts: list[_Text] = []
     name = f"pool-{uuid.uuid4().hex}"
     try:
@@ -85,8 +74,7 @@ async def pool(
             [await text.take() for text in texts], sum(len(token_ids) for token_ids, _ in encoded)
         )
     finally:
-        for text in texts:
-            await text.close("abort")
+        await close_all(texts)
 
 
 async def _encode(
@@ -124,16 +112,3 @@ async def _encode(
 
 def _num_characters(text: Input) -> int:
     return sum(map(len, text)) if isinstance(text, tuple) else CHARACTERS_PER_TOKEN * len(text)
-
-
-def _verify_number(state: ServerState, num_texts: int) -> None:
-    """Raise RequestError for more texts than this server ever holds."""
-    config = state.config.engine
-    most = config.max_num_seqs + config.max_num_waiting
-    if num_texts > most:
-        raise RequestError(
-            f"The request has {num_texts} texts; this server takes at most {most} at once: it runs "
-            f"{config.max_num_seqs} (--max-num-seqs) and lets {config.max_num_waiting} wait "
-            "(--max-num-waiting). Send fewer in a request.",
-            param="input",
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 import uuid
@@ -9,9 +10,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from msgspec import UNSET
-from starlette.requests import Request
-from starlette.responses import Response
+from msgspec import UNSET, Raw
+from msgspec.json import encode
 from starlette.routing import Route
 
 from pagoda_runtime.client.pooling import (
@@ -26,8 +26,8 @@ from pagoda_runtime.client.pooling import (
 )
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.server import pooling_answers as answers
-from pagoda_runtime.server.body import read_body, receive_body
-from pagoda_runtime.server.errors import json_response
+from pagoda_runtime.server.body import read_body
+from pagoda_runtime.server.openai import make_answer
 from pagoda_runtime.server.pooled_texts import Input, PooledTexts, pool
 from pagoda_runtime.server.pooling_protocol import (
     ClassificationRequest,
@@ -38,8 +38,6 @@ from pagoda_runtime.server.pooling_protocol import (
 )
 from pagoda_runtime.server.protocol import Prompt
 from pagoda_runtime.server.state import ServerState
-from pagoda_runtime.server.streaming import while_connected
-from pagoda_runtime.server.unsupported import UNSUPPORTED_IN_POOLING, verify_fields
 
 Handler = Callable[[ServerState, Any, float], Awaitable[Any]]
 """The answer to a body that came at time.monotonic(). Raises what `errors.to_api_error` takes."""
@@ -54,24 +52,15 @@ def make_routes(state: ServerState) -> list[Route]:
         "/v1/classify": (ClassificationRequest, classify),
     }
     return [
-        Route(path, partial(_answer, state, body_class, handler), methods=["POST"])
+        make_answer(
+            state,
+            path,
+            partial(read_body, state, body_class),
+            partial(handler, state),
+            lambda ready: pooler_of(ready, "embed", "classify"),
+        )
         for path, (body_class, handler) in handlers.items()
     ]
-
-
-async def _answer(
-    state: ServerState, body_class: type[PoolingRequest], handler: Handler, request: Request
-) -> Response:
-    arrival = time.monotonic()
-    raw = await receive_body(request)
-    ready, _ = state.loaded()
-    pooler_of(ready, "embed", "classify")
-    with state.admit():
-        body = await read_body(state, body_class, raw)
-        state.warn_unknown(verify_fields(body, UNSUPPORTED_IN_POOLING))
-        state.verify_model(body.model)
-        async with while_connected(request.receive):
-            return json_response(await handler(state, body, arrival))
 
 
 async def embed(
@@ -90,14 +79,14 @@ async def embed(
         )
     prompt = find_prompt(pooler, body.prompt_name, body.input_type)
     pooled = await pool(state, body, [_input(text, prompt) for text in body.input], arrival)
-    data = []
+    data: list[Any] = []
     for index, numbers in enumerate(pooled.numbers):
         vector = to_vector(numbers, pooler, body.dimensions)
-        if body.encoding_format == "base64":
-            shown: str | list[float] = base64.b64encode(to_bytes(vector)).decode()
-        else:
-            shown = vector.tolist()
-        data.append(answers.Embedding(index, shown))
+        is_base64 = body.encoding_format == "base64"
+        shown = base64.b64encode(to_bytes(vector)).decode() if is_base64 else vector.tolist()
+        # Thousands of vectors are a second's work, in which the streams of others are to go on.
+        data.append(Raw(encode(answers.Embedding(index, shown))))
+        await asyncio.sleep(0)
     return answers.EmbeddingList(data, _model(state, body), _usage(pooled))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType
 
+from pagoda_runtime.server.answers import Head
+
 
 class PoolingUsage(Struct, frozen=True):
     """Tokens of all texts, special ones included."""
@@ -27,14 +29,6 @@ class EmbeddingList(Struct, frozen=True, tag_field="object", tag="list"):
     usage: PoolingUsage
 
 
-class PoolingHead(Struct, frozen=True):
-    """What answers of vLLM's shape begin with."""
-
-    id: str
-    created: int
-    model: str
-
-
 class Score(Struct, frozen=True, tag_field="object", tag="score"):
     """Of a pair: a probability of the model's, or the cosine of two vectors."""
 
@@ -42,7 +36,7 @@ class Score(Struct, frozen=True, tag_field="object", tag="score"):
     score: float
 
 
-class ScoreList(PoolingHead, frozen=True, tag_field="object", tag="list"):
+class ScoreList(Head, frozen=True, tag_field="object", tag="list"):
     """The answer of POST /v1/score, in the order of the pairs."""
 
     data: list[Score]
@@ -81,7 +75,7 @@ class Classification(Struct, frozen=True):
     num_classes: int
 
 
-class ClassificationList(PoolingHead, frozen=True, tag_field="object", tag="list"):
+class ClassificationList(Head, frozen=True, tag_field="object", tag="list"):
     """The answer of POST /v1/classify, in the order of the texts."""
 
     data: list[Classification]

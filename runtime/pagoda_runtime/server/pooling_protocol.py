@@ -6,15 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field
 
-from pagoda_runtime.server.protocol import (
-    Body,
-    Part,
-    Priority,
-    Prompts,
-    Small,
-    Text,
-    Truncation,
-)
+from pagoda_runtime.server.protocol import Body, Part, Priority, Prompts, Small, Text, Truncation
 
 MAX_DOCUMENTS = 8192
 Texts = Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]

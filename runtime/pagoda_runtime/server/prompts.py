@@ -36,6 +36,8 @@ class EncodedPrompt:
 
     token_ids: list[int]
     echo: Echo | None = None
+    template: str | None = None
+    """Of a chat."""
     text_end: str = ""
     """Of a chat: how its template ends."""
 
@@ -52,7 +54,10 @@ async def encode(
     encoder = _Encoder(state, body)
     encoded = await encoder.tokenize(body)
     if not (isinstance(body, CompletionRequest) and body.is_echo):
-        return [EncodedPrompt(token_ids, text_end=encoder.text_end) for token_ids in encoded]
+        return [
+            EncodedPrompt(token_ids, None, encoder.template, encoder.text_end)
+            for token_ids in encoded
+        ]
     for token_ids in encoded:
         # What the engine refuses need not be decoded before.
         verify_fits(token_ids, params, ready)
@@ -80,8 +85,9 @@ class _Encoder:
         # To keep more than fits is to keep all.
         self.num_kept = num_kept if num_kept is not None and num_kept < self.most_tokens else None
         """Tokens at a prompt's end that are used alone; None: all of them."""
+        # Of a chat that is tokenized.
+        self.template: str | None = None
         self.text_end = ""
-        """Of a chat that is tokenized."""
         self.num_characters = 0
         """Of all prompts together, token ids counted as text."""
         is_chat = isinstance(body, ChatCompletionRequest)
@@ -120,13 +126,13 @@ class _Encoder:
         num_characters = sum(message.num_characters for message in request.messages)
         self._verify_characters(num_characters, "messages")
         state, tokenizer = self.state, self.tokenizer
-        template = choose_template(request, tokenizer, state.config, state.chat_template)
+        self.template = choose_template(request, tokenizer, state.config, state.chat_template)
         continues = bool(request.continue_final_message)
 
         def render() -> str:
             return tokenizer.apply_chat_template(
                 template_messages(request),
-                template=template,
+                template=self.template,
                 add_generation_prompt=not continues and request.add_generation_prompt is not False,
                 continue_final_message=continues,
                 **template_variables(request),

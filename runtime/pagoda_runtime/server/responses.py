@@ -25,11 +25,7 @@ from pagoda_runtime.server.responses_answers import Response as ResponseAnswer
 from pagoda_runtime.server.responses_protocol import Message, ResponsesRequest, add_item, to_input
 from pagoda_runtime.server.responses_writing import ResponseWriter
 from pagoda_runtime.server.state import ServerState
-from pagoda_runtime.server.unsupported import (
-    UNSUPPORTED_IN_RESPONSES,
-    verify_fields,
-    verify_supported,
-)
+from pagoda_runtime.server.unsupported import verify_supported
 
 PATH = "/v1/responses"
 
@@ -72,10 +68,7 @@ class ResponseForm:
 
     async def read(self, raw: bytes) -> ChatCompletionRequest:
         self.body = body = await read_body(self.state, ResponsesRequest, raw)
-        unknown = verify_fields(body, UNSUPPORTED_IN_RESPONSES)
         body.verify()
-        self.state.warn_unknown(unknown)
-        self.state.verify_model(body.model)
         before: list[Message] = []
         num_bytes = len(raw)
         if body.previous_response_id is not None:

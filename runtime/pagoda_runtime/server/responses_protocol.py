@@ -9,8 +9,8 @@ from pydantic import Discriminator, Field, Tag
 
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.server.blocks import Block
-from pagoda_runtime.server.body import validate
 from pagoda_runtime.server.chat_protocol import MAX_MESSAGES, ChatCompletionRequest, to_tool
+from pagoda_runtime.server.errors import validate
 from pagoda_runtime.server.protocol import Body, Part, Small, Text, TextOr, only, tag_of_content
 
 Message = dict[str, Any]
@@ -190,7 +190,7 @@ class ResponsesRequest(Body):
             fields["tool_choice"] = choice
         if self.text is not None and self.text.format is not None:
             fields["response_format"] = _to_response_format(self.text.format)
-        return validate(ChatCompletionRequest, fields)
+        return validate(ChatCompletionRequest.model_validate, fields)
 
 
 def add_item(messages: list[Message], item: InputItem) -> None:

@@ -19,7 +19,6 @@ from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server.answer import Answer
 from pagoda_runtime.server.chat import (
     ChatFormats,
-    choose_template,
     find_formats,
     find_thinking,
     make_layout,
@@ -30,10 +29,7 @@ from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
 from pagoda_runtime.server.generation import Generation, close_all
 from pagoda_runtime.server.logprobs import LogprobsWriter
 from pagoda_runtime.server.prompts import EncodedPrompt, encode
-from pagoda_runtime.server.protocol import (
-    CompletionRequest,
-    GenerationRequest,
-)
+from pagoda_runtime.server.protocol import CompletionRequest, GenerationRequest
 from pagoda_runtime.server.sampling import to_sampling_params
 from pagoda_runtime.server.state import ServerState
 from pagoda_runtime.server.structured import Structure, find_structure
@@ -60,14 +56,18 @@ async def start(state: ServerState, body: GenerationRequest, arrival: float) -> 
         lambda: to_sampling_params(body, tokenizer, ready.default_sampling, grammar),
     )
     num_prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
-    _verify_num_sequences(state, num_prompts, params)
+    if num_prompts > 1:
+        each = f" of {params.num_sequences} choices each" if params.num_sequences > 1 else ""
+        num_sequences = num_prompts * params.num_sequences
+        what = f"{num_prompts} prompts{each}, {num_sequences} sequences"
+        state.verify_places(num_sequences, what, "prompt")
     _verify_num_ids(num_prompts, params)
     answer = _make_answer(state, body, tokenizer, params)
     try:
         with state.tokenizing(num_prompts) as enter:
             prompts = await encode(state, body, params)
             if isinstance(body, ChatCompletionRequest):
-                await _plan_chat(state, answer, body, prompts[0].text_end)
+                await _plan_chat(state, answer, body, prompts[0])
             for number, prompt in enumerate(prompts):
                 if number:
                     # Many prompts must not hold up the streams of others.
@@ -81,7 +81,7 @@ async def start(state: ServerState, body: GenerationRequest, arrival: float) -> 
                 if state.tracer is not None:
                     clock.on_finish = state.tracer.follow(answer, clock, outputs)
                 is_scoring = body.is_echo and body.max_tokens == 0
-                answer.generations.append(Generation(stream, outputs, clock, is_scoring=is_scoring))
+                answer.generations.append(Generation(stream, clock, outputs, is_scoring))
                 answer.num_prompt_tokens += len(prompt.token_ids)
     except BaseException:
         # If the engine refuses one prompt, it gets none of them.
@@ -107,14 +107,13 @@ def _make_answer(
 
 
 async def _plan_chat(
-    state: ServerState, answer: Answer, body: ChatCompletionRequest, text_end: str
+    state: ServerState, answer: Answer, body: ChatCompletionRequest, prompt: EncodedPrompt
 ) -> None:
     """Set what the answer may hold and has to be."""
     _, tokenizer = state.loaded()
-    template = choose_template(body, tokenizer, state.config, state.chat_template)
     config = state.config
-    formats = find_formats(template, config.tool_call_parser, config.reasoning_parser)
-    thinking = find_thinking(body, formats, text_end)
+    formats = find_formats(prompt.template, config.tool_call_parser, config.reasoning_parser)
+    thinking = find_thinking(body, formats, prompt.text_end)
     answer.layout, answer.make_call_id = make_layout(body, formats, thinking), formats.make_call_id
     if answer.layout is not None:
         looked_for = ChatFormats(answer.layout.tools, answer.layout.reasoning)
@@ -156,21 +155,6 @@ def _make_outputs(state: ServerState, answer: Answer, prompt: EncodedPrompt) -> 
         echo=prompt.echo,
         shown_special_ids=answer.shown_special_ids,
     )
-
-
-def _verify_num_sequences(state: ServerState, num_prompts: int, params: SamplingParams) -> None:
-    """Raise RequestError if the choices of all prompts are more than this server ever holds."""
-    engine_config = state.config.engine
-    slots, places = engine_config.max_num_seqs, engine_config.max_num_waiting
-    num_sequences = num_prompts * params.num_sequences
-    if num_prompts > 1 and num_sequences > slots + places:
-        choices = f" of {params.num_sequences} choices each" if params.num_sequences > 1 else ""
-        raise RequestError(
-            f"The request has {num_prompts} prompts{choices}, {num_sequences} sequences; this "
-            f"server takes at most {slots + places} at once: it runs {slots} (--max-num-seqs) and "
-            f"lets {places} wait (--max-num-waiting). Send fewer in a request.",
-            param="prompt",
-        )
 
 
 def _verify_num_ids(num_prompts: int, params: SamplingParams) -> None:

@@ -14,7 +14,14 @@ import msgspec
 
 from pagoda_runtime.client.engine_client import EngineClient
 from pagoda_runtime.config import ServerConfig
-from pagoda_runtime.errors import EngineDead, ModelNotServed, QueueFull, Unavailable, shown
+from pagoda_runtime.errors import (
+    EngineDead,
+    ModelNotServed,
+    QueueFull,
+    RequestError,
+    Unavailable,
+    shown,
+)
 from pagoda_runtime.ipc.limits import verify_queue_has_room
 from pagoda_runtime.ipc.messages import EngineReady, EngineStats
 from pagoda_runtime.keys import ApiKeys
@@ -165,6 +172,17 @@ class ServerState:
             yield enter
         finally:
             self.num_tokenizing -= num_left
+
+    def verify_places(self, num_sequences: int, what: str, param: str) -> None:
+        """Raise RequestError for more sequences than this server ever holds; `what` they are."""
+        slots, places = self.config.engine.max_num_seqs, self.config.engine.max_num_waiting
+        if num_sequences > slots + places:
+            raise RequestError(
+                f"The request has {what}; this server takes at most {slots + places} at once: it "
+                f"runs {slots} (--max-num-seqs) and lets {places} wait (--max-num-waiting). Send "
+                "fewer in a request.",
+                param=param,
+            )
 
     async def parse(self, num_bytes: int, call: Callable[[], T]) -> T:
         """Run `call` at once if the body is short, else in the parser's thread."""

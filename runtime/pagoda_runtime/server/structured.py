@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from pagoda_runtime.errors import RequestError
@@ -34,7 +34,7 @@ def find_structure(body: GenerationRequest) -> Structure | None:
     for name, form in FORMS.items():
         value = getattr(body, f"guided_{name}")
         if value is not None and value is not False and value not in ("", []):
-            found.append(_structure(f"guided_{name}", form, value))
+            found.append(Structure(f"guided_{name}", partial(form, value)))
     if not found:
         return None
     first, *others = found
@@ -51,37 +51,17 @@ def find_structure(body: GenerationRequest) -> Structure | None:
     return first
 
 
-def _structure(param: str, form: Callable[[Any], str], value: Any) -> Structure:
-    return Structure(param, lambda: form(value))
-
-
-def _of_response_format(wanted: ResponseFormat | None) -> list[Structure]:
-    if wanted is None:
-        return []
-    _verify_parts(wanted)
-    if wanted.type == "text":
-        return []
-    if wanted.type == "json_object":
-        return [_structure("response_format", FORMS["json_object"], True)]
-    if wanted.type == "structural_tag":
-        tag = {"structures": wanted.structures, "triggers": wanted.triggers}
-        return [_structure("response_format", FORMS["structural_tag"], tag)]
-    schema = None if wanted.json_schema is None else wanted.json_schema.json_schema
-    if schema is None:
-        param = "response_format.json_schema.schema"
-        raise RequestError(f"{param} is missing; it must be a JSON schema.", param=param)
-    return [_structure("response_format", json_grammar, schema)]
-
-
+# Fields of a response_format, with the type that reads each.
 _PARTS = {
     "json_schema": "json_schema",
     "structures": "structural_tag",
     "triggers": "structural_tag",
 }
-"""Fields of a response_format, with the type that reads each."""
 
 
-def _verify_parts(wanted: ResponseFormat) -> None:
+def _of_response_format(wanted: ResponseFormat | None) -> list[Structure]:
+    if wanted is None:
+        return []
     for name, kind in _PARTS.items():
         if getattr(wanted, name) is not None and wanted.type != kind:
             param = f"response_format.{name}"
@@ -89,6 +69,20 @@ def _verify_parts(wanted: ResponseFormat) -> None:
                 f"{param} goes with the type {kind}, and the type is {wanted.type}; leave it out.",
                 param=param,
             )
+    schema = None if wanted.json_schema is None else wanted.json_schema.json_schema
+    if wanted.type == "json_schema" and schema is None:
+        param = "response_format.json_schema.schema"
+        raise RequestError(f"{param} is missing; it must be a JSON schema.", param=param)
+    writers = {
+        "json_object": partial(FORMS["json_object"], True),
+        "json_schema": partial(json_grammar, schema),
+        "structural_tag": partial(
+            FORMS["structural_tag"], {"structures": wanted.structures, "triggers": wanted.triggers}
+        ),
+    }
+    if wanted.type == "text":
+        return []
+    return [Structure("response_format", writers[wanted.type])]
 
 
 def _verify_spaces(wanted: StructuredOutputs) -> None:
@@ -121,14 +115,13 @@ def _of_outputs(wanted: StructuredOutputs | None) -> list[Structure]:
     forms = {**FORMS, "json": write_json, "json_object": lambda _: write_json({"type": "object"})}
     values = {**dict(wanted), "json": wanted.json_schema, "json_object": wanted.json_object or None}
     found = [
-        _structure(f"structured_outputs.{name}", form, values[name])
+        Structure(f"structured_outputs.{name}", partial(form, values[name]))
         for name, form in forms.items()
         if values[name] is not None
     ]
     if not found:
-        names = ", ".join(FORMS)
         raise RequestError(
-            f"structured_outputs asks for nothing; it must have one of {names}.",
+            f"structured_outputs asks for nothing; it must have one of {', '.join(FORMS)}.",
             param="structured_outputs",
         )
     return found

@@ -50,6 +50,7 @@ class Tracer:
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         own = Resource({"service.name": "pagoda", "service.version": version("pagoda-serve")})
         self._provider = TracerProvider(
@@ -58,15 +59,15 @@ class Tracer:
         exporter = OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_SECONDS)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("pagoda")
+        self._read_parent = TraceContextTextMapPropagator().extract
 
     def follow(
         self, answer: Answer, clock: RequestClock, outputs: OutputProcessor
     ) -> Callable[[str, Mapping[str, float]], None]:
         """What the clock of a request calls at its end, with the reason and its times."""
         from opentelemetry.trace import SpanKind, StatusCode
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        parent = TraceContextTextMapPropagator().extract(trace_headers.get() or {})
+        parent = self._read_parent(trace_headers.get() or {})
         asked = _describe_request(answer, clock)
 
         def record(reason: str, seconds: Mapping[str, float]) -> None:

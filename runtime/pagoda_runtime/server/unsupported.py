@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel
-
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.server.chat_checks import verify_chat
 from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
-from pagoda_runtime.server.protocol import GenerationRequest
+from pagoda_runtime.server.pooling_protocol import PoolingRequest
+from pagoda_runtime.server.protocol import Body, GenerationRequest
+from pagoda_runtime.server.responses_protocol import ResponsesRequest
 
 # What a client may send because it asks for nothing. null is always such a value.
 EMPTY: tuple[Any, ...] = (False, "", [], {})
@@ -70,33 +70,35 @@ UNSUPPORTED_IN_RESPONSES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def verify_supported(body: GenerationRequest) -> list[str]:
+TABLES: tuple[tuple[type[Body], dict[str, tuple[Any, ...]]], ...] = (
+    (GenerationRequest, UNSUPPORTED),
+    (PoolingRequest, UNSUPPORTED_IN_POOLING),
+    (ResponsesRequest, UNSUPPORTED_IN_RESPONSES),
+    (Body, {}),
+)
+
+
+def verify_supported(body: Body) -> list[str]:
     """The unknown fields of a body.
 
     Raises: RequestError: known ones are not served (it names all of them), the fields of a chat
         contradict each other, or stream_options came without a stream.
     """
-    messages = body.messages if isinstance(body, ChatCompletionRequest) else ()
-    refused, unknown = _sort_out(body.model_extra or {}, UNSUPPORTED)
-    for index, message in enumerate(messages):
+    table = next(table for kind, table in TABLES if isinstance(body, kind))
+    refused, unknown = _sort_out(body.model_extra or {}, table)
+    for index, message in enumerate(
+        body.messages if isinstance(body, ChatCompletionRequest) else ()
+    ):
         others = _sort_out(message.model_extra or {}, UNSUPPORTED_IN_MESSAGE)
         refused += [f"messages[{index}].{name}" for name in others[0]]
         unknown += [f"messages.{name}" for name in others[1]]
     _refuse(refused)
     if isinstance(body, ChatCompletionRequest):
         verify_chat(body)
-    if body.stream_options is not None and not body.stream:
+    if isinstance(body, GenerationRequest) and body.stream_options is not None and not body.stream:
         raise RequestError(
             "stream_options is only allowed with `stream: true`.", param="stream_options"
         )
-    return unknown
-
-
-def verify_fields(body: BaseModel, table: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """The unknown fields of a body of another form, with its own table. Raises RequestError as
-    above."""
-    refused, unknown = _sort_out(body.model_extra or {}, table)
-    _refuse(refused)
     return unknown
 
 

@@ -56,7 +56,7 @@ async def generate(size: int, params: SamplingParams) -> tuple[Sequence[TextDelt
     state = make_state(FakeEngine(make_config().engine), make_config())
     clock = RequestClock(state.metrics, 0.0, num_prompt_tokens=4, max_tokens=11)
     outputs = OutputProcessor(ByteTokenizer(), params, ())
-    deltas = [delta async for delta in Generation(Grouped(size), outputs, clock).deltas()]
+    deltas = [delta async for delta in Generation(Grouped(size), clock, outputs).deltas()]
     lines = state.metrics.render().decode().splitlines()
     return deltas, dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
 
