@@ -16,6 +16,7 @@ from pagoda_operator.checkpoint import Checkpoint, CheckpointError, read_checkpo
 from pagoda_operator.hub import Hub, Unreachable, Unreadable
 from pagoda_operator.names import Key, Manifest
 from pagoda_operator.preflight import Preflight, check, of_checkpoint_error, unchecked
+from pagoda_operator.render import revision_of
 from pagoda_operator.spec import LLMService, Model
 
 logger = logging.getLogger(__name__)
@@ -65,10 +66,41 @@ class Checks:
     clock: Callable[[], float]
     on_change: Callable[[Key], None]
     _models: dict[Model, _Read] = field(default_factory=dict, init=False)
+    _passed: dict[Key, tuple[str, Manifest | None]] = field(default_factory=dict, init=False)
+    """The revision of pods that was let pass last, and what was found."""
     _slots: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(MAX_READ_AT_ONCE), init=False
     )
     _unreachable: tuple[float, Unreadable] | None = field(default=None, init=False)
+
+    def find(
+        self,
+        service: LLMService,
+        status: Manifest,
+        wanted: Manifest,
+        deployment: Manifest | None,
+    ) -> Verdict:
+        """What stands in the way of the wanted Deployment; pods that are there need no forecast.
+
+        Args:
+            status: as it was written last.
+            deployment: the live one.
+        """
+        revision = revision_of(wanted)
+        if deployment is None or revision_of(deployment) != revision:
+            verdict = self.judge(service)
+            if verdict.cause is None:
+                self._passed[service.key] = revision, verdict.fields
+            return verdict
+        passed, fields = self._passed.get(service.key, ("", None))
+        if passed == revision:
+            return Verdict(fields=fields)
+        told = status.get("preflight", {})
+        return Verdict(fields=None if told.get("result") == "Failed" else told)
+
+    def forget(self, key: Key) -> None:
+        """The service is gone."""
+        self._passed.pop(key, None)
 
     def judge(self, service: LLMService) -> Verdict:
         """Of a service whose pods would change now."""

@@ -63,9 +63,11 @@ class ApiServer:
         self._telemetry = telemetry
 
     @classmethod
-    async def connect(cls, telemetry: Telemetry) -> ApiServer:
+    async def connect(cls, telemetry: Telemetry, context: str | None = None) -> ApiServer:
         """Take the credentials of the pod or of the kubeconfig; sends no request.
 
+        Args:
+            context: of the kubeconfig; None: the current one.
         Raises:
             StartError: there are none.
         """
@@ -74,7 +76,7 @@ class ApiServer:
             if "KUBERNETES_SERVICE_HOST" in os.environ:
                 config.load_incluster_config(configuration)
             else:
-                await config.load_kube_config(client_configuration=configuration)
+                await config.load_kube_config(context=context, client_configuration=configuration)
         except (ConfigException, OSError, ValueError) as error:
             raise StartError(
                 f"no access to a Kubernetes API server: {error}. "
@@ -185,6 +187,16 @@ class ApiServer:
         if response.status >= 300:
             raise _error(response.status, f"{method} {path}", answer, response.headers)
         return dict(answer)
+
+
+def context_namespace(context: str | None) -> str:
+    """The namespace of a context of the kubeconfig, or of the current one."""
+    try:
+        contexts, current = config.list_kube_config_contexts()
+    except (ConfigException, OSError):
+        return "default"
+    chosen = next((it for it in contexts if it["name"] == context), current)
+    return str(chosen.get("context", {}).get("namespace") or "default")
 
 
 def own_namespace() -> str | None:

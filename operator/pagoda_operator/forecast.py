@@ -31,20 +31,21 @@ class Forecast:
         """The text for a person."""
         service = self.service
         yield paint(f"LLMService {service.key}", "bold") + f" of {service.spec.model.uri}"
-        yield from _section("Objects", [str(ref) for ref in self.children], paint)
-        yield from _section("Pods", _describe_pods(service), paint)
+        yield from section("Objects", [str(ref) for ref in self.children], paint)
+        yield from section("Pods", _describe_pods(service), paint)
         if self.preflight.fit is not None:
-            yield from _section("Memory of each GPU", _describe_fit(self.preflight.fit), paint)
+            yield from section("Memory of each GPU", _describe_fit(self.preflight.fit), paint)
         elif self.checkpoint is not None:
-            yield from _section("Memory", _describe_model(service, self.checkpoint), paint)
-        yield from _section("Requests", _describe_requests(service, self.preflight.fit), paint)
+            yield from section("Memory", _describe_model(service, self.checkpoint), paint)
+        yield from section("Requests", _describe_requests(service, self.preflight.fit), paint)
         warnings = [paint(text, "yellow") for text in self.preflight.warnings]
-        yield from _section("Warnings", warnings, paint)
+        yield from section("Warnings", warnings, paint)
         problems = [paint(f"{p.reason}: {p.message}", "red") for p in self.preflight.problems]
-        yield from _section("Problems", problems, paint)
+        yield from section("Problems", problems, paint)
 
 
-def _section(title: str, lines: Iterable[str], paint: Paint) -> Iterator[str]:
+def section(title: str, lines: Iterable[str], paint: Paint) -> Iterator[str]:
+    """A title with its lines; nothing if there are none."""
     lines = list(lines)
     if lines:
         yield paint(title, "bold")

@@ -53,8 +53,6 @@ class Memory:
     contests: Contests = field(default_factory=Contests)
     scaled: int | None = None
     """The replicas that the Deployment last had as it should."""
-    judged: tuple[str, Manifest | None] | None = None
-    """The revision that preflight let pass last, and what it found."""
     is_swept: bool = False
     """Whether children that are not wanted any more were looked for and deleted."""
 

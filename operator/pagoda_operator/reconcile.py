@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 
@@ -106,6 +106,8 @@ class Reconciler:
         self._memories.pop(key, None)
         self.poller.forget(key)
         self.poller.reports.forget(key)
+        if self.checks is not None:
+            self.checks.forget(key)
 
     async def _converge(self, service: LLMService, manifest: Manifest) -> float | None:
         """The pass of a spec that is understood."""
@@ -118,7 +120,10 @@ class Reconciler:
         target = self.poller.target(service, previous, deployment)
         memory, now = self._memories.setdefault(key, Memory()), self.clock()
         plan = make_plan(service, wanted, world.children, memory, target_replicas=target, now=now)
-        verdict = self._judge(service, wanted, deployment, previous)
+        verdict = Verdict()
+        if self.checks is not None:
+            wanted_pods = wanted[ChildRef("Deployment", engine_name(key.name))]
+            verdict = self.checks.find(service, previous, wanted_pods, deployment)
         if verdict.cause is not None:
             plan = plan.without_pods()
         failure: Refused | Unavailable | None = None
@@ -152,28 +157,6 @@ class Reconciler:
             memory.contests.seconds_to_next_look(plan.held, now),
         ]
         return min((seconds for seconds in looks if seconds), default=None)
-
-    def _judge(
-        self,
-        service: LLMService,
-        wanted: Mapping[ChildRef, Manifest],
-        deployment: Manifest | None,
-        previous: Manifest,
-    ) -> Verdict:
-        """What preflight says of pods that are about to change; those that are there need none."""
-        if self.checks is None:
-            return Verdict()
-        memory = self._memories[service.key]
-        revision = revision_of(wanted[ChildRef("Deployment", engine_name(service.key.name))])
-        if deployment is None or revision_of(deployment) != revision:
-            verdict = self.checks.judge(service)
-            if verdict.cause is None:
-                memory.judged = revision, verdict.fields
-            return verdict
-        if memory.judged is not None and memory.judged[0] == revision:
-            return Verdict(fields=memory.judged[1])
-        told = previous.get("preflight", {})
-        return Verdict(fields=None if told.get("result") == "Failed" else told)
 
     async def _look(
         self, service: LLMService, manifest: Manifest, wanted: Collection[ChildRef]

@@ -13,11 +13,13 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
 import yaml
 
+from pagoda_operator.causes import is_ready
 from pagoda_operator.checkpoint import (
     HEAD_LENGTH_BYTES,
     CheckpointError,
@@ -26,15 +28,25 @@ from pagoda_operator.checkpoint import (
     read_head,
 )
 from pagoda_operator.checks import HF
+from pagoda_operator.cluster import (
+    ApiError,
+    ApiServer,
+    StartError,
+    context_namespace,
+    own_namespace,
+)
+from pagoda_operator.describe import describe_service, is_well
 from pagoda_operator.forecast import Forecast, Paint
 from pagoda_operator.hub import PUBLIC_HUB, Answer, Hub, Unreadable
-from pagoda_operator.names import KIND, Manifest
+from pagoda_operator.names import KIND, LABEL_SERVICE, Key, Manifest
+from pagoda_operator.observe import MAX_PODS_WITH_EVENTS
 from pagoda_operator.pod import HUB_TOKEN
 from pagoda_operator.preflight import Preflight, check, of_checkpoint_error
 from pagoda_operator.render import render_children
 from pagoda_operator.spec import LLMService, SpecError, parse
+from pagoda_operator.telemetry import Telemetry
 
-COMMANDS = ("plan",)
+COMMANDS = ("plan", "status")
 _STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
 
 
@@ -46,8 +58,8 @@ def main(arguments: Sequence[str], prog: str = "pagoda-operator") -> int:
     """Run one of COMMANDS. Returns the exit status."""
     options = _make_parser(prog).parse_args(arguments)
     try:
-        return asyncio.run(_plan(options, sys.stdout))
-    except (UsageError, OSError) as error:
+        return int(asyncio.run(options.run(options, sys.stdout)))
+    except (UsageError, ApiError, StartError, OSError) as error:
         print(f"{prog} {options.command}: {error}", file=sys.stderr)
         return 2
 
@@ -134,6 +146,36 @@ async def _plan(options: argparse.Namespace, stream: TextIO) -> int:
     return 0 if is_good else 1
 
 
+async def _status(options: argparse.Namespace, stream: TextIO) -> int:
+    namespace = options.namespace or own_namespace() or context_namespace(options.context)
+    api = await ApiServer.connect(Telemetry(), options.context)
+    try:
+        now, paint = datetime.now(UTC), make_paint(stream, os.environ)
+        lines, is_good = await show(api, Key(namespace, options.name), now, paint)
+    finally:
+        await api.close()
+    stream.writelines(f"{line}\n" for line in lines)
+    return 0 if is_good else 1
+
+
+async def show(api: ApiServer, key: Key, now: datetime, paint: Paint) -> tuple[list[str], bool]:
+    """The text about a service, and whether it is well.
+
+    Raises:
+        UsageError: there is none.
+        ApiError
+    """
+    service = await api.get(KIND, key.namespace, key.name)
+    if service is None:
+        raise UsageError(f"there is no LLMService {key.name} in the namespace {key.namespace}.")
+    pods = await api.list("Pod", key.namespace, f"{LABEL_SERVICE}={key.name}")
+    names = [pod["metadata"]["name"] for pod in pods if not is_ready(pod)][:MAX_PODS_WITH_EVENTS]
+    selectors = [f"involvedObject.name={name},type=Warning" for name in names]
+    found = [await api.list("Event", key.namespace, fields=selector) for selector in selectors]
+    events = [event for some in found for event in some]
+    return list(describe_service(service, pods, events, now, paint)), is_well(service)
+
+
 async def _forecast(service: LLMService, options: argparse.Namespace, hub: Hub | None) -> Forecast:
     children = list(render_children(service, engine_image=options.engine_image))
     spec = service.spec
@@ -180,4 +222,16 @@ def _make_parser(prog: str) -> argparse.ArgumentParser:
     )
     plan.add_argument("--engine-image", default="pagoda-runtime", help="of -o yaml")
     plan.add_argument("-o", "--output", choices=("text", "yaml"), default="text")
+    plan.set_defaults(run=_plan)
+    status = commands.add_parser(
+        "status",
+        help="say how an LLMService is",
+        description="Say how an LLMService is, and why. Exit status: 0 its spec is in force, 1 not "
+        "yet or never, 2 it is not there.",
+        allow_abbrev=False,
+    )
+    status.add_argument("name", help="of the LLMService")
+    status.add_argument("-n", "--namespace", help="by default the kubeconfig's")
+    status.add_argument("--context", help="of the kubeconfig")
+    status.set_defaults(run=_status)
     return parser

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from pagoda_operator.testing import LLAMA_8B, make_manifest
-from pagoda_operator.tools import main, make_paint
+from pagoda_operator import tools
+from pagoda_operator.checkpoint import Tensors, read_checkpoint
+from pagoda_operator.preflight import check
+from pagoda_operator.status import stamp
+from pagoda_operator.testing import (
+    KEY,
+    LLAMA_8B,
+    MemoryCluster,
+    make_manifest,
+    make_pod,
+    make_service,
+)
+from pagoda_operator.tools import UsageError, main, make_paint
+
+NOW = datetime(2026, 11, 26, tzinfo=UTC)
 
 
 @pytest.fixture
@@ -126,3 +140,82 @@ def test_colours_are_for_terminals_without_no_color() -> None:
     assert make_paint(Terminal(), {})("x", "red") == "\033[31mx\033[0m"
     assert make_paint(Terminal(), {"NO_COLOR": "1"})("x", "red") == "x"
     assert make_paint(io.StringIO(), {})("x", "red") == "x"
+
+
+async def show(
+    *objects: dict[str, Any], events: list[dict[str, Any]] | None = None
+) -> tuple[str, bool]:
+    """What is said of the service among these objects."""
+    cluster = MemoryCluster()
+    for number, manifest in enumerate([*objects, *(events or [])]):
+        manifest["metadata"].setdefault("name", f"object-{number}")
+        cluster.put(manifest)
+    lines, is_good = await tools.show(cluster, KEY, NOW, lambda text, style: text)
+    return "\n".join(lines), is_good
+
+
+def serving(reason: str = "", **fields: Any) -> dict[str, Any]:
+    """The service with a status, which is well if there is no reason."""
+    conditions: Any = {
+        "Ready": (not reason, reason or "Serving", "what is wrong" if reason else "all serve"),
+        "Available": (not reason, "ReplicasAvailable", ""),
+        "Reconciling": (False, "Settled", ""),
+        "Stalled": (bool(reason), reason or "Settled", "what is wrong"),
+    }
+    status = stamp({"summary": "1/1", **fields}, conditions, {}, 1, NOW - timedelta(minutes=5))
+    return {**make_manifest(), "status": status}
+
+
+async def test_a_service_that_is_well_says_little() -> None:
+    pod = make_pod("r1", ready=True)
+    pod["metadata"]["creationTimestamp"] = (NOW - timedelta(hours=2)).isoformat()
+    text, is_good = await show(serving(), pod)
+    assert is_good
+    assert "Ready        True    Serving, for 5 min" in text
+    assert "pod-1  ready, 0 restarts, no node, 2 h" in text
+    assert "wrong" not in text
+
+
+async def test_a_service_that_is_not_well_says_why_with_its_pods_and_warnings() -> None:
+    pod = make_pod("r1", container={"state": {"waiting": {"reason": "ImagePullBackOff"}}})
+    event = {
+        "kind": "Event",
+        "metadata": {},
+        "reason": "Failed",
+        "message": "no such\n\033[2Jimage",
+        "lastTimestamp": (NOW - timedelta(seconds=30)).isoformat(),
+        "involvedObject": {"name": "pod-1"},
+    }
+    text, is_good = await show(serving("ImagePullFailed"), pod, events=[event])
+    assert not is_good
+    assert "Stalled      True    ImagePullFailed, for 5 min\n               what is wrong" in text
+    assert "ImagePullBackOff, 0 restarts" in text
+    assert "Failed 30 s ago, pod-1: no such [2Jimage" in text
+
+
+async def test_what_was_found_before_the_start_is_shown() -> None:
+    spec = make_service(on("NVIDIA-L4")).spec
+    fields = check(spec, read_checkpoint(LLAMA_8B, Tensors())).fields()
+    text, _ = await show(serving(preflight=fields))
+    assert "Passed on NVIDIA-L4: weights 15316Mi" in text
+    assert "engine.maxModelLen will be about" in text
+
+
+async def test_a_spec_that_no_operator_has_seen_is_not_well() -> None:
+    text, is_good = await show(make_manifest() | {"status": {"observedGeneration": -1}})
+    assert not is_good
+    assert "The operator has not seen this spec yet" in text
+
+
+async def test_a_service_that_is_not_there_is_no_service() -> None:
+    with pytest.raises(UsageError, match="no LLMService chat in the namespace team"):
+        await show()
+
+
+def test_without_a_cluster_the_status_ends_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    assert main(["status", "chat"], "kubectl pagoda") == 2
+    assert "kubectl pagoda status: no access to a Kubernetes API server" in capsys.readouterr().err
