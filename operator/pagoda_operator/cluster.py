@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config.config_exception import ConfigException
 
-from pagoda_operator.names import API_VERSION, RESOURCES, VERSION, Manifest, api_version
+from pagoda_operator.names import RESOURCES, Manifest, api_version
 from pagoda_operator.telemetry import Telemetry
 
 REQUEST_TIMEOUT_SECONDS = 15.0
@@ -89,13 +89,21 @@ class ApiServer:
     async def close(self) -> None:
         await self._client.close()
 
-    async def serves_llmservices(self) -> bool:
-        """Whether the CRD is installed and served."""
+    async def served_kinds(self, kinds: Collection[str]) -> frozenset[str]:
+        """Those of the kinds whose CRDs are installed and served."""
         # Of a group that it does not serve, the API server says so in no JSON.
         groups = (await self._request("GET", "/apis"))["groups"]
-        return any(
-            {"groupVersion": API_VERSION, "version": VERSION} in it["versions"] for it in groups
-        )
+        versions = {version["groupVersion"] for group in groups for version in group["versions"]}
+        found: set[str] = set()
+        for version in sorted(versions & {api_version(kind) for kind in kinds}):
+            resources = (await self._request("GET", f"/apis/{version}"))["resources"]
+            plurals = {resource["name"] for resource in resources}
+            found |= {
+                kind
+                for kind in kinds
+                if api_version(kind) == version and RESOURCES[kind][2] in plurals
+            }
+        return frozenset(found)
 
     async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
         """The object, or None if there is none."""

@@ -20,7 +20,7 @@ from pagoda_operator.cluster import ApiError, ApiServer, StartError, Unavailable
 from pagoda_operator.health import serve_health
 from pagoda_operator.hub import Hub
 from pagoda_operator.lease import Lease
-from pagoda_operator.names import Key
+from pagoda_operator.names import KIND, OPTIONAL_KINDS, Key
 from pagoda_operator.poll import Poller
 from pagoda_operator.queue import WorkQueue, backoff_seconds
 from pagoda_operator.reconcile import Reconciler
@@ -126,7 +126,7 @@ class Operator:
         failures = 0
         while True:
             try:
-                if await self._api.serves_llmservices():
+                if await self._api.served_kinds((KIND,)):
                     return
                 failures = 0
             except Unavailable as error:
@@ -175,7 +175,8 @@ class Operator:
         failures = 0
         while True:
             try:
-                services = await self._api.list("LLMService", self._options.namespace)
+                served = await self._api.served_kinds(OPTIONAL_KINDS)
+                services = await self._api.list(KIND, self._options.namespace)
             except Exception as error:
                 # Whatever comes in place of a list: without this task no missed event is healed.
                 failures += 1
@@ -183,6 +184,7 @@ class Operator:
                 await asyncio.sleep(backoff_seconds(failures, 1.0))
                 continue
             failures = 0
+            self._reconciler.served = served
             found = {Key.of(service) for service in services}
             # What was there at the last resync and is no more has to be forgotten.
             for key in sorted(found | self._known):

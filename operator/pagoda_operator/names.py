@@ -70,6 +70,8 @@ RESOURCES = {
     "ServiceAccount": ("", "v1", "serviceaccounts"),
     "NetworkPolicy": ("networking.k8s.io", "v1", "networkpolicies"),
     "PodDisruptionBudget": ("policy", "v1", "poddisruptionbudgets"),
+    "PodMonitor": ("monitoring.coreos.com", "v1", "podmonitors"),
+    "PrometheusRule": ("monitoring.coreos.com", "v1", "prometheusrules"),
     "Pod": ("", "v1", "pods"),
     "Event": ("", "v1", "events"),
     "Lease": ("coordination.k8s.io", "v1", "leases"),
@@ -77,6 +79,9 @@ RESOURCES = {
 """kind → (group, version, plural) of every kind that the operator reads or writes"""
 CHILD_KINDS = ("ServiceAccount", "Service", "NetworkPolicy", "PodDisruptionBudget", "Deployment")
 """In the order in which they are applied: a pod needs its ServiceAccount."""
+OPTIONAL_KINDS = ("PodMonitor", "PrometheusRule")
+"""Children whose CRDs are prometheus-operator's. They are not watched: a cluster may get the CRDs
+after the operator, and what is edited in them is put back by the next pass of the service."""
 
 
 def api_version(kind: str) -> str:

@@ -79,6 +79,8 @@ class Reconciler:
     engine_image: str
     operator_namespace: str | None = None
     checks: Checks | None = None
+    served: frozenset[str] = frozenset()
+    """Those of OPTIONAL_KINDS that the cluster knows; the caller looks now and then."""
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     clock: Callable[[], float] = time.monotonic
     _memories: dict[Key, Memory] = field(default_factory=dict, init=False)
@@ -113,7 +115,10 @@ class Reconciler:
         """The pass of a spec that is understood."""
         key, previous = service.key, manifest.get("status", {})
         wanted = render_children(
-            service, engine_image=self.engine_image, operator_namespace=self.operator_namespace
+            service,
+            engine_image=self.engine_image,
+            operator_namespace=self.operator_namespace,
+            served=self.served,
         )
         world = await self._look(service, manifest, wanted)
         deployment = world.own(service, ChildRef("Deployment", engine_name(key.name)))
@@ -166,7 +171,7 @@ class Reconciler:
         is_new = key not in self._memories and not is_seen(previous)
         memory = self._memories.get(key, Memory())
         named = {**dict.fromkeys(wanted), **memory.applied}
-        kinds = ("Pod",) if memory.is_swept else (*CHILD_KINDS, "Pod")
+        kinds = ("Pod",) if memory.is_swept else (*CHILD_KINDS, *self.served, "Pod")
         try:
             return await observe(self.cluster, key, named, () if is_new else kinds, self.now())
         except (Refused, Unavailable) as error:

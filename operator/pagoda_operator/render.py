@@ -6,19 +6,16 @@ template would restart every engine when the operator is upgraded.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
 
+from pagoda_operator.child import render_child
 from pagoda_operator.flags import PORT
+from pagoda_operator.monitoring import render_pod_monitor, render_prometheus_rule
 from pagoda_operator.names import (
-    API_VERSION,
-    KIND,
     LABEL_REVISION,
     ChildRef,
     Manifest,
-    api_version,
-    common_labels,
     digest,
-    engine_name,
     selector_labels,
 )
 from pagoda_operator.pod import queue_labels, render_pod_template
@@ -33,7 +30,11 @@ NAMESPACE_LABEL = "kubernetes.io/metadata.name"
 
 
 def render_children(
-    service: LLMService, *, engine_image: str, operator_namespace: str | None = None
+    service: LLMService,
+    *,
+    engine_image: str,
+    operator_namespace: str | None = None,
+    served: Collection[str] = (),
 ) -> dict[ChildRef, Manifest]:
     """Every child that the service should have, in the order in which they are applied.
 
@@ -42,6 +43,7 @@ def render_children(
     Args:
         engine_image: the image of engines whose spec names none.
         operator_namespace: where the operator's pod is; None if that is not known.
+        served: those of OPTIONAL_KINDS that the cluster knows.
     """
     children = [render_service_account(service), render_service(service)]
     if service.spec.network_policy.enabled:
@@ -49,12 +51,16 @@ def render_children(
     if (budget := render_disruption_budget(service)) is not None:
         children.append(budget)
     children.append(render_deployment(service, engine_image=engine_image))
+    if "PodMonitor" in served and service.spec.observability.monitor == "Auto":
+        children.append(render_pod_monitor(service))
+    if "PrometheusRule" in served and service.spec.observability.prometheus_rule:
+        children.append(render_prometheus_rule(service))
     return {ChildRef.of(child): child for child in children}
 
 
 def render_service_account(service: LLMService) -> Manifest:
     """An account without rights, so that engines do not run as the namespace's default."""
-    return _child(service, "ServiceAccount", automountServiceAccountToken=False)
+    return render_child(service, "ServiceAccount", automountServiceAccountToken=False)
 
 
 def render_service(service: LLMService) -> Manifest:
@@ -64,7 +70,7 @@ def render_service(service: LLMService) -> Manifest:
         "selector": selector_labels(service.key.name),
         "ports": [{"name": "http", "port": 80, "protocol": "TCP", "targetPort": PORT}],
     }
-    return _child(service, "Service", spec=spec)
+    return render_child(service, "Service", spec=spec)
 
 
 def render_network_policy(service: LLMService, operator_namespace: str | None = None) -> Manifest:
@@ -79,7 +85,7 @@ def render_network_policy(service: LLMService, operator_namespace: str | None = 
         "policyTypes": ["Ingress"],
         "ingress": [{"from": [*peers, operator], "ports": ports}],
     }
-    return _child(service, "NetworkPolicy", spec=spec)
+    return render_child(service, "NetworkPolicy", spec=spec)
 
 
 def render_disruption_budget(service: LLMService) -> Manifest | None:
@@ -99,7 +105,7 @@ def render_disruption_budget(service: LLMService) -> Manifest | None:
         # A replica that loads or fails answers nobody: it does not hold up a node's drain.
         "unhealthyPodEvictionPolicy": "AlwaysAllow",
     }
-    return _child(service, "PodDisruptionBudget", spec=spec)
+    return render_child(service, "PodDisruptionBudget", spec=spec)
 
 
 def render_deployment(service: LLMService, *, engine_image: str) -> Manifest:
@@ -114,7 +120,7 @@ def render_deployment(service: LLMService, *, engine_image: str) -> Manifest:
         "revisionHistoryLimit": 3,
         "template": template,
     }
-    manifest = _child(service, "Deployment", spec=spec)
+    manifest = render_child(service, "Deployment", spec=spec)
     manifest["metadata"]["labels"] |= queue_labels(service)
     return manifest
 
@@ -123,27 +129,6 @@ def revision_of(deployment: Manifest) -> str:
     """The revision of the pods that a Deployment asks for."""
     labels = deployment["spec"]["template"]["metadata"].get("labels", {})
     return str(labels.get(LABEL_REVISION, ""))
-
-
-def _child(service: LLMService, kind: str, **content: Any) -> Manifest:
-    """A child under its name; the Service alone has that of the LLMService."""
-    key = service.key
-    owner = {
-        "apiVersion": API_VERSION,
-        "kind": KIND,
-        "name": key.name,
-        "uid": service.uid,
-        "controller": True,
-        # true would need the right to write finalizers of LLMServices.
-        "blockOwnerDeletion": False,
-    }
-    metadata = {
-        "name": key.name if kind == "Service" else engine_name(key.name),
-        "namespace": key.namespace,
-        "labels": common_labels(key.name),
-        "ownerReferences": [owner],
-    }
-    return {"apiVersion": api_version(kind), "kind": kind, "metadata": metadata, **content}
 
 
 def _render_strategy(service: LLMService) -> Manifest:

@@ -31,6 +31,7 @@ Quantization = Literal[
 KvCacheDtype = Literal["Auto", "FP8", "FP8E4M3", "FP8E5M2", "INT8"]
 ScalingDriver = Literal["Operator", "External"]
 RolloutStrategy = Literal["Auto", "Surge", "InPlace", "Recreate"]
+MonitorKind = Literal["Auto", "None"]
 UserFrom = Literal["Image", "Platform"]
 
 
@@ -134,6 +135,13 @@ class NetworkPolicy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Observability:
+    monitor: MonitorKind = "Auto"
+    prometheus_rule: bool = False
+    labels: Part = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SecurityContext:
     user_from: UserFrom = "Image"
     run_as_user: int | None = None
@@ -176,6 +184,7 @@ class LLMServiceSpec:
     auth: Auth = field(default_factory=Auth)
     cache: Cache = field(default_factory=Cache)
     network_policy: NetworkPolicy = field(default_factory=NetworkPolicy)
+    observability: Observability = field(default_factory=Observability)
     pod_template: PodTemplate = field(default_factory=PodTemplate)
     suspend: bool = False
 

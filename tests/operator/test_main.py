@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from pagoda_operator import main
 from pagoda_operator.cluster import ApiServer, StartError
 from pagoda_operator.main import Operator, Options, parse_options
+from pagoda_operator.names import OPTIONAL_KINDS
 from pagoda_operator.telemetry import Telemetry
 
 OPTIONS = Options(
@@ -31,6 +33,9 @@ class Listing:
 
     def __init__(self) -> None:
         self.lists: list[Any] = [TypeError("no items"), []]
+
+    async def served_kinds(self, kinds: Collection[str]) -> frozenset[str]:
+        return frozenset(kinds)
 
     async def list(self, kind: str, namespace: str | None) -> list[Any]:
         found = self.lists.pop(0)
@@ -62,8 +67,17 @@ class Discovery(ApiServer):
         self._groups = [{"name": it["groupVersion"], "versions": [it]} for it in versions]
 
     async def _request(self, method: str, path: str, **_: Any) -> dict[str, Any]:
-        assert (method, path) == ("GET", "/apis")
-        return {"groups": self._groups}
+        assert method == "GET"
+        if path == "/apis":
+            return {"groups": self._groups}
+        assert path.removeprefix("/apis/") in {it["name"] for it in self._groups}
+        return {"resources": [{"name": "llmservices"}, {"name": "podmonitors"}]}
+
+
+async def test_of_kinds_that_a_cluster_may_lack_those_with_a_crd_are_known() -> None:
+    api = Discovery("apps/v1", "monitoring.coreos.com/v1")
+    assert await api.served_kinds(OPTIONAL_KINDS) == {"PodMonitor"}
+    assert await Discovery("apps/v1").served_kinds(OPTIONAL_KINDS) == frozenset()
 
 
 async def test_an_operator_without_the_crd_ends_and_says_what_to_install(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagoda_operator.flags import engine_args, model_claim
-from pagoda_operator.names import ChildRef, Manifest
+from pagoda_operator.names import OPTIONAL_KINDS, ChildRef, Manifest
 from pagoda_operator.render import render_children, render_deployment, revision_of
 from pagoda_operator.spec import DType, KvCacheDtype, Quantization
 from pagoda_operator.testing import make_service
@@ -68,6 +68,19 @@ def test_a_drain_of_nodes_takes_one_of_several_replicas_or_what_the_spec_says(
     assert budget is not None
     assert budget["spec"].pop("selector") == deployment()["spec"]["selector"]
     assert budget["spec"] == {**bound, "unhealthyPodEvictionPolicy": "AlwaysAllow"}
+
+
+def test_what_prometheus_reads_is_made_where_the_cluster_knows_it_and_the_spec_asks() -> None:
+    def kinds(served: tuple[str, ...], **observability: Any) -> list[str]:
+        service = make_service({"observability": observability})
+        children = render_children(service, engine_image="engine:1", served=served)
+        return [ref.kind for ref in children][3:]
+
+    assert kinds(()) == []
+    assert kinds(OPTIONAL_KINDS) == ["PodMonitor"]
+    assert kinds(OPTIONAL_KINDS, monitor="None") == []
+    assert kinds(OPTIONAL_KINDS, prometheusRule=True) == ["PodMonitor", "PrometheusRule"]
+    assert kinds(("PodMonitor",), prometheusRule=True) == ["PodMonitor"]
 
 
 def test_the_service_leads_port_80_to_the_pods_of_every_revision() -> None:
