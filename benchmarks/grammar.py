@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from checkpoints import gemma_folder, require_model
 from decoding import NUM_REQUESTS, begin_decoding, load_core
+from random_schemas import NUM_CHOICES, SchemaMaker, ask_for
 from report import Bar, Result, publish
 from server import serving
 from turns import take_turns
@@ -36,7 +37,6 @@ from pagoda_runtime.execution.sampler import sample
 from pagoda_runtime.execution.testing import make_row
 from pagoda_runtime.grammar.compiler import Grammars
 from pagoda_runtime.grammar.forms import json_grammar
-from pagoda_runtime.grammar.testing import NUM_CHOICES, SchemaMaker, ask_for
 from pagoda_runtime.models.config import ModelConfig
 from pagoda_runtime.models.registry import load_model_config
 from pagoda_runtime.models.testing import make_tiny_checkpoint

@@ -136,7 +136,7 @@ def score_pairs(
         return [*pairs], lambda pooled: [to_probabilities(each, pooler)[0] for each in pooled]
 
     def finish(pooled: Sequence[bytes]) -> list[float]:
-        vectors = [to_vector(each, pooler) for each in pooled]
+        vectors = [numbers_of(each) for each in pooled]
         own, others = vectors[: len(first)] * num_repeats, vectors[len(first) :]
         return [cosine(one, other) for one, other in zip(own, others, strict=True)]
 

@@ -211,7 +211,7 @@ class EngineCore:
                     raise error
                 self.scheduler.add(request)
             except (RequestError, QueueFull) as refusal:
-                ends.append(_end(request.request_id, refusal.message))
+                ends.append(end_refused(request.request_id, refusal))
         return ends
 
     def _make_stats(self, scheduled: SchedulerOutput) -> EngineStats:
@@ -234,8 +234,12 @@ class EngineCore:
         )
 
 
-def _end(request_id: str, error: str) -> RequestDelta:
+def end_refused(request_id: str, refusal: RequestError | QueueFull) -> RequestDelta:
     """The only delta of a request that cannot be served."""
     return RequestDelta(
-        request_id=request_id, new_token_ids=[], finish_reason="abort", is_last=True, error=error
+        request_id=request_id,
+        new_token_ids=[],
+        finish_reason="abort",
+        is_last=True,
+        error=refusal.message,
     )

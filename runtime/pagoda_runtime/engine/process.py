@@ -25,7 +25,7 @@ import msgspec
 import zmq
 
 from pagoda_runtime.config import EngineConfig
-from pagoda_runtime.engine.core import EngineCore, Runner
+from pagoda_runtime.engine.core import EngineCore, Runner, end_refused
 from pagoda_runtime.engine.failure import describe_failure
 from pagoda_runtime.engine.loading import FindModel, MakeRunner, find_model, make_model_runner
 from pagoda_runtime.engine.overlap import ThreadedRunner
@@ -144,11 +144,7 @@ def _add(core: EngineCore, request: EngineRequest) -> list[RequestDelta]:
         # The client asks the same questions before it sends, so this is not expected; still the
         # request must end, and must not take the others with it.
         logger.error("Request %s was refused by the engine: %s", request.request_id, error)
-        return [
-            RequestDelta(
-                request_id=request.request_id, new_token_ids=[], finish_reason="abort", is_last=True
-            )
-        ]
+        return [end_refused(request.request_id, error)]
     return []
 
 

@@ -36,24 +36,41 @@ class KvCacheSize:
 MakeBackend = Callable[[AttentionSpec], AttentionBackend]
 
 
+def attention_spec(
+    model: Model,
+    kv_dtype: torch.dtype | None = None,
+    *,
+    block_size: int = 1,
+    is_deterministic: bool,
+) -> AttentionSpec:
+    """What the model's layers ask of an attention; keys and values by default in its dtype."""
+    placement, heads = model.placement, model.heads
+    return AttentionSpec(
+        num_heads=heads.num_heads,
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        windows=model.windows,
+        scale=model.attention_scale,
+        dtype=placement.dtype,
+        kv_dtype=kv_dtype or placement.dtype,
+        block_size=block_size,
+        device=placement.device,
+        is_deterministic=is_deterministic,
+    )
+
+
 def make_attention(
     config: EngineConfig, model: Model, backend: MakeBackend = make_backend
 ) -> AttentionBackend:
     """What the model's layers attend with; nothing is allocated yet."""
     assert config.block_size is not None
-    dtype = model.placement.dtype
-    kv_dtype = KV_CACHE_DTYPES.get(config.kv_cache_dtype)
+    name = KV_CACHE_DTYPES.get(config.kv_cache_dtype)
+    kv_dtype = getattr(torch, name) if name else None
     return backend(
-        AttentionSpec(
-            num_heads=model.heads.num_heads,
-            num_kv_heads=model.heads.num_kv_heads,
-            head_dim=model.heads.head_dim,
-            windows=model.windows,
-            scale=model.attention_scale,
-            dtype=dtype,
-            kv_dtype=getattr(torch, kv_dtype) if kv_dtype else dtype,
+        attention_spec(
+            model,
+            kv_dtype,
             block_size=config.block_size,
-            device=model.placement.device,
             is_deterministic=config.deterministic,
         )
     )

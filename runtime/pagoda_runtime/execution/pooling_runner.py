@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from pagoda_kernels.packed_attention import PackedAttention
-from pagoda_kernels.paged_attention import AttentionSpec
 from pagoda_kernels.transfer import OnTheWay, all_to_device
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.execution.loading import load_model
-from pagoda_runtime.execution.memory import dtype_name, must_fit
+from pagoda_runtime.execution.memory import attention_spec, dtype_name, must_fit
 from pagoda_runtime.execution.runner import no_progress
 from pagoda_runtime.ipc.messages import BlockCopy, EngineReady, Masks, RowOutput, ScheduledRow
 from pagoda_runtime.layers.step_input import StepInput
@@ -45,7 +44,8 @@ class PoolingSteps:
 
     def __init__(self, model: PooledModel, *, is_deterministic: bool) -> None:
         self.model = model
-        self.attention = make_packed_attention(model, is_deterministic=is_deterministic)
+        spec = attention_spec(model, is_deterministic=is_deterministic)
+        self.attention = PackedAttention(spec, is_causal=model.config.is_causal)
 
     @torch.inference_mode()
     def submit(
@@ -113,24 +113,6 @@ class PoolingRunner(PoolingSteps):
         remedy = "Lower --max-model-len (engine.maxModelLen), or use a larger device."
         with must_fit(platform, what, remedy):
             platform.measure(run_largest)
-
-
-def make_packed_attention(model: PooledModel, *, is_deterministic: bool) -> PackedAttention:
-    """What the model's layers attend with."""
-    placement, heads = model.placement, model.heads
-    spec = AttentionSpec(
-        num_heads=heads.num_heads,
-        num_kv_heads=heads.num_kv_heads,
-        head_dim=heads.head_dim,
-        windows=model.windows,
-        scale=model.attention_scale,
-        dtype=placement.dtype,
-        kv_dtype=placement.dtype,
-        block_size=1,
-        device=placement.device,
-        is_deterministic=is_deterministic,
-    )
-    return PackedAttention(spec, is_causal=model.config.is_causal)
 
 
 def _describe(

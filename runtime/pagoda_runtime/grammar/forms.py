@@ -33,13 +33,6 @@ def json_grammar(
     return f"start: {_json_rule(schema, whitespace_pattern, has_whitespace)}\n"
 
 
-def json_object_grammar(wanted: Any = True) -> str:
-    """Any JSON object."""
-    if wanted is not True:
-        raise ValueError("is false, which asks for nothing; leave it out")
-    return json_grammar({"type": "object"})
-
-
 def regex_grammar(regex: str) -> str:
     """A text that a regular expression matches from its beginning to its end."""
     if not isinstance(regex, str) or not regex:
@@ -103,7 +96,7 @@ def structural_tag_grammar(tag: Any) -> str:
 
 FORMS: dict[str, Callable[[Any], str]] = {
     "json": json_grammar,
-    "json_object": json_object_grammar,
+    "json_object": lambda _: json_grammar({"type": "object"}),
     "regex": regex_grammar,
     "choice": choice_grammar,
     "grammar": lark_grammar,

@@ -58,13 +58,17 @@ class ToolFormat:
     found_by: tuple[tuple[str, ...], ...] = ()
     """A template that has all of one of these is of this format."""
     marks: tuple[str, ...] = ()
-    """Others that stand in a call, and may be special tokens."""
+    """Others that stand in a call, and may be special tokens; Gemma's quote first."""
     has_short_ids: bool = False
     """Whether ids of calls are 9 letters and digits: the template refuses others."""
 
 
-def _json(opener: str, closer: str) -> Written:
-    return Written(opener + '{"name": "{name}", "arguments": ', "}" + closer, separator="\n")
+# Of calls as objects.
+_OBJECT = '{"name": "{name}", "arguments": '
+
+
+def _json_list(begin: str) -> Written:
+    return Written(_OBJECT, "}", begin=begin, separator=", ", end="]")
 
 
 _TOOL_CALL = ("<tool_call>",)
@@ -129,13 +133,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
         has_short_ids=True,
     ),
     "mistral_json": ToolFormat(
-        Written(
-            '{"name": "{name}", "arguments": ',
-            "}",
-            begin="[TOOL_CALLS][",
-            separator=", ",
-            end="]",
-        ),
+        _json_list("[TOOL_CALLS]["),
         read_mistral,
         openers=("[TOOL_CALLS]",),
         found_by=(("[TOOL_CALLS]",),),
@@ -162,19 +160,13 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
         found_by=(("<tool_call>", "<function=", "<parameter="),),
     ),
     "granite": ToolFormat(
-        Written(
-            '{"name": "{name}", "arguments": ',
-            "}",
-            begin="<|tool_call|>[",
-            separator=", ",
-            end="]",
-        ),
+        _json_list("<|tool_call|>["),
         read_json,
         openers=("<|tool_call|>",),
         found_by=(("<|tool_call|>",),),
     ),
     "hermes": ToolFormat(
-        _json("<tool_call>\n", "\n</tool_call>"),
+        Written(f"<tool_call>\n{_OBJECT}", "}\n</tool_call>", separator="\n"),
         read_json,
         openers=_TOOL_CALL,
         closers=_TOOL_CALL_END,

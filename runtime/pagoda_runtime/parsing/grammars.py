@@ -19,7 +19,6 @@ from pagoda_runtime.parsing.formats import (
     TOOL_FORMATS,
     ReasoningFormat,
     ToolFormat,
-    Written,
 )
 from pagoda_runtime.parsing.literals import resolve, types_of
 
@@ -48,8 +47,8 @@ def write_calls(
         behind: what was read of the first one already.
     """
     written = row.written
-    first = [_write_call(lark, written, tool, written.begin, behind) for tool in tools]
-    later = [_write_call(lark, written, tool, "", "") for tool in tools]
+    first = [_write_call(lark, row, tool, written.begin, behind) for tool in tools]
+    later = [_write_call(lark, row, tool, "", "") for tool in tools]
     calls = f"({' | '.join(first)})"
     if max_calls > 1 and not written.is_single:
         separator = lark.literal(written.separator) if written.separator else ""
@@ -57,17 +56,18 @@ def write_calls(
     return f"{calls} {lark.literal(written.end)}" if written.end else calls
 
 
-def _write_call(lark: Lark, written: Written, tool: Tool, begin: str, behind: str) -> str:
+def _write_call(lark: Lark, row: ToolFormat, tool: Tool, begin: str, behind: str) -> str:
+    written = row.written
     head = (begin + written.call.replace("{name}", tool.name)).removeprefix(behind)
-    parts = [lark.literal(head), _write_arguments(lark, written, tool)]
+    parts = [lark.literal(head), _write_arguments(lark, row, tool)]
     if written.call_end:
         parts.append(lark.literal(written.call_end))
     return lark.rule(" ".join(filter(None, parts)))
 
 
-def _write_arguments(lark: Lark, written: Written, tool: Tool) -> str:
+def _write_arguments(lark: Lark, row: ToolFormat, tool: Tool) -> str:
     schema, is_strict = tool.schema, tool.is_strict
-    match written.arguments:
+    match row.written.arguments:
         case "json":
             return lark.json({"type": "object", **schema}, is_strict=is_strict)
         case "qwen":
@@ -81,7 +81,7 @@ def _write_arguments(lark: Lark, written: Written, tool: Tool) -> str:
                 {f"{k}=" for k in _required(schema)},
             )
         case "gemma":
-            return _gemma_object(lark, tool, schema, _gemma_quote(written))
+            return _gemma_object(lark, tool, schema, row.marks[0])
 
 
 def _nested(tool: Tool, schema: Any) -> Schema:
@@ -168,10 +168,6 @@ def _write_list(lark: Lark, values: Mapping[str, str], required: set[str]) -> st
         for number, item in enumerate(others)
     ]
     return f"({' | '.join(starts)})?" if starts else ""
-
-
-def _gemma_quote(written: Written) -> str:
-    return '<|"|>' if written.call.startswith("<|") else "<escape>"
 
 
 def _gemma_object(lark: Lark, tool: Tool, schema: Schema, quote: str, depth: int = 0) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator, Sequence
 from functools import cache
 from typing import TypeVar
 
+from pagoda_runtime.tokenizer.detokenizer import find_beginning
+
 T = TypeVar("T")
 Reading = Generator[None, None, T]
 Emit = Callable[[str], None]
@@ -135,7 +137,7 @@ class Scanner:
             if self.is_over and not self.is_cut:
                 self._emit(len(self._text), emit)
                 return ""
-            self._emit(self._beginning_of(markers), emit)
+            self._emit(find_beginning(self._text, markers, self._at), emit)
             if self.is_over:
                 self.skip()
                 return ""
@@ -215,15 +217,6 @@ class Scanner:
         if end > self._at:
             begin, self._at = self._at, end
             emit(self._text[begin:end])
-
-    def _beginning_of(self, markers: Sequence[str]) -> int:
-        """Where the end of the text begins that a marker may begin with."""
-        text, end = self._text, len(self._text)
-        longest = max(map(len, markers)) - 1
-        for begin in range(max(self._at, end - longest), end):
-            if any(marker.startswith(text[begin:]) for marker in markers):
-                return begin
-        return end
 
 
 @cache

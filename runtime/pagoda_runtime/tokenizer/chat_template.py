@@ -65,22 +65,17 @@ class ChatTemplate:
             if self._clock() > deadline:
                 raise _TooSlow(f"it is not done after {MAX_SECONDS:g} seconds of computing")
 
-        variables = {**variables, _WATCH: watch}
+        # Templates tell "no tools" from tools by `is none`, which an undefined name is not.
+        variables = {"tools": None, "documents": None, **variables, _WATCH: watch}
         try:
             fitted = [self._fit(message, variables) for message in messages]
-            return self._render(fitted, variables)
+            return self._template.render(variables, messages=fitted)
         # A template is a program: it can fail in any way, and never by the server's fault.
         except Exception as error:
             raise RequestError(
                 f"The chat template refuses these messages: {str(error) or type(error).__name__}",
                 param="messages",
             ) from error
-
-    def _render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
-        # Templates tell "no tools" from tools by `is none`, which an undefined name is not.
-        return self._template.render(
-            {"tools": None, "documents": None} | dict(variables), messages=messages
-        )
 
     def _fit(self, message: Message, variables: Mapping[str, Any]) -> Message:
         """The message in a form that the template writes."""
@@ -131,7 +126,7 @@ class ChatTemplate:
     def _try(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         """The text, empty if the template refuses the messages."""
         try:
-            return self._render(messages, variables)
+            return self._template.render(variables, messages=messages)
         except _TooSlow:
             raise
         except Exception:

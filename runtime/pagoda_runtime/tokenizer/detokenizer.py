@@ -180,14 +180,15 @@ class IncrementalDetokenizer:
             end, minus_length, self.stopped_by = min(found)
             self._held = ""
             return text[: end if self._shows_stop else end + minus_length]
-        num_held = self._num_ambiguous(text)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held]
+        begin = find_beginning(text, self._stop)
+        self._held = text[begin:]
+        return text[:begin]
 
-    def _num_ambiguous(self, text: str) -> int:
-        """Length of the longest end of text that a stop string begins with."""
-        longest = min(len(text), max(map(len, self._stop), default=1) - 1)
-        for length in range(longest, 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stop):
-                return length
-        return 0
+
+def find_beginning(text: str, markers: Sequence[str], first: int = 0) -> int:
+    """Where the longest end of a text begins, from first on, that a marker may begin with."""
+    longest = max(map(len, markers), default=1) - 1
+    for begin in range(max(first, len(text) - longest), len(text)):
+        if any(marker.startswith(text[begin:]) for marker in markers):
+            return begin
+    return len(text)

@@ -158,10 +158,8 @@ class Tokenizer:
         text = self.token_text(token_id)
         if REPLACEMENT in text:
             name = self.token_name(token_id)
-            if len(name) == 6 and name.startswith("<0x"):
-                return bytes([int(name[3:5], 16)])
-            if name and all(character in BYTE_OF for character in name):
-                return bytes(BYTE_OF[character] for character in name)
+            if found := _fallback_byte(name) or _bytes_of(name):
+                return found
         return text.encode()
 
     def token_name(self, token_id: int) -> str:
@@ -181,12 +179,9 @@ class Tokenizer:
             if token_id in self.all_special_ids:
                 tokens[token_id] = name.encode()
             elif "ByteLevel" in kinds:
-                found = [BYTE_OF.get(character, -1) for character in name]
-                tokens[token_id] = name.encode() if -1 in found else bytes(found)
-            elif len(name) == 6 and name.startswith("<0x"):
-                tokens[token_id] = bytes([int(name[3:5], 16)])
+                tokens[token_id] = _bytes_of(name) or name.encode()
             else:
-                tokens[token_id] = name.replace(_SPACE, " ").encode()
+                tokens[token_id] = _fallback_byte(name) or name.replace(_SPACE, " ").encode()
         return tokens
 
     def apply_chat_template(
@@ -230,6 +225,17 @@ class Tokenizer:
         text = self._special_tokens.get(name)
         token_id: int | None = None if text is None else self._tokenizer.token_to_id(text)
         return token_id
+
+
+def _bytes_of(name: str) -> bytes:
+    """Of a token of a byte-level vocabulary; empty of others."""
+    found = [BYTE_OF.get(character, -1) for character in name]
+    return b"" if -1 in found else bytes(found)
+
+
+def _fallback_byte(name: str) -> bytes:
+    """That sentencepiece names `<0x..>`; empty of other tokens."""
+    return bytes.fromhex(name[3:5]) if len(name) == 6 and name.startswith("<0x") else b""
 
 
 def _share(lens: Sequence[int], room: int) -> list[int]:

@@ -6,10 +6,10 @@ import json
 import random
 
 import pytest
+from written_answers import CALLS, MARKS, WRITERS, cuts, make_parser, read
 
 from pagoda_runtime.parsing.deltas import CallStart
 from pagoda_runtime.parsing.formats import HARMONY, REASONING_FORMATS, TOOL_FORMATS
-from pagoda_runtime.parsing.testing import CALLS, MARKS, WRITERS, cuts, make_parser, read
 
 CASES = [(row, case) for row in WRITERS for case in CALLS]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from written_answers import cuts, read
 
 from pagoda_runtime.parsing.formats import HARMONY, REASONING_FORMATS
-from pagoda_runtime.parsing.testing import cuts, read
 
 THOUGHTS = [name for name in REASONING_FORMATS if name != HARMONY]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import pytest_asyncio
 from pagoda_runtime.server.state import ServerState
 from pagoda_runtime.server.testing import FakeEngine, make_config, make_state, running_server
 from pagoda_runtime.server.testing_process import ServerProcess
+
+# Schemas at random, which a benchmark makes too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
 Start = Callable[..., ServerProcess]
 

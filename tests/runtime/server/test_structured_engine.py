@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
+from random_schemas import SchemaMaker, ask_for
 
-from pagoda_runtime.grammar.testing import SchemaMaker, ask_for
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.server.testing_process import serving
 
