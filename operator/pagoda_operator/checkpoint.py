@@ -32,6 +32,9 @@ _STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _HEAD_DIMS = {"Qwen3": 128, "Gemma3": 256}
 METHODS = ("awq", "gptq", "fp8", "exl2", "gguf", "compressed-tensors")
 _SKIPPED = ("modules_to_not_convert", "ignored_layers", "ignore", "dynamic")
+# What a file says above this is a mistake, and sums of it would fit no status.
+_MOST = 2**31 - 1
+_MOST_BYTES = 2**60
 # The length of a head, in bytes, stands in so many before it.
 HEAD_LENGTH_BYTES = 8
 
@@ -123,7 +126,7 @@ def read_index(index: object) -> Tensors:
     """What model.safetensors.index.json says; nothing if it does not say it."""
     metadata = index.get("metadata") if isinstance(index, dict) else None
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    is_size = isinstance(total, int | float) and math.isfinite(total) and total > 0
+    is_size = isinstance(total, int | float) and 0 < total < _MOST_BYTES
     return Tensors(int(total) if is_size else None)  # type: ignore[arg-type]
 
 
@@ -134,10 +137,11 @@ def read_head(head: object) -> Tensors:
         try:
             first, last = tensor["data_offsets"]
             size, dtype = int(last) - int(first), str(tensor["dtype"])
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, OverflowError):
             # __metadata__ is no tensor.
             continue
-        sizes[dtype] = sizes.get(dtype, 0) + max(0, size)
+        if 0 <= size < _MOST_BYTES:
+            sizes[dtype] = sizes.get(dtype, 0) + size
     floats = {_STORED_DTYPES[d]: size for d, size in sizes.items() if d in _STORED_DTYPES}
     return Tensors(sum(sizes.values()) or None, max(floats, key=floats.__getitem__, default=None))
 
@@ -147,11 +151,11 @@ def _find_architecture(config: Mapping[str, Any]) -> str:
     if not isinstance(named, list) or not named:
         raise _invalid("architectures", named, "a list with the name of a class")
     for name in named:
-        if name in GENERATORS or name in POOLED:
-            return str(name)
+        if isinstance(name, str) and (name in GENERATORS or name in POOLED):
+            return name
     raise CheckpointError(
         "UnsupportedArchitecture",
-        f"config.json: the architecture {named[0]} is not supported. Supported: "
+        f"config.json: the architecture {_shorten(named[0])} is not supported. Supported: "
         f"{', '.join(GENERATORS)}; *Model and *ForSequenceClassification of "
         f"{', '.join(POOLED_FAMILIES)}. Serve a model of one of these.",
     )
@@ -168,16 +172,17 @@ def _max_positions(config: Mapping[str, Any]) -> int:
         return named
     original = _number(rope, "original_max_position_embeddings") if kind == "yarn" else None
     original = original or named
-    return max(named, int(original * (_number(rope, "factor") or named / original)))
+    reached = original * (_number(rope, "factor") or named / original)
+    return max(named, int(min(reached, _MOST)))
 
 
 def _find_dtype(config: Mapping[str, Any], tensors: Tensors) -> str:
     named = config.get("dtype") or config.get("torch_dtype")
     if named is None:
         return tensors.dtype or "bfloat16"
-    if named not in DTYPE_BYTES:
+    if not isinstance(named, str) or named not in DTYPE_BYTES:
         raise _invalid("dtype", named, f"one of {', '.join(DTYPE_BYTES)}")
-    return str(named)
+    return named
 
 
 def _find_stored(config: Mapping[str, Any]) -> Stored | None:
@@ -202,7 +207,7 @@ def _integer(config: Mapping[str, Any], key: str, default: int | None = None) ->
     value = config.get(key)
     if value is None and default is not None:
         return default
-    if type(value) is not int or value <= 0:
+    if type(value) is not int or not 0 < value <= _MOST:
         raise _invalid(key, value, "a positive integer")
     return value
 
@@ -221,6 +226,14 @@ def _mapping(values: object, key: str) -> Mapping[str, Any]:
 def _invalid(key: str, value: object, expected: str) -> CheckpointError:
     return CheckpointError(
         "InvalidModelConfig",
-        f"config.json: {key} is {value!r:.100}; it must be {expected}. "
+        f"config.json: {key} is {_shorten(value)}; it must be {expected}. "
         "Correct the file, or serve another model.",
     )
+
+
+def _shorten(value: object) -> str:
+    try:
+        return f"{value!r:.100}"
+    except ValueError:
+        # Python writes no number of more than some thousand digits.
+        return "a number without end"

@@ -74,9 +74,13 @@ class Hub:
                 return await self._read(root, etag)
         except TimeoutError as error:
             raise Unreachable(f"{root} did not answer within {READ_SECONDS:g} s") from error
-        except (OSError, aiohttp.ClientError) as error:
+        except (OSError, aiohttp.ClientConnectionError) as error:
             what = str(error) or type(error).__name__
             raise Unreachable(f"{root} cannot be reached: {what}") from error
+        except (aiohttp.ClientError, ValueError) as error:
+            # ValueError: it is no address, or an answer no HTTP.
+            what = str(error) or type(error).__name__
+            raise Unreadable(f"{root} cannot be read: {what}") from error
 
     async def close(self) -> None:
         if self._session is not None:

@@ -31,6 +31,7 @@ _UNKNOWN_FLAGS = (
     "--enforce-eager",
 )
 _MEBIBYTE = 1 << 20
+_MAX_WARNING = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Preflight:
         """`status.preflight`."""
         fields: Manifest = {"result": "Failed" if self.problems else "Passed"}
         if self.warnings:
-            fields["warnings"] = list(self.warnings)
+            fields["warnings"] = [text[:_MAX_WARNING] for text in self.warnings]
         if self.fit is not None:
             fields |= {
                 "gpu": self.fit.gpu.name,
@@ -61,7 +62,7 @@ class Preflight:
 
 def unchecked(why: str) -> Manifest:
     """`status.preflight` of a model whose files could not be read: no reason to stop."""
-    return {"result": "Unchecked", "warnings": [why]}
+    return {"result": "Unchecked", "warnings": [why[:_MAX_WARNING]]}
 
 
 def of_checkpoint_error(error: CheckpointError) -> Preflight:

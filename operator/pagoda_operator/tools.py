@@ -43,10 +43,17 @@ from pagoda_operator.observe import MAX_PODS_WITH_EVENTS
 from pagoda_operator.pod import HUB_TOKEN
 from pagoda_operator.preflight import Preflight, check, of_checkpoint_error
 from pagoda_operator.render import render_children
-from pagoda_operator.spec import LLMService, SpecError, parse
+from pagoda_operator.spec import LLMService, SpecError, camel_case, parse
 from pagoda_operator.telemetry import Telemetry
 
 COMMANDS = ("plan", "status")
+LIMITS = {
+    "tensor_parallel_size": (1, 16),
+    "max_model_len": (2, 16_777_216),
+    "max_num_seqs": (1, 65_536),
+    "gpu_memory_percent": (10, 98),
+}
+"""Of numbers that sizes are made of, as the CRD has them (`tests/contract`)."""
 _STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
 
 
@@ -85,7 +92,8 @@ def read_services(text: str, namespace: str) -> list[LLMService]:
         documents = [it for it in yaml.safe_load_all(text) if isinstance(it, dict)]
     except yaml.YAMLError as error:
         raise UsageError(f"the file is not YAML: {error}") from error
-    items = [item for it in documents for item in it.get("items", [it])]
+    # A List has its objects within.
+    items = [item for it in documents for item in it.get("items") or [it]]
     found = [it for it in items if isinstance(it, dict) and it.get("kind") == KIND]
     if not found:
         raise UsageError(f"the file has no object of kind {KIND}.")
@@ -121,9 +129,20 @@ def _parse(manifest: Manifest, namespace: str) -> LLMService:
         raise UsageError(f"an object of kind {KIND} has no metadata.name.")
     known = {"namespace": namespace, **metadata, "uid": "", "generation": 1}
     try:
-        return parse({**manifest, "metadata": known})
+        service = parse({**manifest, "metadata": known})
+        for field, (least, most) in LIMITS.items():
+            value = getattr(service.spec.engine, field)
+            if value is not None and not least <= value <= most:
+                where = f"spec.engine.{camel_case(field)}"
+                raise UsageError(f"{name}: {where} is {value}; it can be {least} to {most}.")
+        # What is needed of lists and maps, the schema says only.
+        render_children(service, engine_image="")
     except SpecError as error:
         raise UsageError(f"{name}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        hint = "`kubectl apply --dry-run=server` says where"
+        raise UsageError(f"{name}: the API server would refuse it; {hint}: {error!r}") from error
+    return service
 
 
 async def _plan(options: argparse.Namespace, stream: TextIO) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from pagoda_kernels.kv_cache import token_bytes
 from pagoda_operator.checkpoint import (
@@ -33,8 +34,9 @@ from pagoda_operator.sizing import (
     size_engine,
     weight_bytes,
 )
-from pagoda_operator.spec import Engine
+from pagoda_operator.spec import Engine, camel_case
 from pagoda_operator.testing import make_service
+from pagoda_operator.tools import LIMITS
 from pagoda_runtime.config import KV_CACHE_DTYPES, SUPPORTED_DTYPES
 from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.errors import FatalError
@@ -55,6 +57,7 @@ from pagoda_runtime.quantization.base import Placement
 from pagoda_runtime.quantization.config import ONLINE, READERS
 from pagoda_runtime.quantization.unquantized import UnquantizedLinear
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = {
     "vocab_size": 322,
     "hidden_size": 64,
@@ -216,6 +219,16 @@ def test_what_one_refuses_the_other_refuses(
         reason = error.reason
     found = check(service.spec, read_checkpoint(values, Tensors())).problems
     assert [problem.reason for problem in found][:1] == ([reason] if reason else [])
+
+
+def test_the_limits_of_a_plan_are_those_of_the_schema() -> None:
+    crd = yaml.safe_load((ROOT / "crds/llmservice.yaml").read_text())
+    (version,) = crd["spec"]["versions"]
+    spec = version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+    fields = spec["engine"]["properties"]
+    for name, limits in LIMITS.items():
+        field = fields[camel_case(name)]
+        assert (field["minimum"], field["maximum"]) == limits
 
 
 def test_what_is_no_architecture_of_the_engine_is_refused_in_the_same_word() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pagoda_operator.checkpoint import (
     CheckpointError,
@@ -27,6 +29,8 @@ def read(**config: Any) -> Any:
         ({"hidden_size": None}, "hidden_size is None; it must be a positive integer"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"hidden_size": 2**31}, "hidden_size is 2147483648"),
+        ({"vocab_size": 10**5000}, "vocab_size is a number without end"),
         ({"vocab_size": "x" * 1000}, "vocab_size is 'xxx"),
         ({"architectures": []}, "architectures is []"),
         ({"dtype": "int8"}, "dtype is 'int8'; it must be one of bfloat16"),
@@ -77,3 +81,40 @@ def test_the_head_of_a_file_adds_up_its_tensors_and_names_the_commonest_float() 
     }
     assert read_head(head) == Tensors(436, "float16")
     assert read_head([]) == Tensors()
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+KEYS = st.sampled_from(
+    [*LLAMA_8B, "head_dim", "torch_dtype", "rope_scaling", "rope_parameters", "quantization_config"]
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.dictionaries(KEYS, ANYTHING, max_size=3))
+def test_whatever_stands_in_a_config_it_is_read_or_refused(changed: dict[str, Any]) -> None:
+    try:
+        read(**changed)
+    except CheckpointError as error:
+        refusal = error
+    else:
+        return
+    assert refusal.reason in ("InvalidModelConfig", "UnsupportedArchitecture")
+    assert len(str(refusal)) < 600
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    ANYTHING
+    | st.dictionaries(
+        st.text(max_size=3),
+        st.fixed_dictionaries({"dtype": ANYTHING, "data_offsets": st.lists(ANYTHING, max_size=3)}),
+        max_size=3,
+    )
+)
+def test_whatever_stands_in_a_head_or_an_index_is_a_size_or_none(found: Any) -> None:
+    for tensors in (read_head(found), read_index(found), read_index({"metadata": found})):
+        assert tensors.num_bytes is None or tensors.num_bytes > 0

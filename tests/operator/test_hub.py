@@ -176,7 +176,7 @@ async def _never(request: web.Request) -> web.StreamResponse:
         (_status(404), "answers with HTTP 404"),
         (_status(503), "answers with HTTP 503"),
         (_status(200), "is not JSON"),
-        (_loop, "cannot be reached"),
+        (_loop, "cannot be read"),
         (_never, "did not answer within"),
     ],
     ids=["endless", "401", "404", "503", "no JSON", "redirects", "silent"],

@@ -177,3 +177,19 @@ def test_of_several_gpus_the_smallest_counts_and_a_slice_names_its_own_memory() 
     assert found == GpuMemory("nvidia.com/mig-3g.40gb", 38 * GIB)
     assert memory_of("NVIDIA-A100-SXM4-40GB-MIG-1g.5gb") is not None
     assert memory_of("NVIDIA-L4-SHARED") is not None
+
+
+@pytest.mark.parametrize("extreme", [1, 2**31 - 1])
+@pytest.mark.parametrize("size", [1, 16])
+def test_whatever_a_file_says_the_status_can_be_written(extreme: int, size: int) -> None:
+    keys = [key for key, value in LLAMA_8B.items() if type(value) is int]
+    rope = {"rope_scaling": {"rope_type": "yarn", "factor": 1e300}}
+    large = model(Tensors(2**60 - 1), **dict.fromkeys(keys, extreme), **rope)
+    for engine in ({}, {"maxModelLen": 1000}):
+        found = run(L4, large, tensorParallelSize=size, **engine)
+        fields = found.fields()
+        assert all(len(text) <= 1024 for text in fields.get("warnings", []))
+        for name in ("weights", "overhead", "kvCache"):
+            assert len(fields.get(name, "")) <= 32
+        for name in ("kvCacheTokens", "maxModelLen", "concurrentRequests"):
+            assert 0 <= fields.get(name, 0) <= 10**12

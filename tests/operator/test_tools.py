@@ -117,6 +117,12 @@ def test_a_model_that_cannot_be_read_is_a_warning(
         ([{"kind": "LLMService", "metadata": None}], "no metadata.name"),
         ([{"kind": "LLMService", "metadata": {"name": "x"}}], "x: spec: an object is needed"),
         ([make_manifest({"replica": 1})], "chat: spec.replica: this operator does not know"),
+        ([{"kind": "List", "items": None}], "no object of kind LLMService"),
+        (
+            [make_manifest({"engine": {"tensorParallelSize": 0}})],
+            "spec.engine.tensorParallelSize is 0; it can be 1 to 16",
+        ),
+        ([make_manifest({"podTemplate": {"env": [{}]}})], "the API server would refuse it"),
     ],
 )
 def test_a_file_that_cannot_be_planned_ends_with_2(
