@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -58,11 +60,7 @@ class Padding(PackedPlan):
 
     def __init__(self, attention, lens):
         super().__init__(attention, lens)
-        firsts, sizes = np.cumsum(lens) - lens, np.ceil(np.log2(lens))
-        self._slices = []
-        self._padded = [
-            self._pad(firsts[sizes == size], lens[sizes == size]) for size in np.unique(sizes)
-        ]
+        self._slices, self._padded = [], self._pad(np.cumsum(lens) - lens, lens)
 
 
 @pytest.mark.parametrize("plan", [PackedPlan, Padding], ids=["slices", "padded"])
@@ -76,6 +74,20 @@ def test_each_token_attends_to_what_it_sees(num_kv_heads, window, is_causal, pla
     attention = PackedAttention(spec, is_causal=is_causal)
     found = plan(attention, LENS).attend(0, qkv.clone(), no_rotary(len(qkv)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", [PackedPlan, Padding], ids=["slices", "padded"])
+def test_layers_with_other_windows_see_what_is_theirs(plan):
+    spec = make_spec(num_kv_heads=4, windows=(9, 0, 40))
+    generator = torch.Generator().manual_seed(2)
+    qkv = torch.randn(int(LENS.sum()), spec.qkv_size, generator=generator)
+    of_step = plan(PackedAttention(spec, is_causal=False), LENS)
+    for layer in (0, 1, 2, 0):
+        found = of_step.attend(layer, qkv.clone(), no_rotary(len(qkv)))
+        own = replace(spec, windows=(spec.windows[layer],))
+        torch.testing.assert_close(
+            found, expected_of(qkv, own, is_causal=False), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_heads_are_normed_and_rotated_first():

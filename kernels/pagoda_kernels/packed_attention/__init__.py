@@ -7,7 +7,8 @@ launch costs more than padding does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,12 +31,14 @@ class _Padded:
     tokens: [num_texts, longest] int64: where each token lies.
     is_key: [num_texts, 1, 1, longest] bool: whether it is not padding.
     own: [num_tokens] int64: the tokens, each once, and places, where the padded texts have them.
+    masks: by window, [num_texts, 1, 1 or longest, longest] bool: what each query sees.
     """
 
     tokens: torch.Tensor
     is_key: torch.Tensor
     own: torch.Tensor
     places: torch.Tensor
+    masks: dict[int, torch.Tensor] = field(default_factory=dict, init=False)
 
 
 class PackedAttention:
@@ -65,18 +68,18 @@ class PackedPlan(AttentionPlan):
         super().__init__(attention.spec, int(lens.sum()))
         self.is_causal, self.device = attention.is_causal, attention.spec.device
         firsts = np.cumsum(lens) - lens
-        self._slots = torch.arange(self.num_tokens, device=self.device)
         self._slices: list[slice] = []
         self._padded: list[_Padded] = []
         if self.device.type == "cpu" or self.spec.is_deterministic:
             pairs = zip(firsts.tolist(), lens.tolist(), strict=True)
             self._slices = [slice(first, first + count) for first, count in pairs]
         else:
-            sizes = np.ceil(np.log2(lens))
-            self._padded = [
-                self._pad(firsts[sizes == size], lens[sizes == size]) for size in np.unique(sizes)
-            ]
+            self._padded = self._pad(firsts, lens)
         self._masks: dict[tuple[int, int, int, int], torch.Tensor] = {}
+
+    @cached_property
+    def _slots(self) -> torch.Tensor:
+        return torch.arange(self.num_tokens, device=self.device)
 
     def attend(
         self,
@@ -140,10 +143,13 @@ class PackedPlan(AttentionPlan):
         out: torch.Tensor,
     ) -> None:
         longest = padded.tokens.shape[1]
-        mask = padded.is_key
-        if self.is_causal or 0 < window < longest:
-            seen = self._mask(longest, longest, 0, window if window < longest else 0)
-            mask = mask & seen
+        mask = padded.masks.get(window)
+        if mask is None:
+            mask = padded.is_key
+            if self.is_causal or 0 < window < longest:
+                seen = self._mask(longest, longest, 0, window if window < longest else 0)
+                mask = mask & seen
+            padded.masks[window] = mask
         q, k, v = (x[padded.tokens].transpose(1, 2) for x in qkv)
         found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.spec.scale)
         found = found.transpose(1, 2).flatten(0, 1)
@@ -164,9 +170,14 @@ class PackedPlan(AttentionPlan):
             self._masks[key] = found
         return found
 
-    def _pad(self, firsts: np.ndarray, lens: np.ndarray) -> _Padded:
-        offsets = np.arange(lens.max())
-        is_key = offsets < lens[:, None]
-        tokens = firsts[:, None] + np.minimum(offsets, lens[:, None] - 1)
-        sent = all_to_device([tokens, is_key, tokens[is_key], np.flatnonzero(is_key)], self.device)
-        return _Padded(sent[0], sent[1][:, None, None], sent[2], sent[3])
+    def _pad(self, firsts: np.ndarray, lens: np.ndarray) -> list[_Padded]:
+        """Texts whose lengths are less than twice each other's together; all in one transfer."""
+        sizes, arrays = np.ceil(np.log2(lens)), list[np.ndarray]()
+        for size in np.unique(sizes):
+            some_lens, some_firsts = lens[sizes == size, None], firsts[sizes == size, None]
+            offsets = np.arange(some_lens.max())
+            is_key = offsets < some_lens
+            tokens = some_firsts + np.minimum(offsets, some_lens - 1)
+            arrays += [tokens, is_key[:, None, None], tokens[is_key], np.flatnonzero(is_key)]
+        sent = all_to_device(arrays, self.device)
+        return [_Padded(*sent[at : at + 4]) for at in range(0, len(sent), 4)]

@@ -67,7 +67,7 @@ def read_json(source: Source) -> Reading[None]:
                 yield from _takes(scanner, ",")
         else:
             yield from _read_object(source)
-            while (yield from _takes(scanner, ";")) or (yield from _goes_on(scanner, "{")):
+            while (yield from _takes(scanner, ";")) or (yield from scanner.peek()) == "{":
                 yield from _read_object(source)
         # Some models forget the closer before the next opener.
         if not source.closers or (yield from scanner.until(ends, drop)) != source.opener:
@@ -77,10 +77,6 @@ def read_json(source: Source) -> Reading[None]:
 def _takes(scanner: Scanner, separator: str) -> Reading[bool]:
     yield from scanner.space()
     return bool((yield from scanner.take(separator)))
-
-
-def _goes_on(scanner: Scanner, character: str) -> Reading[bool]:
-    return (yield from scanner.peek()) == character
 
 
 def _read_object(source: Source) -> Reading[None]:
@@ -143,7 +139,7 @@ def read_deepseek(source: Source) -> Reading[None]:
             return
         name = yield from scanner.text_through(DEEPSEEK_SEPARATOR)
         yield from scanner.space()
-        if not (yield from _goes_on(scanner, "{")):
+        if (yield from scanner.peek()) != "{":
             name = yield from scanner.text_through("\n")
             yield from scanner.space()
             yield from scanner.take("```json", "```")

@@ -125,14 +125,6 @@ def escaped(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def is_json(text: str) -> bool:
-    try:
-        json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
 def _refuse(word: str) -> None:
     # NaN and the infinities, which Python takes for JSON.
     raise ValueError(word)
@@ -143,8 +135,11 @@ def to_json(text: str) -> str:
     string."""
     if text in WORDS:
         return WORDS[text]
-    if is_json(text):
+    try:
+        json.loads(text, parse_constant=_refuse)
         return text
+    except (ValueError, RecursionError):
+        pass
     try:
         value = ast.literal_eval(text)
         if isinstance(value, (int, float, list, dict, tuple, str)):

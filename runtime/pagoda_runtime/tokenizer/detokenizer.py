@@ -22,14 +22,11 @@ NO_IDS: frozenset[int] = frozenset()
 
 
 @lru_cache(16)
-def _union(special: frozenset[int], others: tuple[int, ...]) -> frozenset[int]:
+def _silent_ids(
+    special: frozenset[int], shown: frozenset[int], others: tuple[int, ...]
+) -> frozenset[int]:
     """One set for all choices of a request; a model may have thousands of special tokens."""
-    return special.union(others)
-
-
-@lru_cache(16)
-def _without(special: frozenset[int], shown: frozenset[int]) -> frozenset[int]:
-    return special - shown
+    return (special - shown).union(others)
 
 
 class IncrementalDetokenizer:
@@ -82,14 +79,13 @@ class IncrementalDetokenizer:
         self._min_tokens = sampling_params.min_tokens
         self._shows_stop = sampling_params.include_stop_str_in_output
         skips = sampling_params.skip_special_tokens
-        special = _without(tokenizer.all_special_ids, shown_special_ids) if skips else NO_IDS
-        silent = [] if self._shows_stop else list(sampling_params.stop_token_ids)
-        if skips and not sampling_params.ignore_eos:
-            silent += [token_id for token_id in eos_token_ids if token_id not in special]
-        self._silent_ids = _union(special, tuple(silent)) if silent else special
+        special = tokenizer.all_special_ids if skips else NO_IDS
+        ends = eos_token_ids if skips and not sampling_params.ignore_eos else ()
+        stops = () if self._shows_stop else sampling_params.stop_token_ids
+        self._silent_ids = _silent_ids(special, shown_special_ids, (*ends, *stops))
         # The window: ids[:num_known] give known_text, the rest is not shown yet.
-        ends = prompt_token_ids[-NUM_SEARCHED_TOKENS:]
-        self._ids = [i for i in ends if i not in self._silent_ids][-NUM_CONTEXT_TOKENS:]
+        searched = prompt_token_ids[-NUM_SEARCHED_TOKENS:]
+        self._ids = [i for i in searched if i not in self._silent_ids][-NUM_CONTEXT_TOKENS:]
         self._known_text: str | None = self._decode(self._ids)
         """None if nobody asked for it yet."""
         if self._known_text.endswith(REPLACEMENT):
