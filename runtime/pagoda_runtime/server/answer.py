@@ -10,13 +10,19 @@ from msgspec import UNSET, Struct
 from msgspec.json import encode
 
 from pagoda_runtime.client.output_processor import TextDelta, WholeChoice, pick_best
-from pagoda_runtime.parsing.deltas import ContentDelta, Delta, ReasoningDelta, WholeMessage
+from pagoda_runtime.parsing.deltas import (
+    CallArguments,
+    CallStart,
+    ContentDelta,
+    Delta,
+    ReasoningDelta,
+    WholeMessage,
+)
 from pagoda_runtime.parsing.parser import AnswerParser, Layout
 from pagoda_runtime.sampling_params import SamplingParams
 from pagoda_runtime.server import answers
 from pagoda_runtime.server.answers import ChatFinishReason
 from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
-from pagoda_runtime.server.chat_writing import write_delta, write_message
 from pagoda_runtime.server.generation import Generation, merge
 from pagoda_runtime.server.logprobs import LogprobsWriter
 from pagoda_runtime.server.protocol import GenerationRequest
@@ -104,7 +110,6 @@ async def stream(answer: Answer) -> AsyncGenerator[bytes, None]:
     """The chunks of an answer, as server-sent events."""
     request, write = answer.request, ChunkWriter(answer).write
     has_usage = request.has_continuous_usage
-    make_choice = _chat_choice if answer.is_chat else _text_choice
     if answer.is_chat:
         for index in range(len(answer.generations) * answer.params.n):
             first = answers.ChatChunkChoice(index, answers.Delta("assistant", ""), None, None)
@@ -112,7 +117,7 @@ async def stream(answer: Answer) -> AsyncGenerator[bytes, None]:
     async with aclosing(typed_deltas(answer)) as deltas:
         async for delta in deltas:
             if delta.parts or delta.finish_reason is not None or has_usage or delta.plain.shown:
-                choice = make_choice(delta, answer.logprobs)
+                choice = _write_choice(answer, delta)
                 yield write(choice, answer.usage() if has_usage else None)
     if request.includes_usage:
         yield write(None, answer.usage())
@@ -141,19 +146,40 @@ class ChunkWriter:
         )
 
 
-def _chat_choice(delta: TypedDelta, logprobs: LogprobsWriter) -> answers.ChatChunkChoice:
-    plain, reason = delta.plain, delta.finish_reason
-    stop_reason = UNSET if reason is None else plain.stop_reason
-    return answers.ChatChunkChoice(
-        plain.index, write_delta(delta.parts), logprobs.chat(plain.shown), reason, stop_reason
-    )
+def _write_delta(parts: Sequence[Delta]) -> answers.Delta:
+    """All parts in one chunk."""
+    content = reasoning = ""
+    calls: dict[int, answers.ToolCallDelta] = {}
+    for part in parts:
+        match part:
+            case ContentDelta(text):
+                content += text
+            case ReasoningDelta(text):
+                reasoning += text
+            case CallStart(index, call_id, name):
+                begun = answers.FunctionCallDelta("", name)
+                calls[index] = answers.ToolCallDelta(index, begun, call_id, "function")
+            case CallArguments(index, text):
+                if index not in calls:
+                    calls[index] = answers.ToolCallDelta(index, answers.FunctionCallDelta(""))
+                calls[index].function.arguments += text
+    return answers.Delta(UNSET, content or UNSET, reasoning or UNSET, list(calls.values()) or UNSET)
 
 
-def _text_choice(delta: TypedDelta, logprobs: LogprobsWriter) -> answers.CompletionChunkChoice:
-    plain, reason = delta.plain, delta.plain.finish_reason
-    stop_reason = UNSET if reason is None else plain.stop_reason
+def _write_choice(
+    answer: Answer, delta: TypedDelta
+) -> answers.ChatChunkChoice | answers.CompletionChunkChoice:
+    plain, logprobs = delta.plain, answer.logprobs
+    stop_reason = UNSET if delta.finish_reason is None else plain.stop_reason
+    if answer.is_chat:
+        message, shown = _write_delta(delta.parts), logprobs.chat(plain.shown)
+        return answers.ChatChunkChoice(
+            plain.index, message, shown, delta.finish_reason, stop_reason
+        )
     of_text = logprobs.completion(plain.shown)
-    return answers.CompletionChunkChoice(plain.index, plain.text, of_text, reason, stop_reason)
+    return answers.CompletionChunkChoice(
+        plain.index, plain.text, of_text, plain.finish_reason, stop_reason
+    )
 
 
 class TypedChoice(WholeChoice):
@@ -187,7 +213,7 @@ async def collect(answer: Answer) -> answers.ChatCompletion | answers.Completion
         messages = [
             answers.ChatChoice(
                 index,
-                write_message(WholeMessage.join(choice.parts)),
+                _write_message(WholeMessage.join(choice.parts)),
                 logprobs.chat(choice.shown),
                 choice.chat_finish_reason,
                 choice.stop_reason,
@@ -208,6 +234,16 @@ async def collect(answer: Answer) -> answers.ChatCompletion | answers.Completion
         for index, (generation, choice) in enumerate(best)
     ]
     return answers.Completion(*head, texts, answer.usage())
+
+
+def _write_message(message: WholeMessage) -> answers.AssistantMessage:
+    calls = [
+        answers.ToolCall(call.id, answers.FunctionCall(call.name, call.arguments))
+        for call in message.calls
+    ]
+    return answers.AssistantMessage(
+        message.content or (None if calls else ""), None, message.reasoning or UNSET, calls or UNSET
+    )
 
 
 def _prompt_logprobs(answer: Answer, generation: Generation) -> answers.PromptLogprobs | None:

@@ -164,14 +164,14 @@ class ChatCompletion(Head, frozen=True, tag_field="object", tag="chat.completion
     prompt_logprobs: PromptLogprobs | None
 
 
-class FunctionCallDelta(Struct, frozen=True):
+class FunctionCallDelta(Struct):
     """What a chunk adds to a call; the first one has the name."""
 
     arguments: str
     name: str | UnsetType = UNSET
 
 
-class ToolCallDelta(Struct, frozen=True):
+class ToolCallDelta(Struct):
     """What a chunk adds to one of the calls; the first one has id and type."""
 
     index: int

@@ -62,7 +62,7 @@ class Blocks:
     async def stream(
         self, answer: Answer, write: Callable[[Change], bytes]
     ) -> AsyncGenerator[bytes, None]:
-        """Each change as it is written, when the block is as it says."""
+        """What `write` makes of each change, asked while the block is as the change says."""
         async with aclosing(typed_deltas(answer)) as deltas:
             async for delta in deltas:
                 if events := b"".join(map(write, self.take(delta.parts))):

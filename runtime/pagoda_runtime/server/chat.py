@@ -25,7 +25,7 @@ from pagoda_runtime.server.chat_protocol import (
     ChatCompletionRequest,
     ChatMessage,
     Function,
-    ToolCall,
+    to_call,
 )
 from pagoda_runtime.tokenizer.tokenizer import Tokenizer
 
@@ -151,14 +151,11 @@ def _template_message(message: ChatMessage, names: Mapping[str, str]) -> dict[st
         made |= dict.fromkeys(("reasoning_content", "reasoning"), message.thoughts)
         made |= {} if content else {"thinking": message.thoughts}
     if message.tool_calls:
-        made["tool_calls"] = [_template_call(call) for call in message.tool_calls]
+        made["tool_calls"] = [
+            to_call(call.id, call.function.name, json.loads(call.function.arguments or "{}"))
+            for call in message.tool_calls
+        ]
     return made
-
-
-def _template_call(call: ToolCall) -> dict[str, Any]:
-    arguments = json.loads(call.function.arguments or "{}")
-    function = {"name": call.function.name, "arguments": arguments}
-    return {"id": call.id, "type": "function", "function": function}
 
 
 def find_thinking(

@@ -31,8 +31,12 @@ def verify_chat(request: ChatCompletionRequest) -> None:
                 _refuse(f"{path}.tool_call_id", what, "it is the id of no call before it")
         elif message.tool_call_id is not None:
             _refuse(f"{path}.tool_call_id", "there", "only messages of the role tool have one")
+        # An empty text is one; an empty list of parts holds none.
+        is_missing = message.content is None or message.content == []
+        if is_missing and not message.tool_calls and not message.thoughts:
+            why = f"a message of the role {message.role} needs a text, which may be empty"
+            _refuse(f"{path}.content", "missing", why)
         open_ids.update(call.id for call in message.tool_calls or ())
-    _verify_contents(request)
     _verify_ending(request)
 
 
@@ -79,15 +83,6 @@ def _verify_parameters(path: str, schema: Mapping[str, Any]) -> None:
             _refuse(f"{path}.properties.{name[:80]}", shown(part), "it must be a schema")
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         _refuse(f"{path}.required", shown(required), "it must be a list of names")
-
-
-def _verify_contents(request: ChatCompletionRequest) -> None:
-    for index, message in enumerate(request.messages):
-        # An empty text is one; an empty list of parts holds none.
-        is_missing = message.content is None or message.content == []
-        if is_missing and not message.tool_calls and not message.thoughts:
-            why = f"a message of the role {message.role} needs a text, which may be empty"
-            _refuse(f"messages[{index}].content", "missing", why)
 
 
 def _verify_ending(request: ChatCompletionRequest) -> None:

@@ -100,6 +100,12 @@ def to_tool(function: Part) -> dict[str, Any]:
     return {"type": "function", "function": values}
 
 
+def to_call(call_id: str, name: str, arguments: Any) -> dict[str, Any]:
+    """A call as messages of chats have it."""
+    function = {"name": name, "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}
+
+
 class FunctionName(OpenPart):
     """The name of one of the tools."""
 

@@ -126,23 +126,21 @@ def _later(status: int, code: str, error: Exception, seconds: int) -> ApiError:
 
 
 def validate(make: Callable[[T], M], values: T) -> M:
-    """The model that pydantic makes of the values of a body. Raises ApiError."""
+    """The model that pydantic makes of the values of a body.
+
+    Raises: ApiError with the first problems, and the path of the first field as param.
+    """
     try:
         return make(values)
     except ValidationError as error:
-        raise _describe_validation(error) from None
-
-
-def _describe_validation(error: ValidationError) -> ApiError:
-    """The first problems of a request body, with the path of the first field as param."""
-    problems = error.errors(include_url=False, include_context=False)
+        problems = error.errors(include_url=False, include_context=False)
     first = problems[0]
     if first["type"] == "json_invalid":
-        return ApiError(400, f"The body is no JSON: {first['msg']}.", code="invalid_json")
+        raise ApiError(400, f"The body is no JSON: {first['msg']}.", code="invalid_json")
     described = [_describe_problem(problem) for problem in problems[:MAX_SHOWN_PROBLEMS]]
     if len(problems) > MAX_SHOWN_PROBLEMS:
         described.append(f"and {len(problems) - MAX_SHOWN_PROBLEMS} more")
-    return ApiError(400, "; ".join(described), param=_path(first["loc"]) or None)
+    raise ApiError(400, "; ".join(described), param=_path(first["loc"]) or None)
 
 
 def _describe_problem(problem: Any) -> str:

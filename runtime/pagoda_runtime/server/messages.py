@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 from starlette.routing import Route
 
-from pagoda_runtime.server.answer import Answer, TypedDelta
+from pagoda_runtime.server.answer import Answer
 from pagoda_runtime.server.blocks import Block, Blocks, Change, write_event
 from pagoda_runtime.server.body import read_body
 from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
@@ -25,7 +25,7 @@ from pagoda_runtime.server.messages_answers import (
     ToolUseBlock,
 )
 from pagoda_runtime.server.messages_protocol import CountTokensRequest, MessagesRequest
-from pagoda_runtime.server.openai import make_answer, make_creation
+from pagoda_runtime.server.openai import Form, make_answer, make_creation
 from pagoda_runtime.server.prompts import tokenize
 from pagoda_runtime.server.state import ServerState
 from pagoda_runtime.server.unsupported import verify_supported
@@ -44,10 +44,10 @@ def make_routes(state: ServerState) -> list[Route]:
         (token_ids,) = await tokenize(state, chat)
         return CountedTokens(len(token_ids))
 
-    read = partial(_read, state, CountTokensRequest)
+    read, read_to_count = (partial(_read, state, b) for b in (MessagesRequest, CountTokensRequest))
     return [
-        make_creation(state, "/v1/messages", partial(MessageForm, state)),
-        make_answer(state, "/v1/messages/count_tokens", read, count_tokens),
+        make_creation(state, "/v1/messages", partial(Form, read, collect, stream, end)),
+        make_answer(state, "/v1/messages/count_tokens", read_to_count, count_tokens),
     ]
 
 
@@ -60,55 +60,43 @@ async def _read(
     return chat
 
 
-class MessageForm:
-    """Reads a body of /v1/messages, and writes its answer."""
-
-    def __init__(self, state: ServerState) -> None:
-        self.state = state
-
-    async def read(self, raw: bytes) -> ChatCompletionRequest:
-        return await _read(self.state, MessagesRequest, raw)
-
-    async def collect(self, answer: Answer) -> Message:
-        blocks = Blocks()
-        await blocks.collect(answer)
-        return _message(answer, [_write_block(block) for block in blocks.blocks], blocks.last)
-
-    async def stream(self, answer: Answer) -> AsyncGenerator[bytes, None]:
-        begun = _message(answer, [], None)
-        yield write_event("message_start", message=begun) + write_event("ping")
-        blocks = Blocks()
-        async with aclosing(blocks.stream(answer, _write_change)) as events:
-            async for event in events:
-                yield event
-        message = _message(answer, [], blocks.last)
-        ending = {"stop_reason": message.stop_reason, "stop_sequence": message.stop_sequence}
-        yield write_event("message_delta", delta=ending, usage=message.usage)
-        yield write_event("message_stop")
-
-    def end(self, error: ApiError | None) -> bytes:
-        return b"" if error is None else write_event("error", error=to_anthropic(error).error)
+async def collect(answer: Answer) -> Message:
+    blocks = Blocks()
+    await blocks.collect(answer)
+    return _message(answer, blocks)
 
 
-def _message(
-    answer: Answer,
-    content: Sequence[TextBlock | ThinkingBlock | ToolUseBlock],
-    last: TypedDelta | None,
-) -> Message:
-    """last: the delta with which it ended, None while it has not."""
+async def stream(answer: Answer) -> AsyncGenerator[bytes, None]:
+    blocks = Blocks()
+    yield write_event("message_start", message=_message(answer, blocks)) + write_event("ping")
+    async with aclosing(blocks.stream(answer, _write_change)) as events:
+        async for event in events:
+            yield event
+    message = _message(answer, blocks)
+    ending = {"stop_reason": message.stop_reason, "stop_sequence": message.stop_sequence}
+    yield write_event("message_delta", delta=ending, usage=message.usage)
+    yield write_event("message_stop")
+
+
+def end(error: ApiError | None) -> bytes:
+    return b"" if error is None else write_event("error", error=to_anthropic(error).error)
+
+
+def _message(answer: Answer, blocks: Blocks) -> Message:
+    """As it is after these blocks; with no reason to stop while it goes on."""
     usage = answer.usage()
     num_cached = usage.prompt_tokens_details.cached_tokens
     stop_reason: StopReason | None = None
     stop_sequence = None
-    if last is not None:
-        stop_reason = _STOP_REASONS.get(last.finish_reason or "", "end_turn")
+    if (last := blocks.last) is not None and last.finish_reason is not None:
+        stop_reason = _STOP_REASONS.get(last.finish_reason, "end_turn")
         if stop_reason == "end_turn" and isinstance(last.plain.stop_reason, str):
             stop_reason, stop_sequence = "stop_sequence", last.plain.stop_reason
     return Message(
         f"msg_{answer.id.rpartition('-')[2]}",
         "assistant",
         answer.model,
-        list(content),
+        [_write_block(block) for block in blocks.blocks],
         stop_reason,
         stop_sequence,
         MessageUsage(usage.prompt_tokens - num_cached, 0, num_cached, usage.completion_tokens),

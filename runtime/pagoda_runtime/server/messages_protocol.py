@@ -9,7 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pagoda_runtime.errors import RequestError
-from pagoda_runtime.server.chat_protocol import MAX_MESSAGES, ChatCompletionRequest, to_tool
+from pagoda_runtime.server.chat_protocol import (
+    MAX_MESSAGES,
+    ChatCompletionRequest,
+    to_call,
+    to_tool,
+)
 from pagoda_runtime.server.errors import validate
 from pagoda_runtime.server.protocol import Body, Part, Phrase, Small, Text, TextOr, only
 
@@ -119,11 +124,10 @@ class CountTokensRequest(Body):
         messages = [{"role": "system", "content": _to_text(self.system)}] if self.system else []
         for message in self.messages:
             messages += _to_messages(message)
-        fields: dict[str, Any] = {"model": self.model, "messages": messages}
+        tools = [to_tool(tool) for tool in self.tools or ()]
+        fields: dict[str, Any] = {"model": self.model, "messages": messages, "tools": tools or None}
         if messages[-1]["role"] == "assistant":
             fields |= {"continue_final_message": True, "add_generation_prompt": False}
-        if self.tools:
-            fields["tools"] = [to_tool(tool) for tool in self.tools]
         if self.tool_choice is not None:
             fields |= _to_tool_choice(self.tool_choice)
         if self.thinking is not None:
@@ -185,8 +189,7 @@ def _to_messages(message: MessageParam) -> list[dict[str, Any]]:
                 thoughts.append(block.thinking)
             case ToolUseBlockParam():
                 arguments = json.dumps(block.input, ensure_ascii=False)
-                function = {"name": block.name, "arguments": arguments}
-                calls.append({"id": block.id, "type": "function", "function": function})
+                calls.append(to_call(block.id, block.name, arguments))
             case ToolResultBlockParam():
                 result = {"role": "tool", "content": _to_text(block.content)}
                 results.append({**result, "tool_call_id": block.tool_use_id})

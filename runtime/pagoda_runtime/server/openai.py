@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -48,8 +48,10 @@ def make_routes(state: ServerState) -> list[Route]:
 
     return [
         *(
-            make_creation(state, path, partial(OpenAiForm, state, body_class))
-            for path, body_class in BODIES.items()
+            make_creation(
+                state, path, partial(Form, partial(read_body, state, body), collect, stream, _end)
+            )
+            for path, body in BODIES.items()
         ),
         Route("/v1/models", list_models),
         Route("/v1/models/{model:path}", show_model),
@@ -87,20 +89,23 @@ def make_answer(
     return Route(path, answer, methods=["POST"])
 
 
-class Form(Protocol):
+@dataclass(frozen=True, slots=True)
+class Form:
     """How a route reads a body and writes its answer."""
 
-    async def read(self, raw: bytes) -> GenerationRequest:
-        """The request that the body is. Raises what `errors.to_api_error` takes."""
+    read: Callable[[bytes], Awaitable[GenerationRequest]]
+    """The request that the body is. Raises what `errors.to_api_error` takes."""
+    collect: Callable[[Answer], Awaitable[object]]
+    """The body of the answer in one piece."""
+    stream: Callable[[Answer], AsyncGenerator[bytes, None]]
+    """The events of the answer."""
+    end: Callable[[ApiError | None], bytes]
+    """What ends a stream, also one that fails."""
 
-    async def collect(self, answer: Answer) -> object:
-        """The body of the answer in one piece."""
 
-    def stream(self, answer: Answer) -> AsyncGenerator[bytes, None]:
-        """The events of the answer."""
-
-    def end(self, error: ApiError | None) -> bytes:
-        """What ends a stream, also one that fails."""
+def _end(error: ApiError | None) -> bytes:
+    """[DONE], behind the error if there is one."""
+    return DONE if error is None else b"data: " + error.encode() + b"\n\n" + DONE
 
 
 async def create_completion(
@@ -126,27 +131,6 @@ async def create_completion(
         await close_all(answer.generations)
 
     return EventStream(form.stream(answer), form.end, close)
-
-
-@dataclass(frozen=True, slots=True)
-class OpenAiForm:
-    """Of completions and chats: the answer as it is."""
-
-    state: ServerState
-    body_class: type[GenerationRequest]
-
-    async def read(self, raw: bytes) -> GenerationRequest:
-        return await read_body(self.state, self.body_class, raw)
-
-    async def collect(self, answer: Answer) -> ChatCompletion | Completion:
-        return await collect(answer)
-
-    def stream(self, answer: Answer) -> AsyncGenerator[bytes, None]:
-        return stream(answer)
-
-    def end(self, error: ApiError | None) -> bytes:
-        """[DONE], behind the error if there is one."""
-        return DONE if error is None else b"data: " + error.encode() + b"\n\n" + DONE
 
 
 async def complete(

@@ -12,10 +12,11 @@ from pagoda_runtime.client.pooling import POOLING_PARAMS
 from pagoda_runtime.errors import PagodaError, PromptTooLong
 from pagoda_runtime.metrics import RequestClock
 from pagoda_runtime.server.generation import Running, close_all
+from pagoda_runtime.server.pooling_answers import PoolingUsage
 from pagoda_runtime.server.pooling_protocol import PoolingRequest
 from pagoda_runtime.server.prompts import CHARACTERS_PER_TOKEN, CUT_TOKENS
 from pagoda_runtime.server.protocol import AS_MANY_AS_FIT
-from pagoda_runtime.server.state import PIECE_CHARACTERS, ServerState
+from pagoda_runtime.server.state import ServerState
 
 Input = tuple[str, ...] | list[int]
 """A text, a pair, or token ids."""
@@ -26,7 +27,7 @@ class PooledTexts:
     """What the engine made of the texts, in their order."""
 
     numbers: list[bytes]
-    num_tokens: int
+    usage: PoolingUsage
 
 
 class _Text(Running):
@@ -70,9 +71,9 @@ async def pool(
                 )
                 clock = RequestClock(state.metrics, arrival, len(token_ids), 0)
                 texts.append(_Text(state.engine.generate(request), clock))
-        return PooledTexts(
-            [await text.take() for text in texts], sum(len(token_ids) for token_ids, _ in encoded)
-        )
+        num_tokens = sum(len(token_ids) for token_ids, _ in encoded)
+        usage = PoolingUsage(num_tokens, num_tokens)
+        return PooledTexts([await text.take() for text in texts], usage)
     finally:
         await close_all(texts)
 
@@ -103,10 +104,8 @@ async def _encode(
                 "Shorten it, or set truncate_prompt_tokens.",
                 param="input",
             )
-        # Many short texts are as much as a long one.
-        weight = max(_num_characters(each), min(num_characters, PIECE_CHARACTERS))
         encode = partial(tokenizer.encode_texts, *texts, max_tokens=kept)
-        found.append(await state.off_loop(weight, encode))
+        found.append(await state.off_loop(_num_characters(each), encode, num_characters))
     return found
 
 

@@ -87,7 +87,7 @@ async def embed(
         # Thousands of vectors are a second's work, in which the streams of others are to go on.
         data.append(Raw(encode(answers.Embedding(index, shown))))
         await asyncio.sleep(0)
-    return answers.EmbeddingList(data, _model(state, body), _usage(pooled))
+    return answers.EmbeddingList(data, _model(state, body), pooled.usage)
 
 
 async def classify(
@@ -102,7 +102,7 @@ async def classify(
         shown = to_probabilities(numbers, pooler, activates=body.use_activation is not False)
         label = pooler.labels[max(range(pooler.size), key=shown.__getitem__)]
         data.append(answers.Classification(index, label, shown, pooler.size))
-    return answers.ClassificationList(*_head(state, body, "classify"), data, _usage(pooled))
+    return answers.ClassificationList(*_head(state, body, "classify"), data, pooled.usage)
 
 
 async def score(state: ServerState, body: ScoreRequest, arrival: float) -> answers.ScoreList:
@@ -112,7 +112,7 @@ async def score(state: ServerState, body: ScoreRequest, arrival: float) -> answe
     )
     scores, pooled = await _score(state, body, first, second, arrival)
     data = [answers.Score(index, each) for index, each in enumerate(scores)]
-    return answers.ScoreList(*_head(state, body, "score"), data, _usage(pooled))
+    return answers.ScoreList(*_head(state, body, "score"), data, pooled.usage)
 
 
 async def rerank(state: ServerState, body: RerankRequest, arrival: float) -> answers.Reranking:
@@ -128,7 +128,7 @@ async def rerank(state: ServerState, body: RerankRequest, arrival: float) -> ans
         for index in order[: body.top_n]
     ]
     name, _, model = _head(state, body, "rerank")
-    return answers.Reranking(name, model, results, _usage(pooled))
+    return answers.Reranking(name, model, results, pooled.usage)
 
 
 async def _score(
@@ -151,7 +151,3 @@ def _model(state: ServerState, body: PoolingRequest) -> str:
 
 def _head(state: ServerState, body: PoolingRequest, kind: str) -> tuple[str, int, str]:
     return f"{kind}-{uuid.uuid4().hex}", int(time.time()), _model(state, body)
-
-
-def _usage(pooled: PooledTexts) -> answers.PoolingUsage:
-    return answers.PoolingUsage(pooled.num_tokens, pooled.num_tokens)

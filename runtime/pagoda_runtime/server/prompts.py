@@ -30,7 +30,7 @@ MAX_MARK_CHARACTERS = 256
 CUT_TOKENS = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EncodedPrompt:
     """The token ids of a prompt, and what its choices begin with."""
 
@@ -50,26 +50,21 @@ async def encode(
     Raises: PromptTooLong; RequestError: a chat for a model without a template, or an echo of what
         the engine refuses.
     """
-    ready, _ = state.loaded()
     encoder = _Encoder(state, body)
-    encoded = await encoder.tokenize(body)
-    if not (isinstance(body, CompletionRequest) and body.is_echo):
-        return [
-            EncodedPrompt(token_ids, None, encoder.template, encoder.text_end)
-            for token_ids in encoded
-        ]
-    for token_ids in encoded:
-        # What the engine refuses need not be decoded before.
-        verify_fits(token_ids, params, ready)
-    return [
-        EncodedPrompt(token_ids, await encoder.make_echo(prompt, token_ids, params))
-        for prompt, token_ids in zip(body.prompt, encoded, strict=True)
-    ]
+    prompts = await encoder.encode(body)
+    if isinstance(body, CompletionRequest) and body.is_echo:
+        ready, _ = state.loaded()
+        for prompt in prompts:
+            # What the engine refuses need not be decoded before.
+            verify_fits(prompt.token_ids, params, ready)
+        for given, prompt in zip(body.prompt, prompts, strict=True):
+            prompt.echo = await encoder.make_echo(given, prompt.token_ids, params)
+    return prompts
 
 
 async def tokenize(state: ServerState, body: GenerationRequest) -> list[list[int]]:
     """The token ids of a request's prompts. Raises as `encode`."""
-    return await _Encoder(state, body).tokenize(body)
+    return [prompt.token_ids for prompt in await _Encoder(state, body).encode(body)]
 
 
 class _Encoder:
@@ -85,9 +80,6 @@ class _Encoder:
         # To keep more than fits is to keep all.
         self.num_kept = num_kept if num_kept is not None and num_kept < self.most_tokens else None
         """Tokens at a prompt's end that are used alone; None: all of them."""
-        # Of a chat that is tokenized.
-        self.template: str | None = None
-        self.text_end = ""
         self.num_characters = 0
         """Of all prompts together, token ids counted as text."""
         is_chat = isinstance(body, ChatCompletionRequest)
@@ -96,12 +88,12 @@ class _Encoder:
             not is_chat if body.add_special_tokens is None else body.add_special_tokens
         )
 
-    async def tokenize(self, body: GenerationRequest) -> list[list[int]]:
+    async def encode(self, body: GenerationRequest) -> list[EncodedPrompt]:
         """The prompts of the request, in order."""
         if isinstance(body, ChatCompletionRequest):
             return [await self.encode_chat(body)]
         assert isinstance(body, CompletionRequest)
-        return await self.encode_prompts(body)
+        return [EncodedPrompt(token_ids) for token_ids in await self.encode_prompts(body)]
 
     async def encode_prompts(self, body: CompletionRequest) -> list[list[int]]:
         prompts, suffix = body.prompt, body.suffix or ""
@@ -122,25 +114,25 @@ class _Encoder:
             for prompt in prompts
         ]
 
-    async def encode_chat(self, request: ChatCompletionRequest) -> list[int]:
+    async def encode_chat(self, request: ChatCompletionRequest) -> EncodedPrompt:
         num_characters = sum(message.num_characters for message in request.messages)
         self._verify_characters(num_characters, "messages")
         state, tokenizer = self.state, self.tokenizer
-        self.template = choose_template(request, tokenizer, state.config, state.chat_template)
+        template = choose_template(request, tokenizer, state.config, state.chat_template)
         continues = bool(request.continue_final_message)
 
         def render() -> str:
             return tokenizer.apply_chat_template(
                 template_messages(request),
-                template=self.template,
+                template=template,
                 add_generation_prompt=not continues and request.add_generation_prompt is not False,
                 continue_final_message=continues,
                 **template_variables(request),
             )
 
         text = await state.render(render)
-        self.text_end = text[-MAX_MARK_CHARACTERS:]
-        return await self._encode(text, "messages")
+        token_ids = await self._encode(text, "messages")
+        return EncodedPrompt(token_ids, template=template, text_end=text[-MAX_MARK_CHARACTERS:])
 
     async def make_echo(
         self, prompt: Prompt, token_ids: Sequence[int], params: SamplingParams
@@ -166,8 +158,8 @@ class _Encoder:
             text += detokenizer.finish()
             return Echo(text, token_ids, offsets)
 
-        weight = self._weight(CHARACTERS_PER_TOKEN * len(token_ids))
-        return await self.state.off_loop(weight, make)
+        num_characters = CHARACTERS_PER_TOKEN * len(token_ids)
+        return await self.state.off_loop(num_characters, make, self.num_characters)
 
     async def _encode(self, text: str, param: str) -> list[int]:
         tokenizer = self.tokenizer
@@ -176,19 +168,15 @@ class _Encoder:
         elif len(text) > max(PIECE_CHARACTERS, CHARACTERS_PER_TOKEN * self.most_tokens):
             await self._verify_may_fit(text, param)
         ids = await self.state.off_loop(
-            self._weight(len(text)),
+            len(text),
             lambda: tokenizer.encode(text, add_special_tokens=self.add_special_tokens),
+            self.num_characters,
         )
         return self._cut(ids)
 
     def _cut(self, token_ids: list[int]) -> list[int]:
         """The end of the prompt that is used."""
         return token_ids if self.num_kept is None else token_ids[-self.num_kept :]
-
-    def _weight(self, num_characters: int) -> int:
-        """The part of a prompt in the work of its request, as `off_loop` measures it: many short
-        prompts are as much as a long one."""
-        return max(num_characters, min(self.num_characters, PIECE_CHARACTERS))
 
     def _verify_characters(self, num_characters: int, param: str) -> None:
         """Raise PromptTooLong for a text that cannot fit, whatever its tokens are."""

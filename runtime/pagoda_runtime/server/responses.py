@@ -18,7 +18,7 @@ from pagoda_runtime.server.body import read_body
 from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
 from pagoda_runtime.server.errors import ApiError, json_response, to_api_error
 from pagoda_runtime.server.generation import close_all
-from pagoda_runtime.server.openai import make_creation
+from pagoda_runtime.server.openai import Form, make_creation
 from pagoda_runtime.server.response_store import ResponseStore, Stored
 from pagoda_runtime.server.responses_answers import DeletedResponse
 from pagoda_runtime.server.responses_answers import Response as ResponseAnswer
@@ -45,9 +45,13 @@ def make_routes(state: ServerState, store: ResponseStore) -> list[Route]:
         await stored.cancel()
         return json_response(stored.response)
 
+    def make_form() -> Form:
+        form = ResponseForm(state, store)
+        return Form(form.read, form.collect, form.stream, form.end)
+
     one = f"{PATH}/{{response_id}}"
     return [
-        make_creation(state, PATH, partial(ResponseForm, state, store)),
+        make_creation(state, PATH, make_form),
         Route(one, show),
         Route(one, delete, methods=["DELETE"]),
         Route(f"{one}/cancel", cancel, methods=["POST"]),

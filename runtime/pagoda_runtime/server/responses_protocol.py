@@ -9,7 +9,12 @@ from pydantic import Discriminator, Field, Tag
 
 from pagoda_runtime.errors import RequestError
 from pagoda_runtime.server.blocks import Block
-from pagoda_runtime.server.chat_protocol import MAX_MESSAGES, ChatCompletionRequest, to_tool
+from pagoda_runtime.server.chat_protocol import (
+    MAX_MESSAGES,
+    ChatCompletionRequest,
+    to_call,
+    to_tool,
+)
 from pagoda_runtime.server.errors import validate
 from pagoda_runtime.server.protocol import Body, Part, Small, Text, TextOr, only, tag_of_content
 
@@ -208,8 +213,7 @@ def add_item(messages: list[Message], item: InputItem) -> None:
         case FunctionCallItem():
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant"})
-            function = {"name": item.name, "arguments": item.arguments}
-            call = {"id": item.call_id, "type": "function", "function": function}
+            call = to_call(item.call_id, item.name, item.arguments)
             messages[-1].setdefault("tool_calls", []).append(call)
         case ReasoningItem():
             thoughts = _to_text(item.content or item.summary)
@@ -243,8 +247,5 @@ def _to_text(content: str | Sequence[InputText]) -> str:
 def _to_response_format(text_format: TextFormat) -> dict[str, Any]:
     if text_format.type != "json_schema":
         return {"type": text_format.type}
-    schema: dict[str, Any] = {"name": text_format.name or "answer"}
-    schema["schema"] = text_format.schema_ or {}
-    if text_format.strict is not None:
-        schema["strict"] = text_format.strict
-    return {"type": "json_schema", "json_schema": schema}
+    schema = {"name": text_format.name or "answer", "schema": text_format.schema_ or {}}
+    return {"type": "json_schema", "json_schema": {**schema, "strict": text_format.strict}}

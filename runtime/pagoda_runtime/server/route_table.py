@@ -8,19 +8,26 @@ from typing import Any
 from msgspec import Struct
 from pydantic import BaseModel
 
-from pagoda_runtime.server import (
-    answers,
-    chat_protocol,
-    messages_answers,
-    messages_protocol,
-    pooling_answers,
-    pooling_protocol,
-    protocol,
-    responses_answers,
-    responses_protocol,
-    tokens_protocol,
-)
+from pagoda_runtime.server import answers, responses_answers
+from pagoda_runtime.server.chat_protocol import ChatCompletionRequest
 from pagoda_runtime.server.errors import is_anthropic
+from pagoda_runtime.server.messages_answers import AnthropicError, CountedTokens, Message
+from pagoda_runtime.server.messages_protocol import CountTokensRequest, MessagesRequest
+from pagoda_runtime.server.pooling_answers import (
+    ClassificationList,
+    EmbeddingList,
+    Reranking,
+    ScoreList,
+)
+from pagoda_runtime.server.pooling_protocol import (
+    ClassificationRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
+from pagoda_runtime.server.protocol import CompletionRequest
+from pagoda_runtime.server.responses_protocol import ResponsesRequest
+from pagoda_runtime.server.tokens_protocol import DetokenizeRequest, TokenizeRequest
 
 KEYED = ("/v1", "/tokenize", "/detokenize")
 """The paths that ask for a key where there are any, and all below them."""
@@ -68,7 +75,7 @@ class Route:
     @property
     def error(self) -> type[Struct]:
         """What `errors` are answered with."""
-        return messages_answers.AnthropicError if is_anthropic(self.path) else answers.Error
+        return AnthropicError if is_anthropic(self.path) else answers.Error
 
 
 def _post(
@@ -90,34 +97,34 @@ DOCUMENTED = (
         "/v1/completions",
         "Continue prompts",
         answers.Completion,
-        protocol.CompletionRequest,
+        CompletionRequest,
         chunk=answers.CompletionChunk,
     ),
     _post(
         "/v1/chat/completions",
         "Answer a conversation",
         answers.ChatCompletion,
-        chat_protocol.ChatCompletionRequest,
+        ChatCompletionRequest,
         chunk=answers.ChatCompletionChunk,
     ),
     _post(
         "/v1/messages",
         "Answer a conversation, as Anthropic has it",
-        messages_answers.Message,
-        messages_protocol.MessagesRequest,
+        Message,
+        MessagesRequest,
         events=_MESSAGE_EVENTS,
     ),
     _post(
         "/v1/messages/count_tokens",
         "The tokens of a conversation",
-        messages_answers.CountedTokens,
-        messages_protocol.CountTokensRequest,
+        CountedTokens,
+        CountTokensRequest,
     ),
     _post(
         "/v1/responses",
         "Answer a conversation that the server remembers",
         responses_answers.Response,
-        responses_protocol.ResponsesRequest,
+        ResponsesRequest,
         events=_RESPONSE_EVENTS,
     ),
     Route(
@@ -135,36 +142,12 @@ DOCUMENTED = (
         responses_answers.Response,
         errors=_STORED,
     ),
-    _post(
-        "/tokenize", "The tokens of a prompt", answers.Tokenized, tokens_protocol.TokenizeRequest
-    ),
-    _post(
-        "/detokenize", "The text of tokens", answers.Detokenized, tokens_protocol.DetokenizeRequest
-    ),
-    _post(
-        "/v1/embeddings",
-        "Vectors of texts",
-        pooling_answers.EmbeddingList,
-        pooling_protocol.EmbeddingRequest,
-    ),
-    _post(
-        "/v1/score",
-        "How well pairs of texts go together",
-        pooling_answers.ScoreList,
-        pooling_protocol.ScoreRequest,
-    ),
-    _post(
-        "/v1/rerank",
-        "Documents by how well they answer a query",
-        pooling_answers.Reranking,
-        pooling_protocol.RerankRequest,
-    ),
-    _post(
-        "/v1/classify",
-        "Classes of texts",
-        pooling_answers.ClassificationList,
-        pooling_protocol.ClassificationRequest,
-    ),
+    _post("/tokenize", "The tokens of a prompt", answers.Tokenized, TokenizeRequest),
+    _post("/detokenize", "The text of tokens", answers.Detokenized, DetokenizeRequest),
+    _post("/v1/embeddings", "Vectors of texts", EmbeddingList, EmbeddingRequest),
+    _post("/v1/score", "How well pairs of texts go together", ScoreList, ScoreRequest),
+    _post("/v1/rerank", "Documents by how well they answer a query", Reranking, RerankRequest),
+    _post("/v1/classify", "Classes of texts", ClassificationList, ClassificationRequest),
 )
 ROUTES = (
     *(f"{route.method} {route.path}" for route in DOCUMENTED),

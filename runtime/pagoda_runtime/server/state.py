@@ -190,9 +190,17 @@ class ServerState:
             return call()
         return await asyncio.get_running_loop().run_in_executor(self._parser_thread, call)
 
-    async def off_loop(self, num_characters: int, call: Callable[[], T]) -> T:
+    async def off_loop(
+        self, num_characters: int, call: Callable[[], T], num_of_request: int = 0
+    ) -> T:
         """Run `call` at once if the text is short, else in a thread; what waits is cancelled with
-        its request."""
+        its request.
+
+        Args:
+            num_of_request: characters of all texts of the request. Many short ones are as much as
+                a long one.
+        """
+        num_characters = max(num_characters, min(num_of_request, PIECE_CHARACTERS))
         if num_characters <= INLINE_CHARACTERS:
             return call()
         is_long = num_characters > PIECE_CHARACTERS

@@ -20,7 +20,7 @@ import uvicorn
 from pagoda_runtime.client.engine_client import EngineClient
 from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.errors import EngineDead, FatalError, exit_status
-from pagoda_runtime.ipc.limits import verify_fits, verify_queue_has_room
+from pagoda_runtime.ipc.limits import verify_queue_has_room
 from pagoda_runtime.ipc.messages import (
     EngineFailed,
     EngineReady,
@@ -117,8 +117,8 @@ class ByteTokenizer:
         return "\n".join([template or "", *lines, "assistant:" if add_generation_prompt else ""])
 
 
-class FakeEngine:
-    """The face of `EngineClient` without a process. All attributes may be set by a test."""
+class FakeEngine(EngineClient):
+    """The client of an engine without a process. All attributes may be set by a test."""
 
     def __init__(self, config: EngineConfig, *, answer: str = "héllo ", step_seconds: float = 0.0):
         self.config = config
@@ -127,6 +127,7 @@ class FakeEngine:
         self.ready: EngineReady | None = READY
         self.progress = LoadProgress(phase="load", percent=40.0, bytes_per_second=1e6)
         self.failure: EngineFailed | None = None
+        self._is_shut_down = False
         self.last_step_seconds = time.monotonic()
         self.on_stats: Callable[[StepOutput], None] | None = None
         self.running: dict[str, SamplingParams] = {}
@@ -156,30 +157,8 @@ class FakeEngine:
     def num_open(self) -> int:
         return len(self.running)
 
-    def make_request(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        sampling_params: SamplingParams,
-        *,
-        priority: int = 0,
-        cache_salt: str = "",
-    ) -> EngineRequest:
-        assert self.ready is not None
-        if self.failure is not None:
-            raise EngineDead(self.failure.message)
-        sampling_params.verify()
-        verify_fits(prompt_token_ids, sampling_params, self.ready)
-        return EngineRequest(
-            request_id=request_id,
-            prompt_token_ids=list(prompt_token_ids),
-            sampling_params=sampling_params,
-            arrival_seconds=time.time(),
-            priority=priority,
-            cache_salt=cache_salt,
-        )
-
-    def generate(self, request: EngineRequest) -> FakeStream:
+    def generate(self, request: EngineRequest) -> FakeStream:  # type: ignore[override]
+        self._verify_serving()
         verify_queue_has_room(
             len(self.running),
             max_num_seqs=self.config.max_num_seqs,
@@ -191,8 +170,7 @@ class FakeEngine:
         return FakeStream(self, request.request_id)
 
     async def reset_prefix_cache(self) -> int:
-        if self.failure is not None:
-            raise EngineDead(self.failure.message)
+        self._verify_serving()
         return 7
 
     async def shutdown(self, timeout_seconds: float = 0.0) -> None:
@@ -310,7 +288,7 @@ def make_state(
     engine: FakeEngine, config: ServerConfig, template: str | None = None
 ) -> ServerState:
     """The state of a server whose model is loaded."""
-    state = ServerState(config, cast(EngineClient, engine), template)
+    state = ServerState(config, engine, template)
     state.tokenizer = cast(Tokenizer, ByteTokenizer())
     return state
 
