@@ -10,7 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kube import Kubectl, wait_until
@@ -30,9 +30,10 @@ class OperatorProcess:
         *,
         is_cluster_wide: bool = False,
         engine_image: str = ENGINE_IMAGE,
+        flags: Sequence[str] = (),
     ) -> None:
         namespace = "" if is_cluster_wide else kubectl.namespace
-        self._flags = ["--engine-image", engine_image, "--namespace", namespace]
+        self._flags = ["--engine-image", engine_image, "--namespace", namespace, *flags]
         self._log = log
         self._kubeconfig = kubeconfig or kubectl.kubeconfig
         self._process: subprocess.Popen[bytes] | None = None
