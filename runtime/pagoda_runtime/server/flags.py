@@ -37,8 +37,16 @@ from pagoda_runtime.parsing.formats import (
 )
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-# What has a meaning only where there are allowed origins.
-CORS_DETAILS = ("allow_credentials", "allowed_methods", "allowed_headers")
+# Flags that mean nothing without another one.
+NEEDED = (
+    ("ssl_keyfile", "ssl_certfile"),
+    ("ssl_ca_certs", "ssl_certfile"),
+    ("ssl_cert_reqs", "ssl_ca_certs"),
+    ("ssl_ca_certs", "ssl_cert_reqs"),
+    ("allow_credentials", "allowed_origins"),
+    ("allowed_methods", "allowed_origins"),
+    ("allowed_headers", "allowed_origins"),
+)
 # Of flags that take several values, and may come several times.
 SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "type": text_value, "default": None}
 FILE: dict[str, Any] = {"metavar": "FILE", "type": text_value}
@@ -213,8 +221,7 @@ def to_server_config(args: argparse.Namespace) -> ServerConfig:
     values["api_key"] += environment_keys(os.environ)
     for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
         values[name] = tuple(chain.from_iterable(values[name] or ())) or DEFAULTS[name]
-    verify_addresses(values)
-    verify_origins(values)
+    verify_flags(values)
     rest = {f.name: values[f.name] for f in fields(ServerConfig) if f.name != "engine"}
     return ServerConfig(engine=to_engine_config(args), **rest)
 
@@ -234,33 +241,19 @@ def root_path(text: str) -> str:
     return path
 
 
-def verify_addresses(values: Mapping[str, Any]) -> None:
-    """Raises FatalError InvalidFlags where flags of addresses and TLS contradict each other."""
-    changed = [n for n in ("host", "port") if values[n] != DEFAULTS[n]]
+def verify_flags(values: Mapping[str, Any]) -> None:
+    """Raises FatalError InvalidFlags where flags contradict each other."""
+    changed = [name for name in ("host", "port") if values[name] != DEFAULTS[name]]
     if values["uds"] is not None and changed:
         raise FatalError(
             "InvalidFlags",
             f"--uds takes the place of host and port, and --{changed[0]} is given; leave one out.",
         )
-    for name, needed in (
-        ("ssl_keyfile", "ssl_certfile"),
-        ("ssl_ca_certs", "ssl_certfile"),
-        ("ssl_cert_reqs", "ssl_ca_certs"),
-        ("ssl_ca_certs", "ssl_cert_reqs"),
-    ):
-        if values[name] and not values[needed]:
+    for name, needed in NEEDED:
+        if values[name] != DEFAULTS[name] and not values[needed]:
             flag, other = (f"--{n.replace('_', '-')}" for n in (name, needed))
             raise FatalError("InvalidFlags", f"{flag} means nothing without {other}.")
-
-
-def verify_origins(values: Mapping[str, Any]) -> None:
-    """Raises FatalError InvalidFlags where flags of CORS contradict each other."""
-    origins = values["allowed_origins"]
-    changed = [n for n in CORS_DETAILS if values[n] != DEFAULTS[n]]
-    if changed and not origins:
-        flag = f"--{changed[0].replace('_', '-')}"
-        raise FatalError("InvalidFlags", f"{flag} means nothing without --allowed-origins.")
-    if "*" in origins and values["allow_credentials"]:
+    if "*" in values["allowed_origins"] and values["allow_credentials"]:
         raise FatalError(
             "InvalidFlags",
             "--allow-credentials with --allowed-origins * would let every page act as its visitor; "

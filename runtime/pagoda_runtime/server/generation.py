@@ -18,7 +18,7 @@ from pagoda_runtime.server.tasks import running
 
 
 @dataclass(slots=True)
-class Running:
+class InEngine:
     """One prompt in the engine. It is there from the start; `close` aborts it if it still runs."""
 
     stream: RequestStream
@@ -34,7 +34,7 @@ class Running:
 
 
 @dataclass(slots=True)
-class Generation(Running):
+class Generation(InEngine):
     """A prompt that is gone on with."""
 
     outputs: OutputProcessor
@@ -74,7 +74,7 @@ def _without_tokens(delta: RequestDelta) -> RequestDelta:
     )
 
 
-async def close_all(prompts: Sequence[Running], reason: str = "abort") -> None:
+async def close_all(prompts: Sequence[InEngine], reason: str = "abort") -> None:
     for prompt in prompts:
         await prompt.close(reason)
 

@@ -11,7 +11,7 @@ from functools import partial
 from pagoda_runtime.client.pooling import POOLING_PARAMS
 from pagoda_runtime.errors import PagodaError, PromptTooLong
 from pagoda_runtime.metrics import RequestClock
-from pagoda_runtime.server.generation import Running, close_all
+from pagoda_runtime.server.generation import InEngine, close_all
 from pagoda_runtime.server.pooling_answers import PoolingUsage
 from pagoda_runtime.server.pooling_protocol import PoolingRequest
 from pagoda_runtime.server.prompts import CHARACTERS_PER_TOKEN, CUT_TOKENS
@@ -30,7 +30,7 @@ class PooledTexts:
     usage: PoolingUsage
 
 
-class _Text(Running):
+class _Text(InEngine):
     """One text in the engine."""
 
     async def take(self) -> bytes:

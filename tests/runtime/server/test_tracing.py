@@ -109,6 +109,22 @@ async def test_a_request_is_a_span_of_its_callers_trace(collector):
     assert all(span.trace_id.hex() != TRACE and not span.parent_span_id for span in others)
 
 
+async def test_messages_and_responses_have_the_id_of_their_trace(collector):
+    config = make_config()
+    state = make_state(FakeEngine(config.engine), config)
+    state.tracer = Tracer(collector.url)
+    messages = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    async with running_server(state) as url, httpx.AsyncClient(base_url=url) as http:
+        message = await http.post("/v1/messages", json=messages)
+        response = await http.post("/v1/responses", json={"input": "a", "max_output_tokens": 2})
+    state.tracer.close()
+    traced = [attributes(span)["gen_ai.response.id"].partition("-")[2] for span in collector.spans]
+    assert [answer.json()["id"] for answer in (message, response)] == [
+        f"msg_{traced[0]}",
+        f"resp_{traced[1]}",
+    ]
+
+
 async def test_a_request_that_fails_is_told_as_such(collector):
     config = make_config()
     engine = FakeEngine(config.engine)
