@@ -13,8 +13,9 @@ import msgspec
 import pytest
 
 from pagoda_runtime.errors import RequestError
-from pagoda_runtime.server import body, middleware
+from pagoda_runtime.server import body, messages_protocol, middleware, responses_protocol
 from pagoda_runtime.server.body import default_max_body_bytes, verify_shape
+from pagoda_runtime.server.errors import validate
 from pagoda_runtime.server.state import INLINE_BODY_BYTES, ServerState
 from pagoda_runtime.server.testing import (
     READY,
@@ -155,3 +156,23 @@ async def test_a_large_body_is_parsed_off_the_loop(http, monkeypatch):
         await http.post("/v1/completions", json={"prompt": "a" * size})
     assert threads[0] is threading.main_thread()
     assert threads[1] is not threading.main_thread()
+
+
+@pytest.mark.parametrize(
+    ("path", "module"),
+    [("/v1/messages", messages_protocol), ("/v1/responses", responses_protocol)],
+)
+async def test_a_large_conversation_becomes_a_chat_off_the_loop(http, monkeypatch, path, module):
+    threads = []
+
+    def follow(make: Any, values: Any) -> Any:
+        threads.append(threading.current_thread())
+        return validate(make, values)
+
+    monkeypatch.setattr(module, "validate", follow)
+    for size in (10, INLINE_BODY_BYTES):
+        text = "a" * size
+        messages = [{"role": "user", "content": text}]
+        fields = {"messages": messages, "max_tokens": 2} if "messages" in path else {"input": text}
+        await http.post(path, json=fields)
+    assert [thread is threading.main_thread() for thread in threads] == [True, False]
