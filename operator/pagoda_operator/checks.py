@@ -17,7 +17,7 @@ from pagoda_operator.hub import Hub, Unreachable, Unreadable
 from pagoda_operator.names import Key, Manifest
 from pagoda_operator.preflight import Preflight, check, of_checkpoint_error, unchecked
 from pagoda_operator.render import revision_of
-from pagoda_operator.spec import LLMService, Model
+from pagoda_operator.spec import LLMService
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ MAX_MODELS = 500
 READING = Cause("CheckingModel", "The model's config.json is being read from the hub.", False)
 
 Outcome = Checkpoint | CheckpointError | Unreadable
+Source = tuple[str, str | None]
+"""The uri and the revision of a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class Checks:
     hub: Hub
     clock: Callable[[], float]
     on_change: Callable[[Key], None]
-    _models: dict[Model, _Read] = field(default_factory=dict, init=False)
+    _models: dict[Source, _Read] = field(default_factory=dict, init=False)
     _passed: dict[Key, tuple[str, Manifest | None]] = field(default_factory=dict, init=False)
     """The revision of pods that was let pass last, and what was found."""
     _slots: asyncio.Semaphore = field(
@@ -109,7 +111,7 @@ class Checks:
             return Verdict()
         if (other := self._find_other_hub(service)) is not None:
             return Verdict(fields=unchecked(other))
-        outcome = self._find(service.key, spec.model)
+        outcome = self._find(service.key, (spec.model.uri, spec.model.revision))
         if outcome is None:
             return Verdict(READING)
         if isinstance(outcome, Unreadable):
@@ -127,35 +129,35 @@ class Checks:
 
     def _find_other_hub(self, service: LLMService) -> str | None:
         """Why the engine may get its model from elsewhere: no pod chooses what is asked here."""
-        added = service.spec.pod_template
-        for variable in added.env:
-            if variable["name"] == HUB_VARIABLE and variable.get("value") != self.hub.endpoint:
+        own = self.hub.endpoint.rstrip("/")
+        for variable in service.spec.pod_template.env:
+            named = str(variable.get("value", "")).rstrip("/")
+            if variable["name"] == HUB_VARIABLE and named != own:
                 return (
                     f"The model was not checked: {HUB_VARIABLE} of podTemplate.env is not the "
-                    f"operator's hub, {self.hub.endpoint}."
+                    f"operator's hub, {own}."
                 )
         return None
 
-    def _find(self, key: Key, model: Model) -> Outcome | None:
+    def _find(self, key: Key, source: Source) -> Outcome | None:
         """What is known of a model; None: wait for it. What is old is read anew meanwhile."""
-        read = self._models.get(model)
+        read = self._models.get(source)
         if read is None:
             self._make_room()
-            read = self._models[model] = _Read()
+            read = self._models[source] = _Read()
         is_old = read.outcome is None or self.clock() - read.read_at > FRESH_SECONDS
         if read.task is None and is_old:
-            read.task = asyncio.get_running_loop().create_task(self._read(model, read))
+            read.task = asyncio.get_running_loop().create_task(self._read(source, read))
         if read.task is not None:
             read.waiting.add(key)
         return read.outcome
 
-    async def _read(self, model: Model, read: _Read) -> None:
-        before = read.outcome
+    async def _read(self, source: Source, read: _Read) -> None:
+        before, (uri, revision) = read.outcome, source
         try:
             async with self._slots:
                 self._require_reachable()
-                name = model.uri.removeprefix(HF)
-                answer = await self.hub.read(name, model.revision, read.etag)
+                answer = await self.hub.read(uri.removeprefix(HF), revision, read.etag)
             if answer is not None:
                 read.etag = answer.etag
                 read.outcome = read_checkpoint(answer.config, answer.tensors)
@@ -168,7 +170,7 @@ class Checks:
         except CheckpointError as error:
             read.outcome = error
         except Exception:
-            logger.exception("%s cannot be checked", model.uri)
+            logger.exception("%s cannot be checked", uri)
             read.outcome = Unreadable("an error of the operator; see its log")
         finally:
             read.read_at, read.task = self.clock(), None
@@ -188,9 +190,9 @@ class Checks:
 
     def _make_room(self) -> None:
         """Forget what was read first, so that names alone do not fill the memory."""
-        done = [model for model, read in self._models.items() if read.task is None]
-        for model in done[: max(0, len(self._models) + 1 - MAX_MODELS)]:
-            del self._models[model]
+        done = [source for source, read in self._models.items() if read.task is None]
+        for source in done[: max(0, len(self._models) + 1 - MAX_MODELS)]:
+            del self._models[source]
 
 
 def _verdict(found: Preflight) -> Verdict:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pagoda_operator.spec import Resources
+from pagoda_operator.pod import PRODUCT_LABEL
+from pagoda_operator.spec import LLMServiceSpec
 
 GIB = 2**30
 PRODUCTS: Mapping[str, float] = {
@@ -43,12 +44,17 @@ class GpuMemory:
     total_bytes: int
 
 
-def find_gpu(resources: Resources) -> GpuMemory | None:
+def find_gpu(spec: LLMServiceSpec) -> GpuMemory | None:
     """The GPU that is asked for, of several the one with the least memory; None: not known."""
-    gpu = resources.gpu
-    names = gpu.products or (gpu.resource_name,)
+    names = named_products(spec) or (spec.resources.gpu.resource_name,)
     known = [found for found in map(memory_of, names) if found is not None]
     return min(known, key=lambda found: found.total_bytes) if len(known) == len(names) else None
+
+
+def named_products(spec: LLMServiceSpec) -> tuple[str, ...]:
+    """By a field of their own, or as a label that the nodes have to have."""
+    label = spec.pod_template.node_selector.get(PRODUCT_LABEL)
+    return (str(label),) if label is not None else spec.resources.gpu.products
 
 
 def memory_of(name: str) -> GpuMemory | None:

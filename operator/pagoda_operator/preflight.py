@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pagoda_operator.causes import Cause
 from pagoda_operator.checkpoint import Checkpoint, CheckpointError
 from pagoda_operator.flags import flag_value
-from pagoda_operator.gpus import GIB, PRODUCTS, GpuMemory, find_gpu, memory_of
+from pagoda_operator.gpus import GIB, PRODUCTS, GpuMemory, find_gpu, memory_of, named_products
 from pagoda_operator.names import Manifest
 from pagoda_operator.sizing import BYTES_OF_ROUNDED, Fit, size_engine
 from pagoda_operator.spec import Engine, LLMServiceSpec
@@ -81,7 +81,7 @@ def check(spec: LLMServiceSpec, checkpoint: Checkpoint) -> Preflight:
     given = {argument.partition("=")[0] for argument in spec.engine.extra_args}
     if unknown := sorted(given.intersection(_UNKNOWN_FLAGS)):
         return Preflight(warnings=(f"{', '.join(unknown)} of engine.extraArgs: not sized.",))
-    gpu = find_gpu(spec.resources)
+    gpu = find_gpu(spec)
     if gpu is None:
         return Preflight(warnings=(_describe_unknown_gpu(spec),))
     fit = size_engine(checkpoint, spec.engine, gpu)
@@ -232,8 +232,6 @@ def _join(remedies: list[str]) -> str:
 
 
 def _describe_unknown_gpu(spec: LLMServiceSpec) -> str:
-    products = spec.resources.gpu.products
-    if products:
-        unknown = ", ".join(name for name in products if memory_of(name) is None)
-        return f"The memory of {unknown} (resources.gpu.products) is not known: not sized."
+    if unknown := [name for name in named_products(spec) if memory_of(name) is None]:
+        return f"The memory of {', '.join(unknown)} is not known: the model was not sized."
     return "resources.gpu.products names no GPU: whether the model fits was not checked."

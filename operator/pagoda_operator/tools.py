@@ -37,6 +37,7 @@ from pagoda_operator.cluster import (
 )
 from pagoda_operator.describe import describe_service, is_well
 from pagoda_operator.forecast import Forecast, Paint
+from pagoda_operator.gpus import named_products
 from pagoda_operator.hub import PUBLIC_HUB, Answer, Hub, Unreadable
 from pagoda_operator.names import KIND, LABEL_SERVICE, Key, Manifest
 from pagoda_operator.observe import MAX_PODS_WITH_EVENTS
@@ -54,6 +55,8 @@ LIMITS = {
     "gpu_memory_percent": (10, 98),
 }
 """Of numbers that sizes are made of, as the CRD has them (`tests/contract`)."""
+MAX_HEAD_BYTES = 100_000_000
+"""Of a safetensors file: the format allows no more."""
 _STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
 
 
@@ -90,10 +93,10 @@ def read_services(text: str, namespace: str) -> list[LLMService]:
     """
     try:
         documents = [it for it in yaml.safe_load_all(text) if isinstance(it, dict)]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"the file is not YAML: {error}") from error
-    # A List has its objects within.
-    items = [item for it in documents for item in it.get("items") or [it]]
+    lists = (it["items"] if isinstance(it.get("items"), list) else [it] for it in documents)
+    items = [item for some in lists for item in some]
     found = [it for it in items if isinstance(it, dict) and it.get("kind") == KIND]
     if not found:
         raise UsageError(f"the file has no object of kind {KIND}.")
@@ -104,20 +107,19 @@ def read_folder(folder: Path) -> Answer:
     """What a model's folder on this machine tells.
 
     Raises:
-        UsageError: it has no config.json, or one that is not JSON.
+        UsageError: it has no config.json, or a file is not what its name says.
     """
-    path = folder / "config.json"
+    path, sizes, dtypes = folder / "config.json", 0, []
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(HEAD_LENGTH_BYTES), "little")
+                tensors = read_head(json.loads(file.read(min(length, MAX_HEAD_BYTES))))
+            sizes += tensors.num_bytes or 0
+            dtypes.append(tensors.dtype)
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--model-folder: {path}: {error}") from error
-    sizes, dtypes = 0, []
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as weights:
-            length = int.from_bytes(weights.read(HEAD_LENGTH_BYTES), "little")
-            tensors = read_head(json.loads(weights.read(length)))
-        sizes += tensors.num_bytes or 0
-        dtypes.append(tensors.dtype)
     return Answer(config, Tensors(sizes or None, next(filter(None, dtypes), None)))
 
 
@@ -146,7 +148,10 @@ def _parse(manifest: Manifest, namespace: str) -> LLMService:
 
 
 async def _plan(options: argparse.Namespace, stream: TextIO) -> int:
-    text = sys.stdin.read() if options.filename == "-" else Path(options.filename).read_text()
+    try:
+        text = sys.stdin.read() if options.filename == "-" else Path(options.filename).read_text()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{options.filename} is no text: {error}") from error
     services = read_services(text, options.namespace)
     hub = Hub(options.hub_endpoint, os.environ.get(HUB_TOKEN)) if options.hub_endpoint else None
     paint, is_good = make_paint(stream, os.environ), True
@@ -198,7 +203,7 @@ async def show(api: ApiServer, key: Key, now: datetime, paint: Paint) -> tuple[l
 async def _forecast(service: LLMService, options: argparse.Namespace, hub: Hub | None) -> Forecast:
     children = list(render_children(service, engine_image=options.engine_image))
     spec = service.spec
-    if options.gpu and not spec.resources.gpu.products:
+    if options.gpu and not named_products(spec):
         gpu = replace(spec.resources.gpu, products=(options.gpu,))
         spec = replace(spec, resources=replace(spec.resources, gpu=gpu))
     try:

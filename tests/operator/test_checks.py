@@ -98,6 +98,12 @@ async def test_a_model_is_read_once_for_all_its_services_and_again_with_its_etag
     assert len(world.hub.asked) == 2
 
 
+async def test_another_name_or_secret_is_no_other_model(world: World) -> None:
+    await world.judge()
+    await world.judge(serving(model={"name": "other", "credentialsSecretRef": {"name": "x"}}))
+    assert len(world.hub.asked) == 1
+
+
 async def test_another_revision_is_another_model(world: World) -> None:
     await world.judge()
     await world.judge(serving(model={"revision": "v2"}))
@@ -150,7 +156,8 @@ async def test_what_was_read_holds_while_the_hub_is_away(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "is_asked"), [(ENDPOINT, True), ("http://169.254.169.254", False), (None, False)]
+    ("value", "is_asked"),
+    [(ENDPOINT, True), (f"{ENDPOINT}/", True), ("http://169.254.169.254", False), (None, False)],
 )
 async def test_no_service_chooses_whom_the_operator_asks(
     world: World, value: str | None, is_asked: bool

@@ -9,6 +9,7 @@ import pytest
 
 from pagoda_operator.checkpoint import Checkpoint, Tensors, read_checkpoint
 from pagoda_operator.gpus import GIB, GpuMemory, find_gpu, memory_of
+from pagoda_operator.pod import PRODUCT_LABEL
 from pagoda_operator.preflight import Preflight, check
 from pagoda_operator.sizing import size_engine
 from pagoda_operator.spec import Engine, LLMServiceSpec
@@ -170,13 +171,15 @@ def test_an_engine_on_the_cpu_is_checked_but_not_sized() -> None:
 
 def test_of_several_gpus_the_smallest_counts_and_a_slice_names_its_own_memory() -> None:
     products = {"gpu": {"products": [H100, L4]}}
-    found = find_gpu(make_service({"resources": products}).spec.resources)
+    found = find_gpu(make_service({"resources": products}).spec)
     assert found == memory_of(L4)
     mig = {"gpu": {"resourceName": "nvidia.com/mig-3g.40gb"}}
-    found = find_gpu(make_service({"resources": mig}).spec.resources)
+    found = find_gpu(make_service({"resources": mig}).spec)
     assert found == GpuMemory("nvidia.com/mig-3g.40gb", 38 * GIB)
     assert memory_of("NVIDIA-A100-SXM4-40GB-MIG-1g.5gb") is not None
     assert memory_of("NVIDIA-L4-SHARED") is not None
+    chosen = {"resources": products, "podTemplate": {"nodeSelector": {PRODUCT_LABEL: H100}}}
+    assert find_gpu(make_service(chosen).spec) == memory_of(H100)
 
 
 @pytest.mark.parametrize("extreme", [1, 2**31 - 1])

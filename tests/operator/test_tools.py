@@ -132,10 +132,24 @@ def test_a_file_that_cannot_be_planned_ends_with_2(
     assert what in capsys.readouterr().err
 
 
-def test_a_file_that_is_missing_or_no_yaml_ends_with_2(tmp_path: Path) -> None:
-    assert main(["plan", "-f", str(tmp_path / "none.yaml")]) == 2
-    (tmp_path / "x.yaml").write_text("a: [")
-    assert main(["plan", "-f", str(tmp_path / "x.yaml")]) == 2
+@pytest.mark.parametrize("content", [None, b"a: [", b"\xff\xfe", b"items: 3", b"[" * 5000])
+def test_a_file_that_is_missing_or_no_yaml_ends_with_2(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["plan", "-f", str(path)]) == 2
+    assert capsys.readouterr().err.startswith("pagoda-operator plan: ")
+
+
+@pytest.mark.parametrize("weights", [b"", b"\xff" * 100, bytes(8)])
+def test_a_folder_with_a_broken_file_ends_with_2(
+    weights: bytes, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "model.safetensors").write_bytes(weights)
+    assert plan(folder, {}) == 2
+    assert "model.safetensors" in capsys.readouterr().err
 
 
 def test_colours_are_for_terminals_without_no_color() -> None:
