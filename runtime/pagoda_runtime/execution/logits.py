@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pagoda_kernels.cpu.mask_logits import mask_logits_cpu
 from pagoda_runtime.ipc.messages import ScheduledRow
 from pagoda_runtime.sampling_params import SamplingParams
 
@@ -16,12 +17,6 @@ from pagoda_runtime.sampling_params import SamplingParams
 _LARGE = 1e30
 # Of so many tokens one is allowed at most where it is faster to look at the allowed ones alone.
 _FEW = 16
-# [256, 8]: what a byte of a mask adds to the logits of its tokens.
-_ADDED_BY_BYTE = np.where(
-    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
-    np.float32(0),
-    np.float32(-np.inf),
-)
 
 
 def params_of(row: ScheduledRow) -> SamplingParams:
@@ -154,22 +149,19 @@ def _apply_masks(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) 
         rows: [num_masked] int64, the rows that the masks are of.
         masks: [num_masked, num_bytes] uint8, as `ScheduledRow.mask`.
     """
-    of_device = added_by_table if masks.device.type == "cpu" else added_by_bits
-    added = of_device(masks).flatten(1)[:, : logits.shape[1]]
+    if logits.device.type == "cpu":
+        sizes = len(rows), logits.shape[1], masks.shape[1]
+        mask_logits_cpu(logits, rows, masks.contiguous(), *sizes)
+        return
+    added = added_by_bits(masks).flatten(1)[:, : logits.shape[1]]
     if len(rows) == len(logits):
         logits.add_(added)
     else:
         logits.index_add_(0, rows, added)
 
 
-def added_by_table(masks: torch.Tensor) -> torch.Tensor:
-    """[num_masked, num_bytes, 8] fp32: what masks on a CPU, which is slow with single bits, add."""
-    # numpy is faster than torch with so small a table.
-    return torch.from_numpy(np.take(_ADDED_BY_BYTE, masks.numpy(), axis=0, mode="clip"))
-
-
 def added_by_bits(masks: torch.Tensor) -> torch.Tensor:
-    """The same on any device."""
+    """[num_masked, num_bytes, 8] fp32: what masks add to the logits of their tokens."""
     bits = torch.arange(8, dtype=torch.uint8, device=masks.device)
     return torch.where((masks[:, :, None] >> bits) & 1 == 1, 0.0, -torch.inf)
 
