@@ -39,9 +39,14 @@ def render(
     return [document for document in yaml.safe_load_all(done.stdout) if document]
 
 
-def operator_arguments(documents: list[dict[str, Any]]) -> list[str]:
+def operator_container(documents: list[dict[str, Any]]) -> dict[str, Any]:
     (found,) = (item for item in documents if item["kind"] == "Deployment")
-    arguments: list[str] = found["spec"]["template"]["spec"]["containers"][0]["args"]
+    container: dict[str, Any] = found["spec"]["template"]["spec"]["containers"][0]
+    return container
+
+
+def operator_arguments(documents: list[dict[str, Any]]) -> list[str]:
+    arguments: list[str] = operator_container(documents)["args"]
     return arguments
 
 
@@ -95,6 +100,16 @@ def test_the_platform_may_give_the_operator_its_user(target: stack.Target) -> No
     (found,) = (i for i in render(target, "runAsUser=null") if i["kind"] == "Deployment")
     security = found["spec"]["template"]["spec"]["securityContext"]
     assert security == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+
+
+def test_an_operator_that_gets_its_request_of_cpu_alone_starts_before_it_is_killed(
+    target: stack.Target,
+) -> None:
+    container = operator_container(render(target))
+    probe = container["startupProbe"]
+    assert container["resources"]["requests"]["cpu"] == "50m"
+    needed_cpu_seconds = 3
+    assert probe["periodSeconds"] * probe["failureThreshold"] * 0.05 >= needed_cpu_seconds
 
 
 @pytest.fixture

@@ -240,7 +240,7 @@ def test_a_killed_operator_converges_after_each_restart(
     for round_number in range(5):
         max_num_seqs = 8 + round_number
         pids = wait_until("the operator running", operator_process.pids_in_pods, timeout_seconds=60)
-        operator.run("rollout", "status", "deployment/pagoda-operator", "--timeout=60s")
+        operator.run("rollout", "status", "deployment/pagoda-operator", "--timeout=110s")
         kubectl.apply(gemma(engine={"maxNumSeqs": max_num_seqs}))
         time.sleep(rng.uniform(0, 1.5))
         for pid in pids:
