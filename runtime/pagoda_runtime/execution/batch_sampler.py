@@ -84,9 +84,7 @@ def _find_places(
 
 
 def start_batch(
-    logits: torch.Tensor,
-    rows: Sequence[ScheduledRow],
-    eos_token_ids: Collection[int],
+    logits: torch.Tensor, rows: Sequence[ScheduledRow], eos_token_ids: Collection[int]
 ) -> Batch:
     """Begin to choose tokens as `sampler.sample` does, unless a sum is rounded to the other side of
     what is drawn: one transfer to the device, and one from it, which waits for nothing later.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from pagoda_runtime.sampling_params import SamplingParams
 
 # Divided by the lowest temperature it is still in the range of fp32.
 _LARGE = 1e30
-# Of so many tokens one is allowed at most where it is faster to look at the allowed ones alone.
+# Of so many tokens one is allowed at most, or forbidden, where it is faster to look at these alone.
 _FEW = 16
 
 
@@ -166,22 +167,36 @@ def added_by_bits(masks: torch.Tensor) -> torch.Tensor:
     return torch.where((masks[:, :, None] >> bits) & 1 == 1, 0.0, -torch.inf)
 
 
-def few_token_ids(
-    row: ScheduledRow, eos_token_ids: Collection[int], vocab_size: int
-) -> torch.Tensor | None:
-    """[num_tokens] int64, ascending: the tokens that a row's mask leaves it, if they are few, and
-    nothing else changes their logits.
-    """
-    params = params_of(row)
-    if row.mask is None or params.needs_history or params.logit_bias or row.num_candidates:
-        return None
-    num_allowed = int(np.bitwise_count(np.frombuffer(row.mask, np.uint32)).sum())
-    if not 0 < num_allowed <= vocab_size // _FEW:
+class Few(NamedTuple):
+    """Few tokens that are the only ones allowed, or the only ones that are not."""
+
+    token_ids: torch.Tensor
+    """[num_tokens] int64, ascending."""
+    are_allowed: bool
+
+
+def find_few(row: ScheduledRow, eos_token_ids: Collection[int], vocab_size: int) -> Few | None:
+    """What a row's mask comes to, where that are few tokens, and nothing else changes logits."""
+    params, mask = params_of(row), row.mask
+    if mask is None or params.needs_history or params.logit_bias or row.num_candidates:
         return None
     forbidden = _forbidden_token_ids(row, eos_token_ids)
-    mask = _narrow(row.mask, params.allowed_token_ids, forbidden)
-    bits = np.unpackbits(mask, count=vocab_size, bitorder="little")
-    return torch.from_numpy(np.flatnonzero(bits.view(np.bool_)))
+    if forbidden or params.allowed_token_ids is not None:
+        mask = _narrow(mask, params.allowed_token_ids, forbidden).tobytes()
+    return _few_of(mask, vocab_size)
+
+
+# Within a string of JSON most steps have the same mask, as all requests for such have.
+@lru_cache(64)
+def _few_of(mask: bytes, vocab_size: int) -> Few | None:
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=vocab_size, bitorder="little")
+    is_allowed = bits.view(np.bool_)
+    num_allowed, most = np.count_nonzero(is_allowed), vocab_size // _FEW
+    if 0 < num_allowed <= most:
+        return Few(torch.from_numpy(np.flatnonzero(is_allowed)), are_allowed=True)
+    if vocab_size - num_allowed <= most:
+        return Few(torch.from_numpy(np.flatnonzero(~is_allowed)), are_allowed=False)
+    return None
 
 
 def _narrow(mask: bytes, allowed: Collection[int] | None, forbidden: Collection[int]) -> Array:

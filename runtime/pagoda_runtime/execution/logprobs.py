@@ -59,11 +59,7 @@ def _find_largest(values: torch.Tensor, indices: torch.Tensor, k: int) -> torch.
 
 
 def describe_tokens(
-    logits: torch.Tensor,
-    token_ids: torch.Tensor,
-    num_top: int,
-    *,
-    is_argmax: bool = False,
+    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int, *, is_argmax: bool = False
 ) -> tuple[torch.Tensor, ...]:
     """The logprob and rank of one token per row, and the num_top largest with theirs.
 

@@ -68,10 +68,7 @@ def make_attention(
     kv_dtype = getattr(torch, name) if name else None
     return backend(
         attention_spec(
-            model,
-            kv_dtype,
-            block_size=config.block_size,
-            is_deterministic=config.deterministic,
+            model, kv_dtype, block_size=config.block_size, is_deterministic=config.deterministic
         )
     )
 

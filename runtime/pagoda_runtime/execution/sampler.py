@@ -15,8 +15,9 @@ import torch
 from pagoda_kernels.sampling import Draw, make_state
 from pagoda_runtime.execution.draw import draw_each
 from pagoda_runtime.execution.logits import (
+    Few,
     clean_logits,
-    few_token_ids,
+    find_few,
     is_plain,
     params_of,
     process_logits,
@@ -41,10 +42,7 @@ _TOP_K_STEP = 64
 
 
 def sample_hidden(
-    model: Model,
-    hidden: torch.Tensor,
-    rows: Sequence[ScheduledRow],
-    eos_token_ids: Collection[int],
+    model: Model, hidden: torch.Tensor, rows: Sequence[ScheduledRow], eos_token_ids: Collection[int]
 ) -> list[RowOutput]:
     """What `sample` returns for the logits of each row of hidden.
 
@@ -99,7 +97,7 @@ def _make_groups(
     groups = []
     members: dict[tuple[bool, ...], list[int]] = {}
     for index, row in enumerate(rows):
-        few = few_token_ids(row, eos_token_ids, logits.shape[1])
+        few = find_few(row, eos_token_ids, logits.shape[1])
         if few is not None:
             groups.append(_Group([index], [row], logits[index, None], few))
             continue
@@ -136,8 +134,8 @@ class _Group(NamedTuple):
     rows: list[ScheduledRow]
     logits: torch.Tensor
     """[num_rows, vocab_size]"""
-    few: torch.Tensor | None = None
-    """The only tokens of a single row: `few_token_ids`."""
+    few: Few | None = None
+    """What the mask of a single row comes to."""
 
     def choose(self, eos_token_ids: Collection[int], argmax: Sequence[int]) -> list[torch.Tensor]:
         """A token for each seed of each row, and if logprobs are wanted what `describe_tokens`
@@ -145,8 +143,11 @@ class _Group(NamedTuple):
         """
         takes_argmax, params = is_plain(self.rows[0]), [params_of(row) for row in self.rows]
         logits = self.logits
-        if self.few is not None:
-            logits = clean_logits(logits[:, self.few])
+        few = None if self.few is None or not self.few.are_allowed else self.few.token_ids
+        if few is not None:
+            logits = clean_logits(logits[:, few])
+        elif self.few is not None:
+            logits = clean_logits(logits).index_fill_(1, self.few.token_ids, -torch.inf)
         elif not takes_argmax:
             logits = process_logits(logits, self.rows, eos_token_ids)
         if self.rows[0].num_candidates:
@@ -159,8 +160,8 @@ class _Group(NamedTuple):
             token_ids = _take(_argmax(logits), of_seeds)
         else:
             token_ids = _draw(logits, self.rows)
-        if self.few is not None:
-            token_ids = self.few[token_ids]
+        if few is not None:
+            token_ids = few[token_ids]
         if not params[0].needs_logprobs:
             return [token_ids]
         num_top = max(some.logprobs or 0 for some in params)

@@ -43,7 +43,11 @@ class MaskFiller:
             if not row.any():
                 # Some token has to come; its matcher will not take it.
                 row[:] = self._known
-        return [row[: self._num_bytes].tobytes() for row in bits]
+        found = [row[: self._num_bytes].tobytes() for row in bits]
+        for mask in found:
+            # A sampler asks for it, which has no model beside it; a text keeps it.
+            hash(mask)
+        return found
 
     def _mark_ends(self, mask: np.ndarray, *, ignore_eos: bool) -> None:
         """llguidance marks one end token, where the grammar may end: mark all, or none."""

@@ -321,11 +321,15 @@ def test_a_gpu_chooses_what_a_cpu_chooses():
         {"min_tokens": 5, "allowed_token_ids": (3, 64, 65, 300)},
     ],
 )
+@pytest.mark.parametrize("are_allowed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_where_few_tokens_are_allowed_they_are_drawn_as_from_all(fields, dtype):
+def test_where_few_tokens_are_allowed_or_forbidden_others_are_drawn_as_ever(
+    fields, dtype, are_allowed
+):
     torch.manual_seed(1)
     logits = torch.randn(1, 1000).to(dtype)
-    mask = sum(1 << i for i in (0, 3, 9, 64, 65, 300, 999)).to_bytes(128, "little")
+    few = sum(1 << i for i in (0, 3, 9, 64, 65, 300, 999))
+    mask = (few if are_allowed else few ^ (1 << 1000) - 1).to_bytes(128, "little")
 
     def draw_masked(**others):
         params = SamplingParams(grammar="", **fields, **others)

@@ -59,7 +59,8 @@ def random_row(random, vocab_size):
     )
     words = -(-vocab_size // 32)
     few = sum(1 << token_id for token_id in {*some(9)})
-    mask = random.choice([few, random.getrandbits(vocab_size)]) | 1 << 7
+    most = few ^ (1 << vocab_size) - 1
+    mask = random.choice([few, most, random.getrandbits(vocab_size)]) | 1 << 7
     return make_row(
         params,
         seeds=[random.getrandbits(64) for _ in range(random.choice([1, 1, 1, 4]))],
