@@ -62,6 +62,26 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
         {"engine": {"extraArgs": ["--drain-seconds=3"]}},
         "set spec.lifecycle.drainSeconds",
     ),
+    "a cache of two kinds": (
+        {"cache": {"pvc": {"claimName": "a"}, "hostPath": {"path": "/a"}}},
+        "cache has hostPath or pvc, not both",
+    ),
+    "a bound of a claim": (
+        {"cache": {"pvc": {"claimName": "a"}, "sizeLimit": "5Gi"}},
+        "cache.sizeLimit bounds a folder of the replica alone",
+    ),
+    "the node's root as a cache": (
+        {"cache": {"hostPath": {"path": "/../"}}},
+        "cache.hostPath.path is an absolute path below /",
+    ),
+    "a folder that is filled": (
+        {"model": {"uri": "hf://a/b"}, "cache": {"preload": True}},
+        "cache.preload fills a claim before engines start; set cache.pvc",
+    ),
+    "a claim that is full already": (
+        {"cache": {"pvc": {"claimName": "a"}, "preload": True}},
+        "cache.preload is for models that are downloaded (hf://)",
+    ),
     "two budgets": (
         {"disruption": {"minAvailable": 1, "maxUnavailable": 1}},
         "disruption has minAvailable or maxUnavailable, not both",

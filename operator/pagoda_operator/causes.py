@@ -72,7 +72,7 @@ def find_cause(
     found = [
         # First, because it says why the pod that takes its place is loading the model again.
         _cause_of_failed(failed, current) if waiting else None,
-        *(_cause_of_pod(spec, pod, older, events) for pod in waiting),
+        *(cause_of_pod(spec, pod, older, events) for pod in waiting),
     ]
     if not current:
         found.append(_cause_of_ending(pods))
@@ -156,9 +156,14 @@ def _cause_of_ending(pods: Sequence[Manifest]) -> Cause | None:
     return Cause("DrainingOldPods", text, False)
 
 
-def _cause_of_pod(
+def cause_of_pod(
     spec: LLMServiceSpec, pod: Manifest, older: Sequence[Manifest], events: Sequence[Manifest]
 ) -> Cause | None:
+    """Why a pod that is not ready is not, as far as it is known.
+
+    Args:
+        older: pods of earlier revisions, which may hold the room that it needs.
+    """
     pod_status = pod.get("status", {})
     scheduled = find_condition(pod_status, "PodScheduled")
     if scheduled.get("reason") == "SchedulingGated":

@@ -50,6 +50,13 @@ def engine_args(service: LLMService) -> list[str]:
     return [*args, *engine.extra_args]
 
 
+def pull_args(service: LLMService) -> list[str]:
+    """The arguments by which `pagoda` fetches the model and does no more."""
+    model = service.spec.model
+    revision = [] if model.revision is None else ["--revision", model.revision]
+    return ["pull", model.uri, *revision]
+
+
 def flag_value(choice: str) -> str:
     """The word that a flag has for a value of the CRD.
 

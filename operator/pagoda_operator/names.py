@@ -66,6 +66,7 @@ class ChildRef:
 RESOURCES = {
     "LLMService": (GROUP, VERSION, PLURAL),
     "Deployment": ("apps", "v1", "deployments"),
+    "Job": ("batch", "v1", "jobs"),
     "Service": ("", "v1", "services"),
     "ServiceAccount": ("", "v1", "serviceaccounts"),
     "NetworkPolicy": ("networking.k8s.io", "v1", "networkpolicies"),
@@ -77,7 +78,14 @@ RESOURCES = {
     "Lease": ("coordination.k8s.io", "v1", "leases"),
 }
 """kind → (group, version, plural) of every kind that the operator reads or writes"""
-CHILD_KINDS = ("ServiceAccount", "Service", "NetworkPolicy", "PodDisruptionBudget", "Deployment")
+CHILD_KINDS = (
+    "ServiceAccount",
+    "Service",
+    "NetworkPolicy",
+    "PodDisruptionBudget",
+    "Job",
+    "Deployment",
+)
 """In the order in which they are applied: a pod needs its ServiceAccount."""
 OPTIONAL_KINDS = ("PodMonitor", "PrometheusRule")
 """Children whose CRDs are prometheus-operator's. They are not watched: a cluster may get the CRDs

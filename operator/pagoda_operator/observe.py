@@ -9,7 +9,7 @@ from datetime import datetime
 
 from pagoda_operator.causes import is_unstarted
 from pagoda_operator.cluster import ApiServer, Refused
-from pagoda_operator.names import LABEL_SERVICE, ChildRef, Key, Manifest
+from pagoda_operator.names import LABEL_COMPONENT, LABEL_SERVICE, ChildRef, Key, Manifest
 from pagoda_operator.plan import is_ours
 from pagoda_operator.spec import LLMService
 
@@ -27,6 +27,9 @@ class World:
 
     children: dict[ChildRef, Manifest]
     pods: list[Manifest]
+    """Of engines."""
+    loaders: list[Manifest]
+    """Pods that fill a claim."""
     events: list[Manifest]
     """Warnings about pods that do not start."""
     is_listed: bool
@@ -60,7 +63,13 @@ async def observe(
     found = await asyncio.gather(*(cluster.get(ref.kind, namespace, ref.name) for ref in unseen))
     children |= {ref: item for ref, item in zip(unseen, found, strict=True) if item is not None}
     events = await _list_warnings(cluster, namespace, pods, now)
-    return World(children, pods, events, is_listed=bool(listed))
+    loaders = [pod for pod in pods if _component(pod) == "preload"]
+    engines = [pod for pod in pods if _component(pod) != "preload"]
+    return World(children, engines, loaders, events, is_listed=bool(listed))
+
+
+def _component(pod: Manifest) -> str:
+    return str(pod["metadata"].get("labels", {}).get(LABEL_COMPONENT, ""))
 
 
 async def _list_warnings(

@@ -89,9 +89,9 @@ class Plan:
     held: tuple[Edit, ...] = ()
     requeue_seconds: float | None = None
 
-    def without_pods(self) -> Plan:
-        """The same, but the pods stay as they are."""
-        kept = (a for a in self.applies if a.ref.kind != "Deployment" or a.manager != MANAGER)
+    def without(self, *kinds: str) -> Plan:
+        """The same, but children of these kinds stay as they are, except for replicas."""
+        kept = (a for a in self.applies if a.ref.kind not in kinds or a.manager != MANAGER)
         return replace(self, applies=tuple(kept))
 
 

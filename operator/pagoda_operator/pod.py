@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pagoda_operator.decode import Part
 from pagoda_operator.flags import (
     API_KEYS_PATH,
     DRAIN_DELAY_SECONDS,
@@ -23,7 +24,7 @@ from pagoda_operator.names import (
     engine_name,
     selector_labels,
 )
-from pagoda_operator.spec import LLMService, Part, PodTemplate, SecurityContext
+from pagoda_operator.spec import Cache, LLMService, PodTemplate, SecurityContext
 
 # What the engine needs to end after its drain, before the kubelet kills it.
 DRAIN_MARGIN_SECONDS = 10
@@ -31,6 +32,7 @@ DRAIN_MARGIN_SECONDS = 10
 USER_ID = 65532
 # Compiled kernels and sockets; what is large goes to the cache.
 TMP_SIZE_LIMIT = "4Gi"
+CACHE_PATH = "/cache"
 HUB_TOKEN = "HF_TOKEN"
 REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 # What GPU feature discovery calls the GPUs of a node.
@@ -46,6 +48,9 @@ NCCL_VARIABLES = {"NCCL_DEBUG": "WARN", "NCCL_SOCKET_IFNAME": "=lo"}
 # Through /dev/shm NCCL moves what GPUs cannot send each other directly. NVIDIA's guide advises
 # 1 GiB; a pod has 64 MiB by default.
 SHM_GIBIBYTES_A_GPU = 1
+# Of a pod that fetches a model: the client of the hub has pieces of files in memory.
+PULL_CPU, PULL_MEMORY = "100m", "2Gi"
+UNPULLED = ("shm", "api-keys")
 
 
 def render_pod_template(service: LLMService, engine_image: str) -> Manifest:
@@ -70,6 +75,27 @@ def render_pod_template(service: LLMService, engine_image: str) -> Manifest:
             **_render_placement(service, added),
         },
     }
+
+
+def render_pull_template(service: LLMService, engine_image: str, args: Sequence[str]) -> Manifest:
+    """The template of a pod that only fetches the model: as the engine's, on such a node, but for
+    its GPUs, its port, its probes and what they need.
+    """
+    template = render_pod_template(service, engine_image)
+    labels, spec = template["metadata"]["labels"], template["spec"]
+    labels.pop(LABEL_QUEUE, None)
+    for field in ("resourceClaims", "terminationGracePeriodSeconds"):
+        spec.pop(field, None)
+    (engine,) = spec["containers"]
+    for field in ("ports", "startupProbe", "readinessProbe", "livenessProbe"):
+        del engine[field]
+    memory = {"memory": PULL_MEMORY}
+    resources = {"requests": {"cpu": PULL_CPU, **memory}, "limits": memory}
+    engine |= {"name": "preload", "args": list(args), "resources": resources}
+    # Keys of the API and the engine's shared memory are not its business.
+    engine["volumeMounts"] = [it for it in engine["volumeMounts"] if it["name"] not in UNPULLED]
+    spec["volumes"] = [volume for volume in spec["volumes"] if volume["name"] not in UNPULLED]
+    return {**template, "spec": {**spec, "restartPolicy": "OnFailure"}}
 
 
 def queue_labels(service: LLMService) -> dict[str, str]:
@@ -132,8 +158,8 @@ def _render_affinity(affinity: Part, products: Sequence[str]) -> Part:
 def _render_container(service: LLMService, engine_image: str) -> Manifest:
     mounts = [
         {"name": volume["name"], "mountPath": path}
-        # Only what is made for the pod is written to.
-        | ({} if "emptyDir" in volume else {"readOnly": True})
+        # Only what is made for the pod, and its cache, is written to.
+        | ({} if "emptyDir" in volume or path == CACHE_PATH else {"readOnly": True})
         for path, volume in _own_volumes(service)
     ]
     container: Manifest = {
@@ -220,6 +246,15 @@ def _quantities(amounts: Mapping[str, int | float | str | None]) -> dict[str, st
     }
 
 
+def _render_cache(cache: Cache) -> Manifest:
+    if cache.pvc is not None:
+        return {"persistentVolumeClaim": {"claimName": cache.pvc.claim_name}}
+    if cache.host_path is not None:
+        # Made by the kubelet it would be root's, and the engine could not write to it.
+        return {"hostPath": {"path": cache.host_path.path, "type": "Directory"}}
+    return {"emptyDir": {"sizeLimit": str(cache.size_limit)}}
+
+
 def _own_volumes(service: LLMService) -> list[tuple[str, Manifest]]:
     """(path in the container, volume) of every volume that is not the user's own."""
     num_gpus = service.spec.num_gpus
@@ -228,10 +263,7 @@ def _own_volumes(service: LLMService) -> list[tuple[str, Manifest]]:
     shm = {"medium": "Memory", "sizeLimit": str(service.spec.resources.shared_memory or least)}
     volumes: list[tuple[str, Manifest]] = [
         ("/tmp", {"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE_LIMIT}}),
-        (
-            "/cache",
-            {"name": "cache", "emptyDir": {"sizeLimit": str(service.spec.cache.size_limit)}},
-        ),
+        (CACHE_PATH, {"name": "cache", **_render_cache(service.spec.cache)}),
         ("/dev/shm", {"name": "shm", "emptyDir": shm}),
     ]
     if (claim := model_claim(service.spec.model.uri)) is not None:

@@ -25,6 +25,7 @@ from pagoda_operator.causes import (
 )
 from pagoda_operator.checks import Checks, Verdict
 from pagoda_operator.cluster import ApiError, ApiServer, NotFound, Refused, Unavailable
+from pagoda_operator.decode import SpecError
 from pagoda_operator.names import (
     CHILD_KINDS,
     KIND,
@@ -48,8 +49,9 @@ from pagoda_operator.plan import (
     make_plan,
 )
 from pagoda_operator.poll import Poller
+from pagoda_operator.preload import find_preloading
 from pagoda_operator.render import render_children, revision_of
-from pagoda_operator.spec import LLMService, SpecError, parse
+from pagoda_operator.spec import LLMService, parse
 from pagoda_operator.status import (
     Conditions,
     Counts,
@@ -129,8 +131,15 @@ class Reconciler:
         if self.checks is not None:
             wanted_pods = wanted[ChildRef("Deployment", engine_name(key.name))]
             verdict = self.checks.find(service, previous, wanted_pods, deployment)
-        if verdict.cause is not None:
-            plan = plan.without_pods()
+        blocker = verdict.cause
+        if blocker is not None:
+            plan = plan.without("Job", "Deployment")
+        else:
+            seen = wanted, world.children, world.loaders, world.events
+            blocker = find_preloading(service, *seen)
+            # Of a suspended service nothing is loaded, and its replicas do not wait for that.
+            plan = plan if blocker is None else plan.without("Deployment")
+            blocker = None if service.spec.suspend else blocker
         failure: Refused | Unavailable | None = None
         try:
             deployment = await self._execute(key, plan, memory, now) or deployment
@@ -141,7 +150,7 @@ class Reconciler:
         memory.is_swept |= is_complete and failure is None and not plan.conflicts
         if failure is None and plan.applies and not is_seen(previous):
             return FIRST_STATUS_SECONDS
-        hindrance = _find_hindrance(plan, failure) or verdict.cause
+        hindrance = _find_hindrance(plan, failure) or blocker
         hindrance = hindrance or memory.contests.find_cause(plan.held, now)
         # The queue tells of the first trouble, and tries the status again as well.
         with contextlib.suppress(*([ApiError] if isinstance(failure, Unavailable) else [])):
@@ -158,7 +167,7 @@ class Reconciler:
         await self._clean_up(key, world.pods)
         looks = [
             plan.requeue_seconds,
-            seconds_to_next_look(world.pods, self.now()),
+            seconds_to_next_look([*world.pods, *world.loaders], self.now()),
             memory.contests.seconds_to_next_look(plan.held, now),
         ]
         return min((seconds for seconds in looks if seconds), default=None)

@@ -19,6 +19,7 @@ from pagoda_operator.names import (
     selector_labels,
 )
 from pagoda_operator.pod import queue_labels, render_pod_template
+from pagoda_operator.preload import render_preload
 from pagoda_operator.spec import LLMService
 
 # A pod may load for the whole of its startup timeout; only then has the rollout failed.
@@ -50,6 +51,8 @@ def render_children(
         children.append(render_network_policy(service, operator_namespace))
     if (budget := render_disruption_budget(service)) is not None:
         children.append(budget)
+    if service.spec.cache.preload:
+        children.append(render_preload(service, engine_image))
     children.append(render_deployment(service, engine_image=engine_image))
     if "PodMonitor" in served and service.spec.observability.monitor == "Auto":
         children.append(render_pod_monitor(service))

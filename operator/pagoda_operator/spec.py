@@ -7,22 +7,11 @@ Pure: no I/O, no clock.
 
 from __future__ import annotations
 
-import re
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
+from pagoda_operator.decode import Part, build
 from pagoda_operator.names import Key, Manifest
-
-Part = dict[str, Any]
-"""A part of a pod in Kubernetes' own form, which the CRD's schema has checked."""
-
-
-class SpecError(Exception):
-    """A field of the spec cannot be understood; the message begins with its path."""
-
 
 DType = Literal["Auto", "BFloat16", "Float16", "Float32"]
 Quantization = Literal[
@@ -124,8 +113,21 @@ class Auth:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostPath:
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheClaim:
+    claim_name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
     size_limit: int | str = "200Gi"
+    host_path: HostPath | None = None
+    pvc: CacheClaim | None = None
+    preload: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,54 +247,5 @@ def parse(manifest: Manifest) -> LLMService:
         key=Key.of(manifest),
         uid=metadata["uid"],
         generation=metadata["generation"],
-        spec=_build(LLMServiceSpec, manifest.get("spec"), "spec"),
+        spec=build(LLMServiceSpec, manifest.get("spec"), "spec"),
     )
-
-
-def camel_case(name: str) -> str:
-    """The name that the CRD gives to a field: `max_num_seqs` is `maxNumSeqs`."""
-    # `from` is a word of Python's own; its field is `from_`.
-    return re.sub(r"_([a-z0-9])", lambda match: match.group(1).upper(), name).rstrip("_")
-
-
-def _build(cls: type[Any], value: object, path: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise SpecError(f"{path}: an object is needed, not {value!r}")
-    hints = typing.get_type_hints(cls)
-    known = {camel_case(f.name): f for f in fields(cls)}
-    if unknown := sorted(set(value) - set(known)):
-        raise SpecError(
-            f"{path}.{unknown[0]}: this operator does not know the field; "
-            "upgrade the operator, or remove the field"
-        )
-    arguments = {}
-    for name, fld in known.items():
-        if name in value:
-            arguments[fld.name] = _convert(hints[fld.name], value[name], f"{path}.{name}")
-        elif fld.default is MISSING and fld.default_factory is MISSING:
-            raise SpecError(f"{path}.{name}: the field is required")
-    return cls(**arguments)
-
-
-def _convert(hint: Any, value: object, path: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        if is_dataclass(option):
-            return _build(typing.cast(type[Any], option), value, path)
-        if typing.get_origin(option) is Literal:
-            words = typing.get_args(option)
-            if value not in words:
-                raise SpecError(f"{path}: {value!r} is none of {', '.join(words)}")
-            return value
-        if typing.get_origin(option) is tuple and isinstance(value, list):
-            (item_hint, _) = typing.get_args(option)
-            return tuple(
-                _convert(item_hint, item, f"{path}[{index}]") for index, item in enumerate(value)
-            )
-        if option == Part and isinstance(value, Mapping):
-            return dict(value)
-        # bool is a subclass of int, but true is no number of replicas.
-        if type(value) is option:
-            return value
-    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
-    raise SpecError(f"{path}: {wanted} is needed, not {value!r}")

@@ -35,6 +35,7 @@ from pagoda_operator.cluster import (
     context_namespace,
     own_namespace,
 )
+from pagoda_operator.decode import SpecError, camel_case
 from pagoda_operator.describe import describe_service, is_well
 from pagoda_operator.forecast import Forecast, Paint
 from pagoda_operator.gpus import named_products
@@ -44,7 +45,7 @@ from pagoda_operator.observe import MAX_PODS_WITH_EVENTS
 from pagoda_operator.pod import HUB_TOKEN
 from pagoda_operator.preflight import Preflight, check, of_checkpoint_error
 from pagoda_operator.render import render_children
-from pagoda_operator.spec import LLMService, SpecError, camel_case, parse
+from pagoda_operator.spec import LLMService, parse
 from pagoda_operator.telemetry import Telemetry
 
 COMMANDS = ("plan", "status")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from pagoda_runtime import batch, bench, chat, convert
+from pagoda_runtime import batch, bench, chat, convert, pull
 from pagoda_runtime.errors import FatalError, exit_status
 from pagoda_runtime.flags import FlagParser
 from pagoda_runtime.last_words import write_last_words
@@ -26,6 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_arguments(commands.add_parser("chat", help=talk, description=talk))
     folder = "make a folder in Hugging Face layout from a GGUF file"
     convert.add_arguments(commands.add_parser("convert", help=folder, description=folder))
+    fetch = "fetch a model into the cache"
+    pull.add_arguments(commands.add_parser("pull", help=fetch, description=fetch))
     lines = "answer a file of requests in OpenAI's batch format"
     batch.add_arguments(commands.add_parser("run-batch", help=lines, description=lines))
     speed = "measure an engine or a server"
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "bench": bench.run,
                 "chat": chat.run,
                 "convert": convert.run,
+                "pull": pull.run,
                 "run-batch": batch.run,
             }
             return runs[args.command](args)

@@ -15,11 +15,12 @@ from msgspec import to_builtins
 
 from pagoda_operator.causes import Cause
 from pagoda_operator.checkpoint import Tensors, read_checkpoint
+from pagoda_operator.decode import camel_case
 from pagoda_operator.names import GROUP, KIND, PLURAL, VERSION
 from pagoda_operator.preflight import check, unchecked
 from pagoda_operator.reports import parse_report
 from pagoda_operator.scaling import ScalingPolicy
-from pagoda_operator.spec import LLMServiceSpec, camel_case, parse
+from pagoda_operator.spec import LLMServiceSpec, parse
 from pagoda_operator.status import failed_status, make_status, stamp
 from pagoda_operator.testing import LLAMA_8B, make_manifest, make_service
 from pagoda_runtime.server.answers import Running

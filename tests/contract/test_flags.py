@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from msgspec import to_builtins
 
 from pagoda_operator.causes import find_cause
-from pagoda_operator.flags import API_KEYS_PATH, PORT, engine_args, flag_value
+from pagoda_operator.flags import API_KEYS_PATH, PORT, engine_args, flag_value, pull_args
 from pagoda_operator.reports import parse_report
 from pagoda_operator.spec import DType, KvCacheDtype, Quantization
 from pagoda_operator.testing import make_pod, make_service
 from pagoda_runtime import engine_flags
+from pagoda_runtime.cli import build_parser
 from pagoda_runtime.config import KV_CACHE_DTYPES, ServerConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.memory import kv_dtype_name
@@ -76,6 +77,13 @@ def test_every_field_of_the_spec_arrives_in_the_configuration() -> None:
     assert (engine.seed, engine.num_threads) == (7, 2)
     assert config.api_key_file == "/etc/pagoda/api-keys"
     assert (config.drain_seconds, engine.stall_seconds) == (90, 45)
+
+
+def test_the_job_that_fills_a_claim_fetches_what_the_engine_will_ask_for() -> None:
+    model = {"uri": "hf://org/model", "revision": "v1"}
+    args = build_parser().parse_args(pull_args(make_service({"model": model})))
+    engine = parse({"model": model}).engine
+    assert (args.command, args.model, args.revision) == ("pull", engine.model, engine.revision)
 
 
 def test_a_revision_of_the_hub_arrives_in_the_configuration() -> None:

@@ -140,6 +140,26 @@ def test_every_folder_on_the_nodes_disk_is_bounded() -> None:
     assert limits({**four, "resources": {"sharedMemory": "9Gi"}})["shm"] == "9Gi"
 
 
+@pytest.mark.parametrize(
+    ("cache", "volume"),
+    [
+        ({"pvc": {"claimName": "hub"}}, {"persistentVolumeClaim": {"claimName": "hub"}}),
+        (
+            {"hostPath": {"path": "/var/cache/pagoda"}},
+            {"hostPath": {"path": "/var/cache/pagoda", "type": "Directory"}},
+        ),
+    ],
+)
+def test_a_cache_that_outlives_the_replica_is_written_to(
+    cache: dict[str, Any], volume: dict[str, Any]
+) -> None:
+    spec = {"cache": cache}
+    (found,) = [it for it in pod_spec(spec)["volumes"] if it["name"] == "cache"]
+    assert found == {"name": "cache", **volume}
+    (mount,) = [it for it in container(spec)["volumeMounts"] if it["name"] == "cache"]
+    assert mount == {"name": "cache", "mountPath": "/cache"}
+
+
 def variables(spec: dict[str, Any] | None = None) -> dict[str, str]:
     env = container(spec)["env"]
     found = {variable["name"]: variable["value"] for variable in env}

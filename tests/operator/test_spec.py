@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pagoda_operator.spec import SpecError, camel_case
+from pagoda_operator.decode import SpecError, camel_case
 from pagoda_operator.testing import make_service
 
 

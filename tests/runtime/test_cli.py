@@ -155,9 +155,13 @@ def test_a_wrong_command_line_ends_with_2_and_last_words(monkeypatch, tmp_path, 
     assert capsys.readouterr().err.count("--port") == 1
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "convert", "run-batch", "bench serve"])
+@pytest.mark.parametrize(
+    "command", ["serve", "chat", "convert", "pull", "run-batch", "bench serve"]
+)
 def test_an_unknown_flag_points_at_the_help_of_its_own_command(command, capsys):
-    required = {"convert": ["a", "b"], "run-batch": ["-i", "a", "-o", "b"]}.get(command, [])
+    required = {"convert": ["a", "b"], "pull": ["a"], "run-batch": ["-i", "a", "-o", "b"]}.get(
+        command, []
+    )
     assert main([*command.split(), *required, "--unknown"]) == 2
     assert f"`pagoda {command} --help`" in capsys.readouterr().err
 

@@ -7,9 +7,11 @@ import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
+from pagoda_runtime.cli import main
 from pagoda_runtime.convert.testing import write_gguf
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.models.registry import load_model_config
@@ -168,6 +170,19 @@ def test_a_name_is_downloaded_from_the_hub(hub, uri):
     assert (folder / "config.json").read_bytes() == Hub.content
     assert seen[0][:2] == ("download", 0.0)
     assert seen[-1][:2] == ("download", 100.0)
+
+
+def test_pull_leaves_the_model_in_the_cache_and_tells_of_it_in_few_lines(hub, capsys):
+    assert main(["pull", "hf://org/tiny", "--revision", "main"]) == 0
+    told = capsys.readouterr()
+    assert (Path(told.out.strip()) / "config.json").read_bytes() == Hub.content
+    assert told.err.splitlines()[0] == "download: 0 %"
+    assert told.err.splitlines()[-1].startswith("download: 100 %")
+
+
+def test_pull_ends_with_the_reason_why_there_is_no_model(hub, capsys):
+    assert main(["pull", "hf://org/secret"]) == 2
+    assert "ModelAccessDenied" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
