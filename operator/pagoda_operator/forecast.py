@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pagoda_operator.checkpoint import Checkpoint
 from pagoda_operator.names import ChildRef
 from pagoda_operator.preflight import Preflight, gib
-from pagoda_operator.sizing import BLOCK_SIZE, Fit, block_bytes, weight_bytes
+from pagoda_operator.sizing import Fit, block_bytes, block_size, weight_bytes
 from pagoda_operator.spec import LLMService
 
 Paint = Callable[[str, str], str]
@@ -81,7 +81,7 @@ def _describe_fit(fit: Fit) -> Iterator[str]:
     yield f"{gib(fit.weight_bytes):>12}  weights"
     yield f"{gib(fit.overhead_bytes):>12}  steps, graphs and CUDA (estimated)"
     if fit.block_bytes:
-        tokens = f"{fit.num_tokens:,} tokens, {fit.block_bytes // BLOCK_SIZE // 1024} KiB each"
+        tokens = f"{fit.num_tokens:,} tokens, {fit.block_bytes // fit.block_size // 1024} KiB each"
         yield f"{gib(max(0, fit.cache_bytes)):>12}  KV cache: {tokens}"
 
 
@@ -90,7 +90,7 @@ def _describe_model(service: LLMService, checkpoint: Checkpoint) -> Iterator[str
     if (weights := weight_bytes(checkpoint, engine)) is not None:
         yield f"{gib(weights):>12}  weights of each of {engine.tensor_parallel_size} ranks"
     if of_block := block_bytes(checkpoint, engine):
-        yield f"{of_block // BLOCK_SIZE // 1024:>8} KiB  KV cache for a token"
+        yield f"{of_block // block_size(engine) // 1024:>8} KiB  KV cache for a token"
 
 
 def _describe_requests(service: LLMService, fit: Fit | None) -> Iterator[str]:

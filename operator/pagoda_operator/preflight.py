@@ -26,8 +26,6 @@ _SURE_SHARE = 0.5
 # Flags that change what is left for the KV cache; none of them has a field.
 _UNKNOWN_FLAGS = (
     "--kv-cache-memory-bytes",
-    "--max-num-batched-tokens",
-    "--block-size",
     "--enforce-eager",
 )
 _MEBIBYTE = 1 << 20

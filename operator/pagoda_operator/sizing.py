@@ -42,7 +42,8 @@ class Fit:
     overhead_bytes: int
     """Steps, graphs and CUDA, estimated."""
     block_bytes: int
-    """Of BLOCK_SIZE tokens, over all layers; 0: the model has no KV cache."""
+    """Of block_size tokens, over all layers; 0: the model has no KV cache."""
+    block_size: int
     max_positions: int
     asked_len: int | None
     """spec.engine.maxModelLen."""
@@ -57,7 +58,7 @@ class Fit:
         """That there is room for. Block 0 is the engine's own."""
         if not self.block_bytes:
             return 0
-        return max(0, self.cache_bytes // self.block_bytes - 1) * BLOCK_SIZE
+        return max(0, self.cache_bytes // self.block_bytes - 1) * self.block_size
 
     @property
     def max_model_len(self) -> int:
@@ -69,15 +70,15 @@ class Fit:
     @property
     def num_tokens(self) -> int:
         """That the KV cache holds: never more than all requests together may have."""
-        blocks = self.max_num_seqs * -(-self.max_model_len // BLOCK_SIZE)
-        return min(self.affordable_tokens, blocks * BLOCK_SIZE)
+        blocks = self.max_num_seqs * -(-self.max_model_len // self.block_size)
+        return min(self.affordable_tokens, blocks * self.block_size)
 
     @property
     def needed_bytes(self) -> int:
         """Of the KV cache, for one request of the length that is asked for, or of a block."""
         if not self.block_bytes:
             return 0
-        return (-(-(self.asked_len or BLOCK_SIZE) // BLOCK_SIZE) + 1) * self.block_bytes
+        return (-(-(self.asked_len or self.block_size) // self.block_size) + 1) * self.block_bytes
 
     @property
     def missing_bytes(self) -> int:
@@ -87,8 +88,8 @@ class Fit:
     @property
     def num_requests(self) -> int:
         """Of max_model_len that the cache holds at once."""
-        blocks = -(-self.max_model_len // BLOCK_SIZE)
-        return self.num_tokens // BLOCK_SIZE // blocks if blocks else 0
+        blocks = -(-self.max_model_len // self.block_size)
+        return self.num_tokens // self.block_size // blocks if blocks else 0
 
     def with_overhead(self, share: float) -> Fit:
         return replace(self, overhead_bytes=int(self.overhead_bytes * share))
@@ -105,6 +106,7 @@ def size_engine(checkpoint: Checkpoint, engine: Engine, gpu: GpuMemory) -> Fit |
         weight_bytes=weights,
         overhead_bytes=overhead_bytes(checkpoint, engine),
         block_bytes=block_bytes(checkpoint, engine),
+        block_size=block_size(engine),
         max_positions=checkpoint.max_position_embeddings,
         asked_len=engine.max_model_len,
         max_num_seqs=engine.max_num_seqs,
@@ -138,6 +140,11 @@ def weight_bytes(checkpoint: Checkpoint, engine: Engine) -> int | None:
     return int(checkpoint.num_layers * layer) + tables
 
 
+def block_size(engine: Engine) -> int:
+    """Tokens of a KV block."""
+    return engine.block_size or BLOCK_SIZE
+
+
 def block_bytes(checkpoint: Checkpoint, engine: Engine) -> int:
     """Of a KV block of one rank, over all layers."""
     if not checkpoint.generates:
@@ -146,7 +153,7 @@ def block_bytes(checkpoint: Checkpoint, engine: Engine) -> int:
     of_head = checkpoint.head_dim + _SCALE_BYTES
     if engine.kv_cache_dtype == "Auto":
         of_head = checkpoint.head_dim * DTYPE_BYTES[dtype_of(checkpoint, engine)]
-    return checkpoint.num_layers * BLOCK_SIZE * 2 * kv_heads * of_head
+    return checkpoint.num_layers * block_size(engine) * 2 * kv_heads * of_head
 
 
 def overhead_bytes(checkpoint: Checkpoint, engine: Engine) -> int:
@@ -158,8 +165,9 @@ def overhead_bytes(checkpoint: Checkpoint, engine: Engine) -> int:
     of_token = checkpoint.hidden_size * (4 + width)
     of_token += width * checkpoint.head_dim * 2 * (heads + kv_heads)
     of_token += width * 3 * checkpoint.intermediate_size // size
-    rows = min(engine.max_num_seqs, MAX_NUM_BATCHED_TOKENS) if checkpoint.generates else 0
-    step = MAX_NUM_BATCHED_TOKENS * of_token + rows * checkpoint.vocab_size * _BYTES_OF_LOGIT
+    num_tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
+    rows = min(engine.max_num_seqs, num_tokens) if checkpoint.generates else 0
+    step = num_tokens * of_token + rows * checkpoint.vocab_size * _BYTES_OF_LOGIT
     num_recorded = min(rows, LARGEST_GRAPH)
     graphs = num_recorded * checkpoint.vocab_size * 4 + -(-num_recorded // 16) * _GRAPH_BYTES
     return step + graphs + _CUDA_BYTES + (_NCCL_BYTES if size > 1 else 0)

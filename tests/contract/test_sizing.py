@@ -22,6 +22,7 @@ from pagoda_operator.checkpoint import (
     Tensors,
     read_checkpoint,
 )
+from pagoda_operator.decode import camel_case
 from pagoda_operator.flags import flag_value
 from pagoda_operator.gpus import GpuMemory
 from pagoda_operator.preflight import TENSOR_PARALLEL_SIZES, check, divides
@@ -31,10 +32,11 @@ from pagoda_operator.sizing import (
     LARGEST_GRAPH,
     MAX_NUM_BATCHED_TOKENS,
     block_bytes,
+    overhead_bytes,
     size_engine,
     weight_bytes,
 )
-from pagoda_operator.spec import Engine, camel_case
+from pagoda_operator.spec import Engine
 from pagoda_operator.testing import make_service
 from pagoda_operator.tools import LIMITS
 from pagoda_runtime.config import KV_CACHE_DTYPES, SUPPORTED_DTYPES
@@ -158,10 +160,20 @@ def test_a_block_takes_the_bytes_that_the_operator_says(kv_dtype: Any, size: int
     assert block_bytes(read(), engine) == 3 * BLOCK_SIZE * of_token
 
 
+def test_larger_steps_take_more_memory() -> None:
+    few, default, many = (
+        overhead_bytes(read(), Engine(max_num_batched_tokens=tokens)) for tokens in (512, None, 8192)
+    )
+    assert few < default < many
+
+
+@pytest.mark.parametrize("block_size", [None, 64])
 @pytest.mark.parametrize("asked", [None, 17, 400, 512])
-def test_the_cache_holds_what_the_engine_would_hold_in_the_same_bytes(asked: int | None) -> None:
+def test_the_cache_holds_what_the_engine_would_hold_in_the_same_bytes(
+    asked: int | None, block_size: int | None
+) -> None:
     checkpoint = read()
-    engine = Engine(max_model_len=asked, max_num_seqs=2)
+    engine = Engine(max_model_len=asked, max_num_seqs=2, block_size=block_size)
     total = size_engine(checkpoint, engine, GpuMemory("gpu", 0))
     assert total is not None
     for num_blocks in (1, 2, 3, 20, 26, 33, 40, 80):
@@ -171,7 +183,7 @@ def test_the_cache_holds_what_the_engine_would_hold_in_the_same_bytes(asked: int
         assert fit is not None
         config: Any = SimpleNamespace(max_position_embeddings=512)
         arguments: Any = {
-            "block_size": BLOCK_SIZE,
+            "block_size": block_size or BLOCK_SIZE,
             "block_bytes": fit.block_bytes,
             "max_num_seqs": 2,
             "max_model_len": asked,
@@ -182,7 +194,7 @@ def test_the_cache_holds_what_the_engine_would_hold_in_the_same_bytes(asked: int
                 size_kv_cache(config, budget, **arguments)
             continue
         size = size_kv_cache(config, budget, **arguments)
-        assert fit.num_tokens == size.num_blocks * BLOCK_SIZE
+        assert fit.num_tokens == size.num_blocks * (block_size or BLOCK_SIZE)
         assert fit.max_model_len == size.max_model_len
 
 
