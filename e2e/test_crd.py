@@ -19,8 +19,24 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "no model": ({"model": None}, "spec.model: Required value"),
     "empty uri": ({"model": {"uri": ""}}, "spec.model.uri"),
     "unknown scheme": (
-        {"model": {"uri": "s3://bucket/model"}},
-        "model.uri has an unknown scheme; write pvc://CLAIM/PATH or hf://ORG/NAME",
+        {"model": {"uri": "ftp://host/model"}},
+        "model.uri has an unknown scheme; write pvc://CLAIM/PATH, hf://ORG/NAME, https://HOST/PATH,",
+    ),
+    "a web server with a key in its address": (
+        {"model": {"uri": "https://user:key@example.com/model"}},
+        "is written https://HOST/PATH, without user",
+    ),
+    "a web server with a query": (
+        {"model": {"uri": "https://example.com/model?key=1"}},
+        "is written https://HOST/PATH",
+    ),
+    "a revision of a web server": (
+        {"model": {"uri": "https://example.com/model", "revision": "v1"}},
+        "model.revision is for hf:// models",
+    ),
+    "a bucket of no name": (
+        {"model": {"uri": "s3:///model"}},
+        "a model of a bucket is written s3://BUCKET/PATH or gs://BUCKET/PATH",
     ),
     "hf without organisation": ({"model": {"uri": "hf://gemma"}}, "is written hf://ORG/NAME"),
     "pvc path upwards": ({"model": {"uri": "pvc://a/../b"}}, "no part of PATH begins with '.'"),
@@ -80,7 +96,7 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a claim that is full already": (
         {"cache": {"pvc": {"claimName": "a"}, "preload": True}},
-        "cache.preload is for models that are downloaded (hf://)",
+        "cache.preload is for models that are fetched",
     ),
     "two budgets": (
         {"disruption": {"minAvailable": 1, "maxUnavailable": 1}},
@@ -124,7 +140,7 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "credentials for a claim": (
         {"model": {"uri": "pvc://models/a", "credentialsSecretRef": {"name": "hub"}}},
-        "model.credentialsSecretRef is for hf:// models",
+        "model.credentialsSecretRef is for models that are fetched",
     ),
     "a secret without a name": (
         {"auth": {"apiKeysSecretRef": {}}},

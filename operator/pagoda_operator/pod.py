@@ -34,6 +34,13 @@ USER_ID = 65532
 TMP_SIZE_LIMIT = "4Gi"
 CACHE_PATH = "/cache"
 HUB_TOKEN = "HF_TOKEN"
+# Keys of the Secret, and variables of the engine, by the scheme of model.uri.
+CREDENTIALS = {
+    "hf": (HUB_TOKEN,),
+    "https": ("PAGODA_MODEL_TOKEN",),
+    "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+    "gs": ("GS_ACCESS_KEY_ID", "GS_SECRET_ACCESS_KEY"),
+}
 REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 # What GPU feature discovery calls the GPUs of a node.
 PRODUCT_LABEL = "nvidia.com/gpu.product"
@@ -200,8 +207,9 @@ def _render_env(service: LLMService) -> list[Manifest]:
         if name not in names:
             env.append({"name": name, "value": value})
     if (secret := service.spec.model.credentials_secret_ref) is not None:
-        source = {"secretKeyRef": {"name": secret.name, "key": HUB_TOKEN}}
-        env.append({"name": HUB_TOKEN, "valueFrom": source})
+        for name in CREDENTIALS.get(service.spec.model.uri.partition("://")[0], ()):
+            source = {"secretKeyRef": {"name": secret.name, "key": name}}
+            env.append({"name": name, "valueFrom": source})
     return [*env, *theirs]
 
 

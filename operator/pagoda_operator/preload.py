@@ -66,6 +66,8 @@ def find_preloading(
         cause_of_pod(service.spec, pod, (), events)
         for pod in pods
         if not is_leaving(pod)
+        # The Job says so a moment later.
+        and pod.get("status", {}).get("phase") != "Succeeded"
         and pod["metadata"]["labels"].get("batch.kubernetes.io/job-name") == job.name
     ]
     troubles = [cause for cause in causes if cause is not None and cause.reason != "LoadingModel"]

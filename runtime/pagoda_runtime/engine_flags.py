@@ -31,7 +31,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         nargs="?",
         type=text_value,
-        help="a folder in Hugging Face layout, a GGUF file, hf://org/name, or org/name",
+        help="a folder in Hugging Face layout, a GGUF file, hf://org/name, org/name, or a "
+        "folder of https://, s3:// or gs://",
     )
     flags.group.add_argument("--model", type=text_value, help="the same as MODEL")
     flags.add("--revision", shown="main", help="branch, tag or commit of an hf:// model")

@@ -12,7 +12,11 @@ STEP_PERCENT = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `pagoda pull` to its parser."""
-    parser.add_argument("model", metavar="MODEL", help="hf://org/name, or org/name")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="hf://org/name, org/name, or a folder of https://, s3:// or gs://",
+    )
     parser.add_argument("--revision", help="branch, tag or commit (main)")
 
 

@@ -79,6 +79,11 @@ def test_every_field_of_the_spec_arrives_in_the_configuration() -> None:
     assert (config.drain_seconds, engine.stall_seconds) == (90, 45)
 
 
+def test_the_address_of_a_web_server_arrives_as_it_is() -> None:
+    uri = "https://models.example.com:8443/team/llama"
+    assert parse({"model": {"uri": uri}}).engine.model == uri
+
+
 def test_the_job_that_fills_a_claim_fetches_what_the_engine_will_ask_for() -> None:
     model = {"uri": "hf://org/model", "revision": "v1"}
     args = build_parser().parse_args(pull_args(make_service({"model": model})))

@@ -162,7 +162,8 @@ def test_a_block_takes_the_bytes_that_the_operator_says(kv_dtype: Any, size: int
 
 def test_larger_steps_take_more_memory() -> None:
     few, default, many = (
-        overhead_bytes(read(), Engine(max_num_batched_tokens=tokens)) for tokens in (512, None, 8192)
+        overhead_bytes(read(), Engine(max_num_batched_tokens=tokens))
+        for tokens in (512, None, 8192)
     )
     assert few < default < many
 

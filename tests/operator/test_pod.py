@@ -145,17 +145,26 @@ def test_variables_volumes_and_mounts_come_after_those_of_the_operator() -> None
     assert pod(spec)["volumes"] == [*pod()["volumes"], volume]
 
 
-def test_the_token_of_the_hub_comes_from_the_secret_and_stands_nowhere() -> None:
-    spec = {
-        "model": {
-            "uri": "hf://org/gated",
-            "revision": "v1.0",
-            "credentialsSecretRef": {"name": "hub"},
-        }
-    }
-    (container,) = pod(spec)["containers"]
-    source = {"secretKeyRef": {"name": "hub", "key": "HF_TOKEN"}}
-    assert container["env"][-1] == {"name": "HF_TOKEN", "valueFrom": source}
+@pytest.mark.parametrize(
+    ("uri", "keys"),
+    [
+        ("hf://org/gated", ["HF_TOKEN"]),
+        ("https://example.com/llama", ["PAGODA_MODEL_TOKEN"]),
+        ("s3://models/llama", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]),
+        ("gs://models/llama", ["GS_ACCESS_KEY_ID", "GS_SECRET_ACCESS_KEY"]),
+    ],
+)
+def test_credentials_come_from_the_secret_and_stand_nowhere(uri: str, keys: list[str]) -> None:
+    (container,) = pod({"model": {"uri": uri, "credentialsSecretRef": {"name": "hub"}}})[
+        "containers"
+    ]
+    assert [it for it in container["env"] if "valueFrom" in it] == [
+        {"name": key, "valueFrom": {"secretKeyRef": {"name": "hub", "key": key}}} for key in keys
+    ]
+
+
+def test_a_revision_of_the_hub_is_told_to_the_engine() -> None:
+    (container,) = pod({"model": {"uri": "hf://org/name", "revision": "v1.0"}})["containers"]
     assert container["args"][container["args"].index("--revision") + 1] == "v1.0"
 
 

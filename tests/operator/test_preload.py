@@ -158,6 +158,9 @@ async def test_what_hinders_the_job_is_what_the_service_says(
         "ModelAccessDenied",
         "set HF_TOKEN",
     )
+    cluster.find("Pod", "loader")["status"]["phase"] = "Succeeded"
+    await settle(reconciler)
+    assert ready(cluster)["reason"] == "Preloading"
 
 
 async def test_a_suspended_service_is_suspended_and_loads_nothing(

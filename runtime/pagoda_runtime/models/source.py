@@ -1,4 +1,6 @@
-"""Find the model's folder: a local one, or one that is downloaded from a Hugging Face hub."""
+"""Find the model's folder: a local one, or one that is downloaded from a Hugging Face hub or a web
+server.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from pagoda_runtime.quantization.config import ONLINE
 OnProgress = Callable[[str, float, float], None]
 """Called with a phase, percent done and bytes per second."""
 
+WEB = ("https://", "http://", "s3://", "gs://")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What Linux reads ahead for one call, whatever it is asked for.
 _PIECE_BYTES = 1 << 17
@@ -33,8 +36,8 @@ def resolve_model(
     """The folder with the model's files.
 
     Args:
-        uri: a folder or a GGUF file; `hf://org/name`; or `org/name`, if nothing local has that
-            name.
+        uri: a folder or a GGUF file; `hf://org/name`; the address of a folder on a web server or of
+            a bucket (`s3://`, `gs://`); or `org/name`, if nothing local has that name.
         revision: branch, tag or commit on the hub; None: the default branch.
         quantization: what the flag --quantization says: a GGUF file is dequantized for none, and
             for what its weights are then rounded to.
@@ -42,6 +45,13 @@ def resolve_model(
         file what `convert` raises.
     """
     path = local_path(uri)
+    if uri.startswith(WEB):
+        from pagoda_runtime.models.web import fetch_folder
+
+        if revision is not None:
+            text = f"--revision (model.revision) is {revision}, but {uri} has no revisions."
+            raise FatalError("InvalidFlags", text)
+        return fetch_folder(uri, on_progress)
     if path is None:
         return _download(uri.removeprefix("hf://"), revision, on_progress)
     if path.is_dir():
@@ -53,10 +63,13 @@ def resolve_model(
 
 
 def local_path(uri: str) -> Path | None:
-    """The folder or file on this machine that uri names; None: it is a model of a hub.
+    """The folder or file on this machine that uri names; None: it is a model of a hub or of a web
+    server.
 
     Raises: FatalError: ModelNotFound, it is neither.
     """
+    if uri.startswith(WEB):
+        return None
     if not uri.startswith("hf://"):
         try:
             path = Path(uri).expanduser()
