@@ -117,11 +117,12 @@ def without_installed_operator(kubectl: Kubectl) -> Iterator[None]:
         installed.run(*scale, "--replicas=1")
 
 
-def kubeconfig_of_chart(target: Target, namespace: str, folder: Path) -> str:
+def kubeconfig_of_chart(target: Target, namespace: str, folder: Path, *values: str) -> str:
     """A kubeconfig with the rights that the chart gives an operator of this namespace."""
     kubectl = target.kubectl.in_namespace(namespace)
     command = [target.helm, "template", "pagoda", str(CHART), "--namespace", namespace]
-    command += ["--set", f"watchNamespace={namespace}", "--show-only", "templates/rbac.yaml"]
+    command += ["--set", ",".join([f"watchNamespace={namespace}", *values])]
+    command += ["--show-only", "templates/rbac.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     kubectl.apply(done.stdout)
     config = kubectl.json("config", "view", "--raw", "--minify")

@@ -8,32 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from pagoda_operator.causes import Cause
 from pagoda_operator.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from pagoda_operator.hub import Hub, Unreachable, Unreadable
+from pagoda_operator.inspection import HF, is_for_job
+from pagoda_operator.inspections import Inspections
 from pagoda_operator.names import Key, Manifest
 from pagoda_operator.preflight import Preflight, check, of_checkpoint_error, unchecked
 from pagoda_operator.render import revision_of
-from pagoda_operator.spec import LLMService
+from pagoda_operator.spec import LLMService, Model
 
 logger = logging.getLogger(__name__)
 
-HF = "hf://"
 HUB_VARIABLE = "HF_ENDPOINT"
 MAX_READ_AT_ONCE = 4
+MAX_JOBS_AT_ONCE = 8
 FRESH_SECONDS = 300.0
-"""How long what was read is not asked for again."""
+"""How long what a hub told is not asked for again."""
+INSPECTED_FRESH_SECONDS = 3600.0
+"""The same of a Job, which costs more."""
 UNREACHABLE_SECONDS = 60.0
 """How long a hub that is not there is not asked at all."""
 MAX_MODELS = 500
-READING = Cause("CheckingModel", "The model's config.json is being read from the hub.", False)
+READING = Cause("CheckingModel", "The model's config.json is being read.", False)
 
 Outcome = Checkpoint | CheckpointError | Unreadable
-Source = tuple[str, str | None]
-"""The uri and the revision of a model."""
+Source = tuple[str | None, ...]
+"""What tells models apart: of a hub the uri and revision; of a Job namespace and Secret as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +60,33 @@ class _Read:
     task: asyncio.Task[None] | None = None
 
 
+Reading = Callable[[_Read], Awaitable[Outcome | None]]
+"""Finds out what a model is, from the start or from what was read before."""
+
+
 @dataclass(slots=True)
 class Checks:
-    """Checks models of one hub. A model of another source is not checked.
+    """Checks models, of one hub and by Jobs; what neither reads is not checked.
 
     Args:
+        hub: None: public models are not checked.
+        inspections: None: models on claims are not checked, those with a token as public ones.
         clock: seconds of a monotonic clock.
         on_change: called with a service whose verdict may be another one now.
     """
 
-    hub: Hub
+    hub: Hub | None
     clock: Callable[[], float]
     on_change: Callable[[Key], None]
+    inspections: Inspections | None = None
     _models: dict[Source, _Read] = field(default_factory=dict, init=False)
     _passed: dict[Key, tuple[str, Manifest | None]] = field(default_factory=dict, init=False)
     """The revision of pods that was let pass last, and what was found."""
     _slots: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(MAX_READ_AT_ONCE), init=False
+    )
+    _job_slots: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(MAX_JOBS_AT_ONCE), init=False
     )
     _unreachable: tuple[float, Unreadable] | None = field(default=None, init=False)
 
@@ -106,12 +121,20 @@ class Checks:
 
     def judge(self, service: LLMService) -> Verdict:
         """Of a service whose pods would change now."""
-        spec = service.spec
-        if not spec.model.uri.startswith(HF):
+        spec, model = service.spec, service.spec.model
+        source: Source = (model.uri, model.revision)
+        if self.inspections is not None and is_for_job(service):
+            secret = model.credentials_secret_ref
+            source = (*source, service.key.namespace, None if secret is None else secret.name)
+            inspect = partial(self._inspect, self.inspections, service)
+            outcome = self._find(service.key, source, inspect, INSPECTED_FRESH_SECONDS)
+        elif self.hub is None or not model.uri.startswith(HF):
             return Verdict()
-        if (other := self._find_other_hub(service)) is not None:
+        elif (other := _find_other_hub(service, self.hub)) is not None:
             return Verdict(fields=unchecked(other))
-        outcome = self._find(service.key, (spec.model.uri, spec.model.revision))
+        else:
+            ask = partial(self._ask, self.hub, model)
+            outcome = self._find(service.key, source, ask, FRESH_SECONDS)
         if outcome is None:
             return Verdict(READING)
         if isinstance(outcome, Unreadable):
@@ -125,44 +148,29 @@ class Checks:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.hub.close()
+        if self.hub is not None:
+            await self.hub.close()
 
-    def _find_other_hub(self, service: LLMService) -> str | None:
-        """Why the engine may get its model from elsewhere: no pod chooses what is asked here."""
-        own = self.hub.endpoint.rstrip("/")
-        for variable in service.spec.pod_template.env:
-            named = str(variable.get("value", "")).rstrip("/")
-            if variable["name"] == HUB_VARIABLE and named != own:
-                return (
-                    f"The model was not checked: {HUB_VARIABLE} of podTemplate.env is not the "
-                    f"operator's hub, {own}."
-                )
-        return None
-
-    def _find(self, key: Key, source: Source) -> Outcome | None:
+    def _find(
+        self, key: Key, source: Source, reading: Reading, fresh_seconds: float
+    ) -> Outcome | None:
         """What is known of a model; None: wait for it. What is old is read anew meanwhile."""
         read = self._models.get(source)
         if read is None:
             self._make_room()
             read = self._models[source] = _Read()
-        is_old = read.outcome is None or self.clock() - read.read_at > FRESH_SECONDS
+        is_old = read.outcome is None or self.clock() - read.read_at > fresh_seconds
         if read.task is None and is_old:
-            read.task = asyncio.get_running_loop().create_task(self._read(source, read))
+            read.task = asyncio.get_running_loop().create_task(self._read(reading, read))
         if read.task is not None:
             read.waiting.add(key)
         return read.outcome
 
-    async def _read(self, source: Source, read: _Read) -> None:
-        before, (uri, revision) = read.outcome, source
+    async def _read(self, reading: Reading, read: _Read) -> None:
+        before = read.outcome
         try:
-            async with self._slots:
-                self._require_reachable()
-                answer = await self.hub.read(uri.removeprefix(HF), revision, read.etag)
-            if answer is not None:
-                read.etag = answer.etag
-                read.outcome = read_checkpoint(answer.config, answer.tensors)
+            read.outcome = await reading(read)
         except Unreachable as error:
-            self._unreachable = self._unreachable or (self.clock() + UNREACHABLE_SECONDS, error)
             # What was read before still holds, as far as anybody knows.
             read.outcome = before or error
         except Unreadable as error:
@@ -170,7 +178,7 @@ class Checks:
         except CheckpointError as error:
             read.outcome = error
         except Exception:
-            logger.exception("%s cannot be checked", uri)
+            logger.exception("a model cannot be checked")
             read.outcome = Unreadable("an error of the operator; see its log")
         finally:
             read.read_at, read.task = self.clock(), None
@@ -178,6 +186,25 @@ class Checks:
         if read.outcome != before:
             for key in sorted(waiting):
                 self.on_change(key)
+
+    async def _ask(self, hub: Hub, model: Model, read: _Read) -> Outcome | None:
+        """What the hub tells of a model; what was known if that is still so."""
+        name = model.uri.removeprefix(HF)
+        async with self._slots:
+            self._require_reachable()
+            try:
+                answer = await hub.read(name, model.revision, read.etag)
+            except Unreachable as error:
+                self._unreachable = (self.clock() + UNREACHABLE_SECONDS, error)
+                raise
+        if answer is None:
+            return read.outcome
+        read.etag = answer.etag
+        return read_checkpoint(answer.config, answer.tensors)
+
+    async def _inspect(self, inspections: Inspections, service: LLMService, read: _Read) -> Outcome:
+        async with self._job_slots:
+            return await inspections.read(service)
 
     def _require_reachable(self) -> None:
         """Raises Unreachable, without asking, for a while after a hub was not there."""
@@ -193,6 +220,19 @@ class Checks:
         done = [source for source, read in self._models.items() if read.task is None]
         for source in done[: max(0, len(self._models) + 1 - MAX_MODELS)]:
             del self._models[source]
+
+
+def _find_other_hub(service: LLMService, hub: Hub) -> str | None:
+    """Why the engine may get its model from elsewhere: no pod chooses what is asked here."""
+    own = hub.endpoint.rstrip("/")
+    for variable in service.spec.pod_template.env:
+        named = str(variable.get("value", "")).rstrip("/")
+        if variable["name"] == HUB_VARIABLE and named != own:
+            return (
+                f"The model was not checked: {HUB_VARIABLE} of podTemplate.env is not the "
+                f"operator's hub, {own}."
+            )
+    return None
 
 
 def _verdict(found: Preflight) -> Verdict:

@@ -18,7 +18,7 @@ DRAIN_DELAY_SECONDS = 5
 def engine_args(service: LLMService) -> list[str]:
     """The arguments of the `pagoda` command; the runtime's CLI parses them (`tests/contract`)."""
     spec, engine = service.spec, service.spec.engine
-    args = ["serve", "--model", _model_argument(spec.model.uri)]
+    args = ["serve", "--model", model_argument(spec.model.uri)]
     if spec.model.revision is not None:
         args += ["--revision", spec.model.revision]
     args += ["--served-model-name", service.model_name, *spec.model.aliases]
@@ -72,7 +72,8 @@ def model_claim(uri: str) -> str | None:
     return uri.removeprefix("pvc://").split("/", 1)[0]
 
 
-def _model_argument(uri: str) -> str:
+def model_argument(uri: str) -> str:
+    """What the engine calls a model: of a claim the folder where pods have it."""
     if (claim := model_claim(uri)) is None:
         return uri
     return MODELS_PATH + uri.removeprefix(f"pvc://{claim}").rstrip("/")

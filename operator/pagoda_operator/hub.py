@@ -69,6 +69,10 @@ class Hub:
             Unreadable
         """
         root = f"{self.endpoint.rstrip('/')}/{name}/resolve/{_quote(revision or 'main')}/"
+        return await self.read_at(root, etag)
+
+    async def read_at(self, root: str, etag: str | None = None) -> Answer | None:
+        """The same of the folder of any web server, whose address ends in a slash."""
         try:
             async with asyncio.timeout(READ_SECONDS):
                 return await self._read(root, etag)

@@ -12,13 +12,14 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pagoda_operator import tools
 from pagoda_operator.checks import Checks
 from pagoda_operator.cluster import ApiError, ApiServer, StartError, Unavailable, own_namespace
 from pagoda_operator.health import serve_health
 from pagoda_operator.hub import Hub
+from pagoda_operator.inspections import Inspections
 from pagoda_operator.lease import Lease
 from pagoda_operator.names import KIND, OPTIONAL_KINDS, Key
 from pagoda_operator.poll import Poller
@@ -43,6 +44,7 @@ class Options(argparse.Namespace):
     namespace: str | None
     engine_image: str
     hub_endpoint: str
+    inspection_image: str
     log_level: str
     health_port: int
 
@@ -57,9 +59,7 @@ class Operator:
         self._telemetry = telemetry
         self._queue = WorkQueue(clock)
         self._poller = Poller(clock=clock, on_change=self._queue.add, telemetry=telemetry)
-        self._checks = None
-        if options.hub_endpoint:
-            self._checks = Checks(Hub(options.hub_endpoint), clock, self._queue.add)
+        self._checks = _make_checks(options, api, clock, self._queue.add)
         self._reconciler = Reconciler(
             api,
             self._poller,
@@ -194,6 +194,22 @@ class Operator:
             await asyncio.sleep(RESYNC_SECONDS)
 
 
+def _make_checks(
+    options: Options,
+    api: ApiServer,
+    clock: Callable[[], float],
+    on_change: Callable[[Key], None],
+) -> Checks | None:
+    """Preflight, as far as flags say how models may be read."""
+    image, hub = options.inspection_image, None
+    if options.hub_endpoint:
+        hub = Hub(options.hub_endpoint)
+    inspections = Inspections(api, image) if image else None
+    if hub is None and inspections is None:
+        return None
+    return Checks(hub, clock, on_change, inspections)
+
+
 async def _stop_on_signals(ready: asyncio.Event) -> None:
     """Return when SIGTERM or SIGINT came; until `ready`, kopf's own handlers are in force."""
     await ready.wait()
@@ -224,6 +240,12 @@ def parse_options(arguments: Sequence[str]) -> Options:
         default="",
         help="a Hugging Face hub, as https://huggingface.co, where hf:// models are looked up "
         "before a GPU is taken for them (they are not if the flag is absent or empty)",
+    )
+    parser.add_argument(
+        "--inspection-image",
+        default="",
+        help="the operator's own image, for Jobs that read models on claims, and of a hub with a "
+        "token, before a GPU is taken for them (they are not read if the flag is absent or empty)",
     )
     parser.add_argument(
         "--log-level", default="info", choices=("debug", "info", "warning", "error")

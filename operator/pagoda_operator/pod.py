@@ -41,6 +41,7 @@ CREDENTIALS = {
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
     "gs": ("GS_ACCESS_KEY_ID", "GS_SECRET_ACCESS_KEY"),
 }
+MODELS_VOLUME = "models"
 REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 # What GPU feature discovery calls the GPUs of a node.
 PRODUCT_LABEL = "nvidia.com/gpu.product"
@@ -276,7 +277,7 @@ def _own_volumes(service: LLMService) -> list[tuple[str, Manifest]]:
     ]
     if (claim := model_claim(service.spec.model.uri)) is not None:
         source = {"claimName": claim, "readOnly": True}
-        volumes.append((MODELS_PATH, {"name": "models", "persistentVolumeClaim": source}))
+        volumes.append((MODELS_PATH, {"name": MODELS_VOLUME, "persistentVolumeClaim": source}))
     if (secret := service.spec.auth.api_keys_secret_ref) is not None:
         # The folder, not a file of it: only then does the kubelet bring a changed Secret in.
         keys = {"name": "api-keys", "secret": {"secretName": secret.name}}

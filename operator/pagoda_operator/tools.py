@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,14 +19,8 @@ from typing import TextIO
 import yaml
 
 from pagoda_operator.causes import is_ready
-from pagoda_operator.checkpoint import (
-    HEAD_LENGTH_BYTES,
-    CheckpointError,
-    Tensors,
-    read_checkpoint,
-    read_head,
-)
-from pagoda_operator.checks import HF
+from pagoda_operator.checkpoint import CheckpointError, read_checkpoint
+from pagoda_operator.checks import HUB_VARIABLE
 from pagoda_operator.cluster import (
     ApiError,
     ApiServer,
@@ -39,16 +32,18 @@ from pagoda_operator.decode import SpecError, camel_case
 from pagoda_operator.describe import describe_service, is_well
 from pagoda_operator.forecast import Forecast, Paint
 from pagoda_operator.gpus import named_products
-from pagoda_operator.hub import PUBLIC_HUB, Answer, Hub, Unreadable
+from pagoda_operator.hub import PUBLIC_HUB, Hub, Unreadable
+from pagoda_operator.inspection import HF, HTTPS, tell
+from pagoda_operator.model_files import read_model
 from pagoda_operator.names import KIND, LABEL_SERVICE, Key, Manifest
 from pagoda_operator.observe import MAX_PODS_WITH_EVENTS
-from pagoda_operator.pod import HUB_TOKEN
+from pagoda_operator.pod import CREDENTIALS
 from pagoda_operator.preflight import Preflight, check, of_checkpoint_error
 from pagoda_operator.render import render_children
 from pagoda_operator.spec import LLMService, parse
 from pagoda_operator.telemetry import Telemetry
 
-COMMANDS = ("plan", "status")
+COMMANDS = ("plan", "status", "inspect")
 LIMITS = {
     "tensor_parallel_size": (1, 16),
     "max_model_len": (2, 16_777_216),
@@ -56,8 +51,7 @@ LIMITS = {
     "gpu_memory_percent": (10, 98),
 }
 """Of numbers that sizes are made of, as the CRD has them (`tests/contract`)."""
-MAX_HEAD_BYTES = 100_000_000
-"""Of a safetensors file: the format allows no more."""
+LOG_VARIABLE, TERMINATION_LOG = "PAGODA_TERMINATION_LOG", "/dev/termination-log"
 _STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
 
 
@@ -104,26 +98,6 @@ def read_services(text: str, namespace: str) -> list[LLMService]:
     return [_parse(manifest, namespace) for manifest in found]
 
 
-def read_folder(folder: Path) -> Answer:
-    """What a model's folder on this machine tells.
-
-    Raises:
-        UsageError: it has no config.json, or a file is not what its name says.
-    """
-    path, sizes, dtypes = folder / "config.json", 0, []
-    try:
-        config = json.loads(path.read_text())
-        for path in sorted(folder.glob("*.safetensors")):
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(HEAD_LENGTH_BYTES), "little")
-                tensors = read_head(json.loads(file.read(min(length, MAX_HEAD_BYTES))))
-            sizes += tensors.num_bytes or 0
-            dtypes.append(tensors.dtype)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"--model-folder: {path}: {error}") from error
-    return Answer(config, Tensors(sizes or None, next(filter(None, dtypes), None)))
-
-
 def _parse(manifest: Manifest, namespace: str) -> LLMService:
     metadata = manifest.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
@@ -154,21 +128,43 @@ async def _plan(options: argparse.Namespace, stream: TextIO) -> int:
     except UnicodeDecodeError as error:
         raise UsageError(f"{options.filename} is no text: {error}") from error
     services = read_services(text, options.namespace)
-    hub = Hub(options.hub_endpoint, os.environ.get(HUB_TOKEN)) if options.hub_endpoint else None
     paint, is_good = make_paint(stream, os.environ), True
-    try:
-        for service in services:
-            forecast = await _forecast(service, options, hub)
-            is_good &= not forecast.preflight.problems
-            if options.output == "yaml":
-                children = render_children(service, engine_image=options.engine_image)
-                stream.write(yaml.safe_dump_all(children.values(), sort_keys=False))
-            else:
-                stream.writelines(f"{line}\n" for line in forecast.lines(paint))
-    finally:
-        if hub is not None:
-            await hub.close()
+    for service in services:
+        hub = None
+        if options.hub_endpoint:
+            scheme = "https" if service.spec.model.uri.startswith(HTTPS) else "hf"
+            (variable,) = CREDENTIALS[scheme]
+            hub = Hub(options.hub_endpoint, os.environ.get(variable))
+        forecast = await _forecast(service, options, hub)
+        is_good &= not forecast.preflight.problems
+        if options.output == "yaml":
+            children = render_children(service, engine_image=options.engine_image)
+            stream.write(yaml.safe_dump_all(children.values(), sort_keys=False))
+        else:
+            stream.writelines(f"{line}\n" for line in forecast.lines(paint))
     return 0 if is_good else 1
+
+
+async def _inspect(options: argparse.Namespace, stream: TextIO) -> int:
+    """Tell of a model what a Job is for, on the terminal and in the termination message."""
+    try:
+        endpoint = os.environ.get(HUB_VARIABLE, PUBLIC_HUB)
+        (variable,) = CREDENTIALS["https" if options.model.startswith(HTTPS) else "hf"]
+        hub = Hub(endpoint, os.environ.get(variable))
+        answer = await read_model(options.model, options.revision, hub)
+        line = tell(answer.config, answer.tensors)
+    except Unreadable as error:
+        _leave(str(error))
+        raise UsageError(str(error)) from error
+    _leave(line)
+    stream.write(f"{line}\n")
+    return 0
+
+
+def _leave(message: str) -> None:
+    """A container's last message, where there is a place for it."""
+    if (log := Path(os.environ.get(LOG_VARIABLE, TERMINATION_LOG))).exists():
+        log.write_text(message)
 
 
 async def _status(options: argparse.Namespace, stream: TextIO) -> int:
@@ -207,18 +203,15 @@ async def _forecast(service: LLMService, options: argparse.Namespace, hub: Hub |
     if options.gpu and not named_products(spec):
         gpu = replace(spec.resources.gpu, products=(options.gpu,))
         spec = replace(spec, resources=replace(spec.resources, gpu=gpu))
+    folder, model = options.model_folder, spec.model
     try:
-        if options.model_folder:
-            answer = read_folder(Path(options.model_folder))
-        elif spec.model.uri.startswith(HF) and hub is not None:
-            told = await hub.read(spec.model.uri.removeprefix(HF), spec.model.revision)
-            # None is for those who know more.
-            assert told is not None
-            answer = told
-        else:
-            raise Unreadable(f"{spec.model.uri} is not read from here; give --model-folder")
+        if not folder and (hub is None or not model.uri.startswith((HF, HTTPS))):
+            raise Unreadable(f"{model.uri} is not read from here; give --model-folder")
+        answer = await read_model(folder or model.uri, model.revision, hub)
         checkpoint = read_checkpoint(answer.config, answer.tensors)
     except Unreadable as error:
+        if folder:
+            raise UsageError(f"--model-folder: {error}") from error
         why = f"The model was not checked: {error}."
         return Forecast(service, children, None, Preflight(warnings=(why,)))
     except CheckpointError as error:
@@ -242,12 +235,20 @@ def _make_parser(prog: str) -> argparse.ArgumentParser:
     plan.add_argument("--gpu", help="the product, where resources.gpu.products names none")
     plan.add_argument(
         "--hub-endpoint",
-        default=os.environ.get("HF_ENDPOINT", PUBLIC_HUB),
+        default=os.environ.get(HUB_VARIABLE, PUBLIC_HUB),
         help="of hf:// models (HF_ENDPOINT); empty: nothing is read",
     )
     plan.add_argument("--engine-image", default="pagoda-runtime", help="of -o yaml")
     plan.add_argument("-o", "--output", choices=("text", "yaml"), default="text")
     plan.set_defaults(run=_plan)
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what preflight needs to know of a model (what the operator's Jobs run)",
+        allow_abbrev=False,
+    )
+    inspect.add_argument("model", help="a folder, hf://ORG/NAME or https://HOST/PATH")
+    inspect.add_argument("--revision", help="branch, tag or commit of a hub's model")
+    inspect.set_defaults(run=_inspect)
     status = commands.add_parser(
         "status",
         help="say how an LLMService is",

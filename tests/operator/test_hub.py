@@ -131,6 +131,14 @@ async def test_what_gptqs_older_tools_wrote_beside_the_config_counts(serve: Any)
     }
 
 
+async def test_a_folder_of_any_web_server_tells_the_same(serve: Any) -> None:
+    files = Files(config__json=CONFIG)
+    hub = await serve(files.answer)
+    answer = await hub.read_at(f"{hub.endpoint}/models/llama/")
+    assert answer.config == LLAMA_8B
+    assert files.asked[0] == "/models/llama/config.json"
+
+
 async def test_a_token_is_sent_to_the_hub_alone(serve: Any) -> None:
     elsewhere = Files(config__json=CONFIG)
     there = await serve(elsewhere.answer)

@@ -15,7 +15,12 @@ from pagoda_operator.names import OPTIONAL_KINDS
 from pagoda_operator.telemetry import Telemetry
 
 OPTIONS = Options(
-    namespace=None, engine_image="e:1", hub_endpoint="", log_level="info", health_port=0
+    namespace=None,
+    engine_image="e:1",
+    hub_endpoint="",
+    inspection_image="",
+    log_level="info",
+    health_port=0,
 )
 
 
