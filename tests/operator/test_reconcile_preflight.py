@@ -143,6 +143,21 @@ async def test_pods_that_serve_go_on_when_a_change_would_not_fit(world: World) -
     assert world.status.get("preflight", {}).get("result") != "Failed"
 
 
+async def test_a_change_that_was_taken_back_while_no_operator_ran_leaves_nothing(
+    world: World,
+) -> None:
+    world.apply(**FITTING)
+    await world.settle()
+    world.apply(**TOO_LONG)
+    await world.settle()
+    assert world.status["preflight"]["result"] == "Failed"
+    world.start_operator()
+    world.apply(**FITTING)
+    await world.settle()
+    assert "preflight" not in world.status
+    assert world.reason()[0] == "False"
+
+
 async def test_nothing_is_read_for_pods_that_are_there(world: World) -> None:
     world.apply(**FITTING)
     await world.settle()
