@@ -75,7 +75,7 @@ class _Folder:
     complete: Path
     """Is there once everything else is."""
     authorize: Authorize
-    on_bytes: Callable[[int], None]
+    progress: _Progress
     known: dict[str, list[object]] = field(default_factory=dict)
     """name → [validator, size] of what is here, or partly here."""
 
@@ -126,6 +126,8 @@ class _Folder:
             target.unlink(missing_ok=True)
             self.known[name] = [validator, num_bytes]
             self._begin()
+            if name == WEIGHTS:
+                self.progress.expect(num_bytes)
             target.parent.mkdir(parents=True, exist_ok=True)
             if not there:
                 self._write(answer, part, "wb")
@@ -158,10 +160,10 @@ class _Folder:
 
     def _write(self, answer: HTTPResponse, part: Path, mode: str) -> None:
         with part.open(mode) as file:
-            self.on_bytes(file.tell())
+            self.progress.add(file.tell())
             while piece := answer.read(PIECE_BYTES):
                 file.write(piece)
-                self.on_bytes(len(piece))
+                self.progress.add(len(piece))
 
     def _begin(self) -> None:
         """Note what is being written: until all of it is there, the folder is of no use."""
@@ -190,13 +192,13 @@ def fetch_folder(uri: str, on_progress: Callable[[str, float, float], None]) -> 
     name = f"{urlsplit(uri).hostname}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}"
     path, complete = base / name, base / f"{name}.complete"
     progress = _Progress(on_progress)
-    folder = _Folder(uri, url, path, complete, authorize, progress.add)
+    folder = _Folder(uri, url, path, complete, authorize, progress)
     on_progress("download", 0.0, 0.0)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with _locked(base / f"{name}.lock"):
             try:
-                _fetch_all(folder, progress)
+                _fetch_all(folder)
                 complete.touch()
             except (OSError, http.client.HTTPException) as error:
                 is_away = not isinstance(error, urllib.error.HTTPError) or error.code >= 500
@@ -221,7 +223,7 @@ def _address(uri: str, environment: Mapping[str, str]) -> tuple[str, Authorize]:
     return uri, lambda _, headers: {**headers, **added}
 
 
-def _fetch_all(folder: _Folder, progress: _Progress) -> None:
+def _fetch_all(folder: _Folder) -> None:
     uri = folder.uri
     with contextlib.suppress(OSError, ValueError):
         folder.known = json.loads((folder.path / STATE).read_bytes())
@@ -234,12 +236,11 @@ def _fetch_all(folder: _Folder, progress: _Progress) -> None:
             folder.fetch_optional(f"{module}/{WEIGHTS}")
     index = folder.read_json(INDEX)
     if not isinstance(index, dict):
-        progress.expect(None)
         folder.fetch(WEIGHTS)
         return
     shards, facts = index.get("weight_map"), index.get("metadata")
     total = facts.get("total_size") if isinstance(facts, dict) else None
-    progress.expect(total if isinstance(total, int) else None)
+    folder.progress.expect(total if isinstance(total, int) else 0)
     for shard in sorted(set(shards.values()) if isinstance(shards, dict) else (), key=str):
         folder.fetch(_checked(uri, shard))
 
@@ -260,16 +261,17 @@ class _Progress:
 
     def __init__(self, on_progress: Callable[[str, float, float], None]) -> None:
         self._on_progress = on_progress
-        self._total: int | None = None
+        self._total = 0
         self._done, self._started = 0, time.monotonic()
 
-    def expect(self, total_bytes: int | None) -> None:
+    def expect(self, total_bytes: int) -> None:
+        """Of what comes now, that is 100 %; below 1 it is not known."""
         self._total, self._done, self._started = total_bytes, 0, time.monotonic()
 
     def add(self, num_bytes: int) -> None:
         self._done += num_bytes
         seconds = time.monotonic() - self._started
-        percent = 100.0 * self._done / self._total if self._total else 0.0
+        percent = 100.0 * self._done / self._total if self._total > 0 else 0.0
         self._on_progress("download", min(99.9, percent), self._done / max(seconds, 1e-3))
 
 

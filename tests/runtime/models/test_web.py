@@ -113,8 +113,10 @@ def test_the_files_of_a_folder_come_and_progress_is_told(server):
 def test_a_model_of_one_file_and_an_address_with_a_slash(server):
     del server.files["/models/tiny/" + web.INDEX]
     server.put(web.WEIGHTS, b"w" * 100)
-    folder = resolve_model(server.uri + "/", None, quiet)
+    reports = []
+    folder = resolve_model(server.uri + "/", None, lambda *report: reports.append(report))
     assert (folder / web.WEIGHTS).read_bytes() == b"w" * 100
+    assert reports[-2][1] == 99.9
 
 
 def test_what_is_the_same_stays_and_what_changed_comes_anew(server):
