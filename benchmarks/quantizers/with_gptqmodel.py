@@ -20,6 +20,8 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch
 from gptqmodel import BACKEND, GPTQModel
+from gptqmodel.models.definitions.gemma3 import Gemma3QModel
+from gptqmodel.models.definitions.llama import LlamaQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization.awq.quantize import scale
 from gptqmodel.quantization.config import FORMAT, AWQConfig, GPTQConfig
@@ -51,23 +53,33 @@ def let_positions_have_a_type() -> None:
     Gemma3RotaryEmbedding.forward = forward
 
 
-def let_norms_multiply_by_one_more() -> None:
-    """AWQ divides Gemma 3's norms as Llama's: their products are weight, and Gemma's 1 + weight.
+def let_norms_be_gemmas() -> None:
+    """AWQ takes Gemma 3's layers for Llama's.
 
-    It knows Gemma 2's, whose place Gemma 3's take.
+    It divides norms as if they multiplied by their weight, where Gemma's multiply by 1 + weight: it
+    knows that of Gemma 2's, whose place they take. And it divides the norm behind attention for
+    what it multiplies the perceptron's matrices by, where the one before these has to be.
     """
     scale.Gemma2RMSNorm = Gemma3RMSNorm
+    *path, layer = LlamaQModel.module_tree
+    behind, before = "post_attention_layernorm", "pre_feedforward_layernorm"
+    tree = {before if key == behind else key: parts for key, parts in layer.items()}
+    Gemma3QModel.module_tree = [*path, tree | {before: (f"{before}:!:norm",)}]
 
 
 def main(kind: str, model: Path, calibration: Path, out: Path) -> None:
     let_positions_have_a_type()
-    let_norms_multiply_by_one_more()
+    let_norms_be_gemmas()
     windows = json.loads(calibration.read_text())
     rows = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows]
     if kind == "awq":
         # It multiplies them once for each of many scales.
         rows = rows[::4]
     quantized = GPTQModel.load(str(model), CONFIGS[kind](), dtype=torch.bfloat16)
+    for module in quantized.model.modules():
+        if isinstance(module, Gemma3RMSNorm):
+            # AWQ divides 1 + weight by some hundreds: bf16 cannot hold such a weight, near -1.
+            module.float()
     quantized.quantize(rows, batch_size=1)
     quantized.save(str(out))
     backend = BACKEND.AWQ_TORCH if kind == "awq" else BACKEND.GPTQ_TORCH

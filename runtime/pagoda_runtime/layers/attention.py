@@ -9,11 +9,11 @@ import torch
 from pagoda_kernels.paged_attention import HeadNorm, Rotary
 from pagoda_runtime.layers.linear import Linear
 from pagoda_runtime.layers.module import Module
-from pagoda_runtime.layers.norm import folded_weight, norm_floor
+from pagoda_runtime.layers.norm import folded_weight, make_weight, norm_floor
 from pagoda_runtime.layers.step_input import StepInput
 from pagoda_runtime.parallel import TensorParallel
 from pagoda_runtime.quantization.base import Placement
-from pagoda_runtime.quantization.parameter import OUTPUT, Axis, Layout, Part
+from pagoda_runtime.quantization.parameter import Axis, Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,8 @@ class QKNorm(Module):
         super().__init__()
         self.weight_offset, self.rotary_dim = weight_offset, rotary_dim
         self.heads = heads.share(placement.parallel)
-        layout = Layout([Part("q_norm", heads.head_dim), Part("k_norm", heads.head_dim)])
-        self.parameters["weight"] = placement.parameter(layout, OUTPUT)
+        parts = (Part(name, heads.head_dim) for name in ("q_norm", "k_norm"))
+        self.parameters["weight"] = make_weight(placement, *parts)
         self.floor = norm_floor(eps, heads.head_dim, placement.device)
 
     def use_parameters(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -10,7 +11,7 @@ from pagoda_kernels import norm as kernels
 from pagoda_kernels.norm import LayerNormWeights, RMSNormWeights
 from pagoda_runtime.layers.module import Module
 from pagoda_runtime.quantization.base import Placement
-from pagoda_runtime.quantization.parameter import OUTPUT, Layout, Part
+from pagoda_runtime.quantization.parameter import OUTPUT, Layout, Parameter, Part
 
 
 class RMSNorm(Module):
@@ -31,7 +32,7 @@ class RMSNorm(Module):
         super().__init__()
         self.dtype = placement.dtype
         self.weight_offset = weight_offset
-        self.parameters["weight"] = placement.parameter(Layout([Part("", size)]), OUTPUT)
+        self.parameters["weight"] = make_weight(placement, Part("", size))
         self.floor = norm_floor(eps, size, placement.device)
 
     def use_parameters(self) -> None:
@@ -43,13 +44,21 @@ class RMSNorm(Module):
         return kernels.norm(x, self.weights, self.dtype)
 
 
+def make_weight(placement: Placement, *parts: Part) -> Parameter:
+    """[sum of the parts' sizes] fp32, whatever the model's dtype.
+
+    AWQ may leave 1 + weight some hundreds of times smaller; a weight near -1 cannot say so in bf16.
+    """
+    return replace(placement, dtype=torch.float32).parameter(Layout(parts), OUTPUT)
+
+
 def norm_floor(eps: float, size: int, device: torch.device) -> torch.Tensor:
     return torch.tensor(math.sqrt(eps * size), dtype=torch.float32, device=device)
 
 
 def folded_weight(weight: torch.Tensor, offset: float) -> torch.Tensor:
-    """In fp32, because one plus a small bf16 weight is not a bf16 number."""
-    return (weight.float() + offset) * math.sqrt(weight.shape[-1])
+    """weight: fp32, as one plus a small bf16 weight is not a bf16 number."""
+    return (weight + offset) * math.sqrt(weight.shape[-1])
 
 
 class LayerNorm(Module):
@@ -64,12 +73,12 @@ class LayerNorm(Module):
         super().__init__()
         self.dtype, self.eps = placement.dtype, eps
         for name in ("weight", "bias") if has_bias else ("weight",):
-            self.parameters[name] = placement.parameter(Layout([Part("", size)]), OUTPUT)
+            self.parameters[name] = make_weight(placement, Part("", size))
 
     def use_parameters(self) -> None:
-        weight = self.parameters["weight"].data.float()
+        weight = self.parameters["weight"].data
         bias = self.parameters.get("bias")
-        shift = torch.zeros_like(weight) if bias is None else bias.data.float()
+        shift = torch.zeros_like(weight) if bias is None else bias.data
         self.weights = LayerNormWeights(weight, shift, self.eps)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,14 @@ def test_one_plus_a_small_bf16_weight_is_not_rounded_away():
     assert make_norm(weight, 1.0).weights.weight[0].item() / 8 == pytest.approx(1.001, abs=1e-5)
 
 
+@pytest.mark.parametrize("weight", [-0.9973, -0.9951])
+def test_a_stored_fp32_weight_keeps_its_bits_in_a_bf16_model(weight):
+    """In bf16 both would be -0.9961: of what is left of 1 half as much again, or a fifth less."""
+    norm = RMSNorm(4, eps=0.0, weight_offset=1.0, placement=place(torch.bfloat16))
+    load(norm, {".weight": torch.full((4,), weight)})
+    torch.testing.assert_close(norm(torch.ones(1, 4)), torch.full((1, 4), 1 + weight).bfloat16())
+
+
 def test_layer_norm_takes_fp32_and_gives_the_models_dtype():
     torch.manual_seed(0)
     x, weight, bias = torch.randn(5, 48), torch.randn(48).bfloat16(), torch.randn(48).bfloat16()
