@@ -23,7 +23,7 @@ demo-down:      ## stop the local cluster and leave nothing of it behind
 test:           ## everything: units, engine, server, operator, and the system on a real cluster
 	@python3 e2e/phases.py test
 
-check: venv     ## lint, types, unit tests: seven minutes on two cores
+check: venv     ## lint, types, unit tests: nine minutes on two cores
 	@$(MAKE) --no-print-directory lint types unit
 
 lint:
