@@ -61,16 +61,14 @@ class ResponseWriter:
         if not is_call:
             place["content_index"] = 0
         of_text = {**place, "logprobs": []} if block.kind == "text" else place
+        if change.what == "text":
+            # Without the item: its text so far would be joined for each token.
+            return self.write_event(f"{kind}.delta", **of_text, delta=change.text)
         item = self._item(block, is_begun=change.what == "start")
-        match change.what:
-            case "start":
-                added = self.write_event(
-                    "response.output_item.added", output_index=index, item=item
-                )
-                part = "response.content_part.added"
-                return added if is_call else added + self._write_part(part, place, block)
-            case "text":
-                return self.write_event(f"{kind}.delta", **of_text, delta=change.text)
+        if change.what == "start":
+            added = self.write_event("response.output_item.added", output_index=index, item=item)
+            part = "response.content_part.added"
+            return added if is_call else added + self._write_part(part, place, block)
         whole = {"arguments" if is_call else "text": block.text}
         done = self.write_event(f"{kind}.done", **of_text, **whole)
         if not is_call:
