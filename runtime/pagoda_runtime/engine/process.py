@@ -197,19 +197,9 @@ def main(
         find: asked once, before all else.
         rank_command: runs `engine.rank.main` with the same runner.
     """
-    # The parent drains on these, and then says Shutdown.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with open(0, "rb", buffering=0, closefd=False) as stdin:
-        line = stdin.readline()
-    if not line:
+    launch = _read_launch()
+    if launch is None:
         return 1
-    launch = msgspec.json.decode(line, type=Launch)
-    configure_logging(launch.log_level)
-    threading.Thread(
-        target=_end_with_parent, args=[launch.socket_folder], name="parent-watch", daemon=True
-    ).start()
-
     context: zmq.Context[Any] = zmq.Context()
     input_socket = context.socket(zmq.PULL)
     # No bound here: the client bounds the requests that it lets in.
@@ -244,6 +234,23 @@ def main(
         context.destroy(linger=0)
         outbox.close()
     return 0
+
+
+def _read_launch() -> Launch | None:
+    """What the parent wants; None: it is gone. From now on this process ends with it."""
+    # The parent drains on these, and then says Shutdown.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with open(0, "rb", buffering=0, closefd=False) as stdin:
+        line = stdin.readline()
+    if not line:
+        return None
+    launch = msgspec.json.decode(line, type=Launch)
+    configure_logging(launch.log_level)
+    threading.Thread(
+        target=_end_with_parent, args=[launch.socket_folder], name="parent-watch", daemon=True
+    ).start()
+    return launch
 
 
 def _end_with_parent(socket_folder: str) -> None:

@@ -143,11 +143,11 @@ class _Group(NamedTuple):
         """
         takes_argmax, params = is_plain(self.rows[0]), [params_of(row) for row in self.rows]
         logits = self.logits
-        few = None if self.few is None or not self.few.are_allowed else self.few.token_ids
-        if few is not None:
-            logits = clean_logits(logits[:, few])
-        elif self.few is not None:
-            logits = clean_logits(logits).index_fill_(1, self.few.token_ids, -torch.inf)
+        few = self.few
+        if few is not None and few.are_allowed:
+            logits = clean_logits(logits[:, few.token_ids])
+        elif few is not None:
+            logits = clean_logits(logits).index_fill_(1, few.token_ids, -torch.inf)
         elif not takes_argmax:
             logits = process_logits(logits, self.rows, eos_token_ids)
         if self.rows[0].num_candidates:
@@ -160,8 +160,8 @@ class _Group(NamedTuple):
             token_ids = _take(_argmax(logits), of_seeds)
         else:
             token_ids = _draw(logits, self.rows)
-        if few is not None:
-            token_ids = few[token_ids]
+        if few is not None and few.are_allowed:
+            token_ids = few.token_ids[token_ids]
         if not params[0].needs_logprobs:
             return [token_ids]
         num_top = max(some.logprobs or 0 for some in params)

@@ -135,8 +135,8 @@ def load_weights(
             else:
                 progress.add(piece, math.prod(stored.get_shape()) * piece.itemsize)
             seen.add(name)
-    missing = (name for name in shards if name not in seen)
-    faults["missing"] += [name for name in missing if not shards[name].parameter.is_optional]
+    needed = (name for name, shard in shards.items() if not shard.parameter.is_optional)
+    faults["missing"] += [name for name in needed if name not in seen]
     _raise_faults(folder, faults)
     if num_scales:
         logger.info(_UNUSED_SCALES, num_scales, ", ".join(KV_SCALES))
