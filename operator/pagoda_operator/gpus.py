@@ -31,7 +31,8 @@ PRODUCTS: Mapping[str, float] = {
     "NVIDIA-H200": 139.7,
     "NVIDIA-B200": 178.3,
 }
-"""nvidia.com/gpu.product → GiB that CUDA sees of it, rounded down, smallest first."""
+"""nvidia.com/gpu.product → GiB that CUDA sees of it, rounded down, smallest first. Read from a card
+for the H100; of the others it is what they are sold with, less some that the driver keeps."""
 # A slice by MIG names its memory, in products and in resources: 1g.10gb.
 _SLICE = re.compile(r"\d+g\.(\d+)gb")
 # The driver keeps some of it.

@@ -19,20 +19,13 @@ from pagoda_operator.checkpoint import (
     read_checkpoint,
     read_index,
 )
+from pagoda_operator.child import render_child
 from pagoda_operator.flags import model_argument, model_claim
-from pagoda_operator.names import (
-    API_VERSION,
-    KIND,
-    LABEL_MANAGED_BY,
-    MANAGED_BY,
-    Manifest,
-    digest,
-)
+from pagoda_operator.names import LABEL_MANAGED_BY, MANAGED_BY, Manifest, digest
 from pagoda_operator.pod import MODELS_VOLUME, render_pull_template
 from pagoda_operator.spec import LLMService
 
 HF, HTTPS = "hf://", "https://"
-JOB_LABEL = "batch.kubernetes.io/job-name"
 DEADLINE_SECONDS = 60
 """From its creation; an image that is still pulled then has to be there at the next attempt."""
 KEPT_SECONDS = 300
@@ -81,25 +74,21 @@ def render_inspection(service: LLMService, image: str) -> Manifest:
         "containers": [{**container, **changed, "terminationMessagePolicy": "File"}],
         "volumes": [it for it in pod["volumes"] if it["name"] in _VOLUMES],
     }
+    # Not those of the engines: its pod is none of them.
     labels = {LABEL_MANAGED_BY: MANAGED_BY}
-    owner = {"apiVersion": API_VERSION, "kind": KIND, "name": key.name, "uid": service.uid}
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {
-            "name": f"{key.name}-check-{digest({'pod': pod, 'uid': service.uid})[:6]}",
-            "namespace": key.namespace,
-            # Not those of the engines: its pod is none of them.
-            "labels": labels,
-            "ownerReferences": [{**owner, "controller": True, "blockOwnerDeletion": False}],
-        },
-        "spec": {
+    job = render_child(
+        service,
+        "Job",
+        spec={
             "backoffLimit": 0,
             "activeDeadlineSeconds": DEADLINE_SECONDS,
             "ttlSecondsAfterFinished": KEPT_SECONDS,
             "template": {"metadata": {"labels": labels}, "spec": pod},
         },
-    }
+    )
+    job["metadata"]["name"] = f"{key.name}-check-{digest({'pod': pod, 'uid': service.uid})[:6]}"
+    job["metadata"]["labels"] = labels
+    return job
 
 
 def tell(config: object, tensors: Tensors) -> str:

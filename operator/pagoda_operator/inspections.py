@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pagoda_operator.checkpoint import Checkpoint, CheckpointError
 from pagoda_operator.cluster import ApiError, ApiServer, Conflict
 from pagoda_operator.hub import Unreadable
-from pagoda_operator.inspection import DEADLINE_SECONDS, JOB_LABEL, hear, render_inspection
-from pagoda_operator.names import Manifest, find_condition
+from pagoda_operator.inspection import DEADLINE_SECONDS, hear, render_inspection
+from pagoda_operator.names import LABEL_JOB, Manifest, find_condition
 from pagoda_operator.plan import is_controlled_by
 from pagoda_operator.spec import LLMService
 
@@ -48,7 +48,7 @@ class Inspections:
             # There is one if an earlier operator began it.
             await self.cluster.write(job)
         await self._wait(namespace, name, uid)
-        pods = await self.cluster.list("Pod", namespace, f"{JOB_LABEL}={name}")
+        pods = await self.cluster.list("Pod", namespace, f"{LABEL_JOB}={name}")
         live = await self.cluster.get("Job", namespace, name)
         if live is not None:
             await self.cluster.delete(live)

@@ -244,8 +244,9 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parser.add_argument(
         "--inspection-image",
         default="",
-        help="the operator's own image, for Jobs that read models on claims, and of a hub with a "
-        "token, before a GPU is taken for them (they are not read if the flag is absent or empty)",
+        help="the operator's own image, for Jobs that read models on claims, of web servers, and "
+        "of a hub with a token, before a GPU is taken for them (they are not read if the flag is "
+        "absent or empty)",
     )
     parser.add_argument(
         "--log-level", default="info", choices=("debug", "info", "warning", "error")

@@ -9,7 +9,7 @@ from datetime import datetime
 
 from pagoda_operator.causes import is_unstarted
 from pagoda_operator.cluster import ApiServer, Refused
-from pagoda_operator.names import LABEL_COMPONENT, LABEL_SERVICE, ChildRef, Key, Manifest
+from pagoda_operator.names import LABEL_COMPONENT, LABEL_SERVICE, PRELOAD, ChildRef, Key, Manifest
 from pagoda_operator.plan import is_ours
 from pagoda_operator.spec import LLMService
 
@@ -62,33 +62,41 @@ async def observe(
     unseen = [ref for ref in named if ref not in children]
     found = await asyncio.gather(*(cluster.get(ref.kind, namespace, ref.name) for ref in unseen))
     children |= {ref: item for ref, item in zip(unseen, found, strict=True) if item is not None}
-    events = await _list_warnings(cluster, namespace, pods, now)
-    loaders = [pod for pod in pods if _component(pod) == "preload"]
-    engines = [pod for pod in pods if _component(pod) != "preload"]
+    events = await _warnings_of_unstarted(cluster, namespace, pods, now)
+    loaders = [pod for pod in pods if _is_loader(pod)]
+    engines = [pod for pod in pods if not _is_loader(pod)]
     return World(children, engines, loaders, events, is_listed=bool(listed))
 
 
-def _component(pod: Manifest) -> str:
-    return str(pod["metadata"].get("labels", {}).get(LABEL_COMPONENT, ""))
+def _is_loader(pod: Manifest) -> bool:
+    return bool(pod["metadata"].get("labels", {}).get(LABEL_COMPONENT) == PRELOAD)
 
 
-async def _list_warnings(
+async def _warnings_of_unstarted(
     cluster: ApiServer, namespace: str, pods: Sequence[Manifest], now: datetime
 ) -> list[Manifest]:
     """Warning events about pods that do not start; none where they may not be read."""
-    names = [
-        pod["metadata"]["name"]
+    unstarted = [
+        pod
         for pod in pods
         # Below 0 is a clock that goes wrong, which must not make the operator blind.
         if is_unstarted(pod) and not 0 <= _age_seconds(pod, now) < FIRST_LOOK_SECONDS
-    ][:MAX_PODS_WITH_EVENTS]
-    selectors = [f"involvedObject.name={name},type=Warning" for name in names]
+    ]
     try:
-        found = await asyncio.gather(
-            *(cluster.list("Event", namespace, fields=selector) for selector in selectors)
-        )
+        return await list_warnings(cluster, namespace, unstarted)
     except Refused:
         return []
+
+
+async def list_warnings(
+    cluster: ApiServer, namespace: str, pods: Sequence[Manifest]
+) -> list[Manifest]:
+    """Warning events about the first of these pods. Raises: ApiError."""
+    names = [pod["metadata"]["name"] for pod in pods[:MAX_PODS_WITH_EVENTS]]
+    selectors = [f"involvedObject.name={name},type=Warning" for name in names]
+    found = await asyncio.gather(
+        *(cluster.list("Event", namespace, fields=selector) for selector in selectors)
+    )
     return [event for events in found for event in events]
 
 

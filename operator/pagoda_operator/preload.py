@@ -13,6 +13,8 @@ from pagoda_operator.child import render_child
 from pagoda_operator.flags import pull_args
 from pagoda_operator.names import (
     LABEL_COMPONENT,
+    LABEL_JOB,
+    PRELOAD,
     ChildRef,
     Manifest,
     digest,
@@ -22,7 +24,6 @@ from pagoda_operator.names import (
 from pagoda_operator.pod import render_pull_template
 from pagoda_operator.spec import LLMService
 
-COMPONENT = "preload"
 # As an engine it is tried for ever, by the kubelet and more and more seldom: what is wrong stands
 # in its pod until somebody corrects it.
 MAX_RESTARTS = 2**31 - 1
@@ -31,7 +32,7 @@ MAX_RESTARTS = 2**31 - 1
 def render_preload(service: LLMService, engine_image: str) -> Manifest:
     """The Job of a service whose cache is to be filled first."""
     template = render_pull_template(service, engine_image, pull_args(service))
-    template["metadata"]["labels"][LABEL_COMPONENT] = COMPONENT
+    template["metadata"]["labels"][LABEL_COMPONENT] = PRELOAD
     spec = {
         "suspend": service.spec.suspend,
         "backoffLimit": MAX_RESTARTS,
@@ -39,7 +40,7 @@ def render_preload(service: LLMService, engine_image: str) -> Manifest:
     }
     job = render_child(service, "Job", spec=spec)
     job["metadata"]["name"] = f"{service.key.name}-load-{digest(template)[:7]}"
-    job["metadata"]["labels"][LABEL_COMPONENT] = COMPONENT
+    job["metadata"]["labels"][LABEL_COMPONENT] = PRELOAD
     return job
 
 
@@ -68,7 +69,7 @@ def find_preloading(
         if not is_leaving(pod)
         # The Job says so a moment later.
         and pod.get("status", {}).get("phase") != "Succeeded"
-        and pod["metadata"]["labels"].get("batch.kubernetes.io/job-name") == job.name
+        and pod["metadata"]["labels"].get(LABEL_JOB) == job.name
     ]
     troubles = [cause for cause in causes if cause is not None and cause.reason != "LoadingModel"]
     claim = service.spec.cache.pvc

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 
@@ -131,15 +131,7 @@ class Reconciler:
         if self.checks is not None:
             wanted_pods = wanted[ChildRef("Deployment", engine_name(key.name))]
             verdict = self.checks.find(service, previous, wanted_pods, deployment)
-        blocker = verdict.cause
-        if blocker is not None:
-            plan = plan.without("Job", "Deployment")
-        else:
-            seen = wanted, world.children, world.loaders, world.events
-            blocker = find_preloading(service, *seen)
-            # Of a suspended service nothing is loaded, and its replicas do not wait for that.
-            plan = plan if blocker is None else plan.without("Deployment")
-            blocker = None if service.spec.suspend else blocker
+        plan, blocker = _hold_pods(plan, verdict, service, wanted, world)
         failure: Refused | Unavailable | None = None
         try:
             deployment = await self._execute(key, plan, memory, now) or deployment
@@ -290,6 +282,23 @@ class Reconciler:
             await self.cluster.apply_status(same_object(manifest, status=status), manager=MANAGER)
         except NotFound:
             logger.info("%s is gone", manifest["metadata"]["name"])
+
+
+def _hold_pods(
+    plan: Plan,
+    verdict: Verdict,
+    service: LLMService,
+    wanted: Mapping[ChildRef, Manifest],
+    world: World,
+) -> tuple[Plan, Cause | None]:
+    """The plan, without what has to wait, and why it has to."""
+    if verdict.cause is not None:
+        return plan.without("Job", "Deployment"), verdict.cause
+    blocker = find_preloading(service, wanted, world.children, world.loaders, world.events)
+    if blocker is None:
+        return plan, None
+    # Of a suspended service nothing is loaded, and its replicas do not wait for that.
+    return plan.without("Deployment"), None if service.spec.suspend else blocker
 
 
 def _find_hindrance(plan: Plan, failure: ApiError | None) -> Cause | None:

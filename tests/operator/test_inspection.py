@@ -12,9 +12,9 @@ from pagoda_operator.checkpoint import CheckpointError, Tensors, read_checkpoint
 from pagoda_operator.checks import Checks, Verdict
 from pagoda_operator.cluster import Conflict, Refused
 from pagoda_operator.hub import Unreadable
-from pagoda_operator.inspection import JOB_LABEL, hear, is_for_job, render_inspection, tell
+from pagoda_operator.inspection import hear, is_for_job, render_inspection, tell
 from pagoda_operator.inspections import Inspections
-from pagoda_operator.names import LABEL_SERVICE, Manifest
+from pagoda_operator.names import LABEL_JOB, LABEL_SERVICE, Manifest
 from pagoda_operator.testing import LLAMA_8B, MemoryCluster, make_service
 from pagoda_operator.tools import main
 
@@ -153,7 +153,7 @@ class JobCluster(MemoryCluster):
                     "conditions": [{"type": self.kind, "status": "True"}]
                 }
                 ended = {"state": {"terminated": {"message": self.message}}}
-                metadata = {"name": f"{name}-pod", "labels": {JOB_LABEL: name}}
+                metadata = {"name": f"{name}-pod", "labels": {LABEL_JOB: name}}
                 status = {"containerStatuses": [ended]}
                 self.put({"kind": "Pod", "metadata": metadata, "status": status})
 
