@@ -10,7 +10,6 @@ import pytest
 
 from pagoda_operator.causes import Cause, failed_pods, find_cause, is_unstarted
 from pagoda_operator.names import Manifest
-from pagoda_operator.spec import LLMServiceSpec
 from pagoda_operator.testing import make_pod, make_service
 
 SPEC = make_service({"resources": {"gpu": {"count": 1}, "memory": "3Gi"}}).spec
@@ -20,10 +19,9 @@ QUIET: Manifest = {"metadata": {"generation": 1}, "status": {"observedGeneration
 def cause_of(
     *pods: Manifest,
     deployment: Manifest = QUIET,
-    spec: LLMServiceSpec = SPEC,
     events: Sequence[Manifest] = (),
 ) -> Cause | None:
-    return find_cause(spec, deployment, pods, "rev", events)
+    return find_cause(SPEC, deployment, pods, "rev", events)
 
 
 def exited(code: int, message: str = "", **more: Any) -> dict[str, Any]:
@@ -56,54 +54,6 @@ def test_a_secret_that_lacks_the_key_is_named() -> None:
     assert cause is not None
     assert (cause.reason, cause.is_stalled) == ("SecretMissing", True)
     assert cause.message.startswith("The Secret hub has no key HF_TOKEN; add it")
-
-
-CLAIMS = [{"name": "gpu", "resourceClaimTemplateName": "one-gpu"}]
-CLAIMING = make_service({"resources": {"gpu": {"claims": CLAIMS}, "queueName": "team"}}).spec
-
-
-def test_claims_that_no_node_can_meet_are_a_want_of_gpus() -> None:
-    said = "0/1 nodes are available: 1 cannot allocate all claims."
-    cause = cause_of(make_pod("rev", unschedulable=said), spec=CLAIMING)
-    assert cause is not None
-    assert (cause.reason, cause.is_stalled) == ("InsufficientGPU", False)
-    assert cause.message.endswith(f"spec.resources.gpu.claims. The scheduler says: {said}")
-
-
-def test_a_missing_template_of_a_claim_is_named_though_the_scheduler_is_silent() -> None:
-    pod = make_pod("rev") | {"spec": {"resourceClaims": CLAIMS}}
-    pod["metadata"]["uid"] = "u"
-    pod["status"] = {"phase": "Pending"}
-    assert is_unstarted(pod)
-    event = {
-        "involvedObject": {"uid": "u"},
-        "reason": "FailedResourceClaimCreation",
-        "message": 'PodResourceClaim gpu: resource claim template "one-gpu": '
-        'resourceclaimtemplate.resource.k8s.io "one-gpu" not found',
-    }
-    cause = cause_of(pod, spec=CLAIMING, events=[event])
-    assert cause is not None
-    assert (cause.reason, cause.is_stalled) == ("ResourceClaimTemplateMissing", True)
-    assert cause.message.startswith("The ResourceClaimTemplate one-gpu does not exist")
-
-
-@pytest.mark.parametrize(
-    ("gate", "reason", "part"),
-    [
-        ("kueue.x-k8s.io/admission", "Queued", "the queue team (spec.resources.queueName)"),
-        ("example.com/quota", "SchedulingGated", "example.com/quota"),
-    ],
-)
-def test_a_pod_behind_a_gate_waits_for_its_queue_or_for_who_set_it(
-    gate: str, reason: str, part: str
-) -> None:
-    pod = make_pod("rev", unschedulable="Scheduling is blocked due to non-empty scheduling gates")
-    pod["status"]["conditions"][-1]["reason"] = "SchedulingGated"
-    pod["spec"] = {"schedulingGates": [{"name": gate}]}
-    cause = cause_of(pod, spec=CLAIMING)
-    assert cause is not None
-    assert (cause.reason, cause.is_stalled) == (reason, False)
-    assert part in cause.message
 
 
 def test_pods_that_have_to_end_before_new_ones_start_are_named() -> None:
@@ -200,78 +150,6 @@ def test_the_two_faces_of_a_failed_pull_read_the_same() -> None:
     )
     causes = [cause_of(make_pod("rev", container={"state": {"waiting": s}})) for s in states]
     assert causes[0] == causes[1]
-
-
-@pytest.mark.parametrize(
-    ("message", "reason", "is_stalled"),
-    [
-        ("0/3 nodes: 3 Insufficient nvidia.com/gpu.", "InsufficientGPU", False),
-        ('persistentvolumeclaim "models" not found', "ModelNotFound", True),
-        ("0/3 nodes: 3 Insufficient cpu.", "Unschedulable", False),
-    ],
-)
-def test_a_pod_without_a_node_says_what_it_waits_for(
-    message: str, reason: str, is_stalled: bool
-) -> None:
-    cause = cause_of(make_pod("rev", unschedulable=message))
-    assert cause is not None
-    assert (cause.reason, cause.is_stalled) == (reason, is_stalled)
-
-
-ELSEWHERE = "didn't match Pod's node affinity/selector"
-
-
-@pytest.mark.parametrize(
-    ("message", "reason"),
-    [
-        (f"0/3 nodes: 3 node(s) {ELSEWHERE}.", "InsufficientGPU"),
-        (f"0/3 nodes: 1 Insufficient nvidia.com/gpu, 2 node(s) {ELSEWHERE}.", "InsufficientGPU"),
-        # A node has the product, and its GPUs are not what is wanting.
-        (f"0/3 nodes: 1 Insufficient memory, 2 node(s) {ELSEWHERE}.", "Unschedulable"),
-        ("0/3 nodes: 3 node(s) had untolerated taint {a: b}.", "Unschedulable"),
-    ],
-)
-def test_gpus_of_a_product_that_no_node_has_are_named(message: str, reason: str) -> None:
-    gpu = {"products": ["NVIDIA-L4", "NVIDIA-L40S"], "count": 2}
-    spec = make_service({"engine": {"tensorParallelSize": 2}, "resources": {"gpu": gpu}}).spec
-    cause = cause_of(make_pod("rev", unschedulable=message), spec=spec)
-    assert cause is not None
-    assert cause.reason == reason
-    named = (
-        "No node that takes the pods has 2 free nvidia.com/gpu of the product NVIDIA-L4 or "
-        f"NVIDIA-L40S (spec.resources.gpu.products). The scheduler says: {message}"
-    )
-    assert (cause.message == named) == (reason == "InsufficientGPU")
-
-
-def test_an_affinity_of_the_users_own_is_no_want_of_gpus() -> None:
-    message = f"0/3 nodes: 3 node(s) {ELSEWHERE}."
-    cause = cause_of(make_pod("rev", unschedulable=message))
-    assert cause == Cause("Unschedulable", f"The scheduler says: {message}", False)
-
-
-SURGING = make_service({"resources": {"gpu": {"count": 0}}}).spec
-NO_ROOM = "0/1 nodes are available: 1 Insufficient memory."
-
-
-def test_a_surge_without_room_names_what_holds_it_and_what_to_choose() -> None:
-    old = make_pod("older", name="chat-engine-old", ready=True)
-    cause = cause_of(old, make_pod("rev", unschedulable=NO_ROOM), spec=SURGING)
-    assert cause is not None
-    assert (cause.reason, cause.is_stalled) == ("NoRoomToSurge", False)
-    assert "chat-engine-old" in cause.message
-    assert "spec.rollout.strategy" in cause.message
-    assert NO_ROOM in cause.message
-
-
-def test_without_an_older_pod_or_a_surge_the_scheduler_has_the_word() -> None:
-    waiting = make_pod("rev", unschedulable=NO_ROOM)
-    in_place = {"resources": {"gpu": {"count": 0}}, "rollout": {"strategy": "InPlace"}}
-    causes = [
-        cause_of(waiting, make_pod("rev", name="a", ready=True), spec=SURGING),
-        cause_of(waiting, make_pod("older", name="a"), spec=make_service(in_place).spec),
-    ]
-    assert [cause.reason for cause in causes if cause] == ["Unschedulable", "Unschedulable"]
 
 
 def failed_pod(name: str, created: str, reason: str = "Evicted") -> Manifest:
