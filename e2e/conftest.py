@@ -50,17 +50,11 @@ def namespace(target: stack.Target, crds: None) -> Iterator[Kubectl]:
 
 
 @pytest.fixture
-def operator(
-    target: stack.Target, namespace: Kubectl, tmp_path: Path
-) -> Iterator[operator_process.OperatorProcess]:
+def operator(namespace: Kubectl, tmp_path: Path) -> Iterator[operator_process.OperatorProcess]:
     """This tree's operator as a process that serves the test's namespace alone."""
-    with operator_process.without_installed_operator(target.kubectl):
-        process = operator_process.OperatorProcess(namespace, tmp_path / "operator.log")
-        process.start()
-        try:
-            yield process
-        finally:
-            process.stop()
+    process = operator_process.OperatorProcess(namespace, tmp_path / "operator.log")
+    with process.running():
+        yield process
 
 
 @pytest.fixture

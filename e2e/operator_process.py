@@ -35,6 +35,7 @@ class OperatorProcess:
         namespace = "" if is_cluster_wide else kubectl.namespace
         self._flags = ["--engine-image", engine_image, "--namespace", namespace, *flags]
         self._log = log
+        self._kubectl = kubectl
         self._kubeconfig = kubeconfig or kubectl.kubeconfig
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
@@ -42,6 +43,16 @@ class OperatorProcess:
     @property
     def log(self) -> str:
         return self._log.read_text() if self._log.exists() else ""
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[OperatorProcess]:
+        """Run it for a while, in which the operator that the chart installed stands still."""
+        with without_installed_operator(self._kubectl):
+            self.start()
+            try:
+                yield self
+            finally:
+                self.stop()
 
     def start(self, *, wait: bool = True) -> None:
         """Start the process, and by default wait until it is ready."""

@@ -18,7 +18,6 @@ from operator_process import (
     ENGINE_IMAGE,
     OperatorProcess,
     installed_engine_image,
-    without_installed_operator,
 )
 from services import deployment, manifest, ready_reason, start_service, within_two_seconds
 
@@ -33,18 +32,11 @@ def team(target: stack.Target, crds: None) -> Iterator[Kubectl]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def operator(
-    target: stack.Target, team: Kubectl, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[OperatorProcess]:
+def operator(team: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
     """One operator for all tests of the module: each has a service of its own name."""
-    with without_installed_operator(target.kubectl):
-        log: Path = tmp_path_factory.mktemp("operator") / "operator.log"
-        process = OperatorProcess(team, log)
-        process.start()
-        try:
-            yield process
-        finally:
-            process.stop()
+    log: Path = tmp_path_factory.mktemp("operator") / "operator.log"
+    with OperatorProcess(team, log).running() as process:
+        yield process
 
 
 def patch(kubectl: Kubectl, child: str, change: dict[str, Any], *flags: str) -> None:

@@ -12,7 +12,7 @@ import stack
 import yaml
 from fake_node import offer
 from kube import Kubectl, condition, show_services, wait_until
-from operator_process import OperatorProcess, without_installed_operator
+from operator_process import OperatorProcess
 
 SERVICE = stack.ROOT / "examples" / "two-gpus.yaml"
 GOLDEN = stack.ROOT / "tests" / "operator" / "two-gpus.golden.yaml"
@@ -43,17 +43,13 @@ def node(target: stack.Target) -> Iterator[str]:
 
 
 @pytest.fixture
-def service(
-    target: stack.Target, namespace: Kubectl, tmp_path: Path, node: str
-) -> Iterator[Kubectl]:
+def service(namespace: Kubectl, tmp_path: Path, node: str) -> Iterator[Kubectl]:
     """The namespace in which an operator serves the golden LLMService."""
     image = children()[-1]["spec"]["template"]["spec"]["containers"][0]["image"]
     operator = OperatorProcess(namespace, tmp_path / "operator.log", engine_image=image)
-    with without_installed_operator(target.kubectl):
-        operator.start()
+    with operator.running():
         namespace.apply(SERVICE.read_text())
         yield namespace
-        operator.stop()
 
 
 def wait_for_reason(kubectl: Kubectl, reason: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 import stack
 from kube import Kubectl, condition, wait_until
 from llmservices import manifest
-from operator_process import OperatorProcess, kubeconfig_of_chart, without_installed_operator
+from operator_process import OperatorProcess, kubeconfig_of_chart
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(300)]
 
@@ -24,21 +24,16 @@ def team(
 ) -> Iterator[Kubectl]:
     """A namespace with a claim, and an operator with the chart's rights that may make Jobs."""
     folder = tmp_path_factory.mktemp("operator")
-    with (
-        stack.fresh_namespace(target.kubectl) as kubectl,
-        without_installed_operator(target.kubectl),
-    ):
+    with stack.fresh_namespace(target.kubectl) as kubectl:
         stack.ensure_model_volume(target, kubectl, images)
         kubeconfig = kubeconfig_of_chart(target, kubectl.namespace, folder, "inspectionJobs=true")
         flags = ["--inspection-image", images["operator"]]
-        operator = OperatorProcess(kubectl, folder / "operator.log", kubeconfig, flags=flags)
-        operator.start()
-        try:
+        with OperatorProcess(
+            kubectl, folder / "operator.log", kubeconfig, flags=flags
+        ).running() as operator:
             yield kubectl
             assert "Traceback" not in operator.log
             assert "is forbidden: User" not in operator.log
-        finally:
-            operator.stop()
 
 
 def apply(team: Kubectl, ranks: int) -> None:

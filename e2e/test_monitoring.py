@@ -13,7 +13,7 @@ import stack
 from cluster.binaries import go_compiler
 from cluster.settings import Settings
 from kube import Kubectl, wait_until
-from operator_process import OperatorProcess, kubeconfig_of_chart, without_installed_operator
+from operator_process import OperatorProcess, kubeconfig_of_chart
 from services import manifest, start_service
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -51,26 +51,21 @@ def test_monitor_and_alerts_are_made_by_the_charts_rights_and_go_with_the_wish(
     target: stack.Target, namespace: Kubectl, monitoring: None, tmp_path: Path
 ) -> None:
     config = kubeconfig_of_chart(target, namespace.namespace, tmp_path)
-    operator = OperatorProcess(namespace, tmp_path / "log", config)
-    with without_installed_operator(target.kubectl):
-        operator.start()
-        try:
-            start_service(namespace, observability=ALL)
-            for kind in KINDS:
-                child = wait_until(
-                    kind,
-                    lambda kind=kind: namespace.get(kind, "chat-engine"),
-                    timeout_seconds=10,
-                    on_timeout=lambda: operator.log,
-                )
-                assert child["metadata"]["labels"]["release"] == "prometheus"
-            namespace.apply(manifest(observability={"monitor": "None"}))
-            wait_until(
-                "none",
-                lambda: not any(namespace.get(kind, "chat-engine") for kind in KINDS),
+    with OperatorProcess(namespace, tmp_path / "log", config).running() as operator:
+        start_service(namespace, observability=ALL)
+        for kind in KINDS:
+            child = wait_until(
+                kind,
+                lambda kind=kind: namespace.get(kind, "chat-engine"),
                 timeout_seconds=10,
                 on_timeout=lambda: operator.log,
             )
-            assert "forbidden" not in operator.log
-        finally:
-            operator.stop()
+            assert child["metadata"]["labels"]["release"] == "prometheus"
+        namespace.apply(manifest(observability={"monitor": "None"}))
+        wait_until(
+            "none",
+            lambda: not any(namespace.get(kind, "chat-engine") for kind in KINDS),
+            timeout_seconds=10,
+            on_timeout=lambda: operator.log,
+        )
+        assert "forbidden" not in operator.log

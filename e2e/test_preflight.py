@@ -18,7 +18,7 @@ import stack
 from audit import AuditLog
 from kube import Kubectl, condition, wait_until
 from llmservices import manifest
-from operator_process import OperatorProcess, without_installed_operator
+from operator_process import OperatorProcess
 
 from pagoda_operator.testing import LLAMA_8B
 
@@ -61,18 +61,11 @@ def team(
 ) -> Iterator[Kubectl]:
     """A namespace with an operator that has a hub."""
     log = tmp_path_factory.mktemp("operator") / "operator.log"
-    with (
-        hub() as endpoint,
-        stack.fresh_namespace(target.kubectl) as kubectl,
-        without_installed_operator(target.kubectl),
-    ):
-        operator = OperatorProcess(kubectl, log, flags=["--hub-endpoint", endpoint])
-        operator.start()
-        try:
+    with hub() as endpoint, stack.fresh_namespace(target.kubectl) as kubectl:
+        flags = ["--hub-endpoint", endpoint]
+        with OperatorProcess(kubectl, log, flags=flags).running() as operator:
             yield kubectl
             assert "Traceback" not in operator.log
-        finally:
-            operator.stop()
 
 
 def apply(team: Kubectl, name: str, **engine: Any) -> None:

@@ -11,7 +11,7 @@ import fake_node
 import pytest
 import stack
 from kube import Kubectl, wait_until
-from operator_process import OperatorProcess, kubeconfig_of_chart, without_installed_operator
+from operator_process import OperatorProcess, kubeconfig_of_chart
 from services import deployment, engine_arguments, manifest, ready_reason
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
@@ -92,39 +92,34 @@ def test_engines_wait_for_the_job_of_their_model(
     target: stack.Target, namespace: Kubectl, node: str, tmp_path: Path
 ) -> None:
     config = kubeconfig_of_chart(target, namespace.namespace, tmp_path)
-    operator = OperatorProcess(namespace, tmp_path / "log", config)
-    with without_installed_operator(target.kubectl):
-        operator.start()
-        try:
-            namespace.apply(manifest(**spec(node, "hf://org/first")))
-            wait_until(
-                "Preloading",
-                lambda: ready_reason(namespace) == "Preloading",
-                timeout_seconds=10,
-                on_timeout=lambda: operator.log,
-            )
-            assert not deployment(namespace)
-            finish_job(namespace, "hf://org/first")
-            wait_until(
-                "engines of the first model",
-                lambda: deployment(namespace),
-                timeout_seconds=10,
-                on_timeout=lambda: operator.log,
-            )
-            namespace.apply(manifest(**spec(node, "hf://org/second")))
-            wait_until(
-                "Preloading", lambda: ready_reason(namespace) == "Preloading", timeout_seconds=10
-            )
-            assert "hf://org/first" in engine_arguments(deployment(namespace))
-            finish_job(namespace, "hf://org/second")
-            wait_until(
-                "engines of the second model",
-                lambda: "hf://org/second" in engine_arguments(deployment(namespace)),
-                timeout_seconds=10,
-                on_timeout=lambda: operator.log,
-            )
-            assert len(namespace.items("jobs")) == 1
-            assert "Traceback" not in operator.log
-            assert "forbidden" not in operator.log
-        finally:
-            operator.stop()
+    with OperatorProcess(namespace, tmp_path / "log", config).running() as operator:
+        namespace.apply(manifest(**spec(node, "hf://org/first")))
+        wait_until(
+            "Preloading",
+            lambda: ready_reason(namespace) == "Preloading",
+            timeout_seconds=10,
+            on_timeout=lambda: operator.log,
+        )
+        assert not deployment(namespace)
+        finish_job(namespace, "hf://org/first")
+        wait_until(
+            "engines of the first model",
+            lambda: deployment(namespace),
+            timeout_seconds=10,
+            on_timeout=lambda: operator.log,
+        )
+        namespace.apply(manifest(**spec(node, "hf://org/second")))
+        wait_until(
+            "Preloading", lambda: ready_reason(namespace) == "Preloading", timeout_seconds=10
+        )
+        assert "hf://org/first" in engine_arguments(deployment(namespace))
+        finish_job(namespace, "hf://org/second")
+        wait_until(
+            "engines of the second model",
+            lambda: "hf://org/second" in engine_arguments(deployment(namespace)),
+            timeout_seconds=10,
+            on_timeout=lambda: operator.log,
+        )
+        assert len(namespace.items("jobs")) == 1
+        assert "Traceback" not in operator.log
+        assert "forbidden" not in operator.log

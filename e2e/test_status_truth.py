@@ -20,7 +20,7 @@ import stack
 from audit import AuditLog
 from fake_node import RUNNING, Engines, engine
 from kube import Kubectl, KubectlError, wait_until
-from operator_process import OperatorProcess, kubeconfig_of_chart, without_installed_operator
+from operator_process import OperatorProcess, kubeconfig_of_chart
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
@@ -31,19 +31,12 @@ def team(
 ) -> Iterator[Kubectl]:
     """A namespace with an operator of its own, which has the rights of the chart alone."""
     folder = tmp_path_factory.mktemp("operator")
-    with (
-        stack.fresh_namespace(target.kubectl) as kubectl,
-        without_installed_operator(target.kubectl),
-    ):
+    with stack.fresh_namespace(target.kubectl) as kubectl:
         kubeconfig = kubeconfig_of_chart(target, kubectl.namespace, folder)
-        operator = OperatorProcess(kubectl, folder / "operator.log", kubeconfig)
-        operator.start()
-        try:
+        with OperatorProcess(kubectl, folder / "operator.log", kubeconfig).running() as operator:
             yield kubectl
             assert "Traceback" not in operator.log
             assert "is forbidden: User" not in operator.log
-        finally:
-            operator.stop()
 
 
 @pytest.fixture(scope="module")
