@@ -115,8 +115,7 @@ def load_weights(
     """
     kinds = "missing", "unexpected", "mis-shaped", "of another dtype", "twice"
     faults: dict[str, list[str]] = {kind: [] for kind in kinds}
-    seen: set[str] = set()
-    num_scales = 0
+    seen, num_scales = set[str](), 0
     files = find_weight_files(folder)
     progress = _Progress(sum(_file_bytes(path) for path in files), on_progress)
     for path in files:
