@@ -62,6 +62,7 @@ class Apply:
     """A server-side apply of one of our managers.
 
     live: what has the name now.
+    adopts: whether that has no owner, and gets one.
     taken_over: resourceVersion and managedFields to write before; see `ownership.take_over`.
     undoes: the edit, if this puts back what was applied before.
     """
@@ -69,6 +70,7 @@ class Apply:
     ref: ChildRef
     manifest: Manifest
     live: Manifest | None
+    adopts: bool = False
     manager: str = MANAGER
     taken_over: Manifest | None = None
     undoes: Edit | None = None
@@ -172,6 +174,7 @@ def _plan_applies(
             ref=ref,
             manifest=_with_replicas(manifest, live, target_replicas),
             live=live,
+            adopts=live is not None and not _controller(live),
             taken_over=None if live is None else take_over(live),
             undoes=Edit(ref, describe_rivals(live)) if is_correction else None,
         )

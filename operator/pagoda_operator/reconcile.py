@@ -93,8 +93,8 @@ class Reconciler:
         Raises:
             ApiError: the API server refused or did not answer; come again later.
         """
-        manifest = await self.cluster.get(KIND, key.namespace, key.name)
-        if manifest is None or is_leaving(manifest):
+        manifest = await self._find(key)
+        if manifest is None:
             # The garbage collector deletes the children: they name their owner.
             self.forget(key)
             return None
@@ -104,6 +104,11 @@ class Reconciler:
             await self._reject(key, manifest, str(error))
             return None
         return await self._converge(service, manifest)
+
+    async def _find(self, key: Key) -> Manifest | None:
+        """The LLMService; None if it is gone or going."""
+        manifest = await self.cluster.get(KIND, key.namespace, key.name)
+        return None if manifest is None or is_leaving(manifest) else manifest
 
     def forget(self, key: Key) -> None:
         """The LLMService is gone."""
@@ -131,6 +136,10 @@ class Reconciler:
         if self.checks is not None:
             wanted_pods = wanted[ChildRef("Deployment", engine_name(key.name))]
             verdict = self.checks.find(service, previous, wanted_pods, deployment)
+        if any(apply.adopts for apply in plan.applies) and not await self._find(key):
+            # Deleting it alone takes its name from its children. Given back, they would go with it.
+            self.forget(key)
+            return None
         plan, blocker = _hold_pods(plan, verdict, service, wanted, world)
         failure: Refused | Unavailable | None = None
         try:

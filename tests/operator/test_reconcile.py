@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import pytest
 
 from pagoda_operator.cluster import Refused, Unavailable
-from pagoda_operator.names import LABEL_REVISION, Key, Manifest
+from pagoda_operator.names import LABEL_REVISION, MANAGER, Key, Manifest
 from pagoda_operator.poll import Poller
 from pagoda_operator.reconcile import FIRST_STATUS_SECONDS, Reconciler
 from pagoda_operator.render import revision_of
@@ -362,3 +362,24 @@ async def test_a_changed_spec_is_applied_in_the_middle_of_a_fight(
     edit(cluster, {"engine": {"maxNumSeqs": 9}}, 2)
     await reconciler.reconcile(KEY)
     assert ("apply", "Deployment", "chat-engine") in cluster.writes[before:]
+
+
+async def test_children_that_a_deletion_leaves_behind_while_a_pass_looks_stay_without_owner(
+    cluster: MemoryCluster, poller: Poller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`kubectl delete --cascade=orphan`: a name given back would let them go with the service."""
+    cluster.put(make_manifest())
+    await settle(make_reconciler(cluster, poller))
+    list_children = cluster.list
+
+    async def list_after_deletion(kind: str, *arguments: str | None) -> list[Manifest]:
+        cluster.find("LLMService", "chat")["metadata"]["deletionTimestamp"] = "now"
+        for manifest in cluster.objects.values():
+            manifest["metadata"].pop("ownerReferences", None)
+            manifest["metadata"]["managedFields"] = [{"manager": MANAGER, "operation": "Apply"}]
+        return await list_children(kind, *arguments)
+
+    monkeypatch.setattr(cluster, "list", list_after_deletion)
+    cluster.writes.clear()
+    assert await make_reconciler(cluster, poller).reconcile(KEY) is None
+    assert cluster.writes == []
