@@ -40,13 +40,20 @@ class AuditLog:
         self._path = path
         self._start = path.stat().st_size
 
-    def requests(self, namespace: str) -> list[Request]:
-        """The requests for objects of a namespace, in the order in which they finished."""
+    def requests(self, namespace: str, *, with_reads: bool = False) -> list[Request]:
+        """The requests for objects of a namespace, in the order in which they finished.
+
+        Reads are there of those that ask by a service account.
+        """
         with self._path.open("rb") as file:
             file.seek(self._start)
             entries = [json.loads(line) for line in file if line.endswith(b"\n")]
         found = [_parse(entry) for entry in entries if entry["stage"] == "ResponseComplete"]
-        return [request for request in found if request.namespace == namespace]
+        return [
+            request
+            for request in found
+            if request.namespace == namespace and (request.is_write or with_reads)
+        ]
 
 
 def _parse(entry: dict[str, Any]) -> Request:

@@ -8,8 +8,10 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from . import lifecycle
+from . import control_plane, lifecycle
 from .console import say
 from .images import ensure_images
 from .settings import ClusterError, Settings, environment_settings
@@ -42,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("status", help="every process and the node; status 1 unless all is up")
     commands.add_parser("kubeconfig", help="print the path of the kubeconfig")
     commands.add_parser("paths", help="print kubectl, helm, kubeconfig and audit log as JSON")
+    planes = commands.add_parser("control-plane", help="an API server without a node, in a folder")
+    planes.add_argument("action", choices=("up", "down"))
+    planes.add_argument("folder", type=Path)
     images = commands.add_parser("images", help="build and push Pagoda's images, print them")
     images.add_argument("--registry", help="push there instead of to the local registry")
     return parser
@@ -55,6 +60,12 @@ def _run(options: argparse.Namespace, settings: Settings) -> int:
             say(f"  cluster up after {time.monotonic() - started:.1f} s")
         case "down":
             lifecycle.down(settings)
+        case "control-plane":
+            place = replace(settings, state=options.folder.absolute())
+            if options.action == "up":
+                say(json.dumps(lifecycle.paths(control_plane.up(place))))
+            else:
+                control_plane.down(place)
         case "status":
             say("\n".join(lifecycle.status(settings)))
             return 0 if lifecycle.is_up(settings) else 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from .processes import Program
 from .settings import (
-    API_PORT,
-    ETCD_PORT,
     NODE_IP,
     NODE_NAME,
     POD_CIDR,
@@ -15,8 +13,8 @@ from .settings import (
 
 
 def etcd(settings: Settings) -> Program:
-    address = f"http://127.0.0.1:{ETCD_PORT}"
-    peers = f"http://127.0.0.1:{ETCD_PORT + 1}"
+    address = f"http://127.0.0.1:{settings.etcd_port}"
+    peers = f"http://127.0.0.1:{settings.etcd_port + 1}"
     flags = {
         "name": "pagoda",
         "data-dir": settings.state / "etcd",
@@ -35,10 +33,10 @@ def etcd(settings: Settings) -> Program:
 def api_server(settings: Settings) -> Program:
     pki = settings.pki
     flags = {
-        "advertise-address": NODE_IP,
-        "bind-address": NODE_IP,
-        "secure-port": API_PORT,
-        "etcd-servers": f"http://127.0.0.1:{ETCD_PORT}",
+        "advertise-address": settings.api_ip,
+        "bind-address": settings.api_ip,
+        "secure-port": settings.api_port,
+        "etcd-servers": f"http://127.0.0.1:{settings.etcd_port}",
         "service-cluster-ip-range": SERVICE_CIDR,
         "authorization-mode": "Node,RBAC",
         "enable-admission-plugins": "NodeRestriction",
@@ -76,7 +74,7 @@ def controller_manager(settings: Settings) -> Program:
         "kubeconfig": config,
         "authentication-kubeconfig": config,
         "authorization-kubeconfig": config,
-        "bind-address": "127.0.0.1",
+        "secure-port": 0,
         "cluster-cidr": POD_CIDR,
         "service-cluster-ip-range": SERVICE_CIDR,
         "allocate-node-cidrs": "false",
@@ -98,7 +96,7 @@ def scheduler(settings: Settings) -> Program:
         "config": settings.config / "scheduler.json",
         "authentication-kubeconfig": config,
         "authorization-kubeconfig": config,
-        "bind-address": "127.0.0.1",
+        "secure-port": 0,
         "v": 1,
     }
     return Program("kube-scheduler", [_kube(settings, "kube-scheduler"), *_flags(flags)])

@@ -8,7 +8,6 @@ from typing import Any
 
 from . import network
 from .settings import (
-    API_PORT,
     DNS_DOMAIN,
     DNS_SERVICE_IP,
     NODE_IP,
@@ -40,13 +39,23 @@ def write_all(settings: Settings) -> None:
 
 
 def audit_policy() -> dict[str, Any]:
-    """Every write with who made it and of what, once it is answered; no reads."""
+    """Every write with who made it and of what, once it is answered; reads of what was installed.
+
+    What was installed asks by a service account of its own, as the cluster's own controllers do.
+    """
     writes = ["create", "update", "patch", "delete", "deletecollection"]
+    installed = {"level": "Metadata", "userGroups": ["system:serviceaccounts"]}
+    controllers = {"level": "None", "userGroups": ["system:serviceaccounts:kube-system"]}
     return {
         "apiVersion": "audit.k8s.io/v1",
         "kind": "Policy",
         "omitStages": ["RequestReceived"],
-        "rules": [{"level": "Metadata", "verbs": writes}, {"level": "None"}],
+        "rules": [
+            {"level": "Metadata", "verbs": writes},
+            controllers,
+            installed,
+            {"level": "None"},
+        ],
     }
 
 
@@ -205,7 +214,3 @@ def corefile(settings: Settings) -> str:
     loadbalance
 }}
 """
-
-
-def api_url() -> str:
-    return f"https://{NODE_IP}:{API_PORT}"

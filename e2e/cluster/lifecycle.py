@@ -70,7 +70,7 @@ def _start_all(settings: Settings) -> None:
         start(settings, components.etcd(settings))
         start(settings, components.api_server(settings))
         inside = node.start_node(settings)
-        _wait(settings, "kube-apiserver", lambda: _api_says(settings, "/readyz") == "ok")
+        wait_for(settings, "kube-apiserver", lambda: api_says(settings, "/readyz") == "ok")
     with phase("node"):
         start(settings, components.controller_manager(settings))
         start(settings, components.scheduler(settings))
@@ -79,12 +79,12 @@ def _start_all(settings: Settings) -> None:
         _kubectl_apply(settings, manifests.system_objects())
         start(settings, components.coredns(settings))
         start(settings, components.kube_proxy(settings))
-        _wait(settings, "containerd", lambda: store.answers(settings, inside))
+        wait_for(settings, "containerd", lambda: store.answers(settings, inside))
         start(settings, components.kubelet(settings), inside)
-        _wait(settings, "kubelet", lambda: _node_is_ready(settings))
+        wait_for(settings, "kubelet", lambda: _node_is_ready(settings))
     with phase("name service"):
-        _wait(settings, "coredns", _name_service_answers)
-        _wait(settings, "kube-controller-manager", lambda: _has_default_account(settings))
+        wait_for(settings, "coredns", _name_service_answers)
+        wait_for(settings, "kube-controller-manager", lambda: has_default_account(settings))
 
 
 def down(settings: Settings) -> None:
@@ -156,7 +156,7 @@ def _one_at_a_time(settings: Settings) -> Iterator[None]:
         yield
 
 
-def _wait(settings: Settings, name: str, is_done: Callable[[], bool]) -> None:
+def wait_for(settings: Settings, name: str, is_done: Callable[[], bool]) -> None:
     """Wait for a process to do its part. Raises ClusterError with its log if it ends or hangs."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not is_done():
@@ -177,7 +177,7 @@ def _environment(settings: Settings) -> dict[str, str]:
     return dict(os.environ, KUBECACHEDIR=str(settings.state / "kubectl"))
 
 
-def _api_says(settings: Settings, path: str) -> str:
+def api_says(settings: Settings, path: str) -> str:
     if not settings.kubeconfig.exists():
         return ""
     command = kubectl(settings, "get", "--raw", path)
@@ -188,16 +188,16 @@ def _api_says(settings: Settings, path: str) -> str:
 
 
 def _node_is_ready(settings: Settings) -> bool:
-    answer = _api_says(settings, f"/api/v1/nodes/{NODE_NAME}")
+    answer = api_says(settings, f"/api/v1/nodes/{NODE_NAME}")
     if not answer:
         return False
     conditions = json.loads(answer).get("status", {}).get("conditions", [])
     return any(entry["type"] == "Ready" and entry["status"] == "True" for entry in conditions)
 
 
-def _has_default_account(settings: Settings) -> bool:
+def has_default_account(settings: Settings) -> bool:
     """Pods are refused until the controller manager has made the namespace's service account."""
-    return bool(_api_says(settings, "/api/v1/namespaces/default/serviceaccounts/default"))
+    return bool(api_says(settings, "/api/v1/namespaces/default/serviceaccounts/default"))
 
 
 def _kubectl_apply(settings: Settings, manifest: manifests.Manifest) -> None:

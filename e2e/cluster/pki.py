@@ -9,7 +9,6 @@ from pathlib import Path
 
 from .console import output_of
 from .settings import (
-    API_PORT,
     API_SERVICE_IP,
     DNS_DOMAIN,
     NODE_IP,
@@ -84,17 +83,17 @@ def write_kubeconfigs(settings: Settings) -> None:
         path = settings.kubeconfig if name == "admin" else settings.config / f"{name}.kubeconfig"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
-        path.write_text(kubeconfig(settings.pki, name))
+        path.write_text(kubeconfig(settings, name))
 
 
-def kubeconfig(folder: Path, name: str) -> str:
+def kubeconfig(settings: Settings, name: str) -> str:
     """A kubeconfig (JSON is YAML) with the certificates inside, so that it can be copied."""
 
     def data(file: str) -> str:
-        return base64.b64encode((folder / file).read_bytes()).decode()
+        return base64.b64encode((settings.pki / file).read_bytes()).decode()
 
     server = {
-        "server": f"https://{NODE_IP}:{API_PORT}",
+        "server": f"https://{settings.api_ip}:{settings.api_port}",
         "certificate-authority-data": data("ca.crt"),
     }
     user = {

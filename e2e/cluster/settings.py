@@ -32,10 +32,17 @@ class ClusterError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The two folders: `state` lives as long as the cluster does, `cache` outlives it."""
+    """The two folders: `state` lives as long as the cluster does, `cache` outlives it.
+
+    api_ip, api_port, etcd_port: where the API server and its store (on loopback) listen; the port
+    after the store's is its own too.
+    """
 
     state: Path
     cache: Path
+    api_ip: str = NODE_IP
+    api_port: int = API_PORT
+    etcd_port: int = ETCD_PORT
 
     @staticmethod
     def from_environment(environment: Mapping[str, str]) -> Settings:

@@ -103,10 +103,12 @@ def test_everything_of_the_node_lies_in_the_cluster_folder() -> None:
     )
 
 
-def test_the_audit_log_holds_every_write_once_and_no_read() -> None:
+def test_the_audit_log_holds_every_write_once_and_what_installed_operators_read() -> None:
     policy = configuration.audit_policy()
     assert policy["omitStages"] == ["RequestReceived"]
-    writes, rest = policy["rules"]
+    writes, controllers, installed, rest = policy["rules"]
+    assert controllers["level"] == "None"
+    assert installed == {"level": "Metadata", "userGroups": ["system:serviceaccounts"]}
     assert set(writes["verbs"]) == {"create", "update", "patch", "delete", "deletecollection"}
     assert rest == {"level": "None"}
 
