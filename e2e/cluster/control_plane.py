@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from . import components, configuration, pki
 from .binaries import ensure_binaries
-from .lifecycle import api_says, has_default_account, wait_for
+from .lifecycle import api_says, has_default_account, one_at_a_time, wait_for
 from .packages import ensure_packages
 from .processes import start, stop
 from .settings import ClusterError, Settings
@@ -29,8 +29,9 @@ def up(settings: Settings) -> Settings:
     """
     if settings.state.exists() and any(settings.state.iterdir()):
         raise ClusterError(f"{settings.state} is not empty: take a new folder.")
-    ensure_packages(settings)
-    ensure_binaries(settings)
+    with one_at_a_time(settings):
+        ensure_packages(settings)
+        ensure_binaries(settings)
     etcd_port, api_port = _free_ports()
     settings = replace(settings, api_ip="127.0.0.1", api_port=api_port, etcd_port=etcd_port)
     pki.write_certificates(settings)

@@ -40,7 +40,7 @@ def up(settings: Settings) -> None:
     """Bring the cluster up, from whatever state the last run left it in."""
     require_root()
     verify_place(settings.cache)
-    with _one_at_a_time(settings):
+    with one_at_a_time(settings):
         if is_up(settings):
             say(f"  the cluster is up already: {settings.kubeconfig}")
             return
@@ -90,7 +90,7 @@ def _start_all(settings: Settings) -> None:
 def down(settings: Settings) -> None:
     """Stop everything and leave nothing outside the cache folder."""
     require_root()
-    with _one_at_a_time(settings), phase("down"):
+    with one_at_a_time(settings), phase("down"):
         clear(settings)
         mount_points.remove(Buildah(settings.cache).mount_points)
         shutil.rmtree(settings.state, ignore_errors=True)
@@ -145,7 +145,8 @@ def paths(settings: Settings) -> dict[str, str]:
 
 
 @contextmanager
-def _one_at_a_time(settings: Settings) -> Iterator[None]:
+def one_at_a_time(settings: Settings) -> Iterator[None]:
+    """Hold the lock of the cache: two would build the same program."""
     settings.cache.mkdir(parents=True, exist_ok=True)
     with (settings.cache / "lock").open("w") as file:
         try:
