@@ -7,7 +7,7 @@ GPU_PYTHON ?= python3
 GPU_ARGUMENTS = $(if $(OUT),--out $(OUT)) $(if $(COMMIT),--commit $(COMMIT)) $(if $(REHEARSE),--rehearse)
 GPU_ENV = PYTHONPATH=kernels:runtime:benchmarks:out/gpu-packages
 
-.PHONY: demo demo-down test check lint types unit interpreted venv model kubeconfig lock \
+.PHONY: demo demo-down images manifests test check lint types unit interpreted venv model kubeconfig lock \
   gpu-check gpu-bench gpu-packages gpu-compile gpu-rehearse \
   bench-cpu bench-versions bench-long bench-waste bench-overhead llama-cpp bench-quantization \
   bench-grouped-linear bench-loading-memory bench-kv-cache bench-attention-bytes bench-strangers \
@@ -16,6 +16,12 @@ GPU_ENV = PYTHONPATH=kernels:runtime:benchmarks:out/gpu-packages
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
 	@python3 e2e/phases.py demo
+
+images:         ## build Pagoda's images, push them: make images REGISTRY=… TAG=…
+	@python3 e2e/cluster images --registry $(REGISTRY) --tag $(TAG)
+
+manifests: venv ## deploy/operator.yaml from the chart, with helm on the PATH
+	@PYTHONPATH=e2e $(PYTHON) e2e/manifests.py
 
 demo-down:      ## stop the local cluster and leave nothing of it behind
 	@python3 e2e/cluster down

@@ -72,16 +72,17 @@ def build_images(target: Target) -> dict[str, str]:
 
 
 def apply_crds(kubectl: Kubectl) -> None:
-    """The CRDs of this tree; Helm would install them once and never upgrade them."""
-    kubectl.run("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
+    """The CRDs of this tree, without an operator."""
+    kubectl.run("apply", "--server-side", "--force-conflicts", "-k", str(ROOT / "crds"))
 
 
 def install_operator(target: Target, images: dict[str, str]) -> None:
     """Install or upgrade the chart, and wait until the operator is ready."""
     kubectl = target.kubectl.in_namespace(OPERATOR_NAMESPACE)
-    apply_crds(kubectl)
     command = [target.helm, "upgrade", "--install", "pagoda", str(CHART)]
-    command += ["--namespace", OPERATOR_NAMESPACE, "--create-namespace", "--skip-crds"]
+    command += ["--namespace", OPERATOR_NAMESPACE, "--create-namespace"]
+    # The CRD may be there without a release, or be another release's.
+    command += ownership_flags(target)
     command += ["--set", f"image={images['operator']}", "--set", f"engineImage={images['runtime']}"]
     # Nothing beyond this machine.
     command += ["--set", "hubEndpoint="]
@@ -99,6 +100,15 @@ def install_operator(target: Target, images: dict[str, str]) -> None:
     except KubectlError as error:
         logs = kubectl.run("logs", "deployment/pagoda-operator", "--tail=20")
         raise StackError(f"The operator does not become ready: {error}\n{logs}") from error
+
+
+def ownership_flags(target: Target) -> list[str]:
+    """With these Helm takes over what others applied; from 4 on it applies server-side."""
+    version = subprocess.run(
+        [target.helm, "version", "--template={{.Version}}"], capture_output=True, text=True
+    )
+    forced = ["--force-conflicts"] if version.stdout.startswith("v4") else []
+    return ["--take-ownership", *forced]
 
 
 def ensure_model_volume(

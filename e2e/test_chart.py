@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import manifests
 import pytest
 import stack
 import yaml
+from charts import access, helm, render
 from kube import Kubectl, condition, wait_until
 from llmservices import manifest
 from operator_process import (
@@ -23,20 +24,6 @@ from operator_process import (
 from pagoda_operator.names import CHILD_KINDS
 
 pytestmark = pytest.mark.cluster
-
-
-def helm(target: stack.Target, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([target.helm, *arguments], capture_output=True, text=True, check=False)
-
-
-def render(
-    target: stack.Target, *values: str, release: str = "pagoda", namespace: str = "pagoda-system"
-) -> list[dict[str, Any]]:
-    """The objects of a release."""
-    sets = [part for value in values for part in ("--set-json", value)]
-    done = helm(target, "template", release, str(stack.CHART), "--namespace", namespace, *sets)
-    assert done.returncode == 0, done.stderr
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
 
 
 def operator_container(documents: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,10 +83,25 @@ def test_a_wrong_value_is_refused_by_its_name(target: stack.Target, case: str) -
     assert words in done.stderr
 
 
-def test_the_platform_may_give_the_operator_its_user(target: stack.Target) -> None:
-    (found,) = (i for i in render(target, "runAsUser=null") if i["kind"] == "Deployment")
-    security = found["spec"]["template"]["spec"]["securityContext"]
-    assert security == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+def test_helm_finds_nothing_to_say_of_the_chart(target: stack.Target) -> None:
+    done = helm(target, "lint", "--strict", "--quiet", str(stack.CHART))
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
+
+
+def test_the_crd_comes_with_a_release_and_outlives_it_unless_another_has_it(
+    target: stack.Target,
+) -> None:
+    (found,) = (i for i in render(target) if i["kind"] == "CustomResourceDefinition")
+    assert found["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    crd = yaml.safe_load((stack.ROOT / "crds" / "llmservice.yaml").read_text())
+    assert found["spec"] == crd["spec"]
+    kinds = {item["kind"] for item in render(target, "crds.install=false")}
+    assert "CustomResourceDefinition" not in kinds
+
+
+def test_the_plain_manifests_are_those_of_the_chart(target: stack.Target) -> None:
+    is_old = manifests.MANIFESTS.read_text() != manifests.render(target.helm)
+    assert not is_old, "run `make manifests`: deploy/operator.yaml is not what the chart renders"
 
 
 def test_an_operator_that_gets_its_request_of_cpu_alone_starts_before_it_is_killed(
@@ -126,19 +128,13 @@ def releases(target: stack.Target, namespace: Kubectl) -> Iterator[list[tuple[st
         other.run("delete", "namespace", other.namespace, "--wait=false")
 
 
-def access(kubectl: Kubectl) -> list[str]:
-    flags = ["--namespace", kubectl.namespace]
-    flags += ["--kubeconfig", kubectl.kubeconfig] if kubectl.kubeconfig else []
-    return flags + (["--kube-context", kubectl.context] if kubectl.context else [])
-
-
 def test_several_releases_live_side_by_side_each_with_the_rights_it_needs(
     target: stack.Target, releases: list[tuple[str, Kubectl]]
 ) -> None:
     for number, (release, kubectl) in enumerate(releases):
         # A namespace of its own, none, and none given as null.
         watched = [json.dumps(kubectl.namespace), '""', "null"][number]
-        flags = ["--skip-crds", "--set-json", f"watchNamespace={watched}"]
+        flags = ["--set-json", f"crds.install=false,watchNamespace={watched}"]
         done = helm(target, "install", release, str(stack.CHART), *access(kubectl), *flags)
         assert done.returncode == 0, done.stderr
     (first, namespaced), *cluster_wide = releases

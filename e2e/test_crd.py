@@ -260,7 +260,7 @@ def test_the_rendered_chart_is_taken(
     target: stack.Target, namespace: Kubectl, is_namespaced: bool
 ) -> None:
     watched = namespace.namespace if is_namespaced else ""
-    command = [target.helm, "template", "pagoda", str(stack.CHART), "--include-crds"]
+    command = [target.helm, "template", "pagoda", str(stack.CHART)]
     command += ["--namespace", namespace.namespace, "--set", f"watchNamespace={watched}"]
     rendered = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     flags = ("--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict")

@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     planes.add_argument("folder", type=Path)
     images = commands.add_parser("images", help="build and push Pagoda's images, print them")
     images.add_argument("--registry", help="push there instead of to the local registry")
+    images.add_argument(
+        "--tag", help="with --registry: of both images, in place of their contents'"
+    )
     return parser
 
 
@@ -70,7 +73,7 @@ def _run(options: argparse.Namespace, settings: Settings) -> int:
             say("\n".join(lifecycle.status(settings)))
             return 0 if lifecycle.is_up(settings) else 1
         case "images":
-            say(json.dumps(ensure_images(settings, options.registry)))
+            say(json.dumps(ensure_images(settings, options.registry, options.tag)))
         case "kubeconfig":
             say(str(settings.kubeconfig))
         case "paths":

@@ -80,11 +80,14 @@ def content_tag(root: Path, files: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def ensure_images(settings: Settings, registry: str | None = None) -> dict[str, str]:
+def ensure_images(
+    settings: Settings, registry: str | None = None, tag: str | None = None
+) -> dict[str, str]:
     """Build and push what the registry lacks; returns target -> reference.
 
     Args:
         registry: another registry than the local one; then docker or podman build as well.
+        tag: of the images there; by default one for each, by its content.
     Raises: ClusterError if there is no tool to build with, or it fails.
     """
     if registry is None:
@@ -95,8 +98,8 @@ def ensure_images(settings: Settings, registry: str | None = None) -> dict[str, 
     tool = _engine()
     if tool == "buildah":
         require_root()
-        return {image.target: _with_buildah(settings, image, registry) for image in IMAGES}
-    return {image.target: _push_elsewhere(settings, image, registry, tool) for image in IMAGES}
+        return {image.target: _with_buildah(settings, image, registry, tag) for image in IMAGES}
+    return {image.target: _push_elsewhere(settings, image, registry, tag, tool) for image in IMAGES}
 
 
 def _ensure_local(settings: Settings, image: Image) -> str:
@@ -108,10 +111,10 @@ def _ensure_local(settings: Settings, image: Image) -> str:
     return reference
 
 
-def _with_buildah(settings: Settings, image: Image, registry: str) -> str:
+def _with_buildah(settings: Settings, image: Image, registry: str, tag: str | None = None) -> str:
     """With a base made from Debian's packages, where no public one can be pulled."""
     repository = f"{registry.rstrip('/')}/{image.repository}"
-    reference = f"{repository}:{image.tag(ROOT)}"
+    reference = f"{repository}:{tag or image.tag(ROOT)}"
     buildah = Buildah(settings.cache)
     base = ensure_base(settings, buildah)
     context = stage(settings, image)
@@ -159,8 +162,10 @@ def _answers(tool: str) -> bool:
     return subprocess.run([tool, "info"], capture_output=True, check=False).returncode == 0
 
 
-def _push_elsewhere(settings: Settings, image: Image, registry: str, tool: str) -> str:
-    reference = f"{registry.rstrip('/')}/{image.repository}:{image.tag(ROOT)}"
+def _push_elsewhere(
+    settings: Settings, image: Image, registry: str, tag: str | None, tool: str
+) -> str:
+    reference = f"{registry.rstrip('/')}/{image.repository}:{tag or image.tag(ROOT)}"
     context = stage(settings, image)
     logs = settings.cache / "logs"
     build: Sequence[str] = [

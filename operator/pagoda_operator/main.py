@@ -136,7 +136,8 @@ class Operator:
             if self._clock() > deadline:
                 raise StartError(
                     "the CustomResourceDefinition llmservices.pagoda.dev (v1alpha1) is not "
-                    "installed; run `kubectl apply --server-side -f crds/`."
+                    "installed; the chart does that (crds.install), or "
+                    "`kubectl apply --server-side -k crds`."
                 )
             await asyncio.sleep(backoff_seconds(failures, 1.0) if failures else 1.0)
 
