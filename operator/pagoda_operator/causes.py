@@ -6,45 +6,21 @@ as soon as its pod is gone or well, so that a corrected spec clears it by itself
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from pagoda_operator.flags import model_claim
-from pagoda_operator.last_words import TRANSIENT_REASONS, parse_last_words, say_as_user
+from pagoda_operator.cause import Cause
+from pagoda_operator.containers import (
+    CRASHES_UNTIL_STALLED,
+    KILLED_EXIT_CODES,
+    cause_of_container,
+    cause_of_warnings,
+    find_end,
+)
 from pagoda_operator.names import LABEL_REVISION, Manifest, find_condition, is_leaving
+from pagoda_operator.scheduling import cause_of_gates, cause_of_unscheduled
 from pagoda_operator.spec import LLMServiceSpec
 
-IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
-# Warnings that keep a container from being created; the pod's own status says nothing of them.
-START_WARNINGS = (
-    "FailedMount",
-    "FailedAttachVolume",
-    "FailedMapVolume",
-    "FailedCreatePodSandBox",
-    "FailedResourceClaimCreation",
-)
-KINDS = {
-    "secret": "Secret",
-    "configmap": "ConfigMap",
-    "resourceclaimtemplate.resource.k8s.io": "ResourceClaimTemplate",
-}
-CRASHES_UNTIL_STALLED = 3
-# What differs between two equal failures (times, ids, ports of the client) would be a write of the
-# status at each.
-_VARYING = re.compile(
-    r"\d{4}-\d\d-\d\d[T ][\d:.,]+\S*|0x[0-9a-f]+|\(?pid \d+\)?|[0-9a-f]{32,}"
-    r"|(?<![\w-])[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b|(?<=:)\d+(?=->)"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Cause:
-    """Why the service is not what its spec asks for; `is_stalled` if a person has to act."""
-
-    reason: str
-    message: str
-    is_stalled: bool
+OWN_CONTAINERS = ("engine", "preload")
 
 
 def find_cause(
@@ -57,7 +33,7 @@ def find_cause(
     """The cause that weighs most, or None if nothing is known to be wrong.
 
     Args:
-        events: warnings about the pods that `is_unstarted`.
+        events: those that `events_of` asks for.
     """
     living = [
         pod
@@ -105,6 +81,22 @@ def is_unstarted(pod: Manifest) -> bool:
     )
 
 
+def events_of(pod: Manifest) -> str | None:
+    """The field selector of the events that say more of the pod than its status; None: none do."""
+    if is_unstarted(pod):
+        return "type=Warning"
+    if is_ready(pod):
+        return None
+    killed = (
+        ended
+        for status in pod.get("status", {}).get("containerStatuses", [])
+        if (ended := find_end(status))
+        and ended.get("exitCode") in KILLED_EXIT_CODES
+        and ended.get("reason") != "OOMKilled"
+    )
+    return "reason=Killing" if any(killed) else None
+
+
 def failed_pods(pods: Sequence[Manifest]) -> list[Manifest]:
     """Pods that their node ended (evicted, shut down): they never come back. Newest first."""
     failed = [
@@ -115,14 +107,13 @@ def failed_pods(pods: Sequence[Manifest]) -> list[Manifest]:
     return sorted(failed, key=lambda pod: (_created(pod), pod["metadata"]["name"]), reverse=True)
 
 
-def steady(text: str) -> str:
-    """The text without what differs between two equal failures."""
-    return _VARYING.sub("…", text)
-
-
 def cause_of_refusal(reason: str, message: str) -> Cause:
     """The cause when the API server refuses an object; a quota has a reason of its own."""
-    return Cause("QuotaExceeded" if "exceeded quota" in message else reason, message, True)
+    if "exceeded quota" in message:
+        text = f"{message.rstrip('.')}. Raise the quota of the namespace, or lower spec.resources."
+        return Cause("QuotaExceeded", text, True)
+    text = f"{message.rstrip('.')}. Correct the field that it names, or the policy that forbids it."
+    return Cause(reason, text, True)
 
 
 def _revision(pod: Manifest) -> str:
@@ -142,8 +133,12 @@ def _cause_of_failed(failed: Sequence[Manifest], current: Sequence[Manifest]) ->
     status = failed[0]["status"]
     why = str(status.get("reason", "no reason given"))
     text = f"The node ended the pod ({why}): {status.get('message', '')}"
-    if "memory" in text:
+    if '"shm"' in text:
+        text += " Raise spec.resources.sharedMemory."
+    elif "memory" in text:
         text += " Set spec.resources.memory to what the engine needs."
+    elif "EmptyDir" in text or "ephemeral" in text:
+        text += " Raise spec.cache.sizeLimit or spec.resources.ephemeralStorage."
     is_stalled = len(failed) >= CRASHES_UNTIL_STALLED
     return Cause("Evicted" if why == "Evicted" else "PodFailed", text, is_stalled)
 
@@ -167,139 +162,17 @@ def cause_of_pod(
     pod_status = pod.get("status", {})
     scheduled = find_condition(pod_status, "PodScheduled")
     if scheduled.get("reason") == "SchedulingGated":
-        return _cause_of_gates(spec, pod)
+        return cause_of_gates(spec, pod)
     if scheduled.get("status") == "False":
-        return _cause_of_unscheduled(spec, str(scheduled.get("message", "")), older)
+        return cause_of_unscheduled(spec, str(scheduled.get("message", "")), older)
     if is_unstarted(pod):
-        return _cause_of_warnings(pod, events)
-    for status in pod_status.get("containerStatuses", []):
-        state, last = status.get("state", {}), status.get("lastState", {})
-        if (waiting := state.get("waiting", {})).get("reason") in IMAGE_REASONS:
-            return _cause_of_image(str(status.get("image", "")), str(waiting.get("message", "")))
-        if waiting.get("reason") in ("CreateContainerConfigError", "CreateContainerError"):
-            message = str(waiting.get("message", ""))
-            return _cause_of_missing(message) or Cause(waiting["reason"], message, True)
-        terminated = state.get("terminated") or last.get("terminated")
-        if terminated:
-            return _cause_of_exit(spec, terminated, int(status.get("restartCount", 0)))
-        if "running" in state:
-            return Cause("LoadingModel", "The engine loads the model.", False)
+        return cause_of_warnings(pod, events)
+    statuses = pod_status.get("containerStatuses", [])
+    # A sidecar that somebody injected comes last, whatever its name.
+    for status in sorted(statuses, key=lambda status: status["name"] not in OWN_CONTAINERS):
+        if (cause := cause_of_container(spec, pod, status, events)) is not None:
+            return cause
     return None
-
-
-def _cause_of_gates(spec: LLMServiceSpec, pod: Manifest) -> Cause:
-    gates = ", ".join(gate["name"] for gate in pod.get("spec", {}).get("schedulingGates", []))
-    queue = spec.resources.queue_name
-    if queue is not None and "kueue.x-k8s.io/" in gates:
-        text = f"Kueue has not admitted the pod to the queue {queue} (spec.resources.queueName) yet"
-        return Cause("Queued", f"{text}; see its Workload.", False)
-    return Cause("SchedulingGated", f"The pod waits until its gates are removed: {gates}.", False)
-
-
-def _cause_of_unscheduled(spec: LLMServiceSpec, message: str, older: Sequence[Manifest]) -> Cause:
-    claim = model_claim(spec.model.uri)
-    if claim and f'persistentvolumeclaim "{claim}" not found' in message:
-        text = f"The PersistentVolumeClaim {claim} of spec.model.uri does not exist in this "
-        return Cause("ModelNotFound", text + "namespace; create it, or correct the uri.", True)
-    if older and "Insufficient" in message and spec.rollout_strategy == "Surge":
-        names = ", ".join(str(pod["metadata"]["name"]) for pod in older)
-        text = (
-            f"There is no room for a new engine beside {names}, which holds its own until the new "
-            "one is ready. Set spec.rollout.strategy to InPlace or Recreate, which stop the old "
-            f"one first, or make room. The scheduler says: {message}"
-        )
-        return Cause("NoRoomToSurge", text, False)
-    return _cause_of_gpus(spec, message) or Cause(
-        "Unschedulable", f"The scheduler says: {message}", False
-    )
-
-
-def _cause_of_gpus(spec: LLMServiceSpec, message: str) -> Cause | None:
-    """The want of GPUs, of the wanted products where there are such, if that is what it is."""
-    gpu = spec.resources.gpu
-    if gpu.claims and "cannot allocate all claims" in message:
-        text = "No node has devices free for spec.resources.gpu.claims. The scheduler says: "
-        return Cause("InsufficientGPU", text + message, False)
-    is_missing = f"Insufficient {gpu.resource_name}" in message
-    text = f"No node has {spec.num_gpus} free {gpu.resource_name}"
-    if gpu.products:
-        # A node without the product does not match; what is insufficient is so where it matches.
-        is_missing |= (
-            "didn't match Pod's node affinity" in message and "Insufficient" not in message
-        )
-        text = (
-            # One with a taint, or another label than the pods ask for, may have them.
-            f"No node that takes the pods has {spec.num_gpus} free {gpu.resource_name} of the "
-            f"product {' or '.join(gpu.products)} (spec.resources.gpu.products)"
-        )
-    if not is_missing:
-        return None
-    return Cause("InsufficientGPU", f"{text}. The scheduler says: {message}", False)
-
-
-def _cause_of_warnings(pod: Manifest, events: Sequence[Manifest]) -> Cause | None:
-    """Why the container is not created, from the latest warning that names a cause."""
-    uid = pod["metadata"].get("uid")
-    warnings = [
-        event
-        for event in events
-        if event.get("involvedObject", {}).get("uid") == uid
-        and event.get("reason") in START_WARNINGS
-    ]
-    if not warnings:
-        return None
-
-    def weight(event: Manifest) -> tuple[bool, str]:
-        # That the kubelet gave up waiting is said in turn with what it waited for.
-        message = str(event.get("message", ""))
-        is_timeout = "timed out waiting" in message or "deadline exceeded" in message
-        return not is_timeout, str(event.get("lastTimestamp") or event.get("eventTime"))
-
-    event = max(warnings, key=weight)
-    message = str(event.get("message", ""))
-    return _cause_of_missing(message) or Cause(str(event["reason"]), steady(message), False)
-
-
-def _cause_of_missing(message: str) -> Cause | None:
-    if found := re.search(r"find key (\S+) in (Secret|ConfigMap) \S+/(\S+)", message):
-        key, kind, name = found.groups()
-        text = f"The {kind} {name} has no key {key}; add it, or correct the spec that names it."
-        return Cause(f"{kind}Missing", text, True)
-    kinds = "|".join(map(re.escape, KINDS))
-    found = re.search(rf'({kinds}) "([^"]+)" not found', message)
-    if found is None:
-        return None
-    kind = KINDS[found[1]]
-    text = f"The {kind} {found[2]} does not exist in this namespace; create it, or correct the spec"
-    return Cause(f"{kind}Missing", f"{text} that names it.", True)
-
-
-def _cause_of_image(image: str, detail: str) -> Cause:
-    # The kubelet alternates between the error and "Back-off pulling …: the error"; the part that
-    # both have is the cause.
-    detail = re.sub(r'^Back-off pulling image "[^"]*":?\s*', "", detail)
-    detail = re.sub(r"^(ErrImagePull|ImagePullBackOff):\s*", "", detail)
-    text = f"The image {image} cannot be pulled; correct spec.engine.image or the registry. "
-    return Cause("ImagePullFailed", text + detail, True)
-
-
-def _cause_of_exit(spec: LLMServiceSpec, terminated: Manifest, restarts: int) -> Cause:
-    message = str(terminated.get("message", ""))
-    # Before the last words: the process that writes them may not know what killed its child.
-    if terminated.get("reason") == "OOMKilled":
-        limit = spec.resources.memory or "the limit of the namespace"
-        text = f"The engine used more memory than it may ({limit}); raise spec.resources.memory."
-        return Cause("OutOfMemory", text, True)
-    if (words := parse_last_words(message)) is not None:
-        reason, text = words[0], say_as_user(spec, *words)
-        return Cause(reason, text, reason not in TRANSIENT_REASONS)
-    code = terminated.get("exitCode")
-    # No count of restarts either.
-    tail = steady(message.strip())[-200:]
-    if restarts >= CRASHES_UNTIL_STALLED:
-        text = f"The engine ends again and again, with exit status {code}. Its last words: {tail}"
-        return Cause("CrashLooping", text, True)
-    return Cause("Restarting", f"The engine ended with exit status {code}: {tail}", False)
 
 
 def _cause_of_deployment(deployment: Manifest, of_pods: Sequence[Cause]) -> Cause | None:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from pagoda_operator.causes import Cause
+from pagoda_operator.cause import Cause
 from pagoda_operator.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from pagoda_operator.hub import Hub, Unreachable, Unreadable
 from pagoda_operator.inspection import HF, is_for_job

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,36 @@ class ApiServer:
         # Items of a list come without apiVersion and kind.
         return [{"apiVersion": api_version(kind), "kind": kind, **item} for item in found["items"]]
 
+    async def watch(
+        self, kind: str, namespace: str | None, fields: str, *, since: str, seconds: float
+    ) -> AsyncIterator[Manifest]:
+        """Objects with these fields as they come and change, for so long at most.
+
+        Args:
+            since: a resourceVersion; empty: begin with those that there are.
+        Raises: Unavailable, also where the resourceVersion is too old.
+        """
+        query = {"watch": "1", "fieldSelector": fields, "timeoutSeconds": str(int(seconds))}
+        query |= {"resourceVersion": since} if since else {}
+        path = _path(kind, namespace)
+        timeout = aiohttp.ClientTimeout(total=seconds + REQUEST_TIMEOUT_SECONDS)
+        try:
+            request = await self._client.param_serialize(
+                "GET", path, query_params=list(query.items()), auth_settings=["BearerToken"]
+            )
+            answer = await self._client.call_api(*request[:4], _request_timeout=timeout)
+            self._telemetry.requests.labels(code=str(answer.status), method="GET").inc()
+            async with answer.response:
+                if answer.status >= 300:
+                    raise Unavailable(f"watch of {path}: {answer.status}")
+                async for line in answer.response.content:
+                    change = json.loads(line)
+                    if change["type"] == "ERROR":
+                        raise Unavailable(f"watch of {path}: {change['object'].get('message')}")
+                    yield change["object"]
+        except (TimeoutError, OSError, aiohttp.ClientError, ValueError) as error:
+            raise Unavailable(f"watch of {path}: {error or type(error).__name__}") from error
+
     async def apply(self, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
         """Server-side apply; returns the object as it is afterwards."""
         return await self._apply(_path_of(manifest), manifest, manager=manager, force=force)
@@ -144,6 +174,12 @@ class ApiServer:
         """Server-side apply of the status of an object that exists."""
         path = f"{_path_of(manifest)}/status"
         return await self._apply(path, manifest, manager=manager, force=True)
+
+    async def create_event(self, event: Manifest) -> None:
+        """An event of events.k8s.io; it is no error if there is one of that name."""
+        path = f"/apis/events.k8s.io/v1/namespaces/{event['metadata']['namespace']}/events"
+        with contextlib.suppress(Conflict):
+            await self._request("POST", path, body=event)
 
     async def delete(self, live: Manifest) -> None:
         """Delete the object with exactly this uid; it is no error if there is none."""

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 
@@ -22,11 +23,12 @@ from pagoda_operator.hub import Hub
 from pagoda_operator.inspections import Inspections
 from pagoda_operator.lease import Lease
 from pagoda_operator.names import KIND, OPTIONAL_KINDS, Key
+from pagoda_operator.observe import watch_warnings
 from pagoda_operator.poll import Poller
 from pagoda_operator.queue import WorkQueue, backoff_seconds
 from pagoda_operator.reconcile import Reconciler
 from pagoda_operator.telemetry import Telemetry
-from pagoda_operator.watch import watch
+from pagoda_operator.watch import BURST_SECONDS, watch
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class Operator:
             self._poller,
             engine_image=options.engine_image,
             operator_namespace=own_namespace(),
+            instance=socket.gethostname(),
             checks=self._checks,
         )
         self._clock = clock
@@ -83,7 +86,10 @@ class Operator:
         await self._lease.acquire()
         loop = asyncio.get_running_loop()
         self._workers = [loop.create_task(self._work()) for _ in range(NUM_WORKERS)]
-        resync = loop.create_task(self._resync_forever())
+        beside = [
+            loop.create_task(self._resync_forever()),
+            loop.create_task(watch_warnings(self._api, options.namespace, self._add_soon)),
+        ]
         stop_watching, ready = asyncio.Event(), asyncio.Event()
         watching = loop.create_task(
             watch(self._queue.add, namespace=options.namespace, stop=stop_watching, ready=ready)
@@ -96,8 +102,8 @@ class Operator:
             logger.info("ending")
             # Ours first: kopf cancels the tasks that were made while it ran.
             self._queue.close()
-            resync.cancel()
-            signals.cancel()
+            for task in (*beside, signals):
+                task.cancel()
             await asyncio.wait(self._workers, timeout=FINISH_SECONDS)
             await self._poller.close()
             if self._checks is not None:
@@ -119,6 +125,9 @@ class Operator:
 
     def _find_death(self) -> str | None:
         return "a worker ended" if any(worker.done() for worker in self._workers) else None
+
+    def _add_soon(self, key: Key) -> None:
+        self._queue.add(key, BURST_SECONDS)
 
     async def _wait_for_crd(self) -> None:
         """Return when the CRD is served; while the API server does not answer, wait for ever."""

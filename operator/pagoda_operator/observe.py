@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+import itertools
+import logging
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from pagoda_operator.causes import is_unstarted
+from pagoda_operator.causes import events_of, is_unstarted
 from pagoda_operator.cluster import ApiServer, Refused
+from pagoda_operator.events import WARNINGS_OF_PODS, service_of
 from pagoda_operator.names import LABEL_COMPONENT, LABEL_SERVICE, PRELOAD, ChildRef, Key, Manifest
 from pagoda_operator.plan import is_ours
+from pagoda_operator.queue import backoff_seconds
 from pagoda_operator.spec import LLMService
 
+logger = logging.getLogger(__name__)
+
 # A pod without a container changes nothing in its status; only events tell what it waits for. They
-# are looked at when the pod is 5, 10, 20 seconds old, and so on.
+# are looked at when one comes, and when the pod is 5, 10, 20 seconds old, and so on.
 FIRST_LOOK_SECONDS = 5.0
 LOOK_EVERY_SECONDS = 60.0
+WATCH_SECONDS = 300.0
 # One pod's trouble is mostly that of all.
 MAX_PODS_WITH_EVENTS = 3
 
@@ -31,7 +39,7 @@ class World:
     loaders: list[Manifest]
     """Pods that fill a claim."""
     events: list[Manifest]
-    """Warnings about pods that do not start."""
+    """What `causes.events_of` asks for."""
     is_listed: bool
     """Whether children of any name were looked for."""
 
@@ -62,7 +70,7 @@ async def observe(
     unseen = [ref for ref in named if ref not in children]
     found = await asyncio.gather(*(cluster.get(ref.kind, namespace, ref.name) for ref in unseen))
     children |= {ref: item for ref, item in zip(unseen, found, strict=True) if item is not None}
-    events = await _warnings_of_unstarted(cluster, namespace, pods, now)
+    events = await _telling_events(cluster, namespace, pods, now)
     loaders = [pod for pod in pods if _is_loader(pod)]
     engines = [pod for pod in pods if not _is_loader(pod)]
     return World(children, engines, loaders, events, is_listed=bool(listed))
@@ -72,28 +80,56 @@ def _is_loader(pod: Manifest) -> bool:
     return bool(pod["metadata"].get("labels", {}).get(LABEL_COMPONENT) == PRELOAD)
 
 
-async def _warnings_of_unstarted(
+async def _telling_events(
     cluster: ApiServer, namespace: str, pods: Sequence[Manifest], now: datetime
 ) -> list[Manifest]:
-    """Warning events about pods that do not start; none where they may not be read."""
-    unstarted = [
-        pod
+    """Events that say more of pods than their status; none where they may not be read."""
+    asked = {
+        pod["metadata"]["name"]: fields
         for pod in pods
         # Below 0 is a clock that goes wrong, which must not make the operator blind.
-        if is_unstarted(pod) and not 0 <= _age_seconds(pod, now) < FIRST_LOOK_SECONDS
-    ]
+        if (fields := events_of(pod)) is not None
+        and not (is_unstarted(pod) and 0 <= _age_seconds(pod, now) < FIRST_LOOK_SECONDS)
+    }
     try:
-        return await list_warnings(cluster, namespace, unstarted)
+        return await list_events(cluster, namespace, asked)
     except Refused:
         return []
 
 
-async def list_warnings(
-    cluster: ApiServer, namespace: str, pods: Sequence[Manifest]
+async def watch_warnings(
+    cluster: ApiServer, namespace: str | None, enqueue: Callable[[Key], None]
+) -> None:
+    """For ever, name each service of whose pod an event says why it does not start.
+
+    Without it such pods are looked at less and less often.
+    """
+    failures, since = 0, ""
+    while True:
+        try:
+            async for event in cluster.watch(
+                "Event", namespace, WARNINGS_OF_PODS, since=since, seconds=WATCH_SECONDS
+            ):
+                failures, since = 0, event["metadata"]["resourceVersion"]
+                if (key := service_of(event)) is not None:
+                    enqueue(key)
+        except Exception as error:
+            failures, since = failures + 1, ""
+            logger.warning("cannot watch events: %r", error)
+        # Never without a pause, whatever closes the connection.
+        await asyncio.sleep(backoff_seconds(failures + 1, random.random(), 1.0))
+
+
+async def list_events(
+    cluster: ApiServer, namespace: str, asked: Mapping[str, str]
 ) -> list[Manifest]:
-    """Warning events about the first of these pods. Raises: ApiError."""
-    names = [pod["metadata"]["name"] for pod in pods[:MAX_PODS_WITH_EVENTS]]
-    selectors = [f"involvedObject.name={name},type=Warning" for name in names]
+    """Events about the first of these pods. Raises: ApiError.
+
+    Args:
+        asked: name of a pod → what else its events are chosen by.
+    """
+    chosen = itertools.islice(asked.items(), MAX_PODS_WITH_EVENTS)
+    selectors = [f"involvedObject.name={name},{fields}" for name, fields in chosen]
     found = await asyncio.gather(
         *(cluster.list("Event", namespace, fields=selector) for selector in selectors)
     )

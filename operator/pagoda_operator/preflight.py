@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from pagoda_operator.causes import Cause
+from pagoda_operator.cause import Cause
 from pagoda_operator.checkpoint import Checkpoint, CheckpointError
 from pagoda_operator.flags import flag_value
 from pagoda_operator.gpus import GIB, PRODUCTS, GpuMemory, find_gpu, memory_of, named_products

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pagoda_operator.causes import Cause, cause_of_pod
+from pagoda_operator.cause import Cause
+from pagoda_operator.causes import cause_of_pod
 from pagoda_operator.child import render_child
 from pagoda_operator.flags import pull_args
 from pagoda_operator.names import (

@@ -15,17 +15,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 
-from pagoda_operator.causes import (
-    CRASHES_UNTIL_STALLED,
-    Cause,
-    cause_of_refusal,
-    failed_pods,
-    find_cause,
-    steady,
-)
+from pagoda_operator.cause import Cause, steady
+from pagoda_operator.causes import cause_of_refusal, failed_pods, find_cause
 from pagoda_operator.checks import Checks, Verdict
 from pagoda_operator.cluster import ApiError, ApiServer, NotFound, Refused, Unavailable
+from pagoda_operator.containers import CRASHES_UNTIL_STALLED
 from pagoda_operator.decode import SpecError
+from pagoda_operator.events import render_events
 from pagoda_operator.names import (
     CHILD_KINDS,
     KIND,
@@ -80,6 +76,8 @@ class Reconciler:
     _: KW_ONLY
     engine_image: str
     operator_namespace: str | None = None
+    instance: str = "pagoda-operator"
+    """Who tells events."""
     checks: Checks | None = None
     served: frozenset[str] = frozenset()
     """Those of OPTIONAL_KINDS that the cluster knows; the caller looks now and then."""
@@ -287,6 +285,10 @@ class Reconciler:
         status = stamp(fields, conditions, previous, generation, self.now())
         if status == previous:
             return
+        for event in render_events(manifest, status, self.now(), instance=self.instance):
+            # Told before it is written: what fails in between is told once, as it has a name.
+            with contextlib.suppress(ApiError):
+                await self.cluster.create_event(event)
         try:
             await self.cluster.apply_status(same_object(manifest, status=status), manager=MANAGER)
         except NotFound:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from pagoda_operator.causes import Cause
+from pagoda_operator.cause import Cause
 from pagoda_operator.flags import PORT
 from pagoda_operator.names import Manifest, find_condition, selector_labels
 from pagoda_operator.render import revision_of

@@ -87,12 +87,14 @@ def set_deployment_status(deployment: Manifest, *, ready: int, updated: int, tot
 
 
 class MemoryCluster(ApiServer):
-    """An API server in memory. `writes` lists (verb, kind, name) of every write."""
+    """An API server in memory. `writes` lists (verb, kind, name) of every write but events, which
+    are in `told`."""
 
     def __init__(self) -> None:
         super().__init__(client=None, telemetry=Telemetry())
         self.objects: dict[tuple[str, str], Manifest] = {}
         self.writes: list[tuple[str, str, str]] = []
+        self.told: list[Manifest] = []
         self._numbers = itertools.count(1)
 
     def put(self, manifest: Manifest) -> Manifest:
@@ -161,6 +163,10 @@ class MemoryCluster(ApiServer):
         self.writes.append(("status", *key))
         self.objects[key]["status"] = copy.deepcopy(manifest["status"])
         return copy.deepcopy(self.objects[key])
+
+    async def create_event(self, event: Manifest) -> None:
+        if all(it["metadata"]["name"] != event["metadata"]["name"] for it in self.told):
+            self.told.append(copy.deepcopy(event))
 
     async def delete(self, live: Manifest) -> None:
         key = (live["kind"], live["metadata"]["name"])

@@ -36,7 +36,7 @@ from pagoda_operator.hub import PUBLIC_HUB, Hub, Unreadable
 from pagoda_operator.inspection import HF, HTTPS, tell
 from pagoda_operator.model_files import read_model
 from pagoda_operator.names import KIND, LABEL_SERVICE, Key, Manifest
-from pagoda_operator.observe import list_warnings
+from pagoda_operator.observe import list_events
 from pagoda_operator.pod import CREDENTIALS
 from pagoda_operator.preflight import Preflight, check, of_checkpoint_error
 from pagoda_operator.render import render_children
@@ -190,8 +190,8 @@ async def show(api: ApiServer, key: Key, now: datetime, paint: Paint) -> tuple[l
     if service is None:
         raise UsageError(f"there is no LLMService {key.name} in the namespace {key.namespace}.")
     pods = await api.list("Pod", key.namespace, f"{LABEL_SERVICE}={key.name}")
-    unready = [pod for pod in pods if not is_ready(pod)]
-    events = await list_warnings(api, key.namespace, unready)
+    unready = {pod["metadata"]["name"]: "type=Warning" for pod in pods if not is_ready(pod)}
+    events = await list_events(api, key.namespace, unready)
     return list(describe_service(service, pods, events, now, paint)), is_well(service)
 
 

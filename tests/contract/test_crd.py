@@ -13,7 +13,7 @@ import pytest
 import yaml
 from msgspec import to_builtins
 
-from pagoda_operator.causes import Cause
+from pagoda_operator.cause import Cause
 from pagoda_operator.checkpoint import Tensors, read_checkpoint
 from pagoda_operator.decode import camel_case
 from pagoda_operator.names import GROUP, KIND, PLURAL, VERSION

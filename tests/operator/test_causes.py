@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pagoda_operator.causes import Cause, failed_pods, find_cause, is_unstarted
+from pagoda_operator.cause import Cause
+from pagoda_operator.causes import events_of, failed_pods, find_cause, is_unstarted
 from pagoda_operator.names import Manifest
 from pagoda_operator.testing import make_pod, make_service
 
@@ -138,6 +139,55 @@ def test_each_state_of_a_container_has_its_reason(
     assert cause is not None
     assert (cause.reason, cause.is_stalled) == (reason, is_stalled)
     assert part in cause.message
+
+
+def killed_pod(probe: str, restarts: int = 1) -> tuple[Manifest, Manifest]:
+    """A pod whose engine the kubelet restarted, and the event that says why."""
+    last = {"terminated": exited(137, reason="Error")}
+    pod = make_pod("rev", container={"restartCount": restarts, "lastState": last})
+    pod["metadata"]["uid"] = "uid-1"
+    message = f"Container engine failed {probe} probe, will be restarted"
+    return pod, warning(message, reason="Killing")
+
+
+@pytest.mark.parametrize(
+    ("probe", "restarts", "is_stalled", "part"),
+    [
+        ("startup", 1, False, "spec.lifecycle.startupTimeoutSeconds (3600)"),
+        ("liveness", 3, True, "spec.lifecycle.stallSeconds"),
+    ],
+)
+def test_an_engine_that_a_probe_ended_says_which(
+    probe: str, restarts: int, is_stalled: bool, part: str
+) -> None:
+    pod, event = killed_pod(probe, restarts)
+    assert events_of(pod) == "reason=Killing"
+    cause = cause_of(pod, events=[event])
+    assert cause is not None
+    assert (cause.reason, cause.is_stalled) == ("ProbeFailed", is_stalled)
+    assert part in cause.message
+    alone = cause_of(pod)
+    assert alone is not None
+    assert alone.reason != "ProbeFailed"
+
+
+def test_an_engine_that_was_ready_and_is_no_more_does_not_load() -> None:
+    state = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+    for since, reason in (("01T00:05:00Z", "NotReady"), ("01T00:00:00Z", "LoadingModel")):
+        pod = make_pod("rev", container={"started": True, "state": state})
+        pod["status"]["conditions"][0]["lastTransitionTime"] = f"2026-01-{since}"
+        cause = cause_of(pod)
+        assert cause is not None
+        assert cause.reason == reason
+
+
+def test_a_sidecar_does_not_speak_for_the_engine() -> None:
+    pod = make_pod("rev", container={"state": {"terminated": exited(1, words("DoesNotFit"))}})
+    sidecar = {"name": "agent", "image": "a", "restartCount": 0, "state": {"running": {}}}
+    pod["status"]["containerStatuses"].insert(0, sidecar)
+    cause = cause_of(pod)
+    assert cause is not None
+    assert cause.reason == "DoesNotFit"
 
 
 def test_the_two_faces_of_a_failed_pull_read_the_same() -> None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from pagoda_operator.causes import Cause, find_cause, is_unstarted
+from pagoda_operator.cause import Cause
+from pagoda_operator.causes import find_cause, is_unstarted
 from pagoda_operator.names import Manifest
 from pagoda_operator.spec import LLMServiceSpec
 from pagoda_operator.testing import make_pod, make_service
@@ -26,15 +27,24 @@ def cause_of(
     [
         ("0/3 nodes: 3 Insufficient nvidia.com/gpu.", "InsufficientGPU", False),
         ('persistentvolumeclaim "models" not found', "ModelNotFound", True),
-        ("0/3 nodes: 3 Insufficient cpu.", "Unschedulable", False),
+        ("0/3 nodes: 3 Insufficient cpu.", "InsufficientCPU", False),
+        ("0/3 nodes: 3 Insufficient memory, 1 Insufficient cpu.", "InsufficientMemory", False),
+        ("0/3 nodes: 3 Insufficient ephemeral-storage.", "InsufficientStorage", False),
+        ("0/3 nodes: 3 node(s) were unschedulable.", "Unschedulable", False),
+        ("0/3 nodes: 3 node(s) had untolerated taint(s).", "UntoleratedTaint", False),
+        # The node without the taint is the one that could take the pod.
+        ("0/3 nodes: 1 Insufficient cpu, 2 node(s) had untolerated taint(s)", "InsufficientCPU", 0),
+        ("pod has unbound immediate PersistentVolumeClaims", "VolumeUnavailable", False),
+        ("1 Insufficient cpu, 1 node(s) had volume node affinity conflict", "VolumeUnavailable", 0),
     ],
 )
-def test_a_pod_without_a_node_says_what_it_waits_for(
+def test_a_pod_without_a_node_says_what_it_waits_for_and_what_helps(
     message: str, reason: str, is_stalled: bool
 ) -> None:
     cause = cause_of(make_pod("rev", unschedulable=message))
     assert cause is not None
     assert (cause.reason, cause.is_stalled) == (reason, is_stalled)
+    assert ("spec." in cause.message) == (reason not in ("Unschedulable", "InsufficientGPU"))
 
 
 ELSEWHERE = "didn't match Pod's node affinity/selector"
@@ -46,8 +56,8 @@ ELSEWHERE = "didn't match Pod's node affinity/selector"
         (f"0/3 nodes: 3 node(s) {ELSEWHERE}.", "InsufficientGPU"),
         (f"0/3 nodes: 1 Insufficient nvidia.com/gpu, 2 node(s) {ELSEWHERE}.", "InsufficientGPU"),
         # A node has the product, and its GPUs are not what is wanting.
-        (f"0/3 nodes: 1 Insufficient memory, 2 node(s) {ELSEWHERE}.", "Unschedulable"),
-        ("0/3 nodes: 3 node(s) had untolerated taint {a: b}.", "Unschedulable"),
+        (f"0/3 nodes: 1 Insufficient memory, 2 node(s) {ELSEWHERE}.", "InsufficientMemory"),
+        ("0/3 nodes: 3 node(s) had untolerated taint {a: b}.", "UntoleratedTaint"),
     ],
 )
 def test_gpus_of_a_product_that_no_node_has_are_named(message: str, reason: str) -> None:
@@ -58,7 +68,8 @@ def test_gpus_of_a_product_that_no_node_has_are_named(message: str, reason: str)
     assert cause.reason == reason
     named = (
         "No node that takes the pods has 2 free nvidia.com/gpu of the product NVIDIA-L4 or "
-        f"NVIDIA-L40S (spec.resources.gpu.products). The scheduler says: {message}"
+        "NVIDIA-L40S (spec.resources.gpu.products); free some, or add a node. The scheduler says: "
+        f"{message}"
     )
     assert (cause.message == named) == (reason == "InsufficientGPU")
 
@@ -66,7 +77,9 @@ def test_gpus_of_a_product_that_no_node_has_are_named(message: str, reason: str)
 def test_an_affinity_of_the_users_own_is_no_want_of_gpus() -> None:
     message = f"0/3 nodes: 3 node(s) {ELSEWHERE}."
     cause = cause_of(make_pod("rev", unschedulable=message))
-    assert cause == Cause("Unschedulable", f"The scheduler says: {message}", False)
+    assert cause is not None
+    assert (cause.reason, cause.is_stalled) == ("NoMatchingNode", False)
+    assert "spec.podTemplate.nodeSelector" in cause.message
 
 
 SURGING = make_service({"resources": {"gpu": {"count": 0}}}).spec
@@ -90,7 +103,7 @@ def test_without_an_older_pod_or_a_surge_the_scheduler_has_the_word() -> None:
         cause_of(waiting, make_pod("rev", name="a", ready=True), spec=SURGING),
         cause_of(waiting, make_pod("older", name="a"), spec=make_service(in_place).spec),
     ]
-    assert [cause.reason for cause in causes if cause] == ["Unschedulable", "Unschedulable"]
+    assert [cause.reason for cause in causes if cause] == ["InsufficientMemory"] * 2
 
 
 CLAIMS = [{"name": "gpu", "resourceClaimTemplateName": "one-gpu"}]
@@ -102,7 +115,8 @@ def test_claims_that_no_node_can_meet_are_a_want_of_gpus() -> None:
     cause = cause_of(make_pod("rev", unschedulable=said), spec=CLAIMING)
     assert cause is not None
     assert (cause.reason, cause.is_stalled) == ("InsufficientGPU", False)
-    assert cause.message.endswith(f"spec.resources.gpu.claims. The scheduler says: {said}")
+    assert "No node has devices free for spec.resources.gpu.claims" in cause.message
+    assert cause.message.endswith(f"The scheduler says: {said}")
 
 
 def test_a_missing_template_of_a_claim_is_named_though_the_scheduler_is_silent() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagoda_operator.causes import Cause
+from pagoda_operator.cause import Cause
 from pagoda_operator.names import Manifest
 from pagoda_operator.render import render_deployment
 from pagoda_operator.status import MAX_MESSAGE, Counts, failed_status, is_seen, make_status, stamp

@@ -53,7 +53,10 @@ app.kubernetes.io/instance: {{ .Release.Name }}
   verbs: [get, list, watch, delete]
 - apiGroups: [""]
   resources: [events]
-  verbs: [list]
+  verbs: [list, watch]
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create]
 # A second operator is noticed by its Lease.
 - apiGroups: [coordination.k8s.io]
   resources: [leases]
