@@ -34,13 +34,16 @@ USER_ID = 65532
 TMP_SIZE_LIMIT = "4Gi"
 CACHE_PATH = "/cache"
 HUB_TOKEN = "HF_TOKEN"
-# Keys of the Secret, and variables of the engine, by the scheme of model.uri.
+# Variables of the engine by the scheme of model.uri, each from the Secret's key of its name.
 CREDENTIALS = {
     "hf": (HUB_TOKEN,),
     "https": ("PAGODA_MODEL_TOKEN",),
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
     "gs": ("GS_ACCESS_KEY_ID", "GS_SECRET_ACCESS_KEY"),
+    "oci": ("DOCKER_AUTH_CONFIG",),
 }
+# What `kubectl create secret docker-registry` calls it.
+SECRET_KEYS = {"DOCKER_AUTH_CONFIG": ".dockerconfigjson"}
 MODELS_VOLUME = "models"
 REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 # What GPU feature discovery calls the GPUs of a node.
@@ -209,7 +212,7 @@ def _render_env(service: LLMService) -> list[Manifest]:
             env.append({"name": name, "value": value})
     if (secret := service.spec.model.credentials_secret_ref) is not None:
         for name in CREDENTIALS.get(service.spec.model.uri.partition("://")[0], ()):
-            source = {"secretKeyRef": {"name": secret.name, "key": name}}
+            source = {"secretKeyRef": {"name": secret.name, "key": SECRET_KEYS.get(name, name)}}
             env.append({"name": name, "valueFrom": source})
     return [*env, *theirs]
 

@@ -32,10 +32,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=text_value,
         help="a folder in Hugging Face layout, a GGUF file, hf://org/name, org/name, or a "
-        "folder of https://, s3:// or gs://",
+        "folder of https://, s3:// or gs://, or oci://host/repository",
     )
     flags.group.add_argument("--model", type=text_value, help="the same as MODEL")
-    flags.add("--revision", shown="main", help="branch, tag or commit of an hf:// model")
+    flags.add(
+        "--revision",
+        shown="main",
+        help="branch, tag or commit of an hf:// model; tag or digest of oci://",
+    )
     flags.add("--dtype", choices=DTYPES, help="of the weights; auto is the checkpoint's")
     flags.add(
         "--quantization",

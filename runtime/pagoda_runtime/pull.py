@@ -15,9 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="hf://org/name, org/name, or a folder of https://, s3:// or gs://",
+        help="hf://org/name, org/name, oci://host/repository, or a folder of https://, s3:// or gs://",
     )
-    parser.add_argument("--revision", help="branch, tag or commit (main)")
+    parser.add_argument(
+        "--revision", help="branch, tag or commit (main); tag or digest of oci:// (latest)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

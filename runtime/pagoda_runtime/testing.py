@@ -32,7 +32,7 @@ from pagoda_runtime.ipc.messages import (
     TokenLogprobs,
     with_masks,
 )
-from pagoda_runtime.models.source import OnProgress
+from pagoda_runtime.models.download import OnProgress
 from pagoda_runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from msgspec import to_builtins
 
 from pagoda_operator.causes import find_cause
 from pagoda_operator.flags import API_KEYS_PATH, PORT, engine_args, flag_value, pull_args
+from pagoda_operator.pod import CREDENTIALS
 from pagoda_operator.reports import parse_report
 from pagoda_operator.spec import DType, KvCacheDtype, Quantization
 from pagoda_operator.testing import make_pod, make_service
@@ -25,6 +26,7 @@ from pagoda_runtime.config import KV_CACHE_DTYPES, ServerConfig
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.execution.memory import kv_dtype_name
 from pagoda_runtime.keys import ApiKeys
+from pagoda_runtime.models import oci
 from pagoda_runtime.models.check import verify_start, verify_supported
 from pagoda_runtime.models.testing import make_tiny_checkpoint
 from pagoda_runtime.quantization.config import ONLINE, READERS
@@ -79,9 +81,15 @@ def test_every_field_of_the_spec_arrives_in_the_configuration() -> None:
     assert (config.drain_seconds, engine.stall_seconds) == (90, 45)
 
 
-def test_the_address_of_a_web_server_arrives_as_it_is() -> None:
-    uri = "https://models.example.com:8443/team/llama"
+@pytest.mark.parametrize(
+    "uri", ["https://models.example.com:8443/team/llama", "oci://ghcr.io/team/llama:v1"]
+)
+def test_the_address_of_a_server_arrives_as_it_is(uri: str) -> None:
     assert parse({"model": {"uri": uri}}).engine.model == uri
+
+
+def test_the_variable_for_a_registrys_secret_is_the_one_that_the_engine_reads() -> None:
+    assert CREDENTIALS["oci"] == (oci.AUTH_VARIABLE,)
 
 
 def test_the_job_that_fills_a_claim_fetches_what_the_engine_will_ask_for() -> None:

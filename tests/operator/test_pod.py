@@ -163,6 +163,13 @@ def test_credentials_come_from_the_secret_and_stand_nowhere(uri: str, keys: list
     ]
 
 
+def test_a_registry_is_asked_with_the_secret_that_kubectl_makes_for_it() -> None:
+    model = {"uri": "oci://ghcr.io/team/llama:v1", "credentialsSecretRef": {"name": "ghcr"}}
+    (container,) = pod({"model": model})["containers"]
+    source = {"secretKeyRef": {"name": "ghcr", "key": ".dockerconfigjson"}}
+    assert {"name": "DOCKER_AUTH_CONFIG", "valueFrom": source} in container["env"]
+
+
 def test_a_revision_of_the_hub_is_told_to_the_engine() -> None:
     (container,) = pod({"model": {"uri": "hf://org/name", "revision": "v1.0"}})["containers"]
     assert container["args"][container["args"].index("--revision") + 1] == "v1.0"

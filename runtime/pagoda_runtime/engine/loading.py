@@ -10,8 +10,9 @@ from pathlib import Path
 from pagoda_runtime.config import EngineConfig
 from pagoda_runtime.engine.core import Runner
 from pagoda_runtime.logs import timed
+from pagoda_runtime.models.download import OnProgress
 from pagoda_runtime.models.registry import load_model_config
-from pagoda_runtime.models.source import OnProgress, read_ahead, resolve_model
+from pagoda_runtime.models.source import read_ahead, resolve_model
 from pagoda_runtime.platforms import choose_platform
 
 MakeRunner = Callable[[EngineConfig, OnProgress, int, str], Runner]

@@ -16,9 +16,10 @@ from pagoda_runtime.execution.memory import format_bytes, must_fit
 from pagoda_runtime.logs import timed
 from pagoda_runtime.models.check import verify_kv_cache_dtype, verify_tensor_parallel
 from pagoda_runtime.models.config import ModelConfig
+from pagoda_runtime.models.download import OnProgress
 from pagoda_runtime.models.model import Model
 from pagoda_runtime.models.registry import load_model_config, make_model
-from pagoda_runtime.models.source import OnProgress, resolve_model
+from pagoda_runtime.models.source import resolve_model
 from pagoda_runtime.models.weights import load_weights, settle_by_weights
 from pagoda_runtime.parallel import TensorParallel
 from pagoda_runtime.platforms import Platform

@@ -19,8 +19,8 @@ from pagoda_runtime.ipc.messages import BlockCopy, EngineReady, Masks, RowOutput
 from pagoda_runtime.layers.step_input import StepInput
 from pagoda_runtime.logs import timed
 from pagoda_runtime.models.check import verify_max_model_len
+from pagoda_runtime.models.download import OnProgress
 from pagoda_runtime.models.pooled import PooledModel
-from pagoda_runtime.models.source import OnProgress
 from pagoda_runtime.parallel import ALONE, TensorParallel
 from pagoda_runtime.platforms import Platform, choose_platform
 from pagoda_runtime.sampling_params import SamplingParams

@@ -22,7 +22,7 @@ from pagoda_runtime.execution.profiling import find_step_bytes
 from pagoda_runtime.execution.steps import StepRunner
 from pagoda_runtime.ipc.messages import EngineReady, ScheduledRow
 from pagoda_runtime.logs import timed
-from pagoda_runtime.models.source import OnProgress
+from pagoda_runtime.models.download import OnProgress
 from pagoda_runtime.parallel import ALONE, TensorParallel
 from pagoda_runtime.platforms import Platform, choose_platform
 from pagoda_runtime.sampling_params import SamplingParams

@@ -1,5 +1,5 @@
-"""Find the model's folder: a local one, or one that is downloaded from a Hugging Face hub or a web
-server.
+"""Find the model's folder: a local one, or one that is downloaded from a Hugging Face hub, a web
+server, a bucket or a registry.
 """
 
 from __future__ import annotations
@@ -8,18 +8,17 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from pagoda_runtime.errors import FatalError, unreadable
+from pagoda_runtime.models.download import OnProgress
 from pagoda_runtime.quantization.config import ONLINE
 
-OnProgress = Callable[[str, float, float], None]
-"""Called with a phase, percent done and bytes per second."""
-
 WEB = ("https://", "http://", "s3://", "gs://")
+OCI = "oci://"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What Linux reads ahead for one call, whatever it is asked for.
 _PIECE_BYTES = 1 << 17
@@ -37,8 +36,10 @@ def resolve_model(
 
     Args:
         uri: a folder or a GGUF file; `hf://org/name`; the address of a folder on a web server or of
-            a bucket (`s3://`, `gs://`); or `org/name`, if nothing local has that name.
-        revision: branch, tag or commit on the hub; None: the default branch.
+            a bucket (`s3://`, `gs://`); `oci://host/repository` of a registry; or `org/name`, if
+            nothing local has that name.
+        revision: branch, tag or commit on the hub, tag or digest in a registry; None: the default
+            branch, or the tag `latest`.
         quantization: what the flag --quantization says: a GGUF file is dequantized for none, and
             for what its weights are then rounded to.
     Raises: FatalError: ModelNotFound, ModelAccessDenied, SourceUnreachable or DiskFull; for a GGUF
@@ -52,6 +53,10 @@ def resolve_model(
             text = f"--revision (model.revision) is {revision}, but {uri} has no revisions."
             raise FatalError("InvalidFlags", text)
         return fetch_folder(uri, on_progress)
+    if uri.startswith(OCI):
+        from pagoda_runtime.models.oci import fetch_artifact
+
+        return fetch_artifact(uri, revision, on_progress)
     if path is None:
         return _download(uri.removeprefix("hf://"), revision, on_progress)
     if path.is_dir():
@@ -63,12 +68,12 @@ def resolve_model(
 
 
 def local_path(uri: str) -> Path | None:
-    """The folder or file on this machine that uri names; None: it is a model of a hub or of a web
-    server.
+    """The folder or file on this machine that uri names; None: it is a model of a hub, a web server
+    or a registry.
 
     Raises: FatalError: ModelNotFound, it is neither.
     """
-    if uri.startswith(WEB):
+    if uri.startswith((*WEB, OCI)):
         return None
     if not uri.startswith("hf://"):
         try:

@@ -8,8 +8,6 @@ says the same ETag (or time) and size of it; what was cut off is continued.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import http.client
 import json
@@ -27,12 +25,21 @@ from urllib.parse import quote, urlsplit
 
 from pagoda_runtime.errors import FatalError
 from pagoda_runtime.models import buckets
+from pagoda_runtime.models.download import (
+    ATTEMPTS,
+    BROKEN,
+    PIECE_BYTES,
+    TOKEN_VARIABLE,
+    OnProgress,
+    Progress,
+    cache_folder,
+    describe_failure,
+    is_away,
+    lock,
+    open_url,
+    pause_seconds,
+)
 
-TOKEN_VARIABLE = "PAGODA_MODEL_TOKEN"
-KEYS = {
-    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION",
-    "gs": "GS_ACCESS_KEY_ID and GS_SECRET_ACCESS_KEY",
-}
 REQUIRED = "config.json"
 OPTIONAL = (
     "generation_config.json",
@@ -48,10 +55,6 @@ OPTIONAL = (
 )
 INDEX, WEIGHTS, MODULES = "model.safetensors.index.json", "model.safetensors", "modules.json"
 STATE = ".pagoda.json"
-TIMEOUT_SECONDS = 60.0
-# Of one file, each of which goes on where the one before was cut off.
-ATTEMPTS = 5
-PIECE_BYTES = 1 << 20
 # Names of files come from the server, and must not lead out of the folder.
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -75,7 +78,7 @@ class _Folder:
     complete: Path
     """Is there once everything else is."""
     authorize: Authorize
-    progress: _Progress
+    progress: Progress
     known: dict[str, list[object]] = field(default_factory=dict)
     """name → [validator, size] of what is here, or partly here."""
 
@@ -108,10 +111,10 @@ class _Folder:
             except urllib.error.HTTPError as error:
                 if error.code < 500 or attempt == ATTEMPTS - 1:
                     raise
-            except (http.client.IncompleteRead, ConnectionError, TimeoutError):
+            except BROKEN:
                 if attempt == ATTEMPTS - 1:
                     raise
-            time.sleep(min(8.0, 0.1 * 4**attempt))
+            time.sleep(pause_seconds(attempt))
 
     def _fetch_once(self, name: str, target: Path) -> None:
         part = target.with_name(f"{target.name}.part")
@@ -149,14 +152,12 @@ class _Folder:
             is_plain = header in headers
             (request.add_header if is_plain else request.add_unredirected_header)(header, value)
         try:
-            answer: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+            return open_url(request)
         except urllib.error.HTTPError as error:
-            error.close()
             # Stores that may not be listed answer 403 for what is not there.
             if error.code in (404, 410) or (error.code == 403 and name != REQUIRED):
                 raise _Missing(name) from error
             raise
-        return answer
 
     def _write(self, answer: HTTPResponse, part: Path, mode: str) -> None:
         with part.open(mode) as file:
@@ -173,7 +174,7 @@ class _Folder:
         path.with_suffix(".new").replace(path)
 
 
-def fetch_folder(uri: str, on_progress: Callable[[str, float, float], None]) -> Path:
+def fetch_folder(uri: str, on_progress: OnProgress) -> Path:
     """The folder of a model, with the files as the server has them now.
 
     It lies below PAGODA_CACHE or ~/.cache/pagoda. Where the server cannot be reached, what was
@@ -188,27 +189,26 @@ def fetch_folder(uri: str, on_progress: Callable[[str, float, float], None]) -> 
     """
     uri = uri.rstrip("/")
     url, authorize = _address(uri, os.environ)
-    base = Path(os.environ.get("PAGODA_CACHE") or "~/.cache/pagoda").expanduser() / "web"
+    base = cache_folder() / "web"
     name = f"{urlsplit(uri).hostname}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}"
     path, complete = base / name, base / f"{name}.complete"
-    progress = _Progress(on_progress)
+    progress = Progress(on_progress)
     folder = _Folder(uri, url, path, complete, authorize, progress)
     on_progress("download", 0.0, 0.0)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with _locked(base / f"{name}.lock"):
+        with lock(base / f"{name}.lock"):
             try:
                 _fetch_all(folder)
                 complete.touch()
             except (OSError, http.client.HTTPException) as error:
-                is_away = not isinstance(error, urllib.error.HTTPError) or error.code >= 500
-                if not (complete.exists() and is_away):
+                if not (complete.exists() and is_away(error)):
                     raise
     except _Missing as error:
         text = f"{uri}/{error} does not exist. Give --model (model.uri) the address of a folder in "
         raise FatalError("ModelNotFound", f"{text}Hugging Face layout.") from error
     except (OSError, http.client.HTTPException) as error:
-        raise _describe_failure(uri, base, error) from error
+        raise describe_failure(uri, base, error) from error
     on_progress("download", 100.0, 0.0)
     return path
 
@@ -254,47 +254,3 @@ def _checked(uri: str, name: object) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise FatalError("CorruptWeights", f"{uri}: {name!r} is no name of a file of a model.")
     return name
-
-
-class _Progress:
-    """Bytes of the weights as percents, and their speed."""
-
-    def __init__(self, on_progress: Callable[[str, float, float], None]) -> None:
-        self._on_progress = on_progress
-        self._total = 0
-        self._done, self._started = 0, time.monotonic()
-
-    def expect(self, total_bytes: int) -> None:
-        """Of what comes now, that is 100 %; below 1 it is not known."""
-        self._total, self._done, self._started = total_bytes, 0, time.monotonic()
-
-    def add(self, num_bytes: int) -> None:
-        self._done += num_bytes
-        seconds = time.monotonic() - self._started
-        percent = 100.0 * self._done / self._total if self._total > 0 else 0.0
-        self._on_progress("download", min(99.9, percent), self._done / max(seconds, 1e-3))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _describe_failure(uri: str, base: Path, error: Exception) -> FatalError:
-    what = str(error) or type(error).__name__
-    if isinstance(error, urllib.error.HTTPError):
-        what = f"HTTP {error.code}"
-        if error.code in (401, 403):
-            names = KEYS.get(uri.partition("://")[0], TOKEN_VARIABLE)
-            text = f"The server refuses {uri} ({what}). Set {names} to what may read it "
-            return FatalError("ModelAccessDenied", f"{text}(model.credentialsSecretRef).")
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        text = f"The disk is full: {uri} does not fit in {base} (PAGODA_CACHE)."
-        return FatalError("DiskFull", text)
-    elif isinstance(error, OSError) and error.filename is not None:
-        text = f"{base} cannot be written: {error}. Set PAGODA_CACHE to another folder."
-        return FatalError("DiskFull", text)
-    text = f"{uri} could not be downloaded: {what}. Check the network (NetworkPolicy, proxy)."
-    return FatalError("SourceUnreachable", text)

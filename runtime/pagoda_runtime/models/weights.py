@@ -19,7 +19,7 @@ from pagoda_runtime.config import SUPPORTED_DTYPES
 from pagoda_runtime.config_file import ConfigFile
 from pagoda_runtime.errors import FatalError, unreadable
 from pagoda_runtime.models.config import DTYPE_OF_WEIGHTS, ModelConfig
-from pagoda_runtime.models.source import OnProgress
+from pagoda_runtime.models.download import OnProgress
 from pagoda_runtime.quantization.parameter import Shard, StoredTensor, WrongDtypeError
 
 logger = logging.getLogger(__name__)
