@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -194,9 +195,10 @@ class ApiServer:
 
     async def _apply(self, path: str, manifest: Manifest, *, manager: str, force: bool) -> Manifest:
         query = {"fieldManager": manager, "force": "true" if force else "false"}
-        content_type = "application/apply-patch+yaml"
+        # With the charset, the client sends the text as it is.
+        content_type = "application/apply-patch+yaml; charset=utf-8"
         return await self._request(
-            "PATCH", path, query=query, body=manifest, content_type=content_type
+            "PATCH", path, query=query, body=_to_yaml(manifest), content_type=content_type
         )
 
     async def _request(
@@ -205,7 +207,7 @@ class ApiServer:
         path: str,
         *,
         query: Mapping[str, str] | None = None,
-        body: Manifest | None = None,
+        body: Manifest | str | None = None,
         content_type: str = "application/json",
     ) -> Manifest:
         try:
@@ -261,6 +263,12 @@ def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
 def _path_of(manifest: Manifest) -> str:
     metadata = manifest["metadata"]
     return _path(manifest["kind"], metadata["namespace"], metadata["name"])
+
+
+def _to_yaml(manifest: Manifest) -> str:
+    """JSON that is YAML too, which knows no pairs of escapes for one character, as an emoji."""
+    text = json.dumps(manifest, ensure_ascii=False)
+    return re.sub(r"[\x7f-\uffff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _error(status: int, request: str, answer: object, headers: Mapping[str, str]) -> ApiError:
