@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import audit
 import operator_process
 import stack
+from api import Api
 from kube import Kubectl
 
 
@@ -36,10 +37,10 @@ def crds(target: stack.Target) -> None:
     target.kubectl.run("wait", "--for=condition=Established", "crd/llmservices.pagoda.dev")
 
 
-@pytest.fixture
-def dry_runs(target: stack.Target, crds: None) -> Kubectl:
-    """kubectl for what writes nothing, and so needs no namespace of its own."""
-    return target.kubectl
+@pytest.fixture(scope="session")
+def api(target: stack.Target, crds: None) -> Api:
+    """The API server, for what asks it many times."""
+    return Api.of(target.kubectl)
 
 
 @pytest.fixture

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-from kube import Kubectl
-
 
 def manifest(spec: dict[str, Any], name: str = "x") -> dict[str, Any]:
     merged = {"model": {"uri": "pvc://models/a"}, **spec}
@@ -16,8 +13,3 @@ def manifest(spec: dict[str, Any], name: str = "x") -> dict[str, Any]:
         "metadata": {"name": name},
         "spec": {key: value for key, value in merged.items() if value is not None},
     }
-
-
-def dry_run(kubectl: Kubectl, document: object) -> str:
-    flags = ("--dry-run=server", "--validate=strict")
-    return kubectl.run("create", *flags, "-f", "-", stdin=yaml.safe_dump(document))

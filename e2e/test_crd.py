@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import stack
-from kube import Kubectl, KubectlError
-from llmservices import dry_run, manifest
+from api import Api, Refusal
+from kube import Kubectl
+from llmservices import manifest
 
 pytestmark = pytest.mark.cluster
 EXAMPLES = sorted((stack.ROOT / "examples").glob("*.yaml"))
@@ -32,7 +33,15 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a revision of a web server": (
         {"model": {"uri": "https://example.com/model", "revision": "v1"}},
-        "model.revision is for hf:// models",
+        "model.revision is for hf:// and oci:// models",
+    ),
+    "a registry with a user": (
+        {"model": {"uri": "oci://me@ghcr.io/team/llama"}},
+        "a model of a registry is written oci://HOST/REPOSITORY",
+    ),
+    "a tag and a revision": (
+        {"model": {"uri": "oci://ghcr.io/team/llama:v1", "revision": "v2"}},
+        "model.uri names a tag or digest itself",
     ),
     "a bucket of no name": (
         {"model": {"uri": "s3:///model"}},
@@ -136,7 +145,7 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a revision of a claim": (
         {"model": {"uri": "pvc://models/a", "revision": "main"}},
-        "model.revision is for hf:// models",
+        "model.revision is for hf:// and oci:// models",
     ),
     "credentials for a claim": (
         {"model": {"uri": "pvc://models/a", "credentialsSecretRef": {"name": "hub"}}},
@@ -209,10 +218,10 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_SPECS)
-def test_a_bad_spec_is_refused_in_words_that_help(dry_runs: Kubectl, case: str) -> None:
+def test_a_bad_spec_is_refused_in_words_that_help(api: Api, case: str) -> None:
     spec, words = BAD_SPECS[case]
-    with pytest.raises(KubectlError) as refusal:
-        dry_run(dry_runs, manifest(spec))
+    with pytest.raises(Refusal) as refusal:
+        api.create(manifest(spec), is_dry_run=True)
     assert words in str(refusal.value)
 
 
@@ -220,22 +229,22 @@ def test_a_bad_spec_is_refused_in_words_that_help(dry_runs: Kubectl, case: str) 
     ("name", "words"),
     [("a" * 51, "at most 50 characters"), ("7b", "begins with a letter"), ("a.b", "lower case")],
 )
-def test_a_bad_name_is_refused_in_words_that_help(dry_runs: Kubectl, name: str, words: str) -> None:
-    with pytest.raises(KubectlError) as refusal:
-        dry_run(dry_runs, manifest({}, name=name))
+def test_a_bad_name_is_refused_in_words_that_help(api: Api, name: str, words: str) -> None:
+    with pytest.raises(Refusal) as refusal:
+        api.create(manifest({}, name=name), is_dry_run=True)
     assert words in str(refusal.value)
 
 
 def test_the_longest_name_and_an_engine_on_the_cpu_with_any_tp_are_taken(
-    dry_runs: Kubectl,
+    api: Api,
 ) -> None:
     spec = {"engine": {"tensorParallelSize": 8}, "resources": {"gpu": {"count": 0}}}
-    assert "created" in dry_run(dry_runs, manifest(spec, name="a" * 50))
+    assert api.create(manifest(spec, name="a" * 50), is_dry_run=True)
 
 
 @pytest.mark.parametrize("cpu", [2, 0.5, 0.001, "250m", "1.5", "16"])
-def test_cores_are_numbers_or_quantities(dry_runs: Kubectl, cpu: float | str) -> None:
-    assert "created" in dry_run(dry_runs, manifest({"resources": {"cpu": cpu}}))
+def test_cores_are_numbers_or_quantities(api: Api, cpu: float | str) -> None:
+    assert api.create(manifest({"resources": {"cpu": cpu}}), is_dry_run=True)
 
 
 @pytest.mark.parametrize(
@@ -243,16 +252,14 @@ def test_cores_are_numbers_or_quantities(dry_runs: Kubectl, cpu: float | str) ->
     [["--seed=7"], ["--seed", "7"], ["--chat-template=/a b.jinja"], ["--chat-template", "/a b"]],
     ids=str,
 )
-def test_an_extra_argument_may_have_a_space_in_its_value(
-    dry_runs: Kubectl, arguments: list[str]
-) -> None:
-    assert "created" in dry_run(dry_runs, manifest({"engine": {"extraArgs": arguments}}))
+def test_an_extra_argument_may_have_a_space_in_its_value(api: Api, arguments: list[str]) -> None:
+    assert api.create(manifest({"engine": {"extraArgs": arguments}}), is_dry_run=True)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_is_taken(dry_runs: Kubectl, example: Path) -> None:
+def test_an_example_is_taken(target: stack.Target, crds: None, example: Path) -> None:
     flags = ("--dry-run=server", "--validate=strict")
-    assert "dry run" in dry_runs.run("apply", *flags, "-f", str(example))
+    assert "dry run" in target.kubectl.run("apply", *flags, "-f", str(example))
 
 
 @pytest.mark.parametrize("is_namespaced", [False, True], ids=["cluster-wide", "namespaced"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from kube import Kubectl, KubectlError, wait_until
-from llmservices import dry_run, manifest
+from api import Api, Refusal
+from kube import Kubectl, wait_until
+from llmservices import manifest
 from operator_process import OperatorProcess
 
 pytestmark = pytest.mark.cluster
@@ -48,7 +49,15 @@ BAD_PARTS: dict[str, tuple[dict[str, Any], str]] = {
         "Duplicate value",
     ),
     "a variable of two sources": (
-        {"env": [{"name": "A", "value": "1", "valueFrom": {"fieldRef": {"fieldPath": "x"}}}]},
+        {
+            "env": [
+                {
+                    "name": "A",
+                    "value": "1",
+                    "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}},
+                }
+            ]
+        },
         "a variable has a value or a valueFrom, not both",
     ),
     "variables from nowhere": ({"envFrom": [{"prefix": "A_"}]}, "a configMapRef or a secretRef"),
@@ -103,10 +112,10 @@ BAD_PARTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_PARTS)
-def test_a_bad_pod_template_is_refused_in_words_that_help(dry_runs: Kubectl, case: str) -> None:
+def test_a_bad_pod_template_is_refused_in_words_that_help(api: Api, case: str) -> None:
     part, words = BAD_PARTS[case]
-    with pytest.raises(KubectlError) as refusal:
-        dry_run(dry_runs, manifest({"podTemplate": part}))
+    with pytest.raises(Refusal) as refusal:
+        api.create(manifest({"podTemplate": part}), is_dry_run=True)
     assert words in str(refusal.value)
 
 
