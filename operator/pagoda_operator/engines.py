@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import aiohttp
 
-from pagoda_operator.causes import is_ready
+from pagoda_operator.causes import OWN_CONTAINERS, is_ready
 from pagoda_operator.flags import PORT
 from pagoda_operator.names import Manifest, is_leaving
 
@@ -40,15 +41,23 @@ class Engines:
     port: int = PORT
     _session: aiohttp.ClientSession | None = field(default=None, init=False)
 
-    async def read(self, address: str, path: str, slots: asyncio.Semaphore) -> bytes | Silence:
+    async def read(
+        self,
+        address: str,
+        path: str,
+        slots: asyncio.Semaphore,
+        *,
+        statuses: Collection[int] = (200,),
+    ) -> bytes | Silence:
         """The body of a pod's answer, or why there is none.
 
         Args:
             slots: bounds how many are asked at once.
+            statuses: of HTTP whose body is an answer.
         """
         try:
             async with slots, asyncio.timeout(ANSWER_SECONDS):
-                return await self._get(f"http://{address}:{self.port}{path}")
+                return await self._get(f"http://{address}:{self.port}{path}", statuses)
         except TimeoutError:
             return Silence.TIMEOUT
         except (OSError, aiohttp.ClientError):
@@ -61,10 +70,10 @@ class Engines:
         if self._session is not None:
             await self._session.close()
 
-    async def _get(self, url: str) -> bytes | Silence:
+    async def _get(self, url: str, statuses: Collection[int]) -> bytes | Silence:
         # A redirect would let a pod choose what the operator fetches.
         async with self._open_session().get(url, allow_redirects=False) as response:
-            if response.status != 200:
+            if response.status not in statuses:
                 return Silence.STATUS
             body = bytearray()
             async for chunk in response.content.iter_any():
@@ -89,7 +98,23 @@ class Engines:
 
 def ready_address(pod: Manifest) -> str | None:
     """The address of a pod that answers requests, for use in a URL; None if it does not."""
+    return _address(pod) if is_ready(pod) else None
+
+
+def starting_address(pod: Manifest) -> str | None:
+    """The same of a pod whose container runs and has not started yet."""
+    statuses = pod.get("status", {}).get("containerStatuses", [])
+    is_starting = any(
+        status["name"] in OWN_CONTAINERS
+        and "running" in status.get("state", {})
+        and not status.get("started")
+        for status in statuses
+    )
+    return _address(pod) if is_starting and not is_ready(pod) else None
+
+
+def _address(pod: Manifest) -> str | None:
     ip = pod.get("status", {}).get("podIP")
-    if is_leaving(pod) or not is_ready(pod) or not ip:
+    if is_leaving(pod) or not ip:
         return None
     return f"[{ip}]" if ":" in ip else str(ip)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from pagoda_operator.engines import Engines, Silence, ready_address
 from pagoda_operator.flags import PORT
+from pagoda_operator.loads import Loads
 from pagoda_operator.names import Key, Manifest
 from pagoda_operator.reports import Reports
 from pagoda_operator.scaling import PodLoad, ScalingPolicy, ScalingState, decide, initial_target
@@ -60,11 +61,13 @@ class Poller:
     port: int = PORT
     _watched: dict[Key, _Watched] = field(default_factory=dict, init=False)
     reports: Reports = field(init=False)
+    loads: Loads = field(init=False)
     _engines: Engines = field(init=False)
 
     def __post_init__(self) -> None:
         self._engines = Engines(self.port)
         self.reports = Reports(self._engines, self.on_change)
+        self.loads = Loads(self._engines, self.on_change)
         self.telemetry.polled_services.set_function(lambda: len(self._watched))
 
     def target(self, service: LLMService, status: Manifest, deployment: Manifest | None) -> int:
@@ -113,6 +116,7 @@ class Poller:
             self.forget(key)
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.reports.close()
+        await self.loads.close()
         await self._engines.close()
 
     async def _poll(self, key: Key, watched: _Watched) -> None:

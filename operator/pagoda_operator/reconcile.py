@@ -22,6 +22,7 @@ from pagoda_operator.cluster import ApiError, ApiServer, NotFound, Refused, Unav
 from pagoda_operator.containers import CRASHES_UNTIL_STALLED
 from pagoda_operator.decode import SpecError
 from pagoda_operator.events import render_events
+from pagoda_operator.loads import with_progress
 from pagoda_operator.names import (
     CHILD_KINDS,
     KIND,
@@ -113,6 +114,7 @@ class Reconciler:
         self._memories.pop(key, None)
         self.poller.forget(key)
         self.poller.reports.forget(key)
+        self.poller.loads.forget(key)
         if self.checks is not None:
             self.checks.forget(key)
 
@@ -238,6 +240,7 @@ class Reconciler:
     async def _reject(self, key: Key, manifest: Manifest, message: str) -> None:
         """Say that the spec is not understood, and what becomes of the pods meanwhile."""
         self.poller.forget(key)
+        self.poller.loads.forget(key)
         live = await self.cluster.get("Deployment", key.namespace, engine_name(key.name))
         if live is not None and not is_controlled_by(live, manifest["metadata"]["uid"]):
             live = None
@@ -260,6 +263,8 @@ class Reconciler:
             pods, revision = world.pods, revision_of(deployment)
             model = self.poller.reports.find(service.key, pods, revision)
             cause = cause or find_cause(service.spec, deployment, pods, revision, world.events)
+        loads = self.poller.loads.find(service.key, world.pods)
+        cause = with_progress(cause, loads)
         front = world.own(service, ChildRef("Service", service.key.name))
         status, conditions = make_status(
             service,
@@ -270,6 +275,7 @@ class Reconciler:
             is_reachable=hindrance is None or front is not None,
             model=manifest.get("status", {}).get("model") if model is None else model,
             preflight=preflight,
+            loads=loads,
         )
         conditions |= autoscaling_condition(
             service.spec,

@@ -15,6 +15,7 @@ written again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -84,6 +85,7 @@ def make_status(
     is_reachable: bool = True,
     model: Manifest | None = None,
     preflight: Manifest | None = None,
+    loads: Sequence[Manifest] = (),
 ) -> tuple[Manifest, Conditions]:
     """The fields of the status and the four conditions, for `stamp`.
 
@@ -94,6 +96,7 @@ def make_status(
         is_reachable: the Service in front of the engines is there and is ours.
         model: what the engine that was ready last says that it runs.
         preflight: what was found before the pods were made.
+        loads: how far engines are that start.
     """
     counts = Counts.of(deployment)
     labels = selector_labels(service.key.name)
@@ -109,6 +112,8 @@ def make_status(
         fields["model"] = model
     if preflight:
         fields["preflight"] = preflight
+    if loads:
+        fields["load"] = list(loads)
     available = _available(counts, desired_replicas, service.spec.suspend, is_reachable)
     if cause is not None and not is_applied:
         return fields, _hindered(available, cause)
@@ -123,7 +128,7 @@ def failed_status(
     Args:
         counts: None where the pods are not known; what was known of them stays.
     """
-    fields = {key: value for key, value in previous.items() if key != "conditions"}
+    fields = {key: value for key, value in previous.items() if key not in ("conditions", "load")}
     if counts is None:
         return fields, _hindered((None, cause.reason, "The pods could not be read."), cause)
     desired = previous.get("desiredReplicas", counts.total)

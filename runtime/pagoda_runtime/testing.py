@@ -264,8 +264,10 @@ def make_fake_runner(
     of_ranks = {name: options.pop(name) for name in list(options) if name.startswith("rank_")}
     options |= of_ranks.get(f"rank_{rank}", {})
     logging.getLogger("pagoda.testing").info("Loading a fake")
-    on_progress("load", 50.0, 1e6)
-    time.sleep(options.pop("load_seconds", 0.0))
+    seconds = options.pop("load_seconds", 0.0)
+    for percent in (0.0, 50.0):
+        on_progress("load", percent, 1e6)
+        time.sleep(seconds / 2)
     if "fail" in options:
         raise FatalError(*options["fail"])
     if options.pop("crash", False):

@@ -16,6 +16,7 @@ from msgspec import to_builtins
 from pagoda_operator.cause import Cause
 from pagoda_operator.checkpoint import Tensors, read_checkpoint
 from pagoda_operator.decode import camel_case
+from pagoda_operator.loads import parse_progress
 from pagoda_operator.names import GROUP, KIND, PLURAL, VERSION
 from pagoda_operator.preflight import check, unchecked
 from pagoda_operator.reports import parse_report
@@ -23,7 +24,7 @@ from pagoda_operator.scaling import ScalingPolicy
 from pagoda_operator.spec import LLMServiceSpec, parse
 from pagoda_operator.status import failed_status, make_status, stamp
 from pagoda_operator.testing import LLAMA_8B, make_manifest, make_service
-from pagoda_runtime.server.answers import Running
+from pagoda_runtime.server.answers import Running, Startup
 
 ROOT = Path(__file__).resolve().parents[2]
 CRD = ROOT / "crds" / "llmservice.yaml"
@@ -146,6 +147,9 @@ def test_every_status_that_the_operator_writes_fits_the_schema() -> None:
     model = parse_report(body.encode())
     gpu = {"gpu": {"products": ["NVIDIA-L4"]}}
     preflight = check(make_service({"resources": gpu}).spec, read_checkpoint(LLAMA_8B, Tensors()))
+    said = to_builtins(Startup("load", 43.0, 1e9, 20.0))
+    load = parse_progress("pod-1", json.dumps(said).encode())
+    assert load is not None
     made = make_status(
         service,
         deployment=deployment,
@@ -153,10 +157,12 @@ def test_every_status_that_the_operator_writes_fits_the_schema() -> None:
         desired_replicas=1,
         model=model,
         preflight=preflight.fields(),
+        loads=[load],
     )
     status = stamp(*made, {}, 1, now)
     known = schema()["status"]["properties"]
     assert set(status) == set(known)
+    assert set(load) == set(known["load"]["items"]["properties"])
     assert set(model) == set(known["model"]["properties"])
     assert set(status["preflight"]) == set(known["preflight"]["properties"])
     assert {"Passed", "Failed", unchecked("x")["result"]} == set(

@@ -29,6 +29,7 @@ from pagoda_runtime.engine.core import EngineCore, Runner, end_refused
 from pagoda_runtime.engine.failure import describe_failure
 from pagoda_runtime.engine.loading import FindModel, MakeRunner, find_model, make_model_runner
 from pagoda_runtime.engine.overlap import ThreadedRunner
+from pagoda_runtime.engine.pace import Pace
 from pagoda_runtime.engine.ranks import RankedRunner, Ranks
 from pagoda_runtime.engine.scheduler import SchedulerConfig
 from pagoda_runtime.errors import FatalError, QueueFull, RequestError
@@ -69,13 +70,19 @@ class Outbox:
         self._socket.connect(output_address(socket_folder))
         self._lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder()
+        self._pace = Pace()
 
     def send(self, message: ToApi) -> None:
         with self._lock:
             self._socket.send(self._encoder.encode(message))
 
     def report_progress(self, phase: str, percent: float, bytes_per_second: float) -> None:
-        self.send(LoadProgress(phase=phase, percent=percent, bytes_per_second=bytes_per_second))
+        with self._lock:
+            eta = self._pace.seconds_left(phase, percent, time.monotonic())
+        progress = LoadProgress(
+            phase=phase, percent=percent, bytes_per_second=bytes_per_second, eta_seconds=eta
+        )
+        self.send(progress)
 
     def close(self) -> None:
         """Wait until all is sent, for LINGER_MILLISECONDS at most."""

@@ -241,9 +241,11 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):
     """Engine → API while it starts; /startup shows it."""
 
     phase: str
-    """download, load, warmup"""
+    """download, convert, load, warmup"""
     percent: float
     bytes_per_second: float = 0.0
+    eta_seconds: float | None = None
+    """Until the phase ends."""
 
 
 ScoreActivation = Literal["identity", "sigmoid", "tanh", "softmax"]

@@ -255,6 +255,8 @@ class Startup(Struct, frozen=True):
     phase: str
     percent: float
     bytes_per_second: float
+    eta_seconds: float | None = None
+    """Until the phase ends; null where it is not known."""
     model: Running | UnsetType = UNSET
 
 

@@ -27,9 +27,9 @@ def make_routes(state: ServerState) -> list[Route]:
                 ready.tensor_parallel_size,
                 ready.pooler.task if ready.pooler else "generate",
             )
-            return json_response(Startup("ready", 100.0, 0.0, model))
-        progress = state.engine.progress
-        body = Startup(progress.phase, progress.percent, progress.bytes_per_second)
+            return json_response(Startup("ready", 100.0, 0.0, 0.0, model))
+        now = state.engine.progress
+        body = Startup(now.phase, now.percent, now.bytes_per_second, now.eta_seconds)
         return _json(body, ok=False)
 
     async def health(request: Request) -> Response:

@@ -125,7 +125,9 @@ class FakeEngine(EngineClient):
         self.answer = answer.encode()
         self.step_seconds = step_seconds
         self.ready: EngineReady | None = READY
-        self.progress = LoadProgress(phase="load", percent=40.0, bytes_per_second=1e6)
+        self.progress = LoadProgress(
+            phase="load", percent=40.0, bytes_per_second=1e6, eta_seconds=9.0
+        )
         self.failure: EngineFailed | None = None
         self._is_shut_down = False
         self.last_step_seconds = time.monotonic()

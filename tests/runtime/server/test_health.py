@@ -30,7 +30,12 @@ async def test_a_loading_server_is_alive_but_neither_started_nor_ready(http, sta
     engine.ready = None
     startup = await http.get("/startup")
     assert startup.status_code == 503
-    assert startup.json() == {"phase": "load", "percent": 40.0, "bytes_per_second": 1e6}
+    assert startup.json() == {
+        "phase": "load",
+        "percent": 40.0,
+        "bytes_per_second": 1e6,
+        "eta_seconds": 9.0,
+    }
     assert (await http.get("/ready")).status_code == 503
     assert (await http.get("/health")).status_code == 200
 

@@ -60,13 +60,24 @@ def test_http_answers_while_the_engine_loads(start):
     url = server.wait_for_url()
     startup = httpx.get(f"{url}/startup")
     assert startup.status_code == 503
-    assert set(startup.json()) == {"phase", "percent", "bytes_per_second"}
+    assert set(startup.json()) == {"phase", "percent", "bytes_per_second", "eta_seconds"}
     assert httpx.get(f"{url}/health").status_code == 200
     assert "vllm:num_requests_waiting" in httpx.get(f"{url}/metrics").text
     assert complete(url).status_code == 503
     wait_until_ready(url)
     assert httpx.get(f"{url}/startup").status_code == 200
     assert complete(url).status_code == 200
+
+
+def test_a_start_tells_how_long_it_still_takes(start):
+    url = start(load_seconds=1.0).wait_for_url()
+    deadline = time.monotonic() + 20
+    while (said := httpx.get(f"{url}/startup").json())["percent"] < 50:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert (said["phase"], said["percent"]) == ("load", 50.0)
+    # The first half took half a second, or more where the machine is busy.
+    assert 0.5 <= said["eta_seconds"] < 5
 
 
 def test_sigterm_loses_no_stream_and_serves_through_the_delay(start):
