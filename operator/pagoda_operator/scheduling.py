@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pagoda_operator.cause import Cause
 from pagoda_operator.flags import model_claim
@@ -42,44 +42,49 @@ def cause_of_unscheduled(spec: LLMServiceSpec, message: str, older: Sequence[Man
             f"one first, or make room. {said}"
         )
         return Cause("NoRoomToSurge", text, False)
-    reason, text = _find_want(spec, message)
-    return Cause(reason, f"{text} {said}".strip(), False)
+    wants = list(_find_wants(spec, message))
+    reason = wants[0][0] if wants else "Unschedulable"
+    return Cause(reason, " ".join([*(text for _, text in wants), said]), False)
 
 
-def _find_want(spec: LLMServiceSpec, message: str) -> tuple[str, str]:
-    """Reason, and what is wanting and helps.
+def _find_wants(spec: LLMServiceSpec, message: str) -> Iterator[tuple[str, str]]:
+    """Reasons, each with what is wanting and helps.
 
-    Nodes fall out one after the other by taints, by labels, by room and by volumes: the last step
-    that one came to has the word.
+    Nodes fall out one after the other by taints, by labels, by room and by volumes: what the last
+    step says comes first, since its nodes are nearest to taking the pod.
     """
     resources = spec.resources
     if _VOLUME.search(message):
-        return "VolumeUnavailable", (
+        yield (
+            "VolumeUnavailable",
             "No node can have a volume of the pods; see the PersistentVolumeClaims of "
-            "spec.model.uri, spec.cache.pvc and spec.podTemplate.volumes."
+            "spec.model.uri, spec.cache.pvc and spec.podTemplate.volumes.",
         )
     if (text := _find_want_of_gpus(spec, message)) is not None:
-        return "InsufficientGPU", text
-    if "Insufficient memory" in message:
-        wanted = resources.memory_request or resources.memory
-        text = f"No node has {wanted} of memory free; lower spec.resources.memoryRequest or memory"
-        return "InsufficientMemory", f"{text}, or make room."
-    if "Insufficient cpu" in message:
-        text = f"No node has {resources.cpu} CPUs free; lower spec.resources.cpu, or make room."
-        return "InsufficientCPU", text
-    if "Insufficient ephemeral-storage" in message:
-        wanted = resources.ephemeral_storage
-        text = f"No node has {wanted} of disk free; lower spec.resources.ephemeralStorage"
-        return "InsufficientStorage", f"{text}, or make room."
-    if "node affinity" in message:
-        return "NoMatchingNode", (
-            "No node has the labels that spec.podTemplate.nodeSelector and affinity and "
-            "spec.resources.gpu.products ask for; correct them, or label a node."
+        yield "InsufficientGPU", text
+    memory = resources.memory_request or resources.memory
+    for name, reason, wanted, field in (
+        ("memory", "InsufficientMemory", f"{memory} of memory", "memoryRequest or memory"),
+        ("cpu", "InsufficientCPU", f"{resources.cpu} CPUs", "cpu"),
+        (
+            "ephemeral-storage",
+            "InsufficientStorage",
+            f"{resources.ephemeral_storage} of disk",
+            "ephemeralStorage",
+        ),
+    ):
+        if f"Insufficient {name}" in message:
+            text = f"No node has {wanted} free; lower spec.resources.{field}, or make room."
+            yield reason, text
+    if "node affinity" in message and not spec.resources.gpu.products:
+        yield (
+            "NoMatchingNode",
+            "No node has the labels that spec.podTemplate.nodeSelector and affinity ask for; "
+            "correct them, or label a node.",
         )
     if "untolerated taint" in message:
         text = "Nodes have taints that the pods do not tolerate; add spec.podTemplate.tolerations,"
-        return "UntoleratedTaint", f"{text} or remove the taint."
-    return "Unschedulable", ""
+        yield "UntoleratedTaint", f"{text} or remove the taint."
 
 
 def _find_want_of_gpus(spec: LLMServiceSpec, message: str) -> str | None:

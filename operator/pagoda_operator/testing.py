@@ -86,6 +86,24 @@ def set_deployment_status(deployment: Manifest, *, ready: int, updated: int, tot
     }
 
 
+def kstatus(manifest: Manifest) -> str:
+    """What kstatus (Flux, Helm, kpt) makes of a custom resource, by its rules in their order."""
+    metadata, status = manifest["metadata"], manifest.get("status", {})
+    if metadata.get("deletionTimestamp"):
+        return "Terminating"
+    generations = metadata.get("generation"), status.get("observedGeneration")
+    if None not in generations and generations[0] != generations[1]:
+        return "InProgress"
+    conditions = status.get("conditions", [])
+    for condition in conditions:
+        if condition["type"] == "Reconciling" and condition["status"] == "True":
+            return "InProgress"
+        if condition["type"] == "Stalled" and condition["status"] == "True":
+            return "Failed"
+    ready = (it["status"] for it in conditions if it["type"] == "Ready")
+    return "Current" if next(ready, "True") == "True" else "InProgress"
+
+
 class MemoryCluster(ApiServer):
     """An API server in memory. `writes` lists (verb, kind, name) of every write but events, which
     are in `told`."""

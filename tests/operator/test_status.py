@@ -5,9 +5,6 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from pagoda_operator.cause import Cause
 from pagoda_operator.names import Manifest
 from pagoda_operator.render import render_deployment
@@ -193,40 +190,3 @@ def test_the_default_of_the_crd_is_no_status_of_an_operator() -> None:
     assert not is_seen({})
     assert not is_seen({"observedGeneration": -1})
     assert is_seen(status())
-
-
-causes = st.sampled_from([None, STALL, LOADING])
-
-
-@given(
-    replicas=st.integers(0, 3),
-    suspend=st.booleans(),
-    ready=st.integers(0, 3),
-    updated=st.integers(0, 3),
-    extra=st.integers(0, 2),
-    cause=causes,
-    is_applied=st.booleans(),
-)
-def test_every_status_can_be_read_by_kstatus(
-    replicas: int,
-    suspend: bool,
-    ready: int,
-    updated: int,
-    extra: int,
-    cause: Cause | None,
-    is_applied: bool,
-) -> None:
-    """Ready, in progress or failed: never two of them, never none."""
-    spec = {"replicas": replicas, "suspend": suspend}
-    total = max(updated + extra, ready)
-    found = status(
-        spec=spec,
-        ready=min(ready, total),
-        updated=min(updated, total),
-        total=total,
-        cause=cause,
-        is_applied=is_applied,
-    )
-    by_type = {entry["type"]: entry["status"] == "True" for entry in found["conditions"]}
-    assert [by_type["Ready"], by_type["Reconciling"], by_type["Stalled"]].count(True) == 1
-    assert all(entry["reason"] and entry["message"] for entry in found["conditions"])
