@@ -43,7 +43,9 @@ def cause_of_unscheduled(spec: LLMServiceSpec, message: str, older: Sequence[Man
         )
         return Cause("NoRoomToSurge", text, False)
     wants = list(_find_wants(spec, message))
-    reason = wants[0][0] if wants else "Unschedulable"
+    if not wants:
+        return Cause("Unschedulable", said, False)
+    reason = wants[0][0]
     return Cause(reason, " ".join([*(text for _, text in wants), said]), False)
 
 
