@@ -78,13 +78,14 @@ BESIDE: dict[str, dict[str, Any]] = {
     "matchExpressions.[].key": {"values": ["a"]},
 }
 """What a leaf needs in its own object, by the end of its path."""
-SEEN_IN_REPLICAS = (
+SEEN_BY_EFFECT = (
     "autoscaling.driver",
     "autoscaling.minReplicas",
     "autoscaling.scaleDown.stabilizationSeconds",
     "suspend",
+    "engine.imagePolicy",
 )
-"""Leaves that no child shows but by how many replicas there are."""
+"""Leaves that no child shows but by how many replicas there are, or when their image changes."""
 ODD_WORDS = (
     "",
     " ",

@@ -115,7 +115,7 @@ def test_what_the_api_server_fails_to_write_is_in_the_status(team: Kubectl, node
         engines.apply(engine={"maxNumSeqs": 7})
         engines.wait_for("Reconciling", "True", "ApiServerError", "broken.e2e.pagoda.dev")
         engines.wait_for("Available", "True")
-    engines.wait_for("Reconciling", "True", "DrainingOldPods")
+    engines.wait_for("Reconciling", "True", "NoRoomToSurge")
 
 
 @contextlib.contextmanager

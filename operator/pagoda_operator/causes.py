@@ -36,10 +36,7 @@ def find_cause(
         events: those that `events_of` asks for.
     """
     living = [
-        pod
-        for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"]))
-        if not is_leaving(pod)
-        and pod.get("status", {}).get("phase") in ("Pending", "Running", "Unknown")
+        pod for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"])) if is_living(pod)
     ]
     current = [pod for pod in living if _revision(pod) == revision]
     waiting = [pod for pod in current if not is_ready(pod)]
@@ -50,13 +47,25 @@ def find_cause(
         _cause_of_failed(failed, current) if waiting else None,
         *(cause_of_pod(spec, pod, older, events) for pod in waiting),
     ]
+    ending = _cause_of_ending(pods)
+    if older or not current:
+        found.append(_cause_of_pause(deployment, older))
     if not current:
-        found.append(_cause_of_ending(pods))
+        found.append(ending)
+    elif ending is not None:
+        # What has no room yet gets that of the pods that end.
+        found = [ending if it and _is_want_of_room(it) else it for it in found]
     causes = [cause for cause in found if cause is not None]
-    if (cause := _cause_of_deployment(deployment, causes)) is not None:
+    if (cause := _cause_of_deployment(deployment, causes, revision, older)) is not None:
         causes.append(cause)
     # min keeps the first of equals, and pods are in order: the same state gives the same words.
     return min(causes, key=lambda cause: not cause.is_stalled, default=None)
+
+
+def is_living(pod: Manifest) -> bool:
+    """Whether the pod has not ended, and is not told to."""
+    phase = pod.get("status", {}).get("phase")
+    return not is_leaving(pod) and phase in ("Pending", "Running", "Unknown")
 
 
 def is_ready(pod: Manifest) -> bool:
@@ -151,6 +160,24 @@ def _cause_of_ending(pods: Sequence[Manifest]) -> Cause | None:
     return Cause("DrainingOldPods", text, False)
 
 
+def _is_want_of_room(cause: Cause) -> bool:
+    return cause.reason.startswith("Insufficient") or cause.reason == "NoRoomToSurge"
+
+
+def _cause_of_pause(deployment: Manifest, older: Sequence[Manifest]) -> Cause | None:
+    if not deployment.get("spec", {}).get("paused"):
+        return None
+    serving = _describe_serving(older)
+    text = f"spec.rollout.paused holds the engines that the spec asks for back{serving}."
+    return Cause("RolloutPaused", text, False)
+
+
+def _describe_serving(older: Sequence[Manifest]) -> str:
+    """Which earlier revisions go on, as words that can end a sentence."""
+    revisions = sorted({_revision(pod) for pod in older if is_ready(pod)})
+    return f"; the engines of revision {' and '.join(revisions)} serve on" if revisions else ""
+
+
 def cause_of_pod(
     spec: LLMServiceSpec, pod: Manifest, older: Sequence[Manifest], events: Sequence[Manifest]
 ) -> Cause | None:
@@ -175,7 +202,9 @@ def cause_of_pod(
     return None
 
 
-def _cause_of_deployment(deployment: Manifest, of_pods: Sequence[Cause]) -> Cause | None:
+def _cause_of_deployment(
+    deployment: Manifest, of_pods: Sequence[Cause], revision: str, older: Sequence[Manifest]
+) -> Cause | None:
     status = deployment.get("status", {})
     if status.get("observedGeneration", 0) < deployment["metadata"].get("generation", 0):
         return None
@@ -183,7 +212,10 @@ def _cause_of_deployment(deployment: Manifest, of_pods: Sequence[Cause]) -> Caus
     if failure.get("status") == "True":
         return cause_of_refusal("PodsForbidden", str(failure.get("message", "")))
     if find_condition(status, "Progressing").get("reason") == "ProgressDeadlineExceeded":
-        text = "The pods of this revision did not become ready in time."
+        text = (
+            f"The pods of revision {revision} did not become ready within "
+            f"{deployment['spec']['progressDeadlineSeconds']} s{_describe_serving(older)}."
+        )
         text = " ".join([text, *(cause.message for cause in of_pods[:1])])
         return Cause("ProgressDeadlineExceeded", text, True)
     return None

@@ -34,6 +34,7 @@ def describe_service(
     if not _is_current(service):
         yield paint("The operator has not seen this spec yet: is it running?", "yellow")
     yield from section("Replicas", _describe_replicas(status), paint)
+    yield from section("Rollout", _describe_rollout(status.get("rollout", {}), paint), paint)
     yield from section("Conditions", _describe_conditions(status, now, paint), paint)
     yield from section("Model", _describe_model(status.get("model", {})), paint)
     yield from section("Before the start", _describe_preflight(status, paint), paint)
@@ -57,6 +58,16 @@ def _describe_replicas(status: Manifest) -> Iterator[str]:
         yield f"{status['summary']} ready, {status.get('updatedReplicas', 0)} of this spec"
     if "url" in status:
         yield f"{status['url']} with model {status.get('modelName', '')}"
+
+
+def _describe_rollout(rollout: Manifest, paint: Paint) -> Iterator[str]:
+    """What is not as always: a choice that waits or was made, and an image that is kept."""
+    if rollout.get("reason", "Preferred") not in ("Preferred", "AsSpecified"):
+        yield f"{rollout['strategy']}: {_one_line(rollout['message'])}"
+    if "newerImage" in rollout:
+        newer = _one_line(rollout["newerImage"])
+        yield paint(f"the engines run an older image than the operator's: {newer}", "yellow")
+        yield "the next change of their pods brings it, or engine.imagePolicy: Follow at once"
 
 
 def _describe_conditions(status: Manifest, now: datetime, paint: Paint) -> Iterator[str]:

@@ -69,11 +69,12 @@ def _describe_pods(service: LLMService) -> Iterator[str]:
     if spec.num_gpus and most > 1:
         yield f"{most * spec.num_gpus} GPUs in all{'' if least == most else ' at most'}"
     rollout = {
+        "Auto": "a new pod starts beside an old one; where it finds no room, an old one ends first",
         "Surge": "a new pod starts beside an old one",
         "InPlace": "an old pod ends first, one at a time",
         "Recreate": "all old pods end first",
     }
-    yield f"changes: {rollout[spec.rollout_strategy]} ({spec.rollout_strategy})"
+    yield f"changes: {rollout[spec.rollout.strategy]} ({spec.rollout.strategy})"
 
 
 def _describe_fit(fit: Fit) -> Iterator[str]:

@@ -32,6 +32,8 @@ DRAIN_MARGIN_SECONDS = 10
 USER_ID = 65532
 # Compiled kernels and sockets; what is large goes to the cache.
 TMP_SIZE_LIMIT = "4Gi"
+ENGINE = "engine"
+"""The container of the engine."""
 CACHE_PATH = "/cache"
 HUB_TOKEN = "HF_TOKEN"
 # Variables of the engine by the scheme of model.uri, each from the Secret's key of its name.
@@ -174,7 +176,7 @@ def _render_container(service: LLMService, engine_image: str) -> Manifest:
         for path, volume in _own_volumes(service)
     ]
     container: Manifest = {
-        "name": "engine",
+        "name": ENGINE,
         "image": service.spec.engine.image or engine_image,
         "args": engine_args(service),
         "env": _render_env(service),

@@ -48,7 +48,8 @@ from pagoda_operator.plan import (
 from pagoda_operator.poll import Poller
 from pagoda_operator.preload import find_preloading
 from pagoda_operator.render import render_children, revision_of
-from pagoda_operator.spec import LLMService, parse
+from pagoda_operator.rollout import Rollout, choose_rollout
+from pagoda_operator.spec import LLMService, Strategy, parse
 from pagoda_operator.status import (
     Conditions,
     Counts,
@@ -121,14 +122,17 @@ class Reconciler:
     async def _converge(self, service: LLMService, manifest: Manifest) -> float | None:
         """The pass of a spec that is understood."""
         key, previous = service.key, manifest.get("status", {})
-        wanted = render_children(
-            service,
-            engine_image=self.engine_image,
-            operator_namespace=self.operator_namespace,
-            served=self.served,
-        )
-        world = await self._look(service, manifest, wanted)
+        world = await self._look(service, manifest, self._render(service, self.engine_image))
         deployment = world.own(service, ChildRef("Deployment", engine_name(key.name)))
+        rollout = choose_rollout(
+            service,
+            deployment,
+            world.pods,
+            world.events,
+            default_image=self.engine_image,
+            now=self.now(),
+        )
+        wanted = self._render(service, rollout.image, rollout.strategy)
         target = self.poller.target(service, previous, deployment)
         memory, now = self._memories.setdefault(key, Memory()), self.clock()
         plan = make_plan(service, wanted, world.children, memory, target_replicas=target, now=now)
@@ -155,7 +159,7 @@ class Reconciler:
         hindrance = hindrance or memory.contests.find_cause(plan.held, now)
         # The queue tells of the first trouble, and tries the status again as well.
         with contextlib.suppress(*([ApiError] if isinstance(failure, Unavailable) else [])):
-            told = hindrance, verdict.fields
+            told = hindrance, verdict.fields, rollout
             await self._report(manifest, service, world, deployment, target, *told)
         if isinstance(failure, Unavailable):
             raise failure
@@ -168,10 +172,22 @@ class Reconciler:
         await self._clean_up(key, world.pods)
         looks = [
             plan.requeue_seconds,
+            rollout.next_look_seconds,
             seconds_to_next_look([*world.pods, *world.loaders], self.now()),
             memory.contests.seconds_to_next_look(plan.held, now),
         ]
         return min((seconds for seconds in looks if seconds), default=None)
+
+    def _render(
+        self, service: LLMService, engine_image: str, strategy: Strategy | None = None
+    ) -> dict[ChildRef, Manifest]:
+        return render_children(
+            service,
+            engine_image=engine_image,
+            strategy=strategy,
+            operator_namespace=self.operator_namespace,
+            served=self.served,
+        )
 
     async def _look(
         self, service: LLMService, manifest: Manifest, wanted: Collection[ChildRef]
@@ -257,6 +273,7 @@ class Reconciler:
         target: int,
         hindrance: Cause | None,
         preflight: Manifest | None,
+        rollout: Rollout,
     ) -> None:
         cause, model = hindrance, None
         if deployment is not None:
@@ -276,6 +293,7 @@ class Reconciler:
             model=manifest.get("status", {}).get("model") if model is None else model,
             preflight=preflight,
             loads=loads,
+            rollout=rollout.fields(),
         )
         conditions |= autoscaling_condition(
             service.spec,

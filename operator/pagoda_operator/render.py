@@ -12,6 +12,7 @@ from pagoda_operator.child import render_child
 from pagoda_operator.flags import PORT
 from pagoda_operator.monitoring import render_pod_monitor, render_prometheus_rule
 from pagoda_operator.names import (
+    ANNOTATION_IMAGE,
     LABEL_REVISION,
     ChildRef,
     Manifest,
@@ -20,7 +21,7 @@ from pagoda_operator.names import (
 )
 from pagoda_operator.pod import queue_labels, render_pod_template
 from pagoda_operator.preload import render_preload
-from pagoda_operator.spec import LLMService
+from pagoda_operator.spec import LLMService, Strategy
 
 # A pod may load for the whole of its startup timeout; only then has the rollout failed.
 PROGRESS_MARGIN_SECONDS = 300
@@ -34,6 +35,7 @@ def render_children(
     service: LLMService,
     *,
     engine_image: str,
+    strategy: Strategy | None = None,
     operator_namespace: str | None = None,
     served: Collection[str] = (),
 ) -> dict[ChildRef, Manifest]:
@@ -43,6 +45,7 @@ def render_children(
 
     Args:
         engine_image: the image of engines whose spec names none.
+        strategy: of rollouts; None: that of the spec, or the one that Auto begins with.
         operator_namespace: where the operator's pod is; None if that is not known.
         served: those of OPTIONAL_KINDS that the cluster knows.
     """
@@ -53,7 +56,7 @@ def render_children(
         children.append(budget)
     if service.spec.cache.preload:
         children.append(render_preload(service, engine_image))
-    children.append(render_deployment(service, engine_image=engine_image))
+    children.append(render_deployment(service, engine_image=engine_image, strategy=strategy))
     if "PodMonitor" in served and service.spec.observability.monitor == "Auto":
         children.append(render_pod_monitor(service))
     if "PrometheusRule" in served and service.spec.observability.prometheus_rule:
@@ -111,20 +114,24 @@ def render_disruption_budget(service: LLMService) -> Manifest | None:
     return render_child(service, "PodDisruptionBudget", spec=spec)
 
 
-def render_deployment(service: LLMService, *, engine_image: str) -> Manifest:
+def render_deployment(
+    service: LLMService, *, engine_image: str, strategy: Strategy | None = None
+) -> Manifest:
     """The engines."""
-    template = render_pod_template(service, engine_image)
+    template, rollout = render_pod_template(service, engine_image), service.spec.rollout
     template["metadata"]["labels"][LABEL_REVISION] = digest(template)[:10]
     deadline = service.spec.lifecycle.startup_timeout_seconds + PROGRESS_MARGIN_SECONDS
     spec = {
         "selector": {"matchLabels": selector_labels(service.key.name)},
-        "strategy": _render_strategy(service),
-        "progressDeadlineSeconds": deadline,
+        "strategy": _render_strategy(strategy or rollout.first_strategy),
+        "progressDeadlineSeconds": rollout.progress_deadline_seconds or deadline,
         "revisionHistoryLimit": 3,
         "template": template,
+        **({"paused": True} if rollout.paused else {}),
     }
     manifest = render_child(service, "Deployment", spec=spec)
     manifest["metadata"]["labels"] |= queue_labels(service)
+    manifest["metadata"]["annotations"] = {ANNOTATION_IMAGE: engine_image}
     return manifest
 
 
@@ -134,8 +141,7 @@ def revision_of(deployment: Manifest) -> str:
     return str(labels.get(LABEL_REVISION, ""))
 
 
-def _render_strategy(service: LLMService) -> Manifest:
-    strategy = service.spec.rollout_strategy
+def _render_strategy(strategy: Strategy) -> Manifest:
     if strategy == "Recreate":
         return {"type": "Recreate"}
     surge = int(strategy == "Surge")

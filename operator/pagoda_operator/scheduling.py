@@ -34,12 +34,14 @@ def cause_of_unscheduled(spec: LLMServiceSpec, message: str, older: Sequence[Man
         text = f"The PersistentVolumeClaim {claim} of spec.model.uri does not exist in this "
         return Cause("ModelNotFound", text + "namespace; create it, or correct the uri.", True)
     said = f"The scheduler says: {message}"
-    if older and "Insufficient" in message and spec.rollout_strategy == "Surge":
+    if older and "Insufficient" in message and spec.rollout.first_strategy == "Surge":
         names = ", ".join(str(pod["metadata"]["name"]) for pod in older)
+        remedy = "Set spec.rollout.strategy to InPlace or Recreate, which stop the old one first"
+        if spec.rollout.strategy == "Auto":
+            remedy = "What becomes of it is in status.rollout"
         text = (
             f"There is no room for a new engine beside {names}, which holds its own until the new "
-            "one is ready. Set spec.rollout.strategy to InPlace or Recreate, which stop the old "
-            f"one first, or make room. {said}"
+            f"one is ready. {remedy}, or make room. {said}"
         )
         return Cause("NoRoomToSurge", text, False)
     wants = list(_find_wants(spec, message))

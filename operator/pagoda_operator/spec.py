@@ -19,6 +19,8 @@ Quantization = Literal[
 ]
 KvCacheDtype = Literal["Auto", "FP8", "FP8E4M3", "FP8E5M2", "INT8"]
 ScalingDriver = Literal["Operator", "External"]
+ImagePolicy = Literal["Keep", "Follow"]
+Strategy = Literal["Surge", "InPlace", "Recreate"]
 RolloutStrategy = Literal["Auto", "Surge", "InPlace", "Recreate"]
 MonitorKind = Literal["Auto", "None"]
 UserFrom = Literal["Image", "Platform"]
@@ -41,6 +43,7 @@ class Model:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     image: str | None = None
+    image_policy: ImagePolicy = "Keep"
     dtype: DType = "Auto"
     tensor_parallel_size: int = 1
     quantization: Quantization = "Auto"
@@ -92,6 +95,13 @@ class Autoscaling:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     strategy: RolloutStrategy = "Auto"
+    progress_deadline_seconds: int | None = None
+    paused: bool = False
+
+    @property
+    def first_strategy(self) -> Strategy:
+        """What Auto begins with; see `rollout`."""
+        return "Surge" if self.strategy == "Auto" else self.strategy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,13 +205,6 @@ class LLMServiceSpec:
         """GPUs of one replica; 0 is an engine on the CPU."""
         count = self.resources.gpu.count
         return self.engine.tensor_parallel_size if count is None else count
-
-    @property
-    def rollout_strategy(self) -> RolloutStrategy:
-        """Never Auto: a surge needs a second set of GPUs, and may wait for it for ever."""
-        if self.rollout.strategy != "Auto":
-            return self.rollout.strategy
-        return "Recreate" if self.num_gpus else "Surge"
 
     @property
     def max_replicas(self) -> int:

@@ -86,6 +86,7 @@ def make_status(
     model: Manifest | None = None,
     preflight: Manifest | None = None,
     loads: Sequence[Manifest] = (),
+    rollout: Manifest | None = None,
 ) -> tuple[Manifest, Conditions]:
     """The fields of the status and the four conditions, for `stamp`.
 
@@ -97,6 +98,7 @@ def make_status(
         model: what the engine that was ready last says that it runs.
         preflight: what was found before the pods were made.
         loads: how far engines are that start.
+        rollout: how changed pods replace others.
     """
     counts = Counts.of(deployment)
     labels = selector_labels(service.key.name)
@@ -114,6 +116,8 @@ def make_status(
         fields["preflight"] = preflight
     if loads:
         fields["load"] = list(loads)
+    if rollout:
+        fields["rollout"] = rollout
     available = _available(counts, desired_replicas, service.spec.suspend, is_reachable)
     if cause is not None and not is_applied:
         return fields, _hindered(available, cause)

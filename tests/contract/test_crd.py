@@ -20,8 +20,9 @@ from pagoda_operator.loads import parse_progress
 from pagoda_operator.names import GROUP, KIND, PLURAL, VERSION
 from pagoda_operator.preflight import check, unchecked
 from pagoda_operator.reports import parse_report
+from pagoda_operator.rollout import Rollout
 from pagoda_operator.scaling import ScalingPolicy
-from pagoda_operator.spec import LLMServiceSpec, parse
+from pagoda_operator.spec import LLMServiceSpec, Strategy, parse
 from pagoda_operator.status import failed_status, make_status, stamp
 from pagoda_operator.testing import LLAMA_8B, make_manifest, make_service
 from pagoda_runtime.server.answers import Running, Startup
@@ -132,8 +133,11 @@ def unbounded(node: dict[str, Any], path: str) -> list[str]:
 
 def test_every_value_of_a_spec_and_of_an_engines_report_is_bounded() -> None:
     assert not unbounded(schema()["spec"], "spec")
-    for name in ("model", "preflight"):
+    for name in ("model", "preflight", "rollout"):
         assert not unbounded(schema()["status"]["properties"][name], f"status.{name}")
+
+
+ROLLOUT = Rollout(image="e:1", newer_image="e:2", strategy="Surge", reason="a", message="b")
 
 
 def test_every_status_that_the_operator_writes_fits_the_schema() -> None:
@@ -158,12 +162,15 @@ def test_every_status_that_the_operator_writes_fits_the_schema() -> None:
         model=model,
         preflight=preflight.fields(),
         loads=[load],
+        rollout=ROLLOUT.fields(),
     )
     status = stamp(*made, {}, 1, now)
     known = schema()["status"]["properties"]
     assert set(status) == set(known)
     assert set(load) == set(known["load"]["items"]["properties"])
     assert set(model) == set(known["model"]["properties"])
+    assert set(status["rollout"]) == set(known["rollout"]["properties"])
+    assert known["rollout"]["properties"]["strategy"]["enum"] == list(typing.get_args(Strategy))
     assert set(status["preflight"]) == set(known["preflight"]["properties"])
     assert {"Passed", "Failed", unchecked("x")["result"]} == set(
         known["preflight"]["properties"]["result"]["enum"]

@@ -13,7 +13,7 @@ from pagoda_operator.testing import make_service
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = leaves.load_schema(ROOT / "crds" / "llmservice.yaml")
-LEAVES = [leaf for leaf in leaves.find_leaves(SCHEMA) if str(leaf) not in leaves.SEEN_IN_REPLICAS]
+LEAVES = [leaf for leaf in leaves.find_leaves(SCHEMA) if str(leaf) not in leaves.SEEN_BY_EFFECT]
 
 
 @pytest.mark.parametrize("leaf", LEAVES, ids=str)
@@ -34,9 +34,9 @@ def test_each_value_of_a_leaf_shows_in_the_children(leaf: leaves.Leaf) -> None:
     assert len(specs) > 1 or leaf.node.get("enum")
 
 
-def test_leaves_that_show_in_replicas_alone_are_told() -> None:
+def test_leaves_that_show_in_no_spec_of_a_child_are_told() -> None:
     page = (ROOT / "docs" / "reference" / "llmservice.md").read_text()
     known = {str(leaf) for leaf in leaves.find_leaves(SCHEMA)}
-    for leaf in leaves.SEEN_IN_REPLICAS:
+    for leaf in leaves.SEEN_BY_EFFECT:
         assert leaf in known
         assert f"`{leaf}`" in page.partition("show in no child")[0].rpartition("\n\n")[2]

@@ -14,6 +14,7 @@ from pagoda_operator.names import Manifest
 from pagoda_operator.testing import make_pod, make_service
 
 SPEC = make_service({"resources": {"gpu": {"count": 1}, "memory": "3Gi"}}).spec
+DEADLINE = {"progressDeadlineSeconds": 600}
 QUIET: Manifest = {"metadata": {"generation": 1}, "status": {"observedGeneration": 1}}
 
 
@@ -306,11 +307,34 @@ def test_two_equal_crashes_read_the_same() -> None:
 def test_a_missed_deadline_says_what_the_pods_wait_for() -> None:
     missed = {"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"}
     status = {"observedGeneration": 1, "conditions": [missed]}
-    deployment = {"metadata": {"generation": 1}, "status": status}
-    cause = cause_of(make_pod("rev", unschedulable="taints"), deployment=deployment)
+    deployment = {"metadata": {"generation": 1}, "spec": DEADLINE, "status": status}
+    old = make_pod("older", name="old", ready=True)
+    cause = cause_of(old, make_pod("rev", unschedulable="taints"), deployment=deployment)
     assert cause is not None
     assert (cause.reason, cause.is_stalled) == ("ProgressDeadlineExceeded", True)
-    assert "taints" in cause.message
+    assert cause.message == (
+        "The pods of revision rev did not become ready within 600 s; the engines of revision older "
+        "serve on. The scheduler says: taints"
+    )
+
+
+def test_a_paused_rollout_is_said_as_long_as_there_are_engines_of_another_revision() -> None:
+    deployment = {**QUIET, "spec": {"paused": True}}
+    old = make_pod("older", name="old", ready=True)
+    said = "spec.rollout.paused holds the engines that the spec asks for back"
+    assert cause_of(deployment=deployment) == Cause("RolloutPaused", f"{said}.", False)
+    assert cause_of(old, deployment=deployment) == Cause(
+        "RolloutPaused", f"{said}; the engines of revision older serve on.", False
+    )
+    assert cause_of(make_pod("rev", ready=True), deployment=deployment) is None
+
+
+def test_new_pods_wait_for_what_old_ones_leave_to_them() -> None:
+    ending = make_pod("older", name="chat-engine-old")
+    ending["metadata"]["deletionTimestamp"] = "2026-11-21T12:00:00Z"
+    cause = cause_of(ending, make_pod("rev", unschedulable="1 Insufficient nvidia.com/gpu"))
+    text = "New engines start when chat-engine-old has ended."
+    assert cause == Cause("DrainingOldPods", text, False)
 
 
 @pytest.mark.parametrize(
@@ -333,9 +357,10 @@ def test_a_missed_deadline_says_what_the_pods_wait_for() -> None:
 def test_what_the_deployment_says_counts_for_its_present_spec_only(
     condition: dict[str, Any], reason: str
 ) -> None:
-    deployment = {"metadata": {"generation": 2}, "status": {"conditions": [condition]}}
+    status: dict[str, Any] = {"conditions": [condition]}
+    deployment = {"metadata": {"generation": 2}, "spec": DEADLINE, "status": status}
     assert cause_of(deployment=deployment) is None
-    deployment["status"]["observedGeneration"] = 2
+    status["observedGeneration"] = 2
     cause = cause_of(deployment=deployment)
     assert cause is not None
     assert (cause.reason, cause.is_stalled) == (reason, True)

@@ -82,7 +82,8 @@ def test_an_affinity_of_the_users_own_is_no_want_of_gpus() -> None:
     assert "spec.podTemplate.nodeSelector" in cause.message
 
 
-SURGING = make_service({"resources": {"gpu": {"count": 0}}}).spec
+CPU = {"resources": {"gpu": {"count": 0}}}
+SURGING = make_service({**CPU, "rollout": {"strategy": "Surge"}}).spec
 NO_ROOM = "0/1 nodes are available: 1 Insufficient memory."
 
 
@@ -94,6 +95,9 @@ def test_a_surge_without_room_names_what_holds_it_and_what_to_choose() -> None:
     assert "chat-engine-old" in cause.message
     assert "spec.rollout.strategy" in cause.message
     assert NO_ROOM in cause.message
+    cause = cause_of(old, make_pod("rev", unschedulable=NO_ROOM), spec=make_service(CPU).spec)
+    assert cause is not None
+    assert "What becomes of it is in status.rollout" in cause.message
 
 
 def test_without_an_older_pod_or_a_surge_the_scheduler_has_the_word() -> None:

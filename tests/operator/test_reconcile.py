@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -116,6 +116,33 @@ async def test_a_service_becomes_ready_when_its_deployment_does(
     set_deployment_status(cluster.find("Deployment", "chat-engine"), ready=1, updated=1, total=1)
     await reconciler.reconcile(KEY)
     assert reason(cluster) == "Serving"
+
+
+async def test_a_rollout_without_room_is_looked_at_again_and_then_goes_in_place(
+    cluster: MemoryCluster, poller: Poller
+) -> None:
+    now = NOW
+    reconciler = Reconciler(cluster, poller, engine_image="engine:1", now=lambda: now)
+    cluster.put(make_manifest())
+    await settle(reconciler)
+    live = cluster.find("Deployment", "chat-engine")
+    set_deployment_status(live, ready=1, updated=1, total=2)
+    for name, revision in (("old", "older"), ("new", revision_of(live))):
+        pod = make_pod(
+            revision, name=name, ready=name == "old", unschedulable="Insufficient nvidia.com/gpu"
+        )
+        pod["metadata"] |= {"namespace": "team", "creationTimestamp": NOW.isoformat()}
+        pod["metadata"]["labels"]["pod-template-hash"] = name
+        pod["spec"] = {"containers": [], **({"nodeName": "a"} if name == "old" else {})}
+        cluster.put(pod)
+    assert await reconciler.reconcile(KEY) == 120
+    assert reason(cluster) == "NoRoomToSurge"
+    now += timedelta(seconds=120)
+    await reconciler.reconcile(KEY)
+    told = cluster.find("LLMService", "chat")["status"]["rollout"]
+    assert (told["strategy"], told["reason"]) == ("InPlace", "NoRoom")
+    rolling = cluster.find("Deployment", "chat-engine")["spec"]["strategy"]["rollingUpdate"]
+    assert rolling == {"maxSurge": 0, "maxUnavailable": 1}
 
 
 @pytest.mark.parametrize("writes_before_the_kill", [0, 1, 2, 3])

