@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,10 @@ Manifest = dict[str, Any]
 
 class Refusal(Exception):
     """What the API server says against a request."""
+
+
+class AlreadyThere(Refusal):
+    """There is an object of that name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,11 @@ class Api:
         """The object as it is then, or would be. Raises Refusal, also for unknown fields."""
         query = [("fieldValidation", "Strict"), *([("dryRun", "All")] if is_dry_run else [])]
         return self._post(_path(manifest), query, manifest)
+
+    def create_if_missing(self, manifest: Manifest) -> None:
+        """Raises Refusal."""
+        with contextlib.suppress(AlreadyThere):
+            self.create(manifest)
 
     def create_token(self, namespace: str, account: str) -> str:
         """A token of a service account."""
@@ -50,7 +60,7 @@ class Api:
         response = self.client.call_api(*request)
         answer: Manifest = json.loads(response.read())
         if response.status >= 300:
-            raise Refusal(answer["message"])
+            raise (AlreadyThere if response.status == 409 else Refusal)(answer["message"])
         return answer
 
 

@@ -16,12 +16,15 @@ class Request:
     """One finished request."""
 
     verb: str
+    group: str
     resource: str
     subresource: str
     namespace: str
     name: str
     user_agent: str
+    user: str
     status: int
+    is_denied: bool
     finished: datetime
 
     @property
@@ -45,26 +48,41 @@ class AuditLog:
 
         Reads are there of those that ask by a service account.
         """
-        with self._path.open("rb") as file:
-            file.seek(self._start)
-            entries = [json.loads(line) for line in file if line.endswith(b"\n")]
-        found = [_parse(entry) for entry in entries if entry["stage"] == "ResponseComplete"]
         return [
             request
-            for request in found
+            for request in self._read()
             if request.namespace == namespace and (request.is_write or with_reads)
         ]
+
+    def requests_of_account(self, name: str) -> list[Request]:
+        """Those for objects by service accounts of the name, whatever their namespace."""
+        return [
+            request
+            for request in self._read(f":{name}".encode())
+            if request.resource and request.user.startswith("system:serviceaccount:")
+        ]
+
+    def _read(self, word: bytes = b"") -> list[Request]:
+        """What is finished, of the lines with the word."""
+        with self._path.open("rb") as file:
+            file.seek(self._start)
+            lines = [line for line in file if word in line and line.endswith(b"\n")]
+        entries = map(json.loads, lines)
+        return [_parse(entry) for entry in entries if entry["stage"] == "ResponseComplete"]
 
 
 def _parse(entry: dict[str, Any]) -> Request:
     reference = entry.get("objectRef", {})
     return Request(
         verb=entry["verb"],
+        group=reference.get("apiGroup", ""),
         resource=reference.get("resource", ""),
         subresource=reference.get("subresource", ""),
         namespace=reference.get("namespace", ""),
         name=reference.get("name", ""),
         user_agent=entry.get("userAgent", ""),
+        user=entry["user"]["username"],
         status=entry.get("responseStatus", {}).get("code", 0),
+        is_denied=entry.get("annotations", {}).get("authorization.k8s.io/decision") == "forbid",
         finished=datetime.fromisoformat(entry["stageTimestamp"]),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ def images(target: stack.Target) -> dict[str, str]:
 def crds(target: stack.Target) -> None:
     """The CRD of this tree, served."""
     stack.apply_crds(target.kubectl)
-    target.kubectl.run("wait", "--for=condition=Established", "crd/llmservices.pagoda.dev")
+    stack.wait_for_crds(target.kubectl, "llmservices.pagoda.dev")
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +57,18 @@ def operator(namespace: Kubectl, tmp_path: Path) -> Iterator[operator_process.Op
     process = operator_process.OperatorProcess(namespace, tmp_path / "operator.log")
     with process.running():
         yield process
+
+
+@pytest.fixture(scope="session", autouse=True)
+def since_the_start() -> audit.AuditLog | None:
+    """The audit log of the whole run; none of a cluster that is not ours."""
+    path = None if os.environ.get("CONTEXT") else Path(stack.cluster_paths()["audit_log"])
+    return audit.AuditLog(path) if path and path.exists() else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Last is what looks back at the others."""
+    items.sort(key=lambda item: item.path.name == "test_rights.py")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -14,20 +13,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kube import Kubectl, wait_until
-from stack import CHART, OPERATOR_NAMESPACE, Target
+from rights import kubeconfig_of_chart
+from stack import OPERATOR_NAMESPACE
 
 ENGINE_IMAGE = "pagoda.invalid/engine:1"
 
 
 class OperatorProcess:
-    """`pagoda-operator` for one namespace, or for all; its log is kept in a file."""
+    """`pagoda-operator` for one namespace, or for all; its log is kept in a file.
+
+    Args:
+        kubeconfig: by default one with the rights that the chart gives.
+    """
 
     def __init__(
         self,
         kubectl: Kubectl,
         log: Path,
-        kubeconfig: str | None = None,
         *,
+        kubeconfig: str | None = None,
         is_cluster_wide: bool = False,
         engine_image: str = ENGINE_IMAGE,
         flags: Sequence[str] = (),
@@ -36,7 +40,9 @@ class OperatorProcess:
         self._flags = ["--engine-image", engine_image, "--namespace", namespace, *flags]
         self._log = log
         self._kubectl = kubectl
-        self._kubeconfig = kubeconfig or kubectl.kubeconfig
+        self._kubeconfig = kubeconfig or kubeconfig_of_chart(
+            kubectl, log.parent, is_cluster_wide=is_cluster_wide
+        )
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
 
@@ -60,8 +66,7 @@ class OperatorProcess:
         command = [sys.executable, "-m", "pagoda_operator.main", *self._flags]
         command += ["--health-port", str(self._port)]
         environment = dict(os.environ)
-        if self._kubeconfig:
-            environment["KUBECONFIG"] = self._kubeconfig
+        environment["KUBECONFIG"] = self._kubeconfig
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         if wait:
@@ -126,22 +131,6 @@ def without_installed_operator(kubectl: Kubectl) -> Iterator[None]:
         yield
     finally:
         installed.run(*scale, "--replicas=1")
-
-
-def kubeconfig_of_chart(target: Target, namespace: str, folder: Path, *values: str) -> str:
-    """A kubeconfig with the rights that the chart gives an operator of this namespace."""
-    kubectl = target.kubectl.in_namespace(namespace)
-    command = [target.helm, "template", "pagoda", str(CHART), "--namespace", namespace]
-    command += ["--set", ",".join([f"watchNamespace={namespace}", *values])]
-    command += ["--show-only", "templates/rbac.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    kubectl.apply(done.stdout)
-    config = kubectl.json("config", "view", "--raw", "--minify")
-    token = kubectl.run("create", "token", "pagoda-operator").strip()
-    config["users"] = [{"name": config["users"][0]["name"], "user": {"token": token}}]
-    path = folder / "kubeconfig"
-    path.write_text(json.dumps(config))
-    return str(path)
 
 
 def _free_port() -> int:

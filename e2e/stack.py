@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import model
-from kube import Kubectl, KubectlError, wait_until
+from kube import Kubectl, KubectlError, condition, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "charts" / "pagoda"
@@ -74,6 +74,18 @@ def build_images(target: Target) -> dict[str, str]:
 def apply_crds(kubectl: Kubectl) -> None:
     """The CRDs of this tree, without an operator."""
     kubectl.run("apply", "--server-side", "--force-conflicts", "-k", str(ROOT / "crds"))
+
+
+def wait_for_crds(kubectl: Kubectl, *names: str) -> None:
+    """Until they are served; `kubectl wait` fails on those that have no condition yet."""
+    wait_until(
+        f"CRDs {names}",
+        lambda: all(
+            condition(kubectl.get("crd", name) or {}, "Established").get("status") == "True"
+            for name in names
+        ),
+        timeout_seconds=60,
+    )
 
 
 def install_operator(target: Target, images: dict[str, str]) -> None:

@@ -146,20 +146,13 @@ def test_several_releases_live_side_by_side_each_with_the_rights_it_needs(
         assert may_list(kubectl, name, None)
 
 
-@pytest.mark.parametrize("watched", ["one namespace", "null"])
+@pytest.mark.parametrize("is_cluster_wide", [False, True], ids=["namespaced", "cluster-wide"])
 def test_the_rights_of_a_release_are_enough_for_all_that_its_operator_does(
-    target: stack.Target, namespace: Kubectl, tmp_path: Path, watched: str
+    target: stack.Target, namespace: Kubectl, tmp_path: Path, is_cluster_wide: bool
 ) -> None:
-    is_cluster_wide = watched == "null"
-    value = watched if is_cluster_wide else json.dumps(namespace.namespace)
-    for document in render(target, f"watchNamespace={value}", namespace=namespace.namespace):
-        if document["kind"] != "Deployment":
-            namespace.apply(document)
-    kubeconfig = as_account(namespace, "pagoda-operator", tmp_path / "kubeconfig")
     operator = OperatorProcess(
         namespace,
         tmp_path / "log",
-        str(kubeconfig),
         is_cluster_wide=is_cluster_wide,
         # Other services of this cluster keep the engines that they have.
         engine_image=installed_engine_image(target.kubectl) or ENGINE_IMAGE,
@@ -180,22 +173,10 @@ def test_the_rights_of_a_release_are_enough_for_all_that_its_operator_does(
             assert "forbidden" not in operator.log
         finally:
             operator.kill()
-            roles = ["clusterrole", "clusterrolebinding"] if is_cluster_wide else []
-            for kind in roles:
-                namespace.run("delete", kind, f"pagoda-operator.{namespace.namespace}")
 
 
 LABEL = "pagoda.dev/service=chat"
 EVERY_CHILD = {"networkPolicy": {"enabled": True}, "replicas": 2}
-
-
-def as_account(kubectl: Kubectl, account: str, path: Path) -> Path:
-    """A kubeconfig of the cluster that has the rights of a ServiceAccount and no others."""
-    config = kubectl.json("config", "view", "--raw", "--minify")
-    token = kubectl.run("create", "token", account).strip()
-    config["users"][0]["user"] = {"token": token}
-    path.write_text(json.dumps(config))
-    return path
 
 
 def may_list(kubectl: Kubectl, account: str, namespace: str | None) -> bool:

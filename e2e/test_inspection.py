@@ -10,7 +10,7 @@ import pytest
 import stack
 from kube import Kubectl, condition, wait_until
 from llmservices import manifest
-from operator_process import OperatorProcess, kubeconfig_of_chart
+from operator_process import OperatorProcess
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(300)]
 
@@ -26,11 +26,9 @@ def team(
     folder = tmp_path_factory.mktemp("operator")
     with stack.fresh_namespace(target.kubectl) as kubectl:
         stack.ensure_model_volume(target, kubectl, images)
-        kubeconfig = kubeconfig_of_chart(target, kubectl.namespace, folder, "inspectionJobs=true")
         flags = ["--inspection-image", images["operator"]]
-        with OperatorProcess(
-            kubectl, folder / "operator.log", kubeconfig, flags=flags
-        ).running() as operator:
+        log = folder / "operator.log"
+        with OperatorProcess(kubectl, log, flags=flags).running() as operator:
             yield kubectl
             assert "Traceback" not in operator.log
             assert "is forbidden: User" not in operator.log

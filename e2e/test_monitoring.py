@@ -13,7 +13,7 @@ import stack
 from cluster.binaries import go_compiler
 from cluster.settings import Settings
 from kube import Kubectl, wait_until
-from operator_process import OperatorProcess, kubeconfig_of_chart
+from operator_process import OperatorProcess
 from services import manifest, start_service
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -37,21 +37,20 @@ def monitoring(target: stack.Target) -> Iterator[None]:
     assert done.returncode == 0, done.stdout + done.stderr
     folder = Path(json.loads(done.stdout)["Dir"]) / "example" / "prometheus-operator-crd"
     files = [str(folder / f"monitoring.coreos.com_{kind}.yaml") for kind in KINDS]
-    names = [f"crd/{kind}.monitoring.coreos.com" for kind in KINDS]
+    names = [f"{kind}.monitoring.coreos.com" for kind in KINDS]
     for file in files:
         target.kubectl.run("apply", "--server-side", "-f", file)
     try:
-        target.kubectl.run("wait", "--for=condition=Established", *names)
+        stack.wait_for_crds(target.kubectl, *names)
         yield
     finally:
-        target.kubectl.run("delete", *names)
+        target.kubectl.run("delete", "crd", *names)
 
 
 def test_monitor_and_alerts_are_made_by_the_charts_rights_and_go_with_the_wish(
     target: stack.Target, namespace: Kubectl, monitoring: None, tmp_path: Path
 ) -> None:
-    config = kubeconfig_of_chart(target, namespace.namespace, tmp_path)
-    with OperatorProcess(namespace, tmp_path / "log", config).running() as operator:
+    with OperatorProcess(namespace, tmp_path / "log").running() as operator:
         start_service(namespace, observability=ALL)
         for kind in KINDS:
             child = wait_until(

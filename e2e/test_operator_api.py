@@ -16,6 +16,7 @@ from audit import AuditLog
 from kube import Kubectl, condition, wait_until
 from operator_process import OperatorProcess, without_installed_operator
 from relay import Relay
+from rights import kubeconfig_of_chart
 from services import (
     deployment,
     engine_arguments,
@@ -130,6 +131,31 @@ def test_delete_leaves_nothing(namespace: Kubectl, operator: OperatorProcess) ->
     assert not rest()
 
 
+def test_children_that_have_another_name_than_they_should_go_when_an_operator_starts(
+    namespace: Kubectl, operator: OperatorProcess
+) -> None:
+    """As those of an older version may have."""
+    start_service(namespace)
+    operator.stop()
+    for kind in CHILDREN.split(","):
+        child = namespace.items(kind, "-l", "pagoda.dev/service=chat")[0]
+        kept = {key: child["metadata"][key] for key in ("labels", "ownerReferences")}
+        child["metadata"] = {"name": "chat-old", **kept}
+        for field in ("clusterIP", "clusterIPs"):
+            child.get("spec", {}).pop(field, None)
+        namespace.apply(child)
+    operator.start()
+    wait_until(
+        "the old names are gone",
+        lambda: (
+            not [it for it in namespace.items(CHILDREN) if it["metadata"]["name"] == "chat-old"]
+        ),
+        timeout_seconds=20,
+        on_timeout=lambda: operator.log,
+    )
+    assert deployment(namespace)
+
+
 def test_a_service_made_anew_under_its_old_name_works(
     namespace: Kubectl, operator: OperatorProcess
 ) -> None:
@@ -219,7 +245,7 @@ def test_an_operator_killed_at_random_moments_converges(
 def test_an_outage_of_the_api_server_is_survived(
     target: stack.Target, namespace: Kubectl, tmp_path: Path
 ) -> None:
-    config = target.kubectl.json("config", "view", "--raw", "--minify")
+    config = json.loads(Path(kubeconfig_of_chart(namespace, tmp_path)).read_text())
     cluster = config["clusters"][0]["cluster"]
     address = urllib.parse.urlsplit(cluster["server"])
     relay = Relay((str(address.hostname), address.port or 443))

@@ -11,7 +11,7 @@ import fake_node
 import pytest
 import stack
 from kube import Kubectl, wait_until
-from operator_process import OperatorProcess, kubeconfig_of_chart
+from operator_process import OperatorProcess
 from services import deployment, engine_arguments, manifest, ready_reason
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
@@ -91,8 +91,7 @@ def finish_job(kubectl: Kubectl, model: str) -> None:
 def test_engines_wait_for_the_job_of_their_model(
     target: stack.Target, namespace: Kubectl, node: str, tmp_path: Path
 ) -> None:
-    config = kubeconfig_of_chart(target, namespace.namespace, tmp_path)
-    with OperatorProcess(namespace, tmp_path / "log", config).running() as operator:
+    with OperatorProcess(namespace, tmp_path / "log").running() as operator:
         namespace.apply(manifest(**spec(node, "hf://org/first")))
         wait_until(
             "Preloading",

@@ -20,7 +20,7 @@ import stack
 from audit import AuditLog
 from fake_node import RUNNING, Engines, engine
 from kube import Kubectl, KubectlError, wait_until
-from operator_process import OperatorProcess, kubeconfig_of_chart
+from operator_process import OperatorProcess
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
@@ -30,13 +30,14 @@ def team(
     target: stack.Target, crds: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Kubectl]:
     """A namespace with an operator of its own, which has the rights of the chart alone."""
-    folder = tmp_path_factory.mktemp("operator")
-    with stack.fresh_namespace(target.kubectl) as kubectl:
-        kubeconfig = kubeconfig_of_chart(target, kubectl.namespace, folder)
-        with OperatorProcess(kubectl, folder / "operator.log", kubeconfig).running() as operator:
-            yield kubectl
-            assert "Traceback" not in operator.log
-            assert "is forbidden: User" not in operator.log
+    log = tmp_path_factory.mktemp("operator") / "operator.log"
+    with (
+        stack.fresh_namespace(target.kubectl) as kubectl,
+        OperatorProcess(kubectl, log).running() as operator,
+    ):
+        yield kubectl
+        assert "Traceback" not in operator.log
+        assert "is forbidden: User" not in operator.log
 
 
 @pytest.fixture(scope="module")
