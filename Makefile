@@ -11,7 +11,7 @@ GPU_ENV = PYTHONPATH=kernels:runtime:benchmarks:out/gpu-packages
   gpu-check gpu-bench gpu-packages gpu-compile gpu-rehearse \
   bench-cpu bench-versions bench-long bench-waste bench-overhead llama-cpp bench-quantization \
   bench-grouped-linear bench-loading-memory bench-kv-cache bench-attention-bytes bench-strangers \
-  bench-embed bench-grammar soak quant-real quant-tiny fuzz-api playground-check \
+  bench-embed bench-grammar soak quant-real quant-tiny fuzz-api playground-check faults \
   clients
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
@@ -119,6 +119,9 @@ clients: venv   ## other people's clients in tool loops, with schemas and embedd
 
 fuzz-api: venv  ## schemathesis on the whole API: make fuzz-api [SECONDS=300] [OUT=FILE]
 	@PYTHONPATH=e2e $(PYTHON) e2e/fuzz.py --seconds $(or $(SECONDS),300) $(if $(OUT),--out $(OUT))
+
+faults: venv    ## the operator killed at every write, and every API error: make faults [OUT=FILE]
+	@PYTHONPATH=e2e $(PYTHON) -m faults --out $(or $(OUT),out/faults.json)
 
 soak: venv      ## a server's memory over 10,000 requests: make soak [OUT=FILE]
 	@$(PYTHON) benchmarks/soak.py --out $(or $(OUT),out/soak.json)
