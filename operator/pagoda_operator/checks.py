@@ -128,8 +128,10 @@ class Checks:
             source = (*source, service.key.namespace, None if secret is None else secret.name)
             inspect = partial(self._inspect, self.inspections, service)
             outcome = self._find(service.key, source, inspect, INSPECTED_FRESH_SECONDS)
-        elif self.hub is None or not model.uri.startswith(HF):
+        elif self.hub is None:
             return Verdict()
+        elif not model.uri.startswith(HF):
+            return Verdict(fields=unchecked(_describe_unread(service)))
         elif (other := _find_other_hub(service, self.hub)) is not None:
             return Verdict(fields=unchecked(other))
         else:
@@ -220,6 +222,15 @@ class Checks:
         done = [source for source, read in self._models.items() if read.task is None]
         for source in done[: max(0, len(self._models) + 1 - MAX_MODELS)]:
             del self._models[source]
+
+
+def _describe_unread(service: LLMService) -> str:
+    """Why a model is not looked up that is no hub's."""
+    scheme, remedy = service.spec.model.uri.partition("://")[0], ""
+    if is_for_job(service):
+        remedy = "; a Job does, where the operator has --inspection-image (inspectionJobs)"
+    text = "The model was not checked: the operator itself does not read models of"
+    return f"{text} {scheme}://{remedy}."
 
 
 def _find_other_hub(service: LLMService, hub: Hub) -> str | None:

@@ -170,9 +170,16 @@ async def test_no_service_chooses_whom_the_operator_asks(
     assert (verdict.fields["result"] == "Unchecked") != is_asked
 
 
-async def test_a_model_of_a_claim_is_not_checked(world: World) -> None:
-    assert await world.judge(make_service()) == Verdict()
-    assert not world.hub.asked
+@pytest.mark.parametrize("scheme", ["pvc", "https", "s3", "oci"])
+async def test_a_model_that_the_operator_does_not_read_stops_nothing_and_is_told(
+    world: World, scheme: str
+) -> None:
+    verdict = await world.judge(serving(model={"uri": f"{scheme}://host/model"}))
+    assert (verdict.cause, world.hub.asked) == (None, [])
+    assert verdict.fields is not None
+    (warning,) = verdict.fields["warnings"]
+    assert f"does not read models of {scheme}://" in warning
+    assert ("inspectionJobs" in warning) == (scheme in ("pvc", "https"))
 
 
 async def test_names_alone_do_not_fill_the_memory(

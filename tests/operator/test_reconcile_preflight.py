@@ -202,10 +202,12 @@ async def test_a_service_says_that_its_model_is_being_looked_at(world: World) ->
     await world.reconciler.checks.close()
 
 
-async def test_a_model_on_a_claim_has_no_preflight(world: World) -> None:
+async def test_a_model_on_a_claim_takes_the_place_of_what_was_found_of_another(
+    world: World,
+) -> None:
     world.apply(**FITTING)
     await world.settle()
     world.apply("pvc://claim/model", **FITTING)
     await world.settle()
     assert world.has_pods
-    assert "preflight" not in world.status
+    assert world.status["preflight"]["result"] == "Unchecked"
