@@ -25,11 +25,14 @@ Fields = dict[str, Any]
 Path = tuple[str, ...]
 """A leaf of such a tree; one that ends in "." is the mark of the object around it."""
 
+LABEL_RESTORED = "velero.io/restore-name"
 MAX_PATHS_SHOWN = 3
-# Annotations are left to whoever sets them: `kubectl rollout restart` works through one.
+# Annotations are left to whoever sets them: `kubectl rollout restart` works through one. So are
+# labels of a child that are not ours, by which backups, policies and bills find their objects.
 # Replicas have their own manager; see `plan.plan_scale`.
 _LEFT_ALONE = (
     ("f:metadata", "f:annotations"),
+    ("f:metadata", "f:labels"),
     ("f:metadata", "f:finalizers"),
     ("f:spec", "f:template", "f:metadata", "f:annotations"),
     ("f:spec", "f:replicas"),
@@ -41,12 +44,16 @@ _LEFT_ALONE = (
 
 
 def is_made_by_us(live: Manifest, service_name: str) -> bool:
-    """Whether an object says that Pagoda made it for the service: by its labels and its fields."""
+    """Whether an object says that Pagoda made it for the service: by its labels and its fields.
+
+    A backup may lose who set the fields, and says that it put the object back.
+    """
     labels = live["metadata"].get("labels", {})
     is_labelled = labels.get(LABEL_MANAGED_BY) == MANAGED_BY and (
         labels.get(LABEL_SERVICE) == service_name
     )
-    return is_labelled and any(_is_our_apply(entry) for entry in _entries(live))
+    is_restored = LABEL_RESTORED in live["metadata"].get("labels", {})
+    return is_labelled and (is_restored or any(_is_our_apply(entry) for entry in _entries(live)))
 
 
 def is_scaled_by_us(deployment: Manifest) -> bool:
@@ -89,11 +96,18 @@ def take_over(live: Manifest) -> Manifest | None:
                 kept.append({**entry, "fieldsV1": _tree(rest)})
         else:
             kept.append(entry)
-    if ours is None or not taken:
+    if not taken:
         return None
+    ours = ours or _first_entry(live)
     ours = {**ours, "fieldsV1": _tree(taken.union(_leaves(ours["fieldsV1"])))}
     version = live["metadata"]["resourceVersion"]
     return {"resourceVersion": version, "managedFields": [*kept, ours]}
+
+
+def _first_entry(live: Manifest) -> Manifest:
+    """Of an object that we adopt, and never applied."""
+    entry = {"manager": MANAGER, "operation": "Apply", "apiVersion": live["apiVersion"]}
+    return {**entry, "fieldsType": "FieldsV1", "fieldsV1": {}}
 
 
 def describe_rivals(live: Manifest | None) -> str:

@@ -153,6 +153,18 @@ def test_a_child_that_lost_its_owner_is_adopted_and_a_strangers_with_our_labels_
     assert plan(make_service(), observed).conflicts
 
 
+def test_what_a_backup_put_back_is_adopted_though_nobody_knows_who_set_its_fields() -> None:
+    observed, live = edited(steady(), SERVICE, ownerReferences=[])
+    live["metadata"]["labels"]["velero.io/restore-name"] = "nightly"
+    live["metadata"]["managedFields"] = [entry("velero", {"f:spec": {"f:old": {}}})]
+    (apply,) = plan(make_service(), observed).applies
+    assert apply.adopts
+    assert apply.taken_over is not None
+    (ours,) = apply.taken_over["managedFields"]
+    assert (ours["manager"], ours["operation"], ours["apiVersion"]) == ("pagoda", "Apply", "v1")
+    assert ours["fieldsV1"] == {"f:spec": {"f:old": {}}}
+
+
 def test_a_child_of_a_deleted_service_of_the_same_name_is_waited_for() -> None:
     dead = {"kind": "LLMService", "name": "chat", "uid": "another", "controller": True}
     observed, _ = edited(steady(), DEPLOYMENT, ownerReferences=[dead])
@@ -223,6 +235,8 @@ def test_annotations_status_and_replicas_of_others_are_left_alone() -> None:
     annotations = {"f:metadata": {"f:annotations": {".": {}, "f:x": {}}}}
     restart = {"f:spec": {"f:template": {"f:metadata": {"f:annotations": {"f:restartedAt": {}}}}}}
     assert take_over(managed(entry("someone", annotations))) is None
+    labels = {"f:metadata": {"f:labels": {".": {}, "f:x": {}}}}
+    assert take_over(managed(entry("someone", labels))) is None
     assert take_over(managed(entry("kubectl-rollout", restart))) is None
     assert take_over(managed(entry("kubectl", {"f:spec": {"f:replicas": {}}}))) is None
     secrets = {"f:secrets": {".": {}, "k:x": {}}, "f:imagePullSecrets": {"k:y": {}}}
