@@ -108,7 +108,9 @@ def install_operator(target: Target, images: dict[str, str]) -> None:
     # An end-to-end test that was killed may have left it at none.
     kubectl.run("scale", "deployment/pagoda-operator", "--replicas=1")
     try:
-        kubectl.run("rollout", "status", "deployment/pagoda-operator", "--timeout=90s")
+        # A busy node gives it three minutes for its start.
+        flags = ("--timeout=240s",)
+        kubectl.run("rollout", "status", "deployment/pagoda-operator", *flags, timeout_seconds=250)
     except KubectlError as error:
         logs = kubectl.run("logs", "deployment/pagoda-operator", "--tail=20")
         raise StackError(f"The operator does not become ready: {error}\n{logs}") from error

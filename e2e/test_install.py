@@ -15,7 +15,11 @@ from charts import access, helm, render
 from cluster.control_plane import control_plane
 from cluster.lifecycle import paths
 from cluster.settings import environment_settings
-from kube import Kubectl
+from kube import Kubectl, KubectlError
+
+from pagoda_operator.inspection import is_for_job, render_inspection
+from pagoda_operator.render import render_children
+from pagoda_operator.spec import parse
 
 pytestmark = pytest.mark.cluster
 
@@ -63,23 +67,44 @@ def test_a_crd_has_one_release_and_outlives_it_with_all_services(
     assert "STATUS: deployed" in install(target, first, "pagoda")
 
 
-def test_every_pod_of_an_installation_passes_pod_security_restricted(
+def pod_templates(target: stack.Target) -> Iterator[dict[str, Any]]:
+    """Of the chart, and of all that the operator makes of the examples."""
+    for files in ([], [EXAMPLES / "openshift-values.yaml"]):
+        for found in render(target, files=files):
+            if found["kind"] == "Deployment":
+                yield found["spec"]["template"]
+    for path in sorted((stack.ROOT / "examples").glob("*.yaml")):
+        document = yaml.safe_load(path.read_text())
+        document["metadata"] |= {"namespace": "strict", "uid": "uid", "generation": 1}
+        service = parse(document)
+        children = [*render_children(service, engine_image="engine:1").values()]
+        if is_for_job(service):
+            children.append(render_inspection(service, "operator:1"))
+        for found in children:
+            if found["kind"] in ("Deployment", "Job"):
+                yield found["spec"]["template"]
+
+
+def test_every_pod_is_taken_where_pod_security_is_restricted(
     target: stack.Target, empty: Kubectl
 ) -> None:
-    """The API server tells pods of a Deployment that its namespace will refuse in a warning."""
     strict = empty.in_namespace("strict")
     strict.run("create", "namespace", "strict")
     level = "pod-security.kubernetes.io/enforce=restricted"
     strict.run("label", "namespace", "strict", level)
-    openshift = [EXAMPLES / "openshift-values.yaml"]
-    for objects in (render(target, namespace="strict"), render(target, files=openshift)):
-        (deployment,) = (found for found in objects if found["kind"] == "Deployment")
-        template = deployment["spec"]["template"]
-        pod = {"apiVersion": "v1", "kind": "Pod", **template}
-        pod["metadata"] = {**template["metadata"], "name": "operator"}
-        del pod["spec"]["serviceAccountName"]
-        text = json.dumps(pod)
-        assert "dry run" in strict.run("create", "--dry-run=server", "-f", "-", stdin=text)
+    pods = []
+    for number, template in enumerate(pod_templates(target)):
+        # A pod, as the Deployment's or Job's controller would make it of the template.
+        spec = {key: it for key, it in template["spec"].items() if key != "serviceAccountName"}
+        metadata = {**template.get("metadata", {}), "name": f"pod-{number}"}
+        pods.append({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+    text = json.dumps({"apiVersion": "v1", "kind": "List", "items": pods})
+    flags = ("--dry-run=server", "--validate=strict")
+    said = strict.run("create", *flags, "-f", "-", stdin=text)
+    assert said.count("created (server dry run)") == len(pods) > 10
+    del pods[0]["spec"]["securityContext"]
+    with pytest.raises(KubectlError, match="violates PodSecurity"):
+        strict.run("create", *flags, "-f", "-", stdin=json.dumps(pods[0]))
 
 
 def test_openshifts_values_leave_the_user_to_the_platform(target: stack.Target) -> None:

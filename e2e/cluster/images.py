@@ -123,7 +123,8 @@ def _with_buildah(settings: Settings, image: Image, registry: str, tag: str | No
         buildah.build(image.target, base, context, reference, log)
     with phase(f"push {image.repository}"):
         buildah.push(reference, settings.cache / "logs" / f"push-{image.target}.log")
-    buildah.forget_others(repository, keep=reference)
+    if tag is None:
+        buildah.forget_others(repository, keep=reference)
     return reference
 
 
