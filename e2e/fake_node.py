@@ -10,6 +10,8 @@ from typing import Any
 
 from kube import Kubectl, KubectlError, condition, wait_until
 
+from pagoda_operator.testing import kstatus
+
 
 class Engines:
     """One LLMService, whose engines find room on the node of the tests alone."""
@@ -80,13 +82,7 @@ class Engines:
         )
 
     def kstatus(self) -> str:
-        """As Flux and kpt read it."""
-        service = self.status()
-        if service.get("status", {}).get("observedGeneration") != service["metadata"]["generation"]:
-            return "InProgress"
-        if condition(service, "Reconciling").get("status") == "True":
-            return "InProgress"
-        return "Failed" if condition(service, "Stalled").get("status") == "True" else "Current"
+        return kstatus(self.status())
 
 
 def offer(kubectl: Kubectl, node: str, resources: dict[str, str]) -> None:

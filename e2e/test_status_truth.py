@@ -9,17 +9,21 @@ import contextlib
 import json
 import socket
 import struct
+import subprocess
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import stack
 from audit import AuditLog
+from charts import access, helm
 from fake_node import RUNNING, Engines, engine
 from kube import Kubectl, KubectlError, wait_until
+from llmservices import manifest
 from operator_process import OperatorProcess
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
@@ -345,3 +349,27 @@ def test_scaling_that_cannot_see_the_load_of_ready_engines_says_so(
     told = engines.wait_for("AutoscalingActive", "False", "LoadUnknown")
     assert "Scaling is blind: no ready replica tells its load at /load" in told["message"]
     assert "NetworkPolicy" in told["message"]
+
+
+def test_helm_waits_for_a_service_by_the_rules_of_kstatus(
+    target: stack.Target, team: Kubectl, tmp_path: Path
+) -> None:
+    """Helm has the rules of kstatus built in: the real ones, not this project's copy of them."""
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "Chart.yaml").write_text("{apiVersion: v2, name: chat, version: 0.1.0}")
+    name = f"chat-{uuid.uuid4().hex[:6]}"
+    service = manifest({"suspend": "SUSPEND"}, name=name)
+    text = json.dumps(service).replace('"SUSPEND"', "{{ .Values.suspend }}")
+    (tmp_path / "templates" / "service.yaml").write_text(text)
+
+    def install(*, suspend: bool, seconds: int) -> subprocess.CompletedProcess[str]:
+        flags = ("--install", "--wait=watcher", f"--timeout={seconds}s")
+        value = f"suspend={str(suspend).lower()}"
+        return helm(target, "upgrade", name, str(tmp_path), *flags, "--set", value, *access(team))
+
+    done = install(suspend=True, seconds=30)
+    assert done.returncode == 0, done.stderr
+    # Its claim is not there, which a person has to change.
+    failed = install(suspend=False, seconds=4)
+    assert failed.returncode != 0
+    assert name in failed.stderr

@@ -1,0 +1,513 @@
+"""Every class of causes: from what a pod's state shows to what the status says, in seconds.
+
+A control plane without a node of its own: the scheduler and the controllers are real, and the test
+says of pods what a kubelet would. All services are there at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import stack
+from changes import Changes, watching
+from cluster import lifecycle
+from cluster.control_plane import control_plane
+from cluster.settings import Settings
+from fake_node import RUNNING, engine, offer
+from kube import Kubectl, condition, wait_until
+from llmservices import manifest
+from operator_process import OperatorProcess
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+NODE = "causes"
+LONGEST_SECONDS = 5.0
+TIMEOUT_SECONDS = 60.0
+GPU = "e2e.pagoda.dev/gpu"
+SMALL: dict[str, Any] = {"gpu": {"count": 0}, "cpu": "10m", "memory": "512Mi"}
+ROOM = {"cpu": "8", "memory": "32Gi", "ephemeral-storage": "1Gi"}
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
+    """The control plane with an operator, and no node."""
+    folder = tmp_path_factory.mktemp("causes")
+    settings = replace(Settings.from_environment(os.environ), state=folder / "plane")
+    with control_plane(settings) as placed:
+        paths = lifecycle.paths(placed)
+        kubectl = Kubectl(paths["kubectl"], kubeconfig=paths["kubeconfig"])
+        stack.apply_crds(kubectl)
+        served = ("get", "crd", "llmservices.pagoda.dev", "-o", "jsonpath={.status.conditions}")
+        wait_until("the CRD", lambda: '"Established"' in kubectl.run(*served), timeout_seconds=20)
+        with OperatorProcess(
+            kubectl, folder / "operator.log", is_cluster_wide=True
+        ).running() as operator:
+            yield kubectl
+            assert "Traceback" not in operator.log
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cause: what the spec asks for, how the pod shows it, and what the status has to say."""
+
+    name: str
+    reason: str
+    part: str
+    is_stalled: bool
+    spec: dict[str, Any] = field(default_factory=dict)
+    status: dict[str, Any] | None = None
+    """Of the pod; None where the scheduler itself says it."""
+    event: tuple[str, str] | None = None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return manifest(
+            {"model": {"uri": "hf://org/m"}, "resources": SMALL, **self.spec}, self.name
+        )
+
+
+def last_words(reason: str) -> dict[str, Any]:
+    words = json.dumps({"reason": reason, "message": f"why {reason}"})
+    return ended(1, message=words)
+
+
+def ended(code: int, restarts: int = 1, **more: Any) -> dict[str, Any]:
+    """An engine that runs again after it ended so."""
+    terminated = {"exitCode": code, "reason": "Error", **more}
+    last = {"terminated": terminated}
+    return engine(state={"running": {}}, lastState=last, restartCount=restarts)
+
+
+def waiting(reason: str, message: str = "") -> dict[str, Any]:
+    status = engine(state={"waiting": {"reason": reason, "message": message}})
+    return {**status, "phase": "Pending"}
+
+
+def resources(**more: Any) -> dict[str, Any]:
+    return {"resources": {**SMALL, **more}}
+
+
+NOW = datetime.now(UTC)
+STARTED = (NOW - timedelta(minutes=5)).strftime("%Y-%m-%dT%H:%M:%SZ")
+UNREADY = {**engine(started=True, state={"running": {"startedAt": STARTED}})}
+EVICTED = {"phase": "Failed", "reason": "Evicted", "message": 'EmptyDir volume "cache" exceeds'}
+KILLED = "Container engine failed {} probe, will be restarted"
+SCHEDULED = (
+    Case("gpu", "InsufficientGPU", GPU, False, {"resources": {"gpu": {"resourceName": GPU}}}),
+    Case("cpu", "InsufficientCPU", "spec.resources.cpu", False, resources(cpu=64)),
+    Case("memory", "InsufficientMemory", "spec.resources.memory", False, resources(memory="64Gi")),
+    Case(
+        "disk",
+        "InsufficientStorage",
+        "spec.resources.ephemeralStorage",
+        False,
+        resources(ephemeralStorage="64Gi"),
+    ),
+    Case(
+        "label",
+        "NoMatchingNode",
+        "spec.podTemplate.nodeSelector",
+        False,
+        {"podTemplate": {"nodeSelector": {"e2e": "pool"}}},
+    ),
+    Case(
+        "volume",
+        "VolumeUnavailable",
+        "PersistentVolumeClaims",
+        False,
+        {"model": {"uri": "pvc://unbound/m"}},
+    ),
+)
+PLAYED = (
+    Case(
+        "image",
+        "ImagePullFailed",
+        "correct spec.engine.image",
+        True,
+        status=waiting("ErrImagePull", "no such host"),
+    ),
+    Case(
+        "secret",
+        "SecretMissing",
+        "create it",
+        True,
+        status=waiting("CreateContainerConfigError", 'secret "hub" not found'),
+    ),
+    Case(
+        "mount",
+        "FailedMount",
+        "no route to host",
+        False,
+        status=waiting("ContainerCreating"),
+        event=("FailedMount", 'MountVolume.SetUp failed for volume "m": no route to host'),
+    ),
+    Case(
+        "oom",
+        "OutOfMemory",
+        "raise spec.resources.memory",
+        True,
+        status=ended(137, reason="OOMKilled"),
+    ),
+    *(
+        Case(name, reason, f"why {reason}", True, status=last_words(reason))
+        for name, reason in (
+            ("gpu-oom", "GpuOutOfMemory"),
+            ("denied", "ModelAccessDenied"),
+            ("not-found", "ModelNotFound"),
+            ("disk-full", "DiskFull"),
+            ("nccl", "NcclInitFailed"),
+        )
+    ),
+    Case(
+        "crash", "CrashLooping", "kubectl logs", True, status=ended(139, 3, message="Segmentation")
+    ),
+    Case(
+        "startup",
+        "ProbeFailed",
+        "spec.lifecycle.startupTimeoutSeconds",
+        False,
+        status=ended(137),
+        event=("Killing", KILLED.format("startup")),
+    ),
+    Case(
+        "liveness",
+        "ProbeFailed",
+        "spec.lifecycle.stallSeconds",
+        True,
+        status=ended(137, 3),
+        event=("Killing", KILLED.format("liveness")),
+    ),
+    Case("readiness", "NotReady", "readiness probe", False, status=UNREADY),
+    Case("evicted", "Evicted", "spec.cache.sizeLimit", False, status=EVICTED),
+)
+CASES = (*SCHEDULED, *PLAYED)
+
+
+def service_of(pod: dict[str, Any]) -> str:
+    return str(pod["metadata"]["labels"].get("pagoda.dev/service"))
+
+
+def says(case: Case, service: dict[str, Any]) -> bool:
+    if service["metadata"]["name"] != case.name:
+        return False
+    ready, stalled = condition(service, "Ready"), condition(service, "Stalled")
+    is_told = ready.get("reason") == case.reason and case.part in ready["message"]
+    return is_told and (stalled["status"] == "True") == case.is_stalled
+
+
+def is_cured(case: Case, service: dict[str, Any]) -> bool:
+    if service["metadata"]["name"] != case.name:
+        return False
+    told = [it for it in service["status"]["conditions"] if it["type"] != "Available"]
+    return all(it["reason"] != case.reason for it in told)
+
+
+def is_unscheduled(case: Case, pod: dict[str, Any]) -> bool:
+    said = condition(pod, "PodScheduled")
+    is_it = service_of(pod) == case.name and said.get("status") == "False"
+    # Without a node, and with one that is tainted, they all say the same.
+    return is_it and not re.search("no nodes|untolerated taint", said["message"])
+
+
+def has_node(case: Case, pod: dict[str, Any]) -> bool:
+    return service_of(pod) == case.name and condition(pod, "PodScheduled").get("status") == "True"
+
+
+class Stage:
+    """A namespace in which all cases are played, and the seconds that the status took."""
+
+    def __init__(self, kubectl: Kubectl, services: Changes, pods: Changes) -> None:
+        self.kubectl, self.services, self.pods = kubectl, services, pods
+        self.seconds: dict[str, float] = {}
+
+    def follow(self, what: str, case: Case, *, since: float, cured: bool = False) -> None:
+        """Note how long after `since` the service says, or no longer says, the cause."""
+        check = is_cured if cured else says
+        found = self.services.wait(
+            f"{case.name} {what}",
+            partial(check, case),
+            since=since if cured else 0.0,
+            timeout_seconds=TIMEOUT_SECONDS,
+        )
+        self.seconds[f"{case.name} {what}"] = max(0.0, found - since)
+
+    def are_all_unscheduled(self) -> bool:
+        services = self.kubectl.items("llmservices")
+        reasons = {condition(service, "Ready").get("reason") for service in services}
+        return reasons == {"Unschedulable"}
+
+    def have_all_pods(self) -> bool:
+        statuses = [it.get("status", {}) for it in self.kubectl.items("llmservices")]
+        return all(status.get("replicas") for status in statuses)
+
+    def bound_pods(self) -> dict[str, dict[str, Any]]:
+        return {
+            service_of(pod): pod
+            for pod in self.kubectl.items("pods")
+            if "nodeName" in pod["spec"] and pod["status"]["phase"] != "Failed"
+        }
+
+    def wait_for_pods(self, cases: tuple[Case, ...]) -> dict[str, dict[str, Any]]:
+        names = {case.name for case in cases}
+        return wait_until(
+            "pods with a node",
+            lambda: found if names <= set(found := self.bound_pods()) else None,
+            timeout_seconds=TIMEOUT_SECONDS,
+        )
+
+    def play(self, pod: str, status: dict[str, Any], *, ready: bool = False) -> float:
+        """Say what a kubelet would; returns when it was said."""
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        conditions = [
+            {"type": "Ready", "status": str(ready), "lastTransitionTime": now},
+            {"type": "PodScheduled", "status": "True"},
+        ]
+        patch = json.dumps({"status": {"conditions": conditions, **status}})
+        flags = ("--subresource=status", "--type=merge", "-p", patch)
+        self.kubectl.run("patch", f"pod/{pod}", *flags)
+        return time.monotonic()
+
+    def warn(self, pod: dict[str, Any], reason: str, message: str) -> None:
+        metadata, now = pod["metadata"], datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        about = {"apiVersion": "v1", "kind": "Pod", "namespace": metadata["namespace"]}
+        about |= {key: metadata[key] for key in ("name", "uid")}
+        self.kubectl.apply(
+            {
+                "apiVersion": "v1",
+                "kind": "Event",
+                "metadata": {"name": f"{metadata['name']}.1"},
+                "involvedObject": about,
+                "type": "Normal" if reason == "Killing" else "Warning",
+                "reason": reason,
+                "message": message,
+                "firstTimestamp": now,
+                "lastTimestamp": now,
+            }
+        )
+
+
+@pytest.fixture
+def stage(plane: Kubectl) -> Iterator[Stage]:
+    with contextlib.ExitStack() as opened:
+        kubectl = opened.enter_context(stack.fresh_namespace(plane))
+        services = opened.enter_context(watching(kubectl, "llmservices"))
+        pods = opened.enter_context(watching(kubectl, "pods"))
+        yield Stage(kubectl, services, pods)
+
+
+def test_every_cause_is_told_and_forgotten_within_seconds(plane: Kubectl, stage: Stage) -> None:
+    tainted = Case("tainted", "UntoleratedTaint", "spec.podTemplate.tolerations", False)
+    claim: dict[str, Any] = {"accessModes": ["ReadOnlyMany"], "storageClassName": "none"}
+    claim["resources"] = {"requests": {"storage": "1Gi"}}
+    kind = {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
+    stage.kubectl.apply({**kind, "metadata": {"name": "unbound"}, "spec": claim})
+    items = [case.manifest for case in (tainted, *CASES)]
+    stage.kubectl.apply({"apiVersion": "v1", "kind": "List", "items": items})
+    wait_until("all services seen", stage.are_all_unscheduled, timeout_seconds=TIMEOUT_SECONDS)
+    taint = {"key": "e2e", "effect": "NoSchedule"}
+    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}
+    plane.apply({**node, "spec": {"taints": [taint]}})
+    offer(plane, NODE, ROOM)
+    shown = stage.pods.wait(
+        "a pod with the taint",
+        lambda pod: (
+            service_of(pod) == "tainted"
+            and "untolerated" in condition(pod, "PodScheduled").get("message", "")
+        ),
+        since=0.0,
+        timeout_seconds=TIMEOUT_SECONDS,
+    )
+    stage.follow("shows", tainted, since=shown)
+    plane.run("taint", "node", NODE, "e2e-")
+    scheduled = stage.pods.wait(
+        "a pod after the taint",
+        partial(has_node, tainted),
+        since=0.0,
+        timeout_seconds=TIMEOUT_SECONDS,
+    )
+    stage.follow("is cured", tainted, since=scheduled, cured=True)
+    for case in SCHEDULED:
+        shown = stage.pods.wait(
+            f"{case.name} without a node",
+            partial(is_unscheduled, case),
+            since=0.0,
+            timeout_seconds=TIMEOUT_SECONDS,
+        )
+        stage.follow("shows", case, since=shown)
+    _play_all(stage)
+    _give_room(plane, stage)
+    print(json.dumps({name: round(value, 2) for name, value in stage.seconds.items()}, indent=1))
+    late = {name: value for name, value in stage.seconds.items() if value > LONGEST_SECONDS}
+    assert not late
+    assert len(stage.seconds) == 2 * (len(CASES) + 1)
+    _check_events(stage.kubectl)
+
+
+def _play_all(stage: Stage) -> None:
+    """Show each cause, and cure it."""
+    pods, shown = stage.wait_for_pods(PLAYED), {}
+    for case in PLAYED:
+        pod = pods[case.name]
+        assert case.status is not None
+        if case.event is not None:
+            stage.warn(pod, *case.event)
+        shown[case.name] = stage.play(pod["metadata"]["name"], case.status)
+    for case in PLAYED:
+        stage.follow("shows", case, since=shown[case.name])
+    # One that was evicted has another pod in its place.
+    pods = stage.wait_for_pods(PLAYED)
+    cured = {
+        case.name: stage.play(pods[case.name]["metadata"]["name"], RUNNING, ready=True)
+        for case in PLAYED
+    }
+    for case in PLAYED:
+        stage.follow("is cured", case, since=cured[case.name], cured=True)
+
+
+def _give_room(plane: Kubectl, stage: Stage) -> None:
+    """Let the node have what is wanting."""
+    volume = {
+        "accessModes": ["ReadOnlyMany"],
+        "storageClassName": "none",
+        "capacity": {"storage": "1Gi"},
+        "hostPath": {"path": "/tmp"},
+    }
+    name = stage.kubectl.namespace
+    kind = {"apiVersion": "v1", "kind": "PersistentVolume"}
+    plane.apply({**kind, "metadata": {"name": name}, "spec": volume})
+    plane.run("label", "node", NODE, "e2e=pool")
+    offer(plane, NODE, {"cpu": "99", "memory": "99Gi", "ephemeral-storage": "99Gi", GPU: "1"})
+    for case in SCHEDULED:
+        scheduled = stage.pods.wait(
+            f"{case.name} with a node",
+            partial(has_node, case),
+            since=0.0,
+            timeout_seconds=TIMEOUT_SECONDS,
+        )
+        stage.follow("is cured", case, since=scheduled, cured=True)
+
+
+def _check_events(kubectl: Kubectl) -> None:
+    """One event for each transition."""
+    told = [
+        (event["regarding"]["name"], event["reason"])
+        for event in kubectl.items("events.v1.events.k8s.io")
+        if event.get("reportingController") == "pagoda.dev/operator"
+    ]
+    for case in CASES:
+        assert told.count((case.name, case.reason)) == 1, case
+    assert len(set(told)) == len(told)
+
+
+def is_refused(case: Case, deployment: dict[str, Any]) -> bool:
+    is_it = deployment["metadata"]["name"] == f"{case.name}-engine"
+    return is_it and condition(deployment, "ReplicaFailure").get("status") == "True"
+
+
+def has_pods(case: Case, deployment: dict[str, Any]) -> bool:
+    is_it = deployment["metadata"]["name"] == f"{case.name}-engine"
+    return is_it and not is_refused(case, deployment)
+
+
+def test_pods_that_the_api_server_refuses_are_told_of(stage: Stage) -> None:
+    quota, gpu = Case("quota", "QuotaExceeded", "Raise the quota", True), "e2e.pagoda.dev/quota"
+    quota = replace(quota, spec={"resources": {"gpu": {"resourceName": gpu}}})
+    policy = Case("policy", "PodsForbidden", "the policy that forbids it", True)
+    policy = replace(policy, spec={"cache": {"hostPath": {"path": "/tmp"}}})
+    guard = "pod-security.kubernetes.io/enforce"
+    where = ("label", "namespace", stage.kubectl.namespace)
+    with watching(stage.kubectl, "deployments") as deployments:
+
+        def wait(case: Case, check: Callable[[Case, dict[str, Any]], bool], since: float) -> float:
+            return deployments.wait(
+                f"{case.name} {check.__name__}",
+                partial(check, case),
+                since=since,
+                timeout_seconds=TIMEOUT_SECONDS,
+            )
+
+        for case in (quota, policy):
+            stage.kubectl.apply(case.manifest)
+        wait_until("pods", stage.have_all_pods, timeout_seconds=TIMEOUT_SECONDS)
+        stage.kubectl.run(*where, f"{guard}=restricted")
+        stage.kubectl.run("create", "quota", "none", f"--hard=requests.{gpu}=0")
+        stage.kubectl.run("delete", "pods", "--all", "--force", "--grace-period=0")
+        for case in (quota, policy):
+            stage.follow("shows", case, since=wait(case, is_refused, 0.0))
+        begun = time.monotonic()
+        stage.kubectl.run("delete", "quota", "none")
+        stage.kubectl.run(*where, f"{guard}-")
+        for case in (quota, policy):
+            stage.follow("is cured", case, since=wait(case, has_pods, begun), cured=True)
+    print(stage.seconds)
+    assert max(stage.seconds.values()) <= LONGEST_SECONDS
+
+
+@contextlib.contextmanager
+def loading_engine(address: str, said: dict[str, Any]) -> Iterator[None]:
+    """What an engine that loads answers at /startup, whatever stands in `said` by then."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps(said).encode()
+            self.send_response(503)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer((address, 8000), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_the_progress_of_a_load_is_told_until_the_engine_is_ready(
+    plane: Kubectl, stage: Stage
+) -> None:
+    plane.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}, "spec": {}})
+    offer(plane, NODE, ROOM)
+    case = Case("loads", "LoadingModel", "Load 43 %, about 20 s more", False)
+    said = {"phase": "load", "percent": 43.2, "bytes_per_second": 1e9, "eta_seconds": 19.5}
+    address = "127.0.0.77"
+    with loading_engine(address, said):
+        stage.kubectl.apply(case.manifest)
+        pod = stage.wait_for_pods((case,))["loads"]["metadata"]["name"]
+        addressed = {**RUNNING, "podIP": address, "podIPs": [{"ip": address}]}
+        stage.follow("shows", case, since=stage.play(pod, addressed))
+        told = stage.kubectl.json("get", "llmservice", "loads")["status"]["load"]
+        assert told == [
+            {
+                "pod": pod,
+                "phase": "Load",
+                "percent": 43,
+                "bytesPerSecond": 1000000000,
+                "etaSeconds": 20,
+            }
+        ]
+        said |= {"percent": 90.0, "eta_seconds": 3.0}
+        later = replace(case, part="Load 90 %, about 3 s more")
+        stage.follow("shows", later, since=time.monotonic())
+        # It is asked, and so written, every 15 s.
+        assert 5 < stage.seconds.pop("loads shows") < 20
+    stage.follow("is cured", case, since=stage.play(pod, RUNNING, ready=True), cured=True)
+    assert "load" not in stage.kubectl.json("get", "llmservice", "loads")["status"]
+    assert stage.seconds["loads is cured"] <= LONGEST_SECONDS
