@@ -38,11 +38,17 @@ _NOT_OURS = ("metadata", "status", "apiVersion", "kind", "secrets", "imagePullSe
 class Applied:
     """What an apply said and what it made: the reason not to say it again.
 
-    Both are digests. Losing them (a restart) costs one apply that changes nothing.
+    All are digests. Losing them (a restart) costs one apply that changes nothing.
     """
 
     intent: str
     result: str
+    purpose: str
+    """The intent without the strategy, which follows from how a rollout goes."""
+
+    @classmethod
+    def of(cls, manifest: Manifest, live: Manifest) -> Applied:
+        return cls(applied_digest(manifest), applied_digest(live), _purpose(manifest))
 
 
 @dataclass(slots=True)
@@ -163,13 +169,24 @@ def applied_digest(manifest: Manifest) -> str:
     return digest(content)
 
 
+def _purpose(manifest: Manifest) -> str:
+    if "strategy" not in manifest.get("spec", {}):
+        return applied_digest(manifest)
+    spec = {key: value for key, value in manifest["spec"].items() if key != "strategy"}
+    return applied_digest({**manifest, "spec": spec})
+
+
 def _plan_applies(
     ref: ChildRef, manifest: Manifest, live: Manifest | None, memory: Memory, target_replicas: int
 ) -> Iterator[Apply]:
     """What makes the child as it should be: the rest of it, and the replicas of a Deployment."""
-    applied, intent = memory.applied.get(ref), applied_digest(manifest)
-    if live is None or applied != Applied(intent, applied_digest(live)):
-        is_correction = applied is not None and applied.intent == intent
+    applied = memory.applied.get(ref)
+    if live is None or applied != Applied.of(manifest, live):
+        is_correction = (
+            applied is not None
+            and applied.purpose == _purpose(manifest)
+            and (live is None or applied.result != applied_digest(live))
+        )
         yield Apply(
             ref=ref,
             manifest=_with_replicas(manifest, live, target_replicas),

@@ -232,9 +232,8 @@ class Reconciler:
         live = await self.cluster.apply(apply.manifest, manager=apply.manager, force=force)
         what, why, is_changed = f"applied {apply.ref}", "", True
         if apply.manager == MANAGER:
-            result = applied_digest(live)
-            memory.applied[apply.ref] = Applied(applied_digest(apply.manifest), result)
-            is_changed = found is None or applied_digest(found) != result
+            applied = memory.applied[apply.ref] = Applied.of(apply.manifest, live)
+            is_changed = found is None or applied_digest(found) != applied.result
         elif found is not None:
             before, after = (it["spec"].get("replicas") for it in (found, live))
             what = f"scaled from {before} to {after} replicas"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pagoda_operator.names import ChildRef, Manifest
 from pagoda_operator.ownership import take_over
-from pagoda_operator.plan import Applied, Memory, Plan, applied_digest, make_plan
+from pagoda_operator.plan import Applied, Memory, Plan, make_plan
 from pagoda_operator.render import render_children
 from pagoda_operator.spec import LLMService
 from pagoda_operator.testing import make_service
@@ -44,7 +44,7 @@ def carry_out(made: Plan, observed: Observed) -> Observed:
         live.setdefault("spec", {})["addedByTheServer"] = True
         live["status"] = {"replicas": 1}
         children[apply.ref] = live
-        applied[apply.ref] = Applied(applied_digest(apply.manifest), applied_digest(live))
+        applied[apply.ref] = Applied.of(apply.manifest, live)
     for live in made.deletes:
         del children[ChildRef.of(live)]
     return Observed(children=children, applied=applied)
@@ -103,6 +103,22 @@ def test_an_edited_spec_or_label_of_a_child_is_drift() -> None:
     assert [apply.ref for apply in plan(make_service(), observed).applies] == [SERVICE]
     observed, _ = edited(steady(), SERVICE, labels={})
     assert [apply.ref for apply in plan(make_service(), observed).applies] == [SERVICE]
+
+
+def test_an_edit_is_undone_as_one_also_where_the_strategy_is_another_one_now() -> None:
+    observed, live = edited(steady(), DEPLOYMENT)
+    service = make_service()
+    wanted = render_children(service, engine_image="engine:1", strategy="InPlace")
+
+    def undone() -> bool:
+        memory = Memory(observed.applied)
+        made = make_plan(service, wanted, observed.children, memory, target_replicas=1, now=0.0)
+        (apply,) = made.applies
+        return apply.undoes is not None
+
+    assert not undone()
+    live["spec"]["template"]["spec"]["tolerations"] = [{"operator": "Exists"}]
+    assert undone()
 
 
 def test_a_restarted_operator_applies_once_what_it_does_not_remember() -> None:
