@@ -131,7 +131,7 @@ def children_of(kubectl: Kubectl, operator: OperatorProcess, spec: dict[str, Any
 
 ODD_SPECS: dict[str, dict[str, Any]] = {
     "letters of every script": {"podTemplate": {"annotations": {"a": "鑑🏯\u202e\u0000 Ä" * 900}}},
-    "more than an object may hold": {
+    "almost as much as an object may hold": {
         "podTemplate": {"env": [{"name": f"A{n}", "value": "x" * 32768} for n in range(47)]}
     },
 }
