@@ -11,7 +11,7 @@ GPU_ENV = PYTHONPATH=kernels:runtime:benchmarks:out/gpu-packages
   gpu-check gpu-bench gpu-packages gpu-compile gpu-rehearse \
   bench-cpu bench-versions bench-long bench-waste bench-overhead llama-cpp bench-quantization \
   bench-grouped-linear bench-loading-memory bench-kv-cache bench-attention-bytes bench-strangers \
-  bench-embed bench-grammar soak quant-real quant-tiny fuzz-api playground-check faults \
+  bench-embed bench-grammar bench-operator soak quant-real quant-tiny fuzz-api playground-check faults \
   clients
 
 demo:           ## the main job: cluster, images, operator, a model, an answer
@@ -110,6 +110,10 @@ bench-strangers: venv ## what attacks cost a server and its other clients: make 
 
 bench-grammar: model ## what grammars cost a step, and 300 schemas answered: make bench-grammar [ROUNDS=5] [OUT=FILE]
 	@$(PYTHON) benchmarks/grammar.py --rounds $(or $(ROUNDS),5) --out $(or $(OUT),out/bench-grammar.json)
+
+bench-operator: venv ## a thousand LLMServices on an API server of their own, in half an hour: make bench-operator [SERVICES=1000] [OUT=FILE]
+	@PYTHONPATH=e2e $(PYTHON) benchmarks/operator_scale.py \
+	  --num-services $(or $(SERVICES),1000) --out $(or $(OUT),out/bench-operator.json)
 
 playground-check: venv ## the page at / in a headless Chromium, and its picture for the docs
 	@PYTHONPATH=e2e $(PYTHON) e2e/playground.py

@@ -50,7 +50,7 @@ class AuditLog:
         """
         return [
             request
-            for request in self._read()
+            for request in self.read()
             if request.namespace == namespace and (request.is_write or with_reads)
         ]
 
@@ -58,11 +58,11 @@ class AuditLog:
         """Those for objects by service accounts of the name, whatever their namespace."""
         return [
             request
-            for request in self._read(f":{name}".encode())
+            for request in self.read(f":{name}".encode())
             if request.resource and request.user.startswith("system:serviceaccount:")
         ]
 
-    def _read(self, word: bytes = b"") -> list[Request]:
+    def read(self, word: bytes = b"") -> list[Request]:
         """What is finished, of the lines with the word."""
         with self._path.open("rb") as file:
             file.seek(self._start)

@@ -1,4 +1,4 @@
-"""Kubernetes, CoreDNS and helm, built from their Go modules and kept by content."""
+"""Kubernetes, CoreDNS, helm and kwok, built from their Go modules and kept by content."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ BUILDS = {
     "pause": ("kube", "./pause"),
     "coredns": ("tools", "./coredns"),
     "helm": ("tools", "helm.sh/helm/v4/cmd/helm"),
+    # A module of its own: its needs would choose other versions for the tools.
+    "kwok": ("kwok", "sigs.k8s.io/kwok/cmd/kwok"),
 }
+# What no cluster is made of; built when it is asked for.
+ON_DEMAND = ("kwok",)
 
 
 def content_key(files: Iterable[Path], *more: str) -> str:
@@ -57,10 +61,16 @@ def build_key(program: str) -> str:
     return content_key(files, package)
 
 
-def ensure_binaries(settings: Settings) -> None:
-    """Build what is not in the cache, and link every program under its name in settings.bin."""
+def ensure_binaries(settings: Settings, *on_demand: str) -> None:
+    """Build what is not in the cache, and link every program under its name in settings.bin.
+
+    Args:
+        on_demand: programs of ON_DEMAND that are needed, too.
+    """
     settings.bin.mkdir(parents=True, exist_ok=True)
     for program in BUILDS:
+        if program in ON_DEMAND and program not in on_demand:
+            continue
         built = settings.cache / "built" / f"{program}-{build_key(program)}"
         if not built.exists():
             with phase(f"build {program}"):
