@@ -6,6 +6,7 @@ The operator is the real process, and has the rights of the chart's own ServiceA
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -21,11 +22,14 @@ from cluster import lifecycle
 from cluster.control_plane import control_plane
 from cluster.fake_nodes import fake_nodes, node
 from cluster.settings import environment_settings
-from kube import Kubectl, condition
+from kube import Kubectl, condition, wait_until
+from kubernetes.aio import config
+from kubernetes.aio.client.api_client import ApiClient
+from kubernetes.aio.client.configuration import Configuration
 from operator_process import OperatorProcess, kubeconfig_of_chart
 from stack import OPERATOR_NAMESPACE, Target, apply_crds
 
-from pagoda_operator.cluster import ApiServer
+from pagoda_operator.cluster import ApiServer, Unavailable
 from pagoda_operator.names import KIND, Manifest
 from pagoda_operator.telemetry import Telemetry
 
@@ -42,6 +46,7 @@ class Fleet:
     """LLMServices and the operator that serves them."""
 
     operator: OperatorProcess
+    kubeconfig: str
     audit_log: Path
     num_services: int
     _slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_AT_ONCE))
@@ -62,13 +67,19 @@ class Fleet:
 
     async def _apply(self, api: ApiServer, manifest: Manifest) -> None:
         async with self._slots:
-            await api.apply(manifest, manager=MANAGER, force=True)
+            while True:
+                # A machine that is too busy delays the bench, which is no reason to end it.
+                with contextlib.suppress(Unavailable):
+                    await api.apply(manifest, manager=MANAGER, force=True)
+                    return
 
     async def wait(self, api: ApiServer, what: str, timeout_seconds: float) -> float:
         """Seconds until every service is so: "seen" in its present generation, or "Ready"."""
         started = time.monotonic()
         while True:
-            services = await api.list(KIND, None)
+            services: list[Manifest] = []
+            with contextlib.suppress(Unavailable):
+                services = await api.list(KIND, None)
             num_right = sum(is_seen(it) and (what == "seen" or is_ready(it)) for it in services)
             seconds = time.monotonic() - started
             if num_right == self.num_services:
@@ -79,6 +90,12 @@ class Fleet:
                     f"{timeout_seconds:.0f} s: {self.operator.log[-2000:]}"
                 )
             await asyncio.sleep(2.0)
+
+    async def connect(self) -> ApiServer:
+        """The bench's own way to the API server."""
+        configuration = Configuration()
+        await config.load_kube_config(self.kubeconfig, client_configuration=configuration)
+        return ApiServer(ApiClient(configuration), Telemetry())
 
     def watch_requests(self) -> AuditLog:
         """The audit log from now on."""
@@ -120,24 +137,26 @@ def fleet(num_services: int, folder: Path) -> Iterator[Fleet]:
     settings = replace(environment_settings(), state=folder / "plane")
     with control_plane(settings) as settings, fake_nodes(settings), _stub():
         paths = lifecycle.paths(settings)
-        os.environ["KUBECONFIG"] = paths["kubeconfig"]
         kubectl = Kubectl(paths["kubectl"], kubeconfig=paths["kubeconfig"])
-        apply_crds(kubectl)
-        kubectl.run("wait", "--for=condition=Established", "crd/llmservices.pagoda.dev")
         names = [OPERATOR_NAMESPACE, *(f"fleet-{it}" for it in range(NUM_NAMESPACES))]
-        for name in names:
-            kubectl.run("create", "namespace", name)
         # A rollout takes a GPU for the new pod before it gives back the old one's.
         room = 2 * num_services // NUM_NODES + 10
-        for number in range(NUM_NODES):
-            kubectl.apply(node(f"node-{number}", num_gpus=room, num_pods=room))
+        nodes = [node(f"node-{it}", num_gpus=room, num_pods=room) for it in range(NUM_NODES)]
+        namespaces = [
+            {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}} for name in names
+        ]
+        items = [*namespaces, *nodes]
+        kubectl.apply({"apiVersion": "v1", "kind": "List", "items": items})
+        apply_crds(kubectl)
+        kubectl.run("wait", "--for=condition=Established", "crd/llmservices.pagoda.dev")
         target = Target(kubectl, paths["helm"], None)
         rights = kubeconfig_of_chart(target, OPERATOR_NAMESPACE, folder, "watchNamespace=")
         log = folder / "operator.log"
         operator = OperatorProcess(kubectl, log, rights, is_cluster_wide=True)
-        operator.start()
+        operator.start(wait=False)
         try:
-            yield Fleet(operator, settings.audit_log, num_services)
+            wait_until("it is ready", lambda: operator.readiness() == "ok", timeout_seconds=600)
+            yield Fleet(operator, paths["kubeconfig"], settings.audit_log, num_services)
         finally:
             operator.stop()
 
@@ -153,8 +172,3 @@ def _stub() -> Iterator[None]:
             yield
         finally:
             process.kill()
-
-
-async def connect() -> ApiServer:
-    """The bench's own way to the API server."""
-    return await ApiServer.connect(Telemetry())

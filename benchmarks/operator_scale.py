@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from audit import Request
-from operator_fleet import Fleet, by_operator, connect, cpu_seconds, fleet, resident_bytes
+from operator_fleet import Fleet, by_operator, cpu_seconds, fleet, resident_bytes
 from report import Bar, Result, publish
 
 from pagoda_operator.cluster import ApiServer
@@ -142,7 +142,7 @@ def at_most(metric: str, value: float, limit: float, unit: str, **details: objec
 
 
 async def measure(bench: Fleet, idle_seconds: float) -> list[Result]:
-    api = await connect()
+    api = await bench.connect()
     try:
         results = await apply_all(bench, api)
         show(results)

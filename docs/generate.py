@@ -13,11 +13,13 @@ from typing import Any
 
 import yaml
 from prometheus_client.core import Metric
+from prometheus_client.metrics import MetricWrapperBase
 
 from pagoda_operator.checkpoint import Checkpoint
 from pagoda_operator.gpus import memory_of
 from pagoda_operator.sizing import size_engine
 from pagoda_operator.spec import Engine
+from pagoda_operator.telemetry import Telemetry
 from pagoda_runtime.config import EngineConfig, ServerConfig
 from pagoda_runtime.flags import FlagParser
 from pagoda_runtime.ipc.messages import EngineReady, EngineStats
@@ -79,6 +81,26 @@ def render_metrics() -> str:
     for metric in metrics.registry.collect():
         if not metric.name.startswith("process_"):
             lines.append(_render_metric(metric))
+    lines += [
+        "",
+        "## The operator's",
+        "",
+        "From `pagoda_operator/telemetry.py`, at `/metrics` of `--health-port`; a series with",
+        "labels is there from its first value on. Worth an alert:",
+        "`leader_election_master_status` 0 on all",
+        "replicas, `pagoda_operator_watch_age_seconds` above 0 for two minutes,",
+        "`workqueue_retries_total` that grows without an end, and",
+        "`workqueue_queue_duration_seconds` above a second.",
+        "",
+        "| Name | Kind | Labels | Meaning |",
+        "| --- | --- | --- | --- |",
+    ]
+    for found in vars(Telemetry()).values():
+        if isinstance(found, MetricWrapperBase):
+            suffix = "_total" if found._type == "counter" else ""
+            shown = ", ".join(f"`{label}`" for label in found._labelnames)
+            name = f"`{found._name}{suffix}`"
+            lines.append(f"| {name} | {found._type} | {shown} | {found._documentation} |")
     return "\n".join(lines) + "\n"
 
 

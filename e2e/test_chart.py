@@ -64,7 +64,23 @@ def test_the_release_pagoda_keeps_the_names_that_the_documentation_gives(
     assert {("Deployment", "pagoda-operator"), ("ServiceAccount", "pagoda-operator")} <= named
 
 
+def test_a_second_replica_stands_by_on_another_node(target: stack.Target) -> None:
+    one, two = render(target), render(target, "replicas=2")
+    added = {"PodDisruptionBudget"}
+    assert {item["kind"] for item in two} - {item["kind"] for item in one} == added
+    (found,) = (item["spec"] for item in two if item["kind"] == "Deployment")
+    # A pod that stands by is ready, so that a rollout goes on; none comes beside the two.
+    assert found["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+    assert "--replica-of=pagoda-system/pagoda-operator" in operator_arguments(two)
+    pod = found["template"]["spec"]
+    assert next(it["topologyKey"] for it in pod["topologySpreadConstraints"]) == HOSTNAME
+    assert {it["tolerationSeconds"] for it in pod["tolerations"]} == {30}
+    assert not any(flag.startswith("--replica-of") for flag in operator_arguments(one))
+
+
+HOSTNAME = "kubernetes.io/hostname"
 BAD_VALUES = {
+    "no replicas": ("replicas", "0", "replicas"),
     "a typo": ("watchNamespaces", '"team"', "watchNamespaces"),
     "a typo further down": ("resources", '{"limit": {"memory": "1Gi"}}', "limit"),
     "an unknown level": ("logLevel", '"verbose"', "logLevel"),

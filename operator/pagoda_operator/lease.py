@@ -19,18 +19,21 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from pagoda_operator.cluster import ApiError, ApiServer, Conflict, NotFound, Refused
-from pagoda_operator.names import Manifest
+from pagoda_operator.names import GROUP, Manifest
 
 logger = logging.getLogger(__name__)
 
 DURATION_SECONDS = 15
 RENEW_SECONDS = 5.0
-RETRY_SECONDS = 2.0
+# With the duration, how long nobody serves after a leader that was lost: 20 s must be enough.
+RETRY_SECONDS = 1.0
 # What a cluster-wide operator knows of a namespace that has an operator of its own.
 BELIEVED_SECONDS = 5.0
 NAME = "pagoda-operator"
 CLUSTER_NAME = "pagoda-operator-cluster"
 CLUSTER_NAMESPACE = "default"
+ANNOTATION_REPLICA_OF = f"{GROUP}/replica-of"
+"""What the replicas of one installation have in common."""
 
 
 def own_identity() -> str:
@@ -82,11 +85,18 @@ class Lease:
         namespace: str | None,
         clock: Callable[[], float],
         identity: str | None = None,
+        *,
+        replica_of: str | None = None,
     ) -> None:
+        """
+        Args:
+            replica_of: the installation; the holder is expected to be another replica of it.
+        """
         self._api = api
+        self._replica_of = replica_of
         self._is_cluster_wide = namespace is None
         self._namespace = CLUSTER_NAMESPACE if namespace is None else namespace
-        self._name = CLUSTER_NAME if namespace is None else NAME
+        self.name = CLUSTER_NAME if namespace is None else NAME
         self._clock = clock
         self._identity = identity or own_identity()
         self._sightings = Sightings()
@@ -97,6 +107,8 @@ class Lease:
         self._is_blind = False
         self.holder: str | None = None
         """Who holds the Lease in place of this operator, while it stands by."""
+        self.is_reserve = False
+        """Whether that is another replica of the same installation."""
 
     @property
     def is_held(self) -> bool:
@@ -117,11 +129,12 @@ class Lease:
     def describe_holder(self) -> str:
         """Why this operator does nothing, for people."""
         if self.holder is None:
-            return f"the Lease {self._namespace}/{self._name} cannot be taken yet"
+            return f"the Lease {self._namespace}/{self.name} cannot be taken yet"
         what = "this cluster" if self._is_cluster_wide else f"the namespace {self._namespace}"
+        remedy = "this replica stands by" if self.is_reserve else "uninstall one of the two"
         return (
             f"the operator {self.holder} serves {what} "
-            f"(Lease {self._namespace}/{self._name}); uninstall one of the two"
+            f"(Lease {self._namespace}/{self.name}); {remedy}"
         )
 
     async def renew(self) -> None:
@@ -137,7 +150,7 @@ class Lease:
         if self.is_held:
             with contextlib.suppress(ApiError):
                 # Read again: a renewal may have been cut off before its answer.
-                self._lease = await self._api.get("Lease", self._namespace, self._name)
+                self._lease = await self._api.get("Lease", self._namespace, self.name)
                 if self._is_ours(self._lease):
                     await self._write(None, "renewTime")
             self._renewed = -float("inf")
@@ -174,9 +187,12 @@ class Lease:
                     await self._write(self._identity, "renewTime")
                     self._is_unguarded = False
                     return
-            found = await self._api.get("Lease", self._namespace, self._name)
+            found = await self._api.get("Lease", self._namespace, self.name)
             holder = self._sightings.holder(found, self._clock())
             self.holder = None if holder == self._identity else holder
+            annotations = (found or {}).get("metadata", {}).get("annotations", {})
+            is_replica = annotations.get(ANNOTATION_REPLICA_OF) == self._replica_of
+            self.is_reserve = self.holder is not None and bool(self._replica_of) and is_replica
             if self.holder is None:
                 self._lease = found
                 # Another one that was faster is seen at the next try.
@@ -189,7 +205,7 @@ class Lease:
                 logger.warning("a second operator would not be noticed: %s", error)
             self._is_unguarded = True
         except ApiError as error:
-            logger.warning("the Lease %s cannot be had now: %s", self._name, error)
+            logger.warning("the Lease %s cannot be had now: %s", self.name, error)
 
     def _is_ours(self, lease: Manifest | None) -> bool:
         return bool(lease and lease.get("spec", {}).get("holderIdentity") == self._identity)
@@ -200,9 +216,16 @@ class Lease:
         found: Manifest = self._lease or {
             "apiVersion": "coordination.k8s.io/v1",
             "kind": "Lease",
-            "metadata": {"name": self._name, "namespace": self._namespace},
+            "metadata": {"name": self.name, "namespace": self._namespace},
         }
         spec = {**found.get("spec", {}), **dict.fromkeys(times, now)}
         spec |= {"holderIdentity": holder, "leaseDurationSeconds": DURATION_SECONDS}
-        self._lease = await self._api.write({**found, "spec": spec})
+        metadata: Manifest = found["metadata"]
+        if self._replica_of:
+            annotations = {
+                **metadata.get("annotations", {}),
+                ANNOTATION_REPLICA_OF: self._replica_of,
+            }
+            metadata = {**metadata, "annotations": annotations}
+        self._lease = await self._api.write({**found, "metadata": metadata, "spec": spec})
         self._renewed = asked

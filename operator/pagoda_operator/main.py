@@ -27,13 +27,17 @@ from pagoda_operator.observe import watch_warnings
 from pagoda_operator.poll import Poller
 from pagoda_operator.queue import WorkQueue, backoff_seconds
 from pagoda_operator.reconcile import Reconciler
+from pagoda_operator.resync import Resync
 from pagoda_operator.telemetry import Telemetry
 from pagoda_operator.watch import BURST_SECONDS, watch
 
 logger = logging.getLogger(__name__)
 
+QUEUE = "llmservice"
 NUM_WORKERS = 8
-RESYNC_SECONDS = 300.0
+RESYNC_SECONDS = 60.0
+# A pass of every service once in so many looks of the resync, for what nobody thought of.
+LOOKS_PER_ROUND = 60
 FINISH_SECONDS = 10.0
 CRD_WAIT_SECONDS = 30.0
 # What another operator serves is looked at again.
@@ -47,6 +51,7 @@ class Options(argparse.Namespace):
     engine_image: str
     hub_endpoint: str
     inspection_image: str
+    replica_of: str
     log_level: str
     health_port: int
 
@@ -59,7 +64,7 @@ class Operator:
         self._options = options
         self._api = api
         self._telemetry = telemetry
-        self._queue = WorkQueue(clock)
+        self._queue = WorkQueue(clock, telemetry.queue_seconds.labels(name=QUEUE).observe)
         self._poller = Poller(clock=clock, on_change=self._queue.add, telemetry=telemetry)
         self._checks = _make_checks(options, api, clock, self._queue.add)
         self._reconciler = Reconciler(
@@ -71,11 +76,15 @@ class Operator:
             checks=self._checks,
         )
         self._clock = clock
-        self._lease = Lease(api, options.namespace, clock)
+        self._lease = Lease(api, options.namespace, clock, replica_of=options.replica_of)
+        self._resync = Resync(
+            api, telemetry, self._queue.add, namespace=options.namespace, clock=clock
+        )
         self._is_listed = False
-        self._known: set[Key] = set()
         self._workers: list[asyncio.Task[None]] = []
-        telemetry.queue_depth.labels(name="llmservice").set_function(lambda: len(self._queue))
+        telemetry.queue_depth.labels(name=QUEUE).set_function(lambda: self._queue.num_due)
+        is_leader = telemetry.is_leader.labels(name=self._lease.name)
+        is_leader.set_function(lambda: float(self._lease.is_held))
 
     async def run(self) -> None:
         """Run until a signal comes or a watch dies."""
@@ -86,23 +95,28 @@ class Operator:
         await self._lease.acquire()
         loop = asyncio.get_running_loop()
         self._workers = [loop.create_task(self._work()) for _ in range(NUM_WORKERS)]
-        beside = [
-            loop.create_task(self._resync_forever()),
-            loop.create_task(watch_warnings(self._api, options.namespace, self._add_soon)),
-        ]
+        resync = loop.create_task(self._resync_forever())
+        warnings = loop.create_task(watch_warnings(self._api, options.namespace, self._add_soon))
         stop_watching, ready = asyncio.Event(), asyncio.Event()
         watching = loop.create_task(
-            watch(self._queue.add, namespace=options.namespace, stop=stop_watching, ready=ready)
+            watch(
+                self._resync,
+                self._queue.add,
+                namespace=options.namespace,
+                stop=stop_watching,
+                ready=ready,
+            )
         )
         signals = loop.create_task(_stop_on_signals(ready))
         renewal = loop.create_task(self._lease.renew())
         try:
-            ends = {watching, signals, renewal}
+            ends = {watching, signals, renewal, resync}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             logger.info("ending")
             # Ours first: kopf cancels the tasks that were made while it ran.
             self._queue.close()
-            for task in (*beside, signals):
+            is_behind = resync.done()
+            for task in (resync, warnings, signals):
                 task.cancel()
             await asyncio.wait(self._workers, timeout=FINISH_SECONDS)
             await self._poller.close()
@@ -115,12 +129,14 @@ class Operator:
             await watching
             if is_lost:
                 raise StartError(f"{self._lease.describe_holder()}.")
+            if is_behind:
+                await resync
         finally:
             await health.cleanup()
 
     def _find_hindrance(self) -> str | None:
         if not self._lease.is_held:
-            return self._lease.describe_holder()
+            return None if self._lease.is_reserve else self._lease.describe_holder()
         return None if self._is_listed else "the LLMServices are not listed yet"
 
     def _find_death(self) -> str | None:
@@ -153,9 +169,9 @@ class Operator:
     async def _work(self) -> None:
         """Take keys and reconcile them, one after the other."""
         while (key := await self._queue.take()) is not None:
-            with self._telemetry.reconcile_seconds.labels(controller="llmservice").time():
+            with self._telemetry.reconcile_seconds.labels(controller=QUEUE).time():
                 result = await self._reconcile(key)
-            self._telemetry.reconciles.labels(controller="llmservice", result=result).inc()
+            self._telemetry.reconciles.labels(controller=QUEUE, result=result).inc()
 
     async def _reconcile(self, key: Key) -> str:
         try:
@@ -169,24 +185,36 @@ class Operator:
             requeue_seconds = await self._reconciler.reconcile(key)
         except ApiError as error:
             at_least = error.retry_after_seconds if isinstance(error, Unavailable) else 0.0
-            delay = self._queue.failed(key, at_least_seconds=at_least)
+            delay = self._failed(key, at_least)
             logger.warning("%s: again in %.1f s: %s", key, delay, error)
             return "retry"
         except Exception:
             # Our bug: the other services go on, and this one is tried again.
-            delay = self._queue.failed(key)
+            delay = self._failed(key)
             logger.exception("%s: again in %.1f s", key, delay)
             return "error"
         self._queue.done(key, requeue_seconds=requeue_seconds)
         return "success"
 
+    def _failed(self, key: Key, at_least_seconds: float = 0.0) -> float:
+        self._telemetry.retries.labels(name=QUEUE).inc()
+        return self._queue.failed(key, at_least_seconds=at_least_seconds)
+
     async def _resync_forever(self) -> None:
-        """Enqueue every service now and then, so that a missed event is healed."""
-        failures = 0
+        """Enqueue every service at the start, and then what no watch told of.
+
+        Raises:
+            StartError: a watch stands still; a new process has new ones.
+        """
+        failures = num_looks = 0
         while True:
             try:
                 served = await self._api.served_kinds(OPTIONAL_KINDS)
-                services = await self._api.list(KIND, self._options.namespace)
+                if self._is_listed:
+                    keys = await self._resync.look(served)
+                else:
+                    # The watches have told nothing yet.
+                    keys = await self._resync.list_services()
             except Exception as error:
                 # Whatever comes in place of a list: without this task no missed event is healed.
                 failures += 1
@@ -194,13 +222,13 @@ class Operator:
                 await asyncio.sleep(backoff_seconds(failures, 1.0))
                 continue
             failures = 0
-            self._reconciler.served = served
-            found = {Key.of(service) for service in services}
-            # What was there at the last resync and is no more has to be forgotten.
-            for key in sorted(found | self._known):
+            if kind := self._resync.find_dead():
+                raise StartError(f"the watch of the kind {kind} stands still.")
+            is_news = not self._is_listed or served != self._reconciler.served
+            for key in keys if is_news else keys[num_looks % LOOKS_PER_ROUND :: LOOKS_PER_ROUND]:
                 self._queue.add(key)
-            self._known = found
-            self._is_listed = True
+            self._reconciler.served, self._is_listed = served, True
+            num_looks += 1
             await asyncio.sleep(RESYNC_SECONDS)
 
 
@@ -257,6 +285,12 @@ def parse_options(arguments: Sequence[str]) -> Options:
         help="the operator's own image, for Jobs that read models on claims, of web servers, and "
         "of a hub with a token, before a GPU is taken for them (they are not read if the flag is "
         "absent or empty)",
+    )
+    parser.add_argument(
+        "--replica-of",
+        default="",
+        help="the name of the installation, where several replicas stand by for each other: one "
+        "that waits for another one of the name is ready",
     )
     parser.add_argument(
         "--log-level", default="info", choices=("debug", "info", "warning", "error")

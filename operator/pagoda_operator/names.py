@@ -93,9 +93,10 @@ CHILD_KINDS = (
     "Deployment",
 )
 """In the order in which they are applied: a pod needs its ServiceAccount."""
+WATCHED_KINDS = (KIND, *CHILD_KINDS, "Pod")
 OPTIONAL_KINDS = ("PodMonitor", "PrometheusRule")
 """Children whose CRDs are prometheus-operator's. They are not watched: a cluster may get the CRDs
-after the operator, and what is edited in them is put back by the next pass of the service."""
+after the operator. What is edited in them is noticed by the lists of the resync."""
 
 
 def api_version(kind: str) -> str:

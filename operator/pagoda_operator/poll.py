@@ -93,22 +93,22 @@ class Poller:
         if policy is None:
             self.forget(service.key)
             return
-        addresses = ready_addresses(pods)
         watched = self._watched.get(service.key)
-        if watched is not None and watched.uid == service.uid:
-            watched.policy, watched.addresses = policy, addresses
-            return
-        self.forget(service.key)
-        state = ScalingState.start(target, self.clock())
-        watched = _Watched(service.uid, policy, state, addresses)
-        watched.task = asyncio.get_running_loop().create_task(self._poll(service.key, watched))
-        self._watched[service.key] = watched
+        if watched is None or watched.uid != service.uid:
+            self.forget(service.key)
+            watched = _Watched(service.uid, policy, ScalingState.start(target, self.clock()), ())
+            watched.task = asyncio.get_running_loop().create_task(self._poll(service.key, watched))
+            self._watched[service.key] = watched
+        watched.policy, watched.addresses = policy, ready_addresses(pods)
+        labels = (service.key.namespace, service.key.name)
+        self.telemetry.desired_replicas.labels(*labels).set(target)
 
     def forget(self, key: Key) -> None:
         """Stop asking the pods of a service."""
         watched = self._watched.pop(key, None)
         if watched is not None:
             watched.task.cancel()
+            self.telemetry.desired_replicas.remove(key.namespace, key.name)
 
     async def close(self) -> None:
         tasks = [watched.task for watched in self._watched.values()]
@@ -141,8 +141,9 @@ class Poller:
         watched.state = decide(watched.state, loads, watched.policy, self.clock())
         target = watched.state.target
         if target != before:
-            direction = "up" if target > before else "down"
-            self.telemetry.scale_decisions.labels(direction=direction).inc()
+            self.telemetry.scale_decisions.labels(
+                reason=_reason(watched.policy, before, target)
+            ).inc()
             logger.info("%s: %d replicas in place of %d", key, target, before)
             self.on_change(key)
         return any(load is not None and load.running + load.waiting for load in loads)
@@ -175,6 +176,13 @@ class Poller:
         if isinstance(answer, Silence):
             return answer
         return parse_load(answer) or Silence.ANSWER
+
+
+def _reason(policy: ScalingPolicy, before: int, target: int) -> str:
+    """Why the number of replicas changes, for the metric."""
+    if policy.clamp(before) != before:
+        return "limits"
+    return "demand" if target > before else "idle"
 
 
 def parse_load(body: bytes) -> PodLoad | None:

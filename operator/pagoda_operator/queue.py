@@ -33,10 +33,17 @@ def backoff_seconds(
 
 
 class WorkQueue:
-    """Which key is due when; belongs to one event loop."""
+    """Which key is due when; belongs to one event loop.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    Args:
+        note_wait: gets the seconds that a key was due before a worker took it.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], note_wait: Callable[[float], None] | None = None
+    ) -> None:
         self._clock = clock
+        self._note_wait = note_wait
         self._due: dict[Key, float] = {}
         self._held: set[Key] = set()
         self._failures: dict[Key, int] = {}
@@ -45,6 +52,12 @@ class WorkQueue:
 
     def __len__(self) -> int:
         return len(self._due)
+
+    @property
+    def num_due(self) -> int:
+        """Keys that wait for a worker, and not for their time."""
+        now = self._clock()
+        return sum(at <= now for at in self._due.values())
 
     def add(self, key: Key, delay_seconds: float = 0.0) -> None:
         """Let the key come after the delay, or when it would come anyway if that is earlier."""
@@ -64,6 +77,8 @@ class WorkQueue:
             if key is not None and pause <= 0:
                 del self._due[key]
                 self._held.add(key)
+                if self._note_wait is not None:
+                    self._note_wait(-pause)
                 return key
             # Nothing is awaited between the look and the wait: no change is missed.
             self._changed.clear()

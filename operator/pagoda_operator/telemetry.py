@@ -23,7 +23,19 @@ class Telemetry:
             registry=self.registry,
         )
         self.queue_depth = Gauge(
-            "workqueue_depth", "Services in the queue.", ["name"], registry=self.registry
+            "workqueue_depth", "Services that wait for a worker.", ["name"], registry=self.registry
+        )
+        self.queue_seconds = Histogram(
+            "workqueue_queue_duration_seconds",
+            "How long a service that was due waited for a worker.",
+            ["name"],
+            registry=self.registry,
+        )
+        self.retries = Counter(
+            "workqueue_retries_total",
+            "Passes that failed and are tried again.",
+            ["name"],
+            registry=self.registry,
         )
         self.requests = Counter(
             "rest_client_requests_total",
@@ -31,10 +43,34 @@ class Telemetry:
             ["code", "method"],
             registry=self.registry,
         )
+        self.is_leader = Gauge(
+            "leader_election_master_status",
+            "1 while this operator holds its Lease, 0 while it stands by.",
+            ["name"],
+            registry=self.registry,
+        )
+        self.watch_age = Gauge(
+            "pagoda_operator_watch_age_seconds",
+            "For how long the watch of this kind is known to have missed changes; 0 if it is not.",
+            ["kind"],
+            registry=self.registry,
+        )
+        self.resync_drift = Counter(
+            "pagoda_operator_resync_drift_total",
+            "Changes and deletions that no watch told, found by the lists of the resync.",
+            ["kind"],
+            registry=self.registry,
+        )
+        self.desired_replicas = Gauge(
+            "pagoda_operator_desired_replicas",
+            "The replicas that a service with autoscaling should have now.",
+            ["namespace", "service"],
+            registry=self.registry,
+        )
         self.scale_decisions = Counter(
             "pagoda_operator_scale_decisions_total",
-            "Changes of the number of replicas by the autoscaler.",
-            ["direction"],
+            "Changes of the number of replicas by the autoscaler: demand, idle or (other) limits.",
+            ["reason"],
             registry=self.registry,
         )
         self.poll_failures = Counter(

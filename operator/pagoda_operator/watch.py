@@ -2,8 +2,8 @@
 
 The only module that imports kopf. Every handler is `on.event`, which neither stores state in the
 objects nor adds finalizers; a handler only puts a key into the queue. kopf reports listed objects
-too (with the type None), but never a deletion that fell into a gap between two watches: the resync
-of `main` finds those.
+too (with the type None), but never a deletion that fell into a gap between two watches: `resync`
+finds those.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import kopf
 
 from pagoda_operator.names import (
-    CHILD_KINDS,
     KIND,
-    LABEL_MANAGED_BY,
-    LABEL_SERVICE,
-    MANAGED_BY,
     RESOURCES,
+    WATCHED_KINDS,
     Key,
 )
 from pagoda_operator.queue import backoff_seconds
+from pagoda_operator.resync import SELECTOR, Resync
 
-CHILDREN = tuple(RESOURCES[kind] for kind in (*CHILD_KINDS, "Pod"))
+CHILDREN = tuple(RESOURCES[kind] for kind in WATCHED_KINDS if kind != KIND)
+KINDS = {RESOURCES[kind][2]: kind for kind in WATCHED_KINDS}
 OUTAGE_PAUSE_MAX_SECONDS = 10.0
+SILENCE_SECONDS = 70.0
 # One change of a Deployment is a burst of events of its pods; one pass answers them all.
 BURST_SECONDS = 0.4
 
@@ -42,6 +42,7 @@ class EndlessBackoff:
 
 
 async def watch(
+    resync: Resync,
     enqueue: Callable[[Key, float], None],
     *,
     namespace: str | None,
@@ -50,7 +51,7 @@ async def watch(
 ) -> None:
     """Watch services and their children until `stop` is set, a signal comes or a watch dies."""
     await kopf.operator(
-        registry=build_registry(enqueue),
+        registry=build_registry(resync, enqueue),
         settings=build_settings(),
         standalone=True,
         # Found out from the user's name otherwise, which the user of a container may not have.
@@ -62,45 +63,26 @@ async def watch(
     )
 
 
-def build_registry(enqueue: Callable[[Key, float], None]) -> kopf.OperatorRegistry:
+def build_registry(resync: Resync, enqueue: Callable[[Key, float], None]) -> kopf.OperatorRegistry:
     """The handlers; each one enqueues the LLMService that an object is or belongs to."""
     registry = kopf.OperatorRegistry()
     # A registry of one's own has no way to log in.
     kopf.on.login(registry=registry)(kopf.login_with_service_account)
     kopf.on.login(registry=registry)(kopf.login_with_kubeconfig)
 
-    @kopf.on.event(*RESOURCES[KIND], registry=registry)
-    async def service_changed(
-        *, namespace: str | None, name: str, body: kopf.Body, **_: Any
+    async def changed(
+        *, event: kopf.RawEvent, resource: kopf.Resource, body: kopf.Body, **_: Any
     ) -> None:
-        # A namespaced kind always has a namespace; kopf's types allow cluster-wide kinds.
-        if namespace is not None:
-            # Only the status changed, most likely by ourselves: nobody waits for an answer.
-            is_known = body.status.get("observedGeneration") == body.metadata.get("generation")
-            enqueue(Key(namespace, name), BURST_SECONDS if is_known else 0.0)
+        kind = KINDS[resource.plural]
+        # A child, or only the status changed, most likely by ourselves: nobody waits for an answer.
+        is_seen = body.status.get("observedGeneration") == body.metadata.get("generation")
+        delay_seconds = BURST_SECONDS if kind != KIND or is_seen else 0.0
+        for key in resync.note(kind, body.metadata, is_gone=event["type"] == "DELETED"):
+            enqueue(key, delay_seconds)
 
-    async def child_changed(*, namespace: str | None, body: kopf.Body, **_: Any) -> None:
-        if namespace is not None:
-            for name in owners(body):
-                enqueue(Key(namespace, name), BURST_SECONDS)
-
-    for resource in CHILDREN:
-        kopf.on.event(*resource, registry=registry)(child_changed)
+    for kind in WATCHED_KINDS:
+        kopf.on.event(*RESOURCES[kind], registry=registry)(changed)
     return registry
-
-
-def owners(manifest: Mapping[str, Any]) -> set[str]:
-    """The LLMServices that an object belongs to, or should: by its owner and by its label.
-
-    They differ if somebody edited one of them. A pod's owner is a ReplicaSet; it has the label.
-    """
-    metadata = manifest["metadata"]
-    names = {
-        owner["name"] for owner in metadata.get("ownerReferences", []) if owner["kind"] == KIND
-    }
-    if label := metadata.get("labels", {}).get(LABEL_SERVICE):
-        names.add(label)
-    return names
 
 
 def build_settings() -> kopf.OperatorSettings:
@@ -112,13 +94,14 @@ def build_settings() -> kopf.OperatorSettings:
     settings.networking.request_timeout = 30
     settings.networking.connect_timeout = 5
     settings.networking.error_backoffs = EndlessBackoff()
-    # A watch that is renewed now and then cannot stay silently dead.
+    # A watch that stands still is renewed: bookmarks are a sign of life each minute.
+    settings.watching.inactivity_timeout = SILENCE_SECONDS
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10
     for resource in CHILDREN:
         # A tuple: the dotted form of the key matches nothing, without a word.
-        settings.watching.label_selectors[resource] = f"{LABEL_MANAGED_BY}={MANAGED_BY}"
+        settings.watching.label_selectors[resource] = SELECTOR
     # Less than the grace period of the operator's pod.
     settings.process.ultimate_exiting_timeout = 25
     return settings

@@ -10,7 +10,7 @@ from pagoda_operator.telemetry import Telemetry
 
 async def test_probes_and_metrics_say_how_the_operator_is(unused_tcp_port: int) -> None:
     telemetry = Telemetry()
-    telemetry.scale_decisions.labels(direction="up").inc()
+    telemetry.scale_decisions.labels(reason="demand").inc()
     trouble: list[str | None] = ["the LLMServices are not listed yet", None]
     server = await serve_health(
         unused_tcp_port, {"/livez": lambda: None, "/readyz": lambda: trouble.pop(0)}, telemetry
@@ -27,4 +27,4 @@ async def test_probes_and_metrics_say_how_the_operator_is(unused_tcp_port: int) 
         status, metrics = await get("/metrics")
     await server.cleanup()
     assert status == 200
-    assert 'pagoda_operator_scale_decisions_total{direction="up"} 1.0' in metrics
+    assert 'pagoda_operator_scale_decisions_total{reason="demand"} 1.0' in metrics

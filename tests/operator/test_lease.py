@@ -93,6 +93,23 @@ async def test_a_second_operator_stands_by_until_the_first_lets_go(
     assert (second.is_held, api.holder()) == (True, "second_x")
 
 
+@pytest.mark.parametrize(
+    ("installation", "is_reserve"), [("ns/pagoda", True), ("ns/second", False), (None, False)]
+)
+async def test_a_replica_of_the_same_installation_is_no_rival(
+    installation: str | None, is_reserve: bool
+) -> None:
+    api, clock = Api(), Clock()
+    await Lease(api, "team", clock, "first_x", replica_of="ns/pagoda").acquire()
+    second = Lease(api, "team", clock, "second_x", replica_of=installation)
+    waiting = asyncio.create_task(second.acquire())
+    await turns()
+    assert second.is_reserve is is_reserve
+    remedy = "this replica stands by" if is_reserve else "uninstall one of the two"
+    assert second.describe_holder().endswith(remedy)
+    waiting.cancel()
+
+
 async def test_a_lease_is_let_go_also_where_a_renewal_was_cut_off_before_its_answer() -> None:
     api = Api()
     mine = Lease(api, "team", Clock(), "first_x")

@@ -19,6 +19,7 @@ OPTIONS = Options(
     engine_image="e:1",
     hub_endpoint="",
     inspection_image="",
+    replica_of="",
     log_level="info",
     health_port=0,
 )
@@ -42,7 +43,7 @@ class Listing:
     async def served_kinds(self, kinds: Collection[str]) -> frozenset[str]:
         return frozenset(kinds)
 
-    async def list(self, kind: str, namespace: str | None) -> list[Any]:
+    async def list_metadata(self, kind: str, namespace: str | None, selector: str) -> list[Any]:
         found = self.lists.pop(0)
         if isinstance(found, Exception):
             raise found

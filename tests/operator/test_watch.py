@@ -6,8 +6,7 @@ import itertools
 
 import kopf
 
-from pagoda_operator.testing import make_pod
-from pagoda_operator.watch import CHILDREN, EndlessBackoff, build_settings, owners
+from pagoda_operator.watch import CHILDREN, EndlessBackoff, build_settings
 
 
 def test_the_label_selector_applies_to_every_kind_of_child() -> None:
@@ -30,9 +29,6 @@ def test_the_backoff_never_ends_and_never_exceeds_ten_seconds() -> None:
     assert all(5.0 <= pause <= 10.0 for pause in pauses[10:])
 
 
-def test_an_object_leads_to_its_owner_and_to_what_its_label_says() -> None:
-    assert owners(make_pod("rev")) == {"chat"}
-    owner = {"kind": "LLMService", "name": "chat"}
-    edited = {"metadata": {"ownerReferences": [owner], "labels": {"pagoda.dev/service": "another"}}}
-    assert owners(edited) == {"chat", "another"}
-    assert owners({"metadata": {"ownerReferences": [{"kind": "ReplicaSet", "name": "x"}]}}) == set()
+def test_a_watch_without_a_bookmark_for_a_minute_is_renewed() -> None:
+    """Later than API servers send them, and before they forget what came meanwhile, after 75 s."""
+    assert 60 < build_settings().watching.inactivity_timeout < 75
