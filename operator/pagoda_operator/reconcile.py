@@ -37,6 +37,7 @@ from pagoda_operator.names import (
 from pagoda_operator.observe import World, observe, seconds_to_next_look
 from pagoda_operator.ownership import replicas_owner
 from pagoda_operator.plan import (
+    WAIT_FOR_DELETION_SECONDS,
     Applied,
     Apply,
     Memory,
@@ -62,11 +63,12 @@ from pagoda_operator.status import (
 
 logger = logging.getLogger(__name__)
 
-REFUSED_RETRY_SECONDS = 30.0
+# A quota or a webhook of others may be the reason: nobody tells when it is gone.
+REFUSED_RETRY_SECONDS = 15.0
 # The first status waits until the pods exist, and until other new services have their children.
 FIRST_STATUS_SECONDS = 0.3
 # What holds the name has no label of ours: nobody tells when it goes.
-CONFLICT_RETRY_SECONDS = 10.0
+CONFLICT_RETRY_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -140,10 +142,13 @@ class Reconciler:
         if self.checks is not None:
             wanted_pods = wanted[ChildRef("Deployment", engine_name(key.name))]
             verdict = self.checks.find(service, previous, wanted_pods, deployment)
-        if any(apply.adopts for apply in plan.applies) and not await self._find(key):
-            # Deleting it alone takes its name from its children. Given back, they would go with it.
-            self.forget(key)
-            return None
+        if any(it.adopts or (it.live is None and is_seen(previous)) for it in plan.applies):
+            # A deletion takes the children, or, with them left behind, their owner: given back, the
+            # former would be made for nothing, and the latter would go with it.
+            found = await self._find(key)
+            if found is None or found["metadata"]["uid"] != service.uid:
+                self.forget(key)
+                return None if found is None else WAIT_FOR_DELETION_SECONDS
         plan, blocker = _hold_pods(plan, verdict, service, wanted, world)
         failure: Refused | Unavailable | None = None
         try:

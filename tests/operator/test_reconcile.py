@@ -264,7 +264,10 @@ async def test_a_refusal_of_the_api_server_is_shown_in_its_words(
 
     cluster = FullCluster()
     cluster.put(make_manifest())
-    assert await make_reconciler(cluster, poller).reconcile(KEY) is not None
+    pause = await make_reconciler(cluster, poller).reconcile(KEY)
+    # Whatever ended it, the service has half a minute to converge.
+    assert pause is not None
+    assert pause <= 15
     assert reason(cluster, "Stalled") == "QuotaExceeded"
 
 
@@ -409,4 +412,30 @@ async def test_children_that_a_deletion_leaves_behind_while_a_pass_looks_stay_wi
     monkeypatch.setattr(cluster, "list", list_after_deletion)
     cluster.writes.clear()
     assert await make_reconciler(cluster, poller).reconcile(KEY) is None
+    assert cluster.writes == []
+
+
+@pytest.mark.parametrize("is_made_anew", [False, True])
+async def test_children_that_go_with_their_service_while_a_pass_looks_are_not_made_again(
+    cluster: MemoryCluster,
+    reconciler: Reconciler,
+    monkeypatch: pytest.MonkeyPatch,
+    is_made_anew: bool,
+) -> None:
+    cluster.put(make_manifest())
+    await settle(reconciler)
+    get = cluster.get
+
+    async def get_after_deletion(kind: str, namespace: str, name: str) -> Manifest | None:
+        found = await get(kind, namespace, name)
+        if kind == "LLMService":
+            cluster.objects.clear()
+            if is_made_anew:
+                cluster.put(make_manifest())
+                cluster.find("LLMService", "chat")["metadata"]["uid"] = "another"
+        return found
+
+    monkeypatch.setattr(cluster, "get", get_after_deletion)
+    cluster.writes.clear()
+    assert (await reconciler.reconcile(KEY) is not None) == is_made_anew
     assert cluster.writes == []
