@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from faults.bench import Bench, Outcome, control_plane_in, make_bench
 from faults.crashes import run_crashes
 from faults.errors import run_errors, run_start_errors
 from faults.outages import run_clock, run_outage, run_stability
+from faults.scenarios import SCENARIOS
 from faults.watches import run_watches
 
 LONG_SECONDS = 600.0
 Runs = tuple[list[Outcome], list[str]]
 
 
-async def run_all(bench: Bench, parts: frozenset[str]) -> dict[str, Any]:
+async def run_all(bench: Bench, parts: frozenset[str], partial: Path) -> dict[str, Any]:
     """The parts that mostly wait run beside the others."""
     found: dict[str, Any] = {}
 
@@ -32,21 +34,30 @@ async def run_all(bench: Bench, parts: frozenset[str]) -> dict[str, Any]:
         if name not in parts:
             return
         started = time.monotonic()
-        value = await work()
+        try:
+            value = await work()
+        except Exception as error:
+            # One part that cannot go on is no reason to lose the others.
+            traceback.print_exc()
+            value = {"problems": [f"ended by {error!r}"]}
         seconds = round(time.monotonic() - started)
         found[name] = _summary(value) if isinstance(value, tuple) else value
         found[name]["seconds"] = seconds
         problems = len(found[name]["problems"])
         print(f"{name}: {seconds} s, {problems} problems", flush=True)
+        # What there is so far is not lost with a bench that is ended.
+        partial.write_text(json.dumps(found, indent=1))
 
     async def in_turn() -> None:
         await note("crashes", lambda: run_crashes(bench))
         await note("errors", lambda: run_errors(bench))
         await note("start", lambda: run_start_errors(bench))
-        await note("watches", lambda: run_watches(bench))
 
+    await bench.refer(SCENARIOS)
+    print("without a fault: done", flush=True)
     await asyncio.gather(
         in_turn(),
+        note("watches", lambda: run_watches(bench)),
         note("outage", lambda: run_outage(bench, LONG_SECONDS)),
         note("stability", lambda: run_stability(bench, LONG_SECONDS)),
         note("clock", lambda: run_clock(bench)),
@@ -59,6 +70,8 @@ def _summary(runs: Runs) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "runs": sum(it.is_reached for it in outcomes),
         "passed": sum(it.is_reached and not it.problems for it in outcomes),
+        "in_time": sum(it.is_reached and not (it.problems or it.is_late) for it in outcomes),
+        "left_out": sum(not it.is_run for it in outcomes),
         "table": report.table(outcomes),
         "problems": report.failures(outcomes),
     }
@@ -72,8 +85,12 @@ PARTS = ("crashes", "errors", "start", "watches", "outage", "stability", "clock"
 def main() -> int:
     parser = argparse.ArgumentParser(prog="faults", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--minutes", type=float, default=38.0, help="after which no further run begins (38)"
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     # A user's PATH often lacks the folders where the administrator's programs are.
     os.environ["PATH"] = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
     with (
@@ -88,11 +105,11 @@ def main() -> int:
                 version = (await bench.api.request("GET", "/version"))["gitVersion"]
                 head = report.circumstances(version)
                 started = time.monotonic()
-                found = await run_all(bench, frozenset(options.only))
+                bench.deadline = started + 60 * options.minutes
+                found = await run_all(bench, frozenset(options.only), options.out)
                 return {**head, "seconds": round(time.monotonic() - started), "results": found}
 
         found = asyncio.run(run())
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     print(f"Wrote {options.out}.")
     return int(any(part["problems"] for part in found["results"].values()))

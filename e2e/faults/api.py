@@ -95,14 +95,23 @@ class Api:
         with contextlib.suppress(ApiRefused):
             await self.request("DELETE", path_of(kind, namespace, name), body)
 
+    async def wait_served(self, kind: str) -> None:
+        """Until the API server has made something of a new CRD."""
+        while True:
+            async with self._session.get(path_of(kind)) as response:
+                if response.status == 200:
+                    return
+            await asyncio.sleep(0.2)
+
     async def watch(self, kind: str, on_event: Callable[[str, Manifest], None]) -> None:
         """Tell of all objects of a kind, for ever; a gap is made up for by a list."""
         while True:
-            listed = await self.request("GET", path_of(kind))
-            on_event("LISTED", listed)
-            version = listed["metadata"]["resourceVersion"]
-            query = f"?watch=true&allowWatchBookmarks=true&resourceVersion={version}"
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            # A server that is short of time is asked again: what was missed is in the next list.
+            with contextlib.suppress(ApiRefused, aiohttp.ClientError, TimeoutError):
+                listed = await self.request("GET", path_of(kind))
+                on_event("LISTED", listed)
+                version = listed["metadata"]["resourceVersion"]
+                query = f"?watch=true&allowWatchBookmarks=true&resourceVersion={version}"
                 async for event in self._events(path_of(kind) + query):
                     if event["type"] == "ERROR":
                         break

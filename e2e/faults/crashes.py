@@ -17,17 +17,17 @@ Job = tuple[Scenario, int, FaultKind]
 
 
 async def run_crashes(
-    bench: Bench, scenarios: Sequence[Scenario] = SCENARIOS, num_operators: int = 4
+    bench: Bench, scenarios: Sequence[Scenario] = SCENARIOS, num_operators: int = 3
 ) -> tuple[list[Outcome], list[str]]:
     """Every write of the scenarios; also what the records of the operators show."""
     jobs: asyncio.Queue[Job] = asyncio.Queue()
     outcomes: list[Outcome] = []
+    await bench.refer(scenarios)
     async with AsyncExitStack() as running:
         operators = [
             await running.enter_async_context(bench.operator(f"crashes-{number}"))
             for number in range(num_operators)
         ]
-        await bench.refer(operators[0], scenarios)
         for scenario in scenarios:
             for nth in range(1, bench.references[scenario.name].num_writes + 1):
                 for side in SIDES:
@@ -44,6 +44,9 @@ async def _work(
     """Take jobs while there are any."""
     while not jobs.empty():
         scenario, nth, side = jobs.get_nowait()
+        if bench.is_over:
+            outcomes.append(Outcome.left_out(scenario.name, side, f"write {nth}"))
+            continue
         await operator.wait_ready()
 
         def shot(name: str, nth: int = nth, side: FaultKind = side) -> Shot:

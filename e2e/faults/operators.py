@@ -21,7 +21,7 @@ from faults.proxy import FaultProxy
 
 ENGINE_IMAGE = "pagoda.invalid/engine:1"
 RESTART_SECONDS = 0.2
-READY_SECONDS = 60.0
+READY_SECONDS = 300.0
 WATCHED = frozenset(
     {
         *("llmservices", "deployments", "services", "serviceaccounts", "pods"),

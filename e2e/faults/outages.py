@@ -19,7 +19,7 @@ from faults.plan import Request
 from faults.scenarios import Case
 from faults.world import wait_until
 
-READY_SECONDS = 240.0
+READY_SECONDS = 600.0
 # What is measured begins when the last event of the last pod was heeded.
 SETTLE_SECONDS = 15.0
 BACK_SECONDS = 30.0

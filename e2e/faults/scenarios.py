@@ -10,7 +10,7 @@ from typing import Any
 from faults.api import Api, Manifest
 from faults.world import World, wait_until
 
-STEP_SECONDS = 60.0
+STEP_SECONDS = 120.0
 FIRST_IMAGE, NEXT_IMAGE = "pagoda.invalid/engine:1", "pagoda.invalid/engine:2"
 _MASKED = (
     *("uid", "resourceVersion", "creationTimestamp", "managedFields", "lastTransitionTime"),
@@ -182,9 +182,8 @@ async def _edit_twice(case: Case) -> None:
 
 
 async def _break_and_mend(case: Case) -> None:
-    # No schema knows that one: the API server refuses the Deployment.
-    toleration = {"key": "a", "operator": "Exists", "value": "b"}
-    await case.edit(podTemplate={"tolerations": [toleration]})
+    # No schema can know that there is no such class: the pods are refused.
+    await case.edit(podTemplate={"priorityClassName": "nowhere"})
     await case.until("Stalled", lambda: case.says("Stalled"))
     await case.edit(podTemplate=None, engine={"maxNumSeqs": 9})
 

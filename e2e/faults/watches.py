@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from faults.api import path_of
-from faults.bench import Bench, Outcome
+from faults.bench import CONVERGE_SECONDS, Bench, Outcome
 from faults.operators import WATCHED, Operator
 from faults.plan import WatchFault, WatchKind
 from faults.scenarios import SCENARIOS, Case, Scenario
@@ -27,6 +27,7 @@ async def run_watches(
     bench: Bench, scenarios: Sequence[Scenario] = SCENARIOS, *, with_freeze: bool = True
 ) -> tuple[list[Outcome], list[str]]:
     """All of them; those that only wait, at the same time."""
+    await bench.refer(scenarios)
     parts = [
         _run_missed(bench),
         _run_under(bench, scenarios, "duplicate"),
@@ -73,8 +74,7 @@ async def _run_freeze(bench: Bench) -> tuple[list[Outcome], list[str]]:
             ]
             outcome = Outcome(scenario="any", fault="freeze", point=fault.resource)
             outcome.seconds = round(min(again, default=frozen + 999) - frozen, 2)
-            if outcome.seconds > NOTICED_SECONDS:
-                outcome.problems.append(f"noticed after {outcome.seconds} s")
+            outcome.is_late = outcome.seconds > NOTICED_SECONDS
             outcomes.append(outcome)
         if not (case.front and "--max-num-seqs 7 " in case.arguments):
             outcomes[0].problems.append("what was missed is not made up for")
@@ -128,8 +128,9 @@ async def _miss(
         await _act(case, action)
         acted = time.monotonic()
         try:
-            healed = await wait_until(lambda: _is_healed(case, action), HEALED_SECONDS, action)
+            healed = await wait_until(lambda: _is_healed(case, action), CONVERGE_SECONDS, action)
             outcome.seconds = round(healed - acted, 2)
+            outcome.is_late = outcome.seconds > HEALED_SECONDS
             await wait_until(lambda: fault.fired, 5.0, f"{event} of {resource} {case.name}")
         except TimeoutError as error:
             outcome.problems.append(str(error))
@@ -137,6 +138,7 @@ async def _miss(
     outcome.restarts = len(operator.lives) - lives
     if action == "delete":
         outcome.problems += await _find_ghost(operator, case)
+    outcome.show()
     return outcome
 
 
