@@ -36,7 +36,8 @@ class Engines:
     def serve(self, **spec: Any) -> None:
         """Apply, and let every engine that finds room become ready."""
         self.apply(**spec)
-        wait_until("a pod with a node", self.bound_pods, timeout_seconds=20)
+        replicas = spec.get("replicas", 1)
+        wait_until("nodes", lambda: len(self.bound_pods()) >= replicas, timeout_seconds=20)
         for pod in self.bound_pods():
             self.play_kubelet(pod, RUNNING, ready=True)
         self.wait_for("Ready", "True")

@@ -144,8 +144,14 @@ def test_where_there_is_none_old_engines_end_first_and_one_at_a_time(
 def test_engines_that_do_not_serve_make_room_at_once(team: Kubectl, node: str) -> None:
     engines = Engines(team, node, room=1)
     engines.apply()
-    wait_until("a pod with a node", engines.bound_pods, timeout_seconds=20)
+    (old,) = wait_until("a pod with a node", engines.bound_pods, timeout_seconds=20)
     engines.apply(**EDIT)
+
+    def is_ending() -> bool:
+        found = team.get("pod", old)
+        return found is None or "deletionTimestamp" in found["metadata"]
+
+    wait_until("the end of the old one", is_ending, timeout_seconds=20)
     end_rollout(engines, 1)
 
 
