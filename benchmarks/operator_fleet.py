@@ -26,10 +26,11 @@ from kube import Kubectl, condition, wait_until
 from kubernetes.aio import config
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
-from operator_process import OperatorProcess, kubeconfig_of_chart
-from stack import OPERATOR_NAMESPACE, Target, apply_crds
+from operator_process import OperatorProcess
+from stack import OPERATOR_NAMESPACE, apply_crds
 
 from pagoda_operator.cluster import ApiServer, Unavailable
+from pagoda_operator.lease import CLUSTER_NAME
 from pagoda_operator.names import KIND, Manifest
 from pagoda_operator.telemetry import Telemetry
 
@@ -113,8 +114,9 @@ def is_ready(service: Manifest) -> bool:
 
 
 def by_operator(requests: Sequence[Request]) -> list[Request]:
-    """What the operator asked for, its Lease aside."""
-    return [it for it in requests if it.user == ACCOUNT and it.resource != "leases"]
+    """What the operator asked for, its own Lease aside."""
+    own = ("leases", CLUSTER_NAME)
+    return [it for it in requests if it.user == ACCOUNT and (it.resource, it.name) != own]
 
 
 def resident_bytes(pid: int) -> tuple[int, int]:
@@ -149,10 +151,9 @@ def fleet(num_services: int, folder: Path) -> Iterator[Fleet]:
         kubectl.apply({"apiVersion": "v1", "kind": "List", "items": items})
         apply_crds(kubectl)
         kubectl.run("wait", "--for=condition=Established", "crd/llmservices.pagoda.dev")
-        target = Target(kubectl, paths["helm"], None)
-        rights = kubeconfig_of_chart(target, OPERATOR_NAMESPACE, folder, "watchNamespace=")
+        home = kubectl.in_namespace(OPERATOR_NAMESPACE)
         log = folder / "operator.log"
-        operator = OperatorProcess(kubectl, log, rights, is_cluster_wide=True)
+        operator = OperatorProcess(home, log, is_cluster_wide=True)
         operator.start(wait=False)
         try:
             wait_until("it is ready", lambda: operator.readiness() == "ok", timeout_seconds=600)

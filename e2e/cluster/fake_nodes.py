@@ -1,6 +1,6 @@
 """Nodes without machines on a control plane: kwok says of their pods what kubelets would.
 
-A pod runs as soon as it has a node, and is ready after a while. Its address is one of loopback,
+A pod is ready as soon as it has a node. Its address is one of loopback,
 where a program of this machine can answer for it.
 """
 
@@ -17,7 +17,6 @@ from .settings import Settings
 
 LABEL = "pagoda.dev/fake-node"
 POD_CIDR = "127.64.0.1/16"
-READY_AFTER_MILLISECONDS = 2000
 # Shorter than what the controller manager waits for, which is 50 s.
 LEASE_SECONDS = 40
 
@@ -61,13 +60,8 @@ def node(name: str, *, num_gpus: int, num_pods: int) -> dict[str, Any]:
 def _stages() -> Iterator[dict[str, Any]]:
     yield _stage("node-ready", "Node", [_condition("Ready", "NotIn", "True")], _NODE_STATUS)
     lives = {"key": ".metadata.deletionTimestamp", "operator": "DoesNotExist"}
-    phase = {"key": ".status.phase", "operator": "In"}
-    pending, running = ({**phase, "values": [value]} for value in ("Pending", "Running"))
-    yield _stage("pod-runs", "Pod", [lives, pending], _pod_status(is_ready=False))
-    unready = [lives, running, _condition("Ready", "NotIn", "True")]
-    ready = _stage("pod-ready", "Pod", unready, _pod_status(is_ready=True))
-    ready["spec"]["delay"] = {"durationMilliseconds": READY_AFTER_MILLISECONDS}
-    yield ready
+    pending = {"key": ".status.phase", "operator": "In", "values": ["Pending"]}
+    yield _stage("pod-ready", "Pod", [lives, pending], _POD_STATUS)
     leaving = {"key": ".metadata.deletionTimestamp", "operator": "Exists"}
     gone = _stage("pod-gone", "Pod", [leaving], "")
     gone["spec"]["next"] = {"delete": True}
@@ -85,10 +79,6 @@ def _stage(name: str, kind: str, expressions: list[Any], template: str) -> dict[
             "next": {"statusTemplate": template},
         },
     }
-
-
-def _pod_status(*, is_ready: bool) -> str:
-    return _POD_STATUS.replace("READY", str(is_ready)).replace(": ready", f": {is_ready}".lower())
 
 
 def _condition(kind: str, operator: str, value: str) -> dict[str, Any]:
@@ -115,15 +105,15 @@ _POD_STATUS = """
 {{ $now := Now }}
 conditions:
 - {lastTransitionTime: {{ $now | Quote }}, status: "True", type: Initialized}
-- {lastTransitionTime: {{ $now | Quote }}, status: "READY", type: Ready}
-- {lastTransitionTime: {{ $now | Quote }}, status: "READY", type: ContainersReady}
+- {lastTransitionTime: {{ $now | Quote }}, status: "True", type: Ready}
+- {lastTransitionTime: {{ $now | Quote }}, status: "True", type: ContainersReady}
 containerStatuses:
 {{ range .spec.containers }}
 - image: {{ .image | Quote }}
   imageID: ""
   name: {{ .name | Quote }}
-  ready: ready
-  started: ready
+  ready: true
+  started: true
   restartCount: 0
   state:
     running:

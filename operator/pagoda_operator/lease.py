@@ -29,6 +29,8 @@ RENEW_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 # What a cluster-wide operator knows of a namespace that has an operator of its own.
 BELIEVED_SECONDS = 5.0
+# That it has none, for a burst of passes in the namespace.
+FREE_SECONDS = 2.0
 NAME = "pagoda-operator"
 CLUSTER_NAME = "pagoda-operator-cluster"
 CLUSTER_NAMESPACE = "default"
@@ -102,7 +104,7 @@ class Lease:
         self._sightings = Sightings()
         self._lease: Manifest | None = None
         self._renewed = -float("inf")
-        self._believed: dict[str, tuple[str, float]] = {}
+        self._believed: dict[str, tuple[str | None, float]] = {}
         self._is_unguarded = False
         self._is_blind = False
         self.holder: str | None = None
@@ -159,7 +161,7 @@ class Lease:
         """The operator of a namespace's own that lives, where this one is cluster-wide."""
         if not self._is_cluster_wide or self._is_unguarded:
             return None
-        holder, until = self._believed.get(namespace, ("", 0.0))
+        holder, until = self._believed.get(namespace, (None, 0.0))
         if self._clock() < until:
             return holder
         try:
@@ -171,12 +173,10 @@ class Lease:
             self._is_blind = True
             return None
         found = self._sightings.holder(lease, self._clock())
-        if found is None:
-            self._believed.pop(namespace, None)
-            return None
-        if found != holder:
+        if found is not None and found != holder:
             logger.warning("the operator %s serves the namespace %s alone", found, namespace)
-        self._believed[namespace] = (found, self._clock() + BELIEVED_SECONDS)
+        seconds = FREE_SECONDS if found is None else BELIEVED_SECONDS
+        self._believed[namespace] = (found, self._clock() + seconds)
         return found
 
     async def _take_or_renew(self) -> None:

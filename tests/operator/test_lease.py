@@ -196,6 +196,8 @@ async def test_a_cluster_wide_operator_leaves_a_namespace_that_has_its_own_opera
     assert api.holder("default", "pagoda-operator-cluster") == "wide_x"
     assert await wide.other_holder("team") is None
     await narrow.acquire()
+    assert await wide.other_holder("team") is None
+    clock.now += module.FREE_SECONDS
     assert await wide.other_holder("team") == "narrow_x"
     assert await wide.other_holder("another") is None
     assert await narrow.other_holder("team") is None
