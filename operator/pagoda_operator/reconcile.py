@@ -16,12 +16,12 @@ from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 
 from pagoda_operator.cause import Cause, steady
-from pagoda_operator.causes import cause_of_refusal, failed_pods, find_cause
+from pagoda_operator.causes import cause_of_refusal, find_cause
 from pagoda_operator.checks import Checks, Verdict
 from pagoda_operator.cluster import ApiError, ApiServer, NotFound, Refused, Unavailable
-from pagoda_operator.containers import CRASHES_UNTIL_STALLED
 from pagoda_operator.decode import SpecError
 from pagoda_operator.events import render_events
+from pagoda_operator.execute import delete_failed, execute
 from pagoda_operator.loads import with_progress
 from pagoda_operator.names import (
     CHILD_KINDS,
@@ -38,11 +38,8 @@ from pagoda_operator.observe import World, observe, seconds_to_next_look
 from pagoda_operator.ownership import replicas_owner
 from pagoda_operator.plan import (
     WAIT_FOR_DELETION_SECONDS,
-    Applied,
-    Apply,
     Memory,
     Plan,
-    applied_digest,
     is_controlled_by,
     make_plan,
 )
@@ -69,6 +66,20 @@ REFUSED_RETRY_SECONDS = 15.0
 FIRST_STATUS_SECONDS = 0.3
 # What holds the name has no label of ours: nobody tells when it goes.
 CONFLICT_RETRY_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decision:
+    """What one pass does.
+
+    blocker: why the pods wait. preflight: `status.preflight`.
+    """
+
+    rollout: Rollout
+    target_replicas: int
+    plan: Plan
+    blocker: Cause | None
+    preflight: Manifest | None
 
 
 @dataclass(slots=True)
@@ -125,7 +136,57 @@ class Reconciler:
         """The pass of a spec that is understood."""
         key, previous = service.key, manifest.get("status", {})
         world = await self._look(service, manifest, self._render(service, self.engine_image))
-        deployment = world.own(service, ChildRef("Deployment", engine_name(key.name)))
+        memory, now = self._memories.setdefault(key, Memory()), self.clock()
+        decision = self._decide(service, previous, world, memory, now)
+        plan, deployment = (
+            decision.plan,
+            world.own(service, ChildRef("Deployment", engine_name(key.name))),
+        )
+        if any(it.adopts or (it.live is None and is_seen(previous)) for it in plan.applies):
+            # A deletion takes the children, or, with them left behind, their owner: given back, the
+            # former would be made for nothing, and the latter would go with it.
+            found = await self._find(key)
+            if found is None or found["metadata"]["uid"] != service.uid:
+                self.forget(key)
+                return None if found is None else WAIT_FOR_DELETION_SECONDS
+        failure: Refused | Unavailable | None = None
+        try:
+            deployment = await execute(self.cluster, key, plan, memory, now) or deployment
+            memory.scaled = decision.target_replicas
+        except (Refused, Unavailable) as error:
+            failure = error
+        is_complete = world.is_listed or all(apply.live is None for apply in plan.applies)
+        memory.is_swept |= is_complete and failure is None and not plan.conflicts
+        if failure is None and plan.applies and not is_seen(previous):
+            return FIRST_STATUS_SECONDS
+        hindrance = _find_hindrance(plan, failure) or decision.blocker
+        hindrance = hindrance or memory.contests.find_cause(plan.held, now)
+        # The queue tells of the first trouble, and tries the status again as well.
+        with contextlib.suppress(*([ApiError] if isinstance(failure, Unavailable) else [])):
+            await self._report(manifest, service, world, deployment, decision, hindrance)
+        if isinstance(failure, Unavailable):
+            raise failure
+        if failure is not None:
+            return REFUSED_RETRY_SECONDS
+        if plan.conflicts:
+            self.poller.forget(key)
+            return CONFLICT_RETRY_SECONDS
+        self.poller.watch(service, decision.target_replicas, world.pods)
+        await delete_failed(self.cluster, key, world.pods)
+        looks = [
+            plan.requeue_seconds,
+            decision.rollout.next_look_seconds,
+            seconds_to_next_look([*world.pods, *world.loaders], self.now()),
+            memory.contests.seconds_to_next_look(plan.held, now),
+        ]
+        return min((seconds for seconds in looks if seconds), default=None)
+
+    def _decide(
+        self, service: LLMService, previous: Manifest, world: World, memory: Memory, now: float
+    ) -> _Decision:
+        """What is to be done, from what there is."""
+        ref = ChildRef("Deployment", engine_name(service.key.name))
+        deployment = world.own(service, ref)
         rollout = choose_rollout(
             service,
             deployment,
@@ -136,52 +197,18 @@ class Reconciler:
         )
         wanted = self._render(service, rollout.image, rollout.strategy)
         target = self.poller.target(service, previous, deployment)
-        memory, now = self._memories.setdefault(key, Memory()), self.clock()
         plan = make_plan(service, wanted, world.children, memory, target_replicas=target, now=now)
         verdict = Verdict()
         if self.checks is not None:
-            wanted_pods = wanted[ChildRef("Deployment", engine_name(key.name))]
-            verdict = self.checks.find(service, previous, wanted_pods, deployment)
-        if any(it.adopts or (it.live is None and is_seen(previous)) for it in plan.applies):
-            # A deletion takes the children, or, with them left behind, their owner: given back, the
-            # former would be made for nothing, and the latter would go with it.
-            found = await self._find(key)
-            if found is None or found["metadata"]["uid"] != service.uid:
-                self.forget(key)
-                return None if found is None else WAIT_FOR_DELETION_SECONDS
+            verdict = self.checks.find(service, previous, wanted[ref], deployment)
         plan, blocker = _hold_pods(plan, verdict, service, wanted, world)
-        failure: Refused | Unavailable | None = None
-        try:
-            deployment = await self._execute(key, plan, memory, now) or deployment
-            memory.scaled = target
-        except (Refused, Unavailable) as error:
-            failure = error
-        is_complete = world.is_listed or all(apply.live is None for apply in plan.applies)
-        memory.is_swept |= is_complete and failure is None and not plan.conflicts
-        if failure is None and plan.applies and not is_seen(previous):
-            return FIRST_STATUS_SECONDS
-        hindrance = _find_hindrance(plan, failure) or blocker
-        hindrance = hindrance or memory.contests.find_cause(plan.held, now)
-        # The queue tells of the first trouble, and tries the status again as well.
-        with contextlib.suppress(*([ApiError] if isinstance(failure, Unavailable) else [])):
-            told = hindrance, verdict.fields, rollout
-            await self._report(manifest, service, world, deployment, target, *told)
-        if isinstance(failure, Unavailable):
-            raise failure
-        if failure is not None:
-            return REFUSED_RETRY_SECONDS
-        if plan.conflicts:
-            self.poller.forget(key)
-            return CONFLICT_RETRY_SECONDS
-        self.poller.watch(service, target, world.pods)
-        await self._clean_up(key, world.pods)
-        looks = [
-            plan.requeue_seconds,
-            rollout.next_look_seconds,
-            seconds_to_next_look([*world.pods, *world.loaders], self.now()),
-            memory.contests.seconds_to_next_look(plan.held, now),
-        ]
-        return min((seconds for seconds in looks if seconds), default=None)
+        return _Decision(
+            rollout=rollout,
+            target_replicas=target,
+            plan=plan,
+            blocker=blocker,
+            preflight=verdict.fields,
+        )
 
     def _render(
         self, service: LLMService, engine_image: str, strategy: Strategy | None = None
@@ -214,49 +241,6 @@ class Reconciler:
                     await self._write_status(manifest, *told)
             raise
 
-    async def _execute(self, key: Key, plan: Plan, memory: Memory, now: float) -> Manifest | None:
-        """Write what the plan says. Returns the Deployment as it is then, if it was written."""
-        deployment = None
-        for apply in plan.applies:
-            live = await self._apply(key, apply, memory, now)
-            if apply.ref.kind == "Deployment":
-                deployment = live
-        for live in plan.deletes:
-            await self.cluster.delete(live)
-            ref = ChildRef.of(live)
-            memory.applied.pop(ref, None)
-            logger.info("%s: deleted %s", key, ref)
-        return deployment
-
-    async def _apply(self, key: Key, apply: Apply, memory: Memory, now: float) -> Manifest:
-        found = apply.live
-        if apply.taken_over is not None:
-            await self.cluster.set_managed_fields(apply.manifest, apply.taken_over)
-        # A name that was free a moment ago is taken without force: never from a stranger.
-        force = found is not None
-        live = await self.cluster.apply(apply.manifest, manager=apply.manager, force=force)
-        what, why, is_changed = f"applied {apply.ref}", "", True
-        if apply.manager == MANAGER:
-            applied = memory.applied[apply.ref] = Applied.of(apply.manifest, live)
-            is_changed = found is None or applied_digest(found) != applied.result
-        elif found is not None:
-            before, after = (it["spec"].get("replicas") for it in (found, live))
-            what = f"scaled from {before} to {after} replicas"
-        # What stays as it was found, as the annotation of `kubectl rollout restart`, is no fight.
-        if apply.undoes is not None and is_changed:
-            memory.contests.note(apply.undoes, now)
-            why = f", since {apply.undoes.rival} of it"
-        logger.info("%s: %s%s", key, what, why)
-        return live
-
-    async def _clean_up(self, key: Key, pods: list[Manifest]) -> None:
-        """Delete pods that their node ended, except the last few: nobody else does."""
-        with contextlib.suppress(Refused):
-            for pod in failed_pods(pods)[CRASHES_UNTIL_STALLED:]:
-                await self.cluster.delete(pod)
-                name = pod["metadata"]["name"]
-                logger.info("%s: deleted the pod %s, which its node ended", key, name)
-
     async def _reject(self, key: Key, manifest: Manifest, message: str) -> None:
         """Say that the spec is not understood, and what becomes of the pods meanwhile."""
         self.poller.forget(key)
@@ -274,10 +258,8 @@ class Reconciler:
         service: LLMService,
         world: World,
         deployment: Manifest | None,
-        target: int,
+        decision: _Decision,
         hindrance: Cause | None,
-        preflight: Manifest | None,
-        rollout: Rollout,
     ) -> None:
         cause, model = hindrance, None
         if deployment is not None:
@@ -291,13 +273,13 @@ class Reconciler:
             service,
             deployment=deployment,
             cause=cause,
-            desired_replicas=target,
+            desired_replicas=decision.target_replicas,
             is_applied=hindrance is None,
             is_reachable=hindrance is None or front is not None,
             model=manifest.get("status", {}).get("model") if model is None else model,
-            preflight=preflight,
+            preflight=decision.preflight,
             loads=loads,
-            rollout=rollout.fields(),
+            rollout=decision.rollout.fields(),
         )
         conditions |= autoscaling_condition(
             service.spec,
