@@ -8,7 +8,7 @@ import contextlib
 import json
 import ssl
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,15 @@ class Api:
                 on_event("LISTED", listed)
                 version = listed["metadata"]["resourceVersion"]
                 query = f"?watch=true&allowWatchBookmarks=true&resourceVersion={version}"
-                async for event in self._events(path_of(kind) + query):
-                    if event["type"] == "ERROR":
-                        break
-                    if event["type"] != "BOOKMARK":
-                        on_event(event["type"], event["object"])
+                async with contextlib.aclosing(self._events(path_of(kind) + query)) as events:
+                    async for event in events:
+                        if event["type"] == "ERROR":
+                            break
+                        if event["type"] != "BOOKMARK":
+                            on_event(event["type"], event["object"])
             await asyncio.sleep(0.1)
 
-    async def _events(self, path: str) -> AsyncIterator[Manifest]:
+    async def _events(self, path: str) -> AsyncGenerator[Manifest, None]:
         timeout = aiohttp.ClientTimeout(total=None)
         async with self._session.get(path, timeout=timeout) as response:
             async for line in whole_lines(response.content):

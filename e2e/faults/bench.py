@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -83,6 +84,8 @@ class Bench:
     references: dict[str, Reference] = field(default_factory=dict)
     deadline: float = float("inf")
     """Of a monotonic clock: runs that would begin later are left out, and counted."""
+    _run: str = field(default_factory=lambda: uuid.uuid4().hex[:4])
+    """Of this bench: another one on the same control plane has other names."""
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     @asynccontextmanager
@@ -97,7 +100,7 @@ class Bench:
             yield operator
 
     def case(self, namespace: str, prefix: str) -> Case:
-        return Case(self.api, self.world, namespace, f"{prefix}-{next(self._numbers)}")
+        return Case(self.api, self.world, namespace, f"{prefix}-{self._run}-{next(self._numbers)}")
 
     def audit(self, operator: Operator) -> list[str]:
         """What the record and the log of an operator show that must not be."""
