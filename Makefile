@@ -38,7 +38,7 @@ lint:
 
 types:
 	@$(PYTHON) -m mypy operator/pagoda_operator kernels/pagoda_kernels runtime/pagoda_runtime
-	@$(PYTHON) -m mypy -p cluster -p gpu
+	@$(PYTHON) -m mypy -p cluster -p gpu -p faults
 
 unit: interpreted
 	@$(PYTHON) -m pytest -q tests -m "not model and not slow"

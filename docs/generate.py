@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -382,10 +383,16 @@ def _schema_values(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     return " or ".join(names.get(kind, kind) for kind in kinds)
 
 
+def _of_file(path: str) -> str:
+    """The page that a file outside of all packages renders."""
+    return str(runpy.run_path(str(ROOT / path))["render"]())
+
+
 def render_all() -> dict[str, str]:
     """Path in the repository → text."""
     return {
         "docs/reference/chart.md": render_chart(),
+        "docs/reference/faults.md": _of_file("e2e/faults/page.py"),
         "docs/reference/flags.md": render_flags(),
         "docs/reference/gpu-kernels.md": render_gpu_kernels(),
         "docs/reference/http.md": render_http(),

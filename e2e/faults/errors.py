@@ -35,8 +35,7 @@ async def run_errors(
         async def run(scenario: Scenario, kind: ErrorKind, point: int | Target) -> Outcome:
             # Hanging ones wait for each other before they take a slot.
             async with hanging if kind == "hang" else slots:
-                is_write = isinstance(point, int)
-                told = f"write {point}" if is_write else " ".join(filter(None, point))
+                told = _tell(point)
                 shoot = _shoot(point, kind)
                 if bench.is_over:
                     return Outcome.left_out(scenario.name, kind, told)
@@ -53,6 +52,10 @@ async def run_errors(
 def _points(bench: Bench, scenario: Scenario) -> list[int | Target]:
     reference = bench.references[scenario.name]
     return [*range(1, reference.num_writes + 1), *reference.first_reads]
+
+
+def _tell(point: int | Target) -> str:
+    return f"write {point}" if isinstance(point, int) else " ".join(filter(None, point))
 
 
 def _shoot(point: int | Target, kind: ErrorKind) -> Callable[[str], Shot]:

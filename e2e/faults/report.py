@@ -65,7 +65,7 @@ def circumstances(control_plane: str) -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            "kubernetes": control_plane,
+            "api_server": control_plane,
             **{name: version(name) for name in ("pagoda-serve", "kopf", "kubernetes", "aiohttp")},
         },
     }
