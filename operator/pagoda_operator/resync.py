@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -81,11 +82,13 @@ class Resync:
     _seen: dict[str, Sightings] = field(
         default_factory=lambda: {kind: {} for kind in (*WATCHED_KINDS, *OPTIONAL_KINDS)}, init=False
     )
+    _num_told: Counter[str] = field(default_factory=Counter, init=False)
     _behind_since: dict[str, float] = field(default_factory=dict, init=False)
 
     def note(self, kind: str, metadata: Mapping[str, Any], *, is_gone: bool) -> tuple[Key, ...]:
         """Take what a watch tells; its events of one object come in order. Returns whose it is."""
         sighting = Sighting.of(kind, metadata)
+        self._num_told[kind] += 1
         if is_gone:
             self._seen[kind].pop(metadata["uid"], None)
         else:
@@ -102,7 +105,7 @@ class Resync:
             ApiError: there is no list; then nothing is known of the watches.
         """
         self._behind_since, behind_before = {}, self._behind_since
-        at = self.clock()
+        at, num_told = self.clock(), Counter(self._num_told)
         before, listed = {}, {}
         for kind in (*WATCHED_KINDS, *served):
             before[kind] = dict(self._seen[kind])
@@ -113,9 +116,12 @@ class Resync:
         if any(_differing(before[kind], listed[kind]) for kind in WATCHED_KINDS):
             await asyncio.sleep(GRACE_SECONDS)
         for kind in WATCHED_KINDS:
-            if self._find_missed(kind, before[kind], listed[kind]):
+            # A watch that tells anything tells the rest in time, however busy this process is.
+            is_silent = self._num_told[kind] == num_told[kind]
+            if self._find_missed(kind, before[kind], listed[kind], is_silent):
                 self._behind_since[kind] = behind_before.get(kind, at)
-            age = self.clock() - self._behind_since.get(kind, self.clock())
+            since = self._behind_since.get(kind)
+            age = 0.0 if since is None else self.clock() - since
             self.telemetry.watch_age.labels(kind=kind).set(age)
         return [key for sighting in listed[KIND].values() for key in sighting.keys]
 
@@ -134,11 +140,17 @@ class Resync:
         found = await self.cluster.list_metadata(kind, self.namespace, selector)
         return {metadata["uid"]: Sighting.of(kind, metadata) for metadata in found}
 
-    def _find_missed(self, kind: str, before: Sightings, listed: Sightings) -> bool:
+    def _find_missed(
+        self, kind: str, before: Sightings, listed: Sightings, is_silent: bool
+    ) -> bool:
         """Enqueue what was missed of a kind; whether its watch is behind."""
         seen = self._seen[kind]
         # What was told of since the list began was not missed, whatever version that was.
-        missed = {uid for uid in _differing(before, listed) if seen.get(uid) == before.get(uid)}
+        missed = {
+            uid
+            for uid in _differing(before, listed)
+            if seen.get(uid) == before.get(uid) and (is_silent or uid not in listed)
+        }
         self._enqueue(missed, before, listed)
         for uid in missed - listed.keys():
             # No watch will ever tell that it is gone.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import kopf
@@ -39,6 +39,21 @@ class EndlessBackoff:
     def __iter__(self) -> Iterator[float]:
         for attempt in itertools.count(1):
             yield backoff_seconds(attempt, random.random(), 1.0, OUTAGE_PAUSE_MAX_SECONDS)
+
+
+class NoDifferences(kopf.DiffBaseStorage):
+    """What an object was before is asked by no handler; kopf would copy every object for it."""
+
+    def build(
+        self, *, body: kopf.Body, extra_fields: Iterable[kopf.FieldSpec] | None = None
+    ) -> kopf.BodyEssence:
+        return kopf.BodyEssence()
+
+    def fetch(self, *, body: kopf.Body) -> kopf.BodyEssence | None:
+        return None
+
+    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+        """Nothing is kept."""
 
 
 async def watch(
@@ -87,6 +102,7 @@ def build_registry(resync: Resync, enqueue: Callable[[Key, float], None]) -> kop
 
 def build_settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
+    settings.persistence.diffbase_storage = NoDifferences()
     # kopf's events say what handlers did, which is of no use to the user of a service.
     settings.posting.enabled = False
     # Without it, kopf watches all CRDs and namespaces and needs the rights to.

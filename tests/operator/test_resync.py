@@ -112,6 +112,17 @@ async def test_a_deletion_that_was_missed_is_found_once_and_no_watch_is_behind(
     assert world.drift("Deployment") == 1
 
 
+async def during_the_list_the_watch_tells_of_others(world: World) -> None:
+    """A process that is busy is behind with its events, and the watch lives."""
+    tell(world, 1)
+    world.objects["Deployment"] = [metadata(2), metadata(1, "uid-2")]
+    world.during_list = lambda: note(world, metadata(1, "uid-2"))
+
+
+def note(world: World, found: Manifest) -> None:
+    world.resync.note("Deployment", found, is_gone=False)
+
+
 async def during_the_list_the_watch_goes_on(world: World) -> None:
     tell(world, 1)
     world.objects["Deployment"] = [metadata(2)]
@@ -130,7 +141,12 @@ async def during_the_list_it_goes(world: World) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [during_the_list_the_watch_goes_on, during_the_list_it_is_made, during_the_list_it_goes],
+    [
+        during_the_list_the_watch_tells_of_others,
+        during_the_list_the_watch_goes_on,
+        during_the_list_it_is_made,
+        during_the_list_it_goes,
+    ],
 )
 async def test_what_is_told_while_a_list_is_made_was_not_missed(
     world: World, change: Callable[[World], Awaitable[None]]
