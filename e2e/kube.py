@@ -93,7 +93,8 @@ def wait_until(
 
 def condition(service: dict[str, Any], kind: str) -> dict[str, Any]:
     """A condition of an LLMService, or an empty one."""
-    for entry in service.get("status", {}).get("conditions", []):
+    # A CRD that was made a moment ago has null.
+    for entry in service.get("status", {}).get("conditions") or []:
         if entry["type"] == kind:
             return dict(entry)
     return {}
