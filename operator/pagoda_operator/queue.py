@@ -47,6 +47,7 @@ class WorkQueue:
         self._due: dict[Key, float] = {}
         self._held: set[Key] = set()
         self._failures: dict[Key, int] = {}
+        self._not_before: dict[Key, float] = {}
         self._changed = asyncio.Event()
         self._is_closed = False
 
@@ -61,7 +62,7 @@ class WorkQueue:
 
     def add(self, key: Key, delay_seconds: float = 0.0) -> None:
         """Let the key come after the delay, or when it would come anyway if that is earlier."""
-        at = self._clock() + delay_seconds
+        at = max(self._clock() + delay_seconds, self._not_before.get(key, 0.0))
         self._due[key] = min(at, self._due.get(key, at))
         self._changed.set()
 
@@ -90,6 +91,7 @@ class WorkQueue:
     def done(self, key: Key, *, requeue_seconds: float | None = None) -> None:
         """The key was reconciled; let it come again after a while if asked to."""
         self._failures.pop(key, None)
+        self._not_before.pop(key, None)
         self._release(key)
         if requeue_seconds is not None:
             self.add(key, requeue_seconds)
@@ -99,6 +101,10 @@ class WorkQueue:
         self._failures[key] = self._failures.get(key, 0) + 1
         delay = max(backoff_seconds(self._failures[key], random.random()), at_least_seconds)
         self._release(key)
+        # What a server asked for (Retry-After) holds for events of the key as well.
+        self._not_before[key] = self._clock() + at_least_seconds
+        if key in self._due:
+            self._due[key] = max(self._due[key], self._not_before[key])
         self.add(key, delay)
         return delay
 

@@ -155,6 +155,20 @@ async def test_a_failed_key_comes_again_not_before_the_server_allows_it(
     assert await asyncio.wait_for(queue.take(), 1) == A
 
 
+async def test_what_the_server_asked_for_holds_for_events_of_the_key_as_well(
+    queue: WorkQueue, clock: FakeClock
+) -> None:
+    queue.add(A)
+    await queue.take()
+    queue.add(A)
+    queue.failed(A, at_least_seconds=30.0)
+    queue.add(A)
+    clock.now = 29.0
+    assert await due(queue) is None
+    clock.now = 31.0
+    assert await due(queue) == A
+
+
 async def test_a_closed_queue_sends_waiting_workers_home(queue: WorkQueue) -> None:
     worker = asyncio.create_task(queue.take())
     await asyncio.sleep(0)
