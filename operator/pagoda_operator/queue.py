@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import random
 from collections.abc import Callable
 
@@ -15,6 +16,8 @@ from pagoda_operator.names import Key
 
 BACKOFF_FIRST_SECONDS = 0.2
 BACKOFF_MAX_SECONDS = 60.0
+# Beyond it, the entries that are true no more are thrown out.
+MAX_ENTRIES_PER_KEY = 4
 
 
 def backoff_seconds(
@@ -45,6 +48,8 @@ class WorkQueue:
         self._clock = clock
         self._note_wait = note_wait
         self._due: dict[Key, float] = {}
+        # Every key that nobody holds is in it with its time, and entries that were true once.
+        self._heap: list[tuple[float, Key]] = []
         self._held: set[Key] = set()
         self._failures: dict[Key, int] = {}
         self._not_before: dict[Key, float] = {}
@@ -63,8 +68,8 @@ class WorkQueue:
     def add(self, key: Key, delay_seconds: float = 0.0) -> None:
         """Let the key come after the delay, or when it would come anyway if that is earlier."""
         at = max(self._clock() + delay_seconds, self._not_before.get(key, 0.0))
-        self._due[key] = min(at, self._due.get(key, at))
-        self._changed.set()
+        if at < self._due.get(key, float("inf")):
+            self._set_due(key, at)
 
     async def take(self) -> Key | None:
         """Wait for the key that is due for longest; the caller has to end with `done` or `failed`.
@@ -72,8 +77,7 @@ class WorkQueue:
         None once the queue is closed.
         """
         while not self._is_closed:
-            due = [(at, key) for key, at in self._due.items() if key not in self._held]
-            at, key = min(due, default=(float("inf"), None))
+            at, key = self._first()
             pause = at - self._clock()
             if key is not None and pause <= 0:
                 del self._due[key]
@@ -100,11 +104,11 @@ class WorkQueue:
         """The key was not reconciled; it comes again later. Returns the seconds until then."""
         self._failures[key] = self._failures.get(key, 0) + 1
         delay = max(backoff_seconds(self._failures[key], random.random()), at_least_seconds)
-        self._release(key)
         # What a server asked for (Retry-After) holds for events of the key as well.
         self._not_before[key] = self._clock() + at_least_seconds
         if key in self._due:
             self._due[key] = max(self._due[key], self._not_before[key])
+        self._release(key)
         self.add(key, delay)
         return delay
 
@@ -114,4 +118,24 @@ class WorkQueue:
 
     def _release(self, key: Key) -> None:
         self._held.remove(key)
+        if key in self._due:
+            self._set_due(key, self._due[key])
         self._changed.set()
+
+    def _set_due(self, key: Key, at: float) -> None:
+        self._due[key] = at
+        if key not in self._held:
+            heapq.heappush(self._heap, (at, key))
+            if len(self._heap) > MAX_ENTRIES_PER_KEY * len(self._due) + 100:
+                self._heap = [(at, key) for key, at in self._due.items() if key not in self._held]
+                heapq.heapify(self._heap)
+        self._changed.set()
+
+    def _first(self) -> tuple[float, Key | None]:
+        """When which key is due first, of those that nobody holds; without one, never."""
+        while self._heap:
+            at, key = self._heap[0]
+            if key not in self._held and self._due.get(key) == at:
+                return at, key
+            heapq.heappop(self._heap)
+        return float("inf"), None

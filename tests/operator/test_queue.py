@@ -169,6 +169,62 @@ async def test_what_the_server_asked_for_holds_for_events_of_the_key_as_well(
     assert await due(queue) == A
 
 
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(("add", "take", "done", "failed")), st.integers(0, 3), st.integers(0, 9)
+    ),
+    max_size=60,
+)
+
+
+@given(steps=STEPS)
+def test_what_is_given_out_is_always_what_is_due_for_longest(
+    steps: list[tuple[str, int, int]],
+) -> None:
+    asyncio.run(compare(steps))
+
+
+async def compare(steps: list[tuple[str, int, int]]) -> None:
+    """The queue beside one that looks through all of its keys."""
+    clock = FakeClock()
+    queue = WorkQueue(clock)
+    due_at: dict[Key, float] = {}
+    not_before: dict[Key, float] = {}
+    held: set[Key] = set()
+
+    def add(key: Key, delay_seconds: float) -> None:
+        at = max(clock.now + delay_seconds, not_before.get(key, 0.0))
+        due_at[key] = min(at, due_at.get(key, at))
+
+    for step, number, seconds in steps:
+        clock.now += 0.5
+        key = Key("n", str(number))
+        if step == "add":
+            queue.add(key, seconds)
+            add(key, seconds)
+        elif step == "take":
+            free = [(at, key) for key, at in due_at.items() if key not in held]
+            at, first = min(free, default=(float("inf"), None))
+            taken = first if at <= clock.now else None
+            assert await due(queue) == taken
+            if taken is not None:
+                del due_at[taken]
+                held.add(taken)
+        elif key in held and step == "done":
+            held.remove(key)
+            not_before.pop(key, None)
+            queue.done(key, requeue_seconds=seconds)
+            add(key, seconds)
+        elif key in held:
+            held.remove(key)
+            delay = queue.failed(key, at_least_seconds=seconds)
+            not_before[key] = clock.now + seconds
+            if key in due_at:
+                due_at[key] = max(due_at[key], not_before[key])
+            add(key, delay)
+        assert len(queue) == len(due_at)
+
+
 async def test_a_closed_queue_sends_waiting_workers_home(queue: WorkQueue) -> None:
     worker = asyncio.create_task(queue.take())
     await asyncio.sleep(0)
