@@ -11,9 +11,11 @@ import contextlib
 import json
 import os
 import re
+import urllib.request
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 from kubernetes.aio import config
@@ -83,6 +85,10 @@ class ApiServer:
                 f"no access to a Kubernetes API server: {error}. "
                 "Run the operator in a pod, or set KUBECONFIG."
             ) from error
+        # Otherwise looked for with each request, in a thread, as are passwords in ~/.netrc, which
+        # are not for an API server.
+        configuration.client_session_kwargs = {"trust_env": False}
+        configuration.proxy = configuration.proxy or _find_proxy(configuration.host)
         client = ApiClient(configuration)
         client.user_agent = "pagoda-operator"
         return cls(client, telemetry)
@@ -244,6 +250,14 @@ class ApiServer:
         if response.status >= 300:
             raise _error(response.status, f"{method} {path}", answer, response.headers)
         return dict(answer)
+
+
+def _find_proxy(url: str) -> str | None:
+    """The proxy that the environment names for an address (HTTPS_PROXY, NO_PROXY)."""
+    address = urlsplit(url)
+    if urllib.request.proxy_bypass(address.hostname or ""):
+        return None
+    return urllib.request.getproxies().get(address.scheme)
 
 
 def context_namespace(context: str | None) -> str:
