@@ -104,20 +104,27 @@ def verify_as_alone(found, cpu: ModelRunner, requests: list[EngineRequest]) -> N
     expected: dict[tuple[str, int], list[RequestDelta]] = {}
     for request in requests:
         expected |= run(cpu, [request], overlap=False)
-    # A number of 8 bits that lies between two may be rounded to the other one.
-    tolerance = 1e-4 if cpu.ready_facts.kv_cache_dtype == "float32" else 2e-2
+    # A number of 8 bits that lies between two may be rounded to the other one, which moves a
+    # token that was drawn at the border between two.
+    is_exact = cpu.ready_facts.kv_cache_dtype == "float32"
+    tolerance = 1e-4 if is_exact else 2e-2
     assert found.keys() == expected.keys()
-    for choice, deltas in found.items():
-        others = expected[choice]
-        tokens = [token for delta in deltas for token in delta.new_token_ids]
-        assert tokens == [token for delta in others for token in delta.new_token_ids], choice
-        for delta, other in zip(deltas, others, strict=True):
+    moved = [
+        choice for choice, deltas in found.items() if tokens(deltas) != tokens(expected[choice])
+    ]
+    assert len(moved) <= (0 if is_exact else len(found) // 10), moved
+    for choice in found.keys() - moved:
+        for delta, other in zip(found[choice], expected[choice], strict=True):
             for name in ("logprobs", "prompt_logprobs"):
                 entries, wanted = getattr(delta, name) or [], getattr(other, name) or []
                 assert [entry.token_id for entry in entries] == [e.token_id for e in wanted]
                 assert [entry.logprob for entry in entries] == pytest.approx(
                     [entry.logprob for entry in wanted], abs=tolerance
                 )
+
+
+def tokens(deltas: list[RequestDelta]) -> list[int]:
+    return [token for delta in deltas for token in delta.new_token_ids]
 
 
 @pytest.mark.parametrize("overlap", [False, True])
