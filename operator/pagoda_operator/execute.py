@@ -9,7 +9,7 @@ from pagoda_operator.causes import failed_pods
 from pagoda_operator.cluster import ApiServer, Refused
 from pagoda_operator.containers import CRASHES_UNTIL_STALLED
 from pagoda_operator.names import MANAGER, ChildRef, Key, Manifest
-from pagoda_operator.plan import Applied, Apply, Memory, Plan, applied_digest
+from pagoda_operator.plan import Applied, Apply, Memory, Plan, is_put_back
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,9 @@ async def _apply(
     live = await cluster.apply(apply.manifest, manager=apply.manager, force=force)
     what, why, is_changed = f"applied {apply.ref}", "", True
     if apply.manager == MANAGER:
-        applied = memory.applied[apply.ref] = Applied.of(apply.manifest, live)
-        is_changed = found is None or applied_digest(found) != applied.result
+        last = memory.applied.get(apply.ref)
+        memory.applied[apply.ref] = Applied.of(apply.manifest, live)
+        is_changed = found is None or is_put_back(last, apply.manifest, found, live)
     elif found is not None:
         before, after = (it["spec"].get("replicas") for it in (found, live))
         what = f"scaled from {before} to {after} replicas"

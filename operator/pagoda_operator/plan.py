@@ -169,6 +169,17 @@ def applied_digest(manifest: Manifest) -> str:
     return digest(content)
 
 
+def is_put_back(last: Applied | None, manifest: Manifest, found: Manifest, live: Manifest) -> bool:
+    """Whether an apply of the manifest changed what it found, another strategy of ours aside.
+
+    Args:
+        last: what was applied before. live: what there is after the apply.
+    """
+    if last is not None and last.intent != applied_digest(manifest):
+        return _purpose(found) != _purpose(live)
+    return applied_digest(found) != applied_digest(live)
+
+
 def _purpose(manifest: Manifest) -> str:
     if "strategy" not in manifest.get("spec", {}):
         return applied_digest(manifest)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pagoda_operator.names import ChildRef, Manifest
 from pagoda_operator.ownership import take_over
-from pagoda_operator.plan import Applied, Memory, Plan, make_plan
+from pagoda_operator.plan import Applied, Memory, Plan, is_put_back, make_plan
 from pagoda_operator.render import render_children
 from pagoda_operator.spec import LLMService
 from pagoda_operator.testing import make_service
@@ -272,3 +272,15 @@ def test_of_one_manager_only_what_is_ours_to_decide_is_taken() -> None:
     kept, ours = taken["managedFields"]
     assert kept["fieldsV1"] == {"f:spec": {"f:replicas": {}}}
     assert ours["fieldsV1"]["f:spec"] == {"f:ports": {"f:a": {}}, "f:paused": {}}
+
+
+def test_what_an_apply_put_back_is_told_apart_from_another_strategy_of_its_own() -> None:
+    """`kubectl rollout restart` of pods without room: an annotation stays, the strategy changes."""
+    surge = {"metadata": {}, "spec": {"strategy": "Surge", "template": {"restarted": "now"}}}
+    in_place = {"metadata": {}, "spec": {"strategy": "InPlace", "template": {"restarted": "now"}}}
+    edited = {"metadata": {}, "spec": {"strategy": "Surge", "template": {"restarted": "never"}}}
+    last = Applied.of(surge, surge)
+    assert not is_put_back(last, surge, surge, surge)
+    assert not is_put_back(last, in_place, surge, in_place)
+    assert is_put_back(last, in_place, edited, in_place)
+    assert is_put_back(last, surge, in_place, surge)
