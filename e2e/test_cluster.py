@@ -163,7 +163,7 @@ def test_the_audit_log_names_who_wrote_what(kubectl: Kubectl) -> None:
 
     def entries() -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        return [entry for entry in lines if entry["objectRef"].get("name") == name]
+        return [entry for entry in lines if entry.get("objectRef", {}).get("name") == name]
 
     written = wait_until("the audit entry", entries, timeout_seconds=10)
     assert [(entry["verb"], entry["user"]["username"]) for entry in written] == [

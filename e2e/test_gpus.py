@@ -15,7 +15,7 @@ from kube import Kubectl, condition, show_services, wait_until
 from operator_process import OperatorProcess
 
 SERVICE = stack.ROOT / "examples" / "two-gpus.yaml"
-GOLDEN = stack.ROOT / "tests" / "operator" / "two-gpus.golden.yaml"
+GOLDEN = stack.ROOT / "tests" / "operator" / "golden/two-gpus.yaml"
 NAME = "llama-70b"
 PRODUCT = "nvidia.com/gpu.product"
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
