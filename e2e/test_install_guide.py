@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +44,8 @@ class Shell:
             "CONTEXT": kubectl.run("config", "current-context").strip(),
             "NAMESPACE": kubectl.namespace,
             "REGISTRY": "127.0.0.1:5000",
-            "TAG": "guide",
+            # Another one for each run: a node keeps the image of a tag that it has.
+            "TAG": f"guide-{uuid.uuid4().hex[:8]}",
             "HF_TOKEN": "hf_none",
             "NAME": NAME,
             "SERVICE": str(folder / "service.yaml"),
