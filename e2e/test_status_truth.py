@@ -24,7 +24,7 @@ from charts import access, helm
 from fake_node import RUNNING, Engines, engine
 from kube import Kubectl, KubectlError, wait_until
 from llmservices import manifest
-from operator_process import OperatorProcess
+from operator_process import OperatorProcess, without_installed_operator
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
@@ -55,14 +55,15 @@ def node(target: stack.Target) -> Iterator[str]:
 
 def test_a_service_that_no_operator_has_seen_is_in_progress(namespace: Kubectl, node: str) -> None:
     engines = Engines(namespace, node, room=0)
-    engines.apply()
-    wait_until(
-        "the default status",
-        lambda: engines.status().get("status") == {"observedGeneration": -1},
-        timeout_seconds=5,
-        on_timeout=lambda: json.dumps(engines.status()),
-    )
-    assert engines.kstatus() == "InProgress"
+    with without_installed_operator(namespace):
+        engines.apply()
+        wait_until(
+            "the default status",
+            lambda: engines.status().get("status") == {"observedGeneration": -1},
+            timeout_seconds=5,
+            on_timeout=lambda: json.dumps(engines.status()),
+        )
+        assert engines.kstatus() == "InProgress"
 
 
 @contextlib.contextmanager
