@@ -6,6 +6,7 @@ The in-memory server knows what the reconciler relies on: uids, generations, who
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import itertools
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 from pagoda_operator.cluster import ApiServer, Conflict, NotFound
 from pagoda_operator.names import API_VERSION, KIND, LABEL_REVISION, Key, Manifest, common_labels
+from pagoda_operator.poll import Poller
 from pagoda_operator.spec import LLMService, parse
 from pagoda_operator.telemetry import Telemetry
 
@@ -74,6 +76,12 @@ def make_pod(
     return {"kind": "Pod", "metadata": {"name": name, "labels": labels}, "status": status}
 
 
+def make_poller() -> Poller:
+    """One whose news nobody hears, by the clock of the running loop."""
+    clock = asyncio.get_running_loop().time
+    return Poller(clock=clock, on_change=lambda key: None, telemetry=Telemetry())
+
+
 def set_deployment_status(deployment: Manifest, *, ready: int, updated: int, total: int) -> None:
     """Let a Deployment say that its present spec has so many pods."""
     deployment["metadata"].setdefault("generation", 1)
@@ -125,6 +133,20 @@ class MemoryCluster(ApiServer):
 
     def find(self, kind: str, name: str) -> Manifest:
         return self.objects[kind, name]
+
+    def edit(self, spec: Mapping[str, Any], generation: int) -> None:
+        """Change the spec of the service as a user does; the status stays."""
+        status = self.find(KIND, KEY.name).get("status")
+        changed = make_manifest(spec, generation=generation)
+        self.put(changed | ({"status": status} if status else {}))
+
+    def condition(self, kind: str) -> Manifest:
+        """A condition of the service, which has it."""
+        conditions = self.find(KIND, KEY.name)["status"]["conditions"]
+        return next(dict(entry) for entry in conditions if entry["type"] == kind)
+
+    def reason(self, kind: str = "Ready") -> str:
+        return str(self.condition(kind)["reason"])
 
     async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
         return copy.deepcopy(self.objects.get((kind, name)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -13,33 +11,16 @@ from pagoda_operator.names import LABEL_REVISION, MANAGER, Key, Manifest
 from pagoda_operator.poll import Poller
 from pagoda_operator.reconcile import FIRST_STATUS_SECONDS, Reconciler
 from pagoda_operator.render import revision_of
-from pagoda_operator.telemetry import Telemetry
 from pagoda_operator.testing import (
     KEY,
     MemoryCluster,
     make_manifest,
     make_pod,
+    make_poller,
     set_deployment_status,
 )
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
-
-
-@pytest.fixture
-def cluster() -> MemoryCluster:
-    return MemoryCluster()
-
-
-@pytest.fixture
-async def poller() -> AsyncIterator[Poller]:
-    made = make_poller()
-    yield made
-    await made.close()
-
-
-def make_poller() -> Poller:
-    clock = asyncio.get_running_loop().time
-    return Poller(clock=clock, on_change=lambda key: None, telemetry=Telemetry())
 
 
 def make_reconciler(cluster: MemoryCluster, poller: Poller) -> Reconciler:
@@ -55,18 +36,6 @@ async def settle(reconciler: Reconciler) -> None:
     """The first pass makes the children, the second one writes the status."""
     await reconciler.reconcile(KEY)
     await reconciler.reconcile(KEY)
-
-
-def edit(cluster: MemoryCluster, spec: Manifest, generation: int) -> None:
-    """Change the spec as a user does; the status stays."""
-    status = cluster.find("LLMService", "chat").get("status")
-    changed = make_manifest(spec, generation=generation)
-    cluster.put(changed | ({"status": status} if status else {}))
-
-
-def reason(cluster: MemoryCluster, kind: str = "Ready") -> str:
-    conditions = cluster.find("LLMService", "chat")["status"]["conditions"]
-    return next(str(entry["reason"]) for entry in conditions if entry["type"] == kind)
 
 
 def replicas(cluster: MemoryCluster) -> int:
@@ -86,7 +55,7 @@ async def test_a_child_goes_when_the_spec_no_longer_asks_for_it(
     cluster.put(make_manifest(spec))
     await settle(reconciler)
     assert (kind, "chat-engine") in cluster.objects
-    edit(cluster, {}, generation=2)
+    cluster.edit({}, generation=2)
     await settle(reconciler)
     assert (kind, "chat-engine") not in cluster.objects
 
@@ -112,10 +81,10 @@ async def test_a_service_becomes_ready_when_its_deployment_does(
 ) -> None:
     cluster.put(make_manifest())
     await settle(reconciler)
-    assert reason(cluster) == "Progressing"
+    assert cluster.reason() == "Progressing"
     set_deployment_status(cluster.find("Deployment", "chat-engine"), ready=1, updated=1, total=1)
     await reconciler.reconcile(KEY)
-    assert reason(cluster) == "Serving"
+    assert cluster.reason() == "Serving"
 
 
 async def test_a_rollout_without_room_is_looked_at_again_and_then_goes_in_place(
@@ -136,7 +105,7 @@ async def test_a_rollout_without_room_is_looked_at_again_and_then_goes_in_place(
         pod["spec"] = {"containers": [], **({"nodeName": "a"} if name == "old" else {})}
         cluster.put(pod)
     assert await reconciler.reconcile(KEY) == 120
-    assert reason(cluster) == "NoRoomToSurge"
+    assert cluster.reason() == "NoRoomToSurge"
     now += timedelta(seconds=120)
     await reconciler.reconcile(KEY)
     told = cluster.find("LLMService", "chat")["status"]["rollout"]
@@ -176,7 +145,7 @@ async def test_an_operator_killed_after_any_write_converges(
         ("Service", "chat"),
         ("ServiceAccount", "chat-engine"),
     ]
-    assert reason(cluster) == "Progressing"
+    assert cluster.reason() == "Progressing"
     before = len(cluster.writes)
     await restarted.reconcile(KEY)
     assert len(cluster.writes) == before
@@ -199,10 +168,10 @@ async def test_replicas_follow_the_spec_and_edits_by_hand_do_not_last(
     cluster.find("Deployment", "chat-engine")["spec"]["replicas"] = 7
     await reconciler.reconcile(KEY)
     assert replicas(cluster) == 2
-    edit(cluster, {"replicas": 3}, 2)
+    cluster.edit({"replicas": 3}, 2)
     await reconciler.reconcile(KEY)
     assert replicas(cluster) == 3
-    edit(cluster, {"replicas": 3, "suspend": True}, 3)
+    cluster.edit({"replicas": 3, "suspend": True}, 3)
     await reconciler.reconcile(KEY)
     assert replicas(cluster) == 0
 
@@ -218,7 +187,7 @@ async def test_an_edit_of_the_engine_keeps_the_replicas_that_scaling_set(
     restarted = make_reconciler(cluster, restarted_poller)
     await restarted.reconcile(KEY)
     assert replicas(cluster) == 4
-    edit(cluster, {**scaled, "engine": {"maxNumSeqs": 8}}, 2)
+    cluster.edit({**scaled, "engine": {"maxNumSeqs": 8}}, 2)
     await restarted.reconcile(KEY)
     assert replicas(cluster) == 4
     await restarted_poller.close()
@@ -234,10 +203,10 @@ async def test_last_words_stall_the_service_and_a_corrected_spec_recovers(
     failed = {"state": {"terminated": {"exitCode": 1, "message": words}}}
     cluster.put(make_pod(revision, container=failed))
     await reconciler.reconcile(KEY)
-    assert reason(cluster, "Stalled") == "ModelNotFound"
-    edit(cluster, {"model": {"uri": "pvc://models/right"}}, 2)
+    assert cluster.reason("Stalled") == "ModelNotFound"
+    cluster.edit({"model": {"uri": "pvc://models/right"}}, 2)
     await reconciler.reconcile(KEY)
-    assert reason(cluster, "Ready") == "Progressing"
+    assert cluster.reason("Ready") == "Progressing"
     deployment = cluster.find("Deployment", "chat-engine")
     assert deployment["spec"]["template"]["metadata"]["labels"][LABEL_REVISION] != revision
 
@@ -248,11 +217,11 @@ async def test_a_name_that_a_stranger_holds_stalls_and_is_looked_at_again(
     cluster.put(make_manifest())
     cluster.put({"kind": "Service", "metadata": {"name": "chat"}, "spec": {"mine": True}})
     assert await reconciler.reconcile(KEY) is not None
-    assert reason(cluster, "Stalled") == "NameConflict"
+    assert cluster.reason("Stalled") == "NameConflict"
     assert cluster.find("Service", "chat")["spec"] == {"mine": True}
     del cluster.objects["Service", "chat"]
     await settle(reconciler)
-    assert reason(cluster) == "Progressing"
+    assert cluster.reason() == "Progressing"
 
 
 async def test_a_refusal_of_the_api_server_is_shown_in_its_words(
@@ -268,7 +237,7 @@ async def test_a_refusal_of_the_api_server_is_shown_in_its_words(
     # Whatever ended it, the service has half a minute to converge.
     assert pause is not None
     assert pause <= 15
-    assert reason(cluster, "Stalled") == "QuotaExceeded"
+    assert cluster.reason("Stalled") == "QuotaExceeded"
 
 
 async def test_an_outage_is_left_to_the_queue(poller: Poller) -> None:
@@ -285,7 +254,7 @@ async def test_a_spec_of_a_newer_crd_is_named_and_nothing_is_done(
 ) -> None:
     cluster.put(make_manifest({"router": {}}))
     await reconciler.reconcile(KEY)
-    assert reason(cluster, "Stalled") == "InvalidSpec"
+    assert cluster.reason("Stalled") == "InvalidSpec"
     assert cluster.writes == [("status", "LLMService", "chat")]
 
 
@@ -311,87 +280,6 @@ async def test_a_leftover_of_an_earlier_operator_is_deleted_after_a_restart(
     await make_reconciler(cluster, poller).reconcile(KEY)
     assert ("delete", "Service", "chat-old") in cluster.writes
     assert ("Service", "chat-old") not in cluster.objects
-
-
-class Clock:
-    """A clock that a test sets."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.mark.parametrize("field", ["revisionHistoryLimit", "replicas"])
-async def test_a_field_that_is_set_again_and_again_is_put_back_later_and_later(
-    cluster: MemoryCluster, poller: Poller, field: str
-) -> None:
-    clock = Clock()
-    reconciler = Reconciler(cluster, poller, engine_image="engine:1", now=lambda: NOW, clock=clock)
-    cluster.put(make_manifest())
-    await settle(reconciler)
-    before = len(cluster.writes)
-    for _ in range(600):
-        deployment = cluster.find("Deployment", "chat-engine")
-        deployment["spec"][field] = 5
-        await reconciler.reconcile(KEY)
-        clock.now += 0.1
-    corrections = [write for write in cluster.writes[before:] if write[0] == "apply"]
-    # After 0, 1, 3, 7, 15 and 31 of 60 seconds.
-    assert len(corrections) == 6
-    assert reason(cluster, "Stalled") == "Contested"
-
-
-async def test_a_child_that_is_deleted_again_and_again_comes_back_later_and_later(
-    cluster: MemoryCluster, poller: Poller
-) -> None:
-    clock = Clock()
-    reconciler = Reconciler(cluster, poller, engine_image="engine:1", now=lambda: NOW, clock=clock)
-    cluster.put(make_manifest())
-    await settle(reconciler)
-    before = len(cluster.writes)
-    for _ in range(60):
-        cluster.objects.pop(("Service", "chat"), None)
-        await reconciler.reconcile(KEY)
-        clock.now += 0.5
-    made = [write for write in cluster.writes[before:] if write[0] == "apply"]
-    # After 0, 1, 3, 7 and 15 of 30 seconds.
-    assert made == [("apply", "Service", "chat")] * 5
-    assert reason(cluster, "Stalled") == "Contested"
-
-
-async def test_a_fight_that_is_over_is_no_more_said(cluster: MemoryCluster, poller: Poller) -> None:
-    clock = Clock()
-    reconciler = Reconciler(cluster, poller, engine_image="engine:1", now=lambda: NOW, clock=clock)
-    cluster.put(make_manifest())
-    await settle(reconciler)
-    for _ in range(3):
-        cluster.find("Deployment", "chat-engine")["spec"]["replicas"] = 5
-        again = await reconciler.reconcile(KEY)
-        clock.now += 10
-    assert reason(cluster, "Stalled") == "Contested"
-    assert again is not None
-    clock.now += again
-    assert await reconciler.reconcile(KEY) is None
-    assert reason(cluster) == "Progressing"
-
-
-async def test_a_changed_spec_is_applied_in_the_middle_of_a_fight(
-    cluster: MemoryCluster, poller: Poller
-) -> None:
-    reconciler = Reconciler(
-        cluster, poller, engine_image="engine:1", now=lambda: NOW, clock=Clock()
-    )
-    cluster.put(make_manifest())
-    await settle(reconciler)
-    for _ in range(3):
-        cluster.find("Deployment", "chat-engine")["spec"]["revisionHistoryLimit"] = 5
-        again = await reconciler.reconcile(KEY)
-    assert again == 1.0
-    before = len(cluster.writes)
-    edit(cluster, {"engine": {"maxNumSeqs": 9}}, 2)
-    await reconciler.reconcile(KEY)
-    assert ("apply", "Deployment", "chat-engine") in cluster.writes[before:]
 
 
 async def test_children_that_a_deletion_leaves_behind_while_a_pass_looks_stay_without_owner(

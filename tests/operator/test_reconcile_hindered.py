@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 import pytest
@@ -14,7 +12,6 @@ from pagoda_operator.names import Manifest
 from pagoda_operator.poll import Poller
 from pagoda_operator.reconcile import Reconciler
 from pagoda_operator.render import revision_of
-from pagoda_operator.telemetry import Telemetry
 from pagoda_operator.testing import (
     KEY,
     MemoryCluster,
@@ -26,31 +23,8 @@ from pagoda_operator.testing import (
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
 
 
-@pytest.fixture
-async def poller() -> AsyncIterator[Poller]:
-    clock = asyncio.get_running_loop().time
-    made = Poller(clock=clock, on_change=lambda key: None, telemetry=Telemetry())
-    yield made
-    await made.close()
-
-
-def edit(cluster: MemoryCluster, spec: Manifest, generation: int) -> None:
-    """Change the spec as a user does; the status stays."""
-    status = cluster.find("LLMService", "chat")["status"]
-    cluster.put(make_manifest(spec, generation=generation) | {"status": status})
-
-
-def condition(cluster: MemoryCluster, kind: str) -> Manifest:
-    conditions = cluster.find("LLMService", "chat")["status"]["conditions"]
-    return next(dict(entry) for entry in conditions if entry["type"] == kind)
-
-
-def reason(cluster: MemoryCluster, kind: str = "Ready") -> str:
-    return str(condition(cluster, kind)["reason"])
-
-
 def available(cluster: MemoryCluster) -> str:
-    found = condition(cluster, "Available")
+    found = cluster.condition("Available")
     return f"{found['status']} {found['reason']}"
 
 
@@ -83,7 +57,7 @@ async def serving(poller: Poller) -> tuple[FailingCluster, Reconciler]:
     await reconciler.reconcile(KEY)
     set_deployment_status(cluster.find("Deployment", "chat-engine"), ready=1, updated=1, total=1)
     await reconciler.reconcile(KEY)
-    assert reason(cluster) == "Serving"
+    assert cluster.reason() == "Serving"
     return cluster, reconciler
 
 
@@ -92,10 +66,10 @@ async def test_an_error_of_the_api_server_is_told_and_left_to_the_queue(
 ) -> None:
     cluster, reconciler = serving
     cluster.on_apply = Unavailable("failed calling webhook policy.team.dev")
-    edit(cluster, {"engine": {"maxNumSeqs": 8}}, 2)
+    cluster.edit({"engine": {"maxNumSeqs": 8}}, 2)
     with pytest.raises(Unavailable):
         await reconciler.reconcile(KEY)
-    assert reason(cluster, "Reconciling") == "ApiServerError"
+    assert cluster.reason("Reconciling") == "ApiServerError"
     assert available(cluster) == "True ReplicasAvailable"
     before = len(cluster.writes)
     with pytest.raises(Unavailable):
@@ -109,7 +83,7 @@ async def test_what_differs_between_two_equal_errors_is_no_news(
 ) -> None:
     """Each write of the status is an event, which brings the service at once."""
     cluster, reconciler = serving
-    edit(cluster, {"engine": {"maxNumSeqs": 8}}, 2)
+    cluster.edit({"engine": {"maxNumSeqs": 8}}, 2)
     writes = []
     for port, identifier in ((40102, "a1"), (51234, "b2")):
         cluster.on_apply = kind(
@@ -119,7 +93,7 @@ async def test_what_differs_between_two_equal_errors_is_no_news(
         with contextlib.suppress(Unavailable):
             await reconciler.reconcile(KEY)
         writes.append(len(cluster.writes))
-    assert "read tcp 10.0.0.1:…->10.0.0.9:443: reset" in condition(cluster, "Ready")["message"]
+    assert "read tcp 10.0.0.1:…->10.0.0.9:443: reset" in cluster.condition("Ready")["message"]
     assert writes[0] == writes[1]
 
 
@@ -127,10 +101,10 @@ async def test_what_is_not_wanted_goes_also_where_the_first_pass_of_an_operator_
     serving: tuple[FailingCluster, Reconciler], poller: Poller
 ) -> None:
     cluster, before = serving
-    edit(cluster, {"networkPolicy": {"enabled": True}}, 2)
+    cluster.edit({"networkPolicy": {"enabled": True}}, 2)
     await before.reconcile(KEY)
     assert ("NetworkPolicy", "chat-engine") in cluster.objects
-    edit(cluster, {}, 3)
+    cluster.edit({}, 3)
     restarted = Reconciler(cluster, poller, engine_image="engine:1", now=lambda: NOW)
     cluster.on_apply = Unavailable("failed calling webhook policy.team.dev")
     with pytest.raises(Unavailable):
@@ -150,7 +124,7 @@ async def test_a_status_that_cannot_be_written_either_does_not_hide_the_first_er
 
     monkeypatch.setattr(cluster, "apply_status", refuse)
     cluster.on_apply = Unavailable("the first")
-    edit(cluster, {"engine": {"maxNumSeqs": 8}}, 2)
+    cluster.edit({"engine": {"maxNumSeqs": 8}}, 2)
     with pytest.raises(Unavailable, match="the first"):
         await reconciler.reconcile(KEY)
 
@@ -168,10 +142,10 @@ async def test_a_read_that_fails_once_unsays_nothing(
 ) -> None:
     cluster, reconciler = serving
     cluster.on_list = error
-    edit(cluster, {}, generation)
+    cluster.edit({}, generation)
     with pytest.raises(type(error)):
         await reconciler.reconcile(KEY)
-    assert reason(cluster) == told
+    assert cluster.reason() == told
 
 
 @pytest.mark.parametrize("how", ["refused", "conflict", "invalid"])
@@ -179,7 +153,7 @@ async def test_pods_that_go_while_nothing_can_be_written_are_not_available(
     serving: tuple[FailingCluster, Reconciler], how: str
 ) -> None:
     cluster, reconciler = serving
-    edit(cluster, {"router": {}} if how == "invalid" else {"engine": {"maxNumSeqs": 8}}, 2)
+    cluster.edit({"router": {}} if how == "invalid" else {"engine": {"maxNumSeqs": 8}}, 2)
     if how == "refused":
         cluster.on_apply = Refused("a policy says no")
     if how == "conflict":
@@ -198,9 +172,9 @@ async def test_a_deployment_that_hangs_in_deletion_is_not_in_force(
     cluster, reconciler = serving
     metadata = cluster.find("Deployment", "chat-engine")["metadata"]
     metadata |= {"deletionTimestamp": "now", "finalizers": ["team.dev/keep"]}
-    edit(cluster, {"engine": {"maxNumSeqs": 8}}, 2)
+    cluster.edit({"engine": {"maxNumSeqs": 8}}, 2)
     assert await reconciler.reconcile(KEY) is not None
-    assert reason(cluster) == "WaitingForDeletion"
+    assert cluster.reason() == "WaitingForDeletion"
     assert available(cluster) == "True ReplicasAvailable"
 
 
@@ -232,4 +206,4 @@ async def test_a_pod_that_does_not_start_is_looked_at_again_and_explained(
     event = {"involvedObject": {"uid": "uid-1"}, "reason": "FailedMount", "message": "no route"}
     cluster.put({"kind": "Event", "metadata": {"name": "e"}, **event})
     assert await reconciler.reconcile(KEY) == 20.0
-    assert reason(cluster) == "FailedMount"
+    assert cluster.reason() == "FailedMount"

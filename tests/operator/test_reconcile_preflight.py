@@ -13,14 +13,13 @@ from pagoda_operator.checkpoint import Tensors
 from pagoda_operator.checks import Checks
 from pagoda_operator.hub import Answer, Hub, Unreachable
 from pagoda_operator.names import Manifest
-from pagoda_operator.poll import Poller
 from pagoda_operator.reconcile import Reconciler
-from pagoda_operator.telemetry import Telemetry
 from pagoda_operator.testing import (
     KEY,
     LLAMA_8B,
     MemoryCluster,
     make_manifest,
+    make_poller,
     set_deployment_status,
 )
 
@@ -52,10 +51,9 @@ class World:
 
     def start_operator(self) -> None:
         clock = asyncio.get_running_loop().time
-        poller = Poller(clock=clock, on_change=lambda key: None, telemetry=Telemetry())
         self.reconciler = Reconciler(
             self.cluster,
-            poller,
+            make_poller(),
             engine_image="engine:1",
             checks=Checks(self.hub, clock, lambda key: None),
             now=lambda: datetime(2026, 11, 26, tzinfo=UTC),
