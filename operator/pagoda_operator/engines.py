@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any, Generic, TypeVar
 
 import aiohttp
 
 from pagoda_operator.causes import OWN_CONTAINERS, is_ready
 from pagoda_operator.flags import PORT
-from pagoda_operator.names import Manifest, is_leaving
+from pagoda_operator.names import Key, Manifest, is_leaving
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,40 @@ class Engines:
                 trust_env=False,
             )
         return self._session
+
+
+@dataclass(slots=True)
+class Inquiry:
+    """A task that asks engines of one service."""
+
+    task: asyncio.Task[None] = field(init=False)
+
+    def start(self, asking: Coroutine[Any, Any, None]) -> None:
+        self.task = asyncio.get_running_loop().create_task(asking)
+
+
+AnyInquiry = TypeVar("AnyInquiry", bound=Inquiry)
+
+
+@dataclass(slots=True)
+class Inquiries(Generic[AnyInquiry]):
+    """The inquiries of all services; `on_change` hears of news."""
+
+    engines: Engines
+    on_change: Callable[[Key], None]
+    _asked: dict[Key, AnyInquiry] = field(default_factory=dict, init=False)
+
+    def forget(self, key: Key) -> None:
+        """Stop asking for this service."""
+        asked = self._asked.pop(key, None)
+        if asked is not None:
+            asked.task.cancel()
+
+    async def close(self) -> None:
+        tasks = [asked.task for asked in self._asked.values()]
+        for key in list(self._asked):
+            self.forget(key)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def ready_address(pod: Manifest) -> str | None:

@@ -11,11 +11,11 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pagoda_operator.cause import Cause
-from pagoda_operator.engines import Engines, Silence, starting_address
+from pagoda_operator.engines import Inquiries, Inquiry, Silence, starting_address
 from pagoda_operator.names import Key, Manifest
 
 logger = logging.getLogger(__name__)
@@ -32,20 +32,16 @@ _PHASE = re.compile(r"[a-z]{1,30}", re.ASCII)
 
 
 @dataclass(slots=True)
-class _Asked:
+class _Asked(Inquiry):
     addresses: dict[str, str]
     """name of a pod → its address"""
     answers: dict[str, Manifest] = field(default_factory=dict)
-    task: asyncio.Task[None] = field(init=False)
 
 
 @dataclass(slots=True)
-class Loads:
+class Loads(Inquiries[_Asked]):
     """One task for each service that has starting engines."""
 
-    engines: Engines
-    on_change: Callable[[Key], None]
-    _asked: dict[Key, _Asked] = field(default_factory=dict, init=False)
     _slots: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(MAX_ASKED_AT_ONCE), init=False
     )
@@ -64,21 +60,9 @@ class Loads:
         asked = self._asked.get(key)
         if asked is None:
             asked = self._asked[key] = _Asked(addresses)
-            asked.task = asyncio.get_running_loop().create_task(self._ask_forever(key, asked))
+            asked.start(self._ask_forever(key, asked))
         asked.addresses = addresses
         return [asked.answers[name] for name in addresses if name in asked.answers]
-
-    def forget(self, key: Key) -> None:
-        """Nothing of this service starts."""
-        asked = self._asked.pop(key, None)
-        if asked is not None:
-            asked.task.cancel()
-
-    async def close(self) -> None:
-        tasks = [asked.task for asked in self._asked.values()]
-        for key in list(self._asked):
-            self.forget(key)
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask_forever(self, key: Key, asked: _Asked) -> None:
         pause = FIRST_ASK_SECONDS

@@ -6,10 +6,10 @@ import asyncio
 import json
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pagoda_operator.engines import Engines, Silence, ready_address
+from pagoda_operator.engines import Inquiries, Inquiry, Silence, ready_address
 from pagoda_operator.flags import flag_value
 from pagoda_operator.names import LABEL_REVISION, Key, Manifest
 from pagoda_operator.queue import backoff_seconds
@@ -25,22 +25,18 @@ Container = tuple[str, int]
 
 
 @dataclass(slots=True)
-class _Asked:
+class _Asked(Inquiry):
     container: Container
     report: Manifest | None = None
-    task: asyncio.Task[None] = field(init=False)
 
 
 @dataclass(slots=True)
-class Reports:
+class Reports(Inquiries[_Asked]):
     """Asks one ready engine of a service, and another one when that is gone."""
 
-    engines: Engines
-    on_change: Callable[[Key], None]
     _slots: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(MAX_ASKED_AT_ONCE), init=False
     )
-    _asked: dict[Key, _Asked] = field(default_factory=dict, init=False)
 
     def find(self, key: Key, pods: Sequence[Manifest], revision: str) -> Manifest | None:
         """What an engine of this revision runs; empty if it does not say, None if not known yet."""
@@ -57,21 +53,8 @@ class Reports:
                 return None
             container = min(ready)
             asked = self._asked[key] = _Asked(container)
-            asking = self._ask(key, asked, ready[container])
-            asked.task = asyncio.get_running_loop().create_task(asking)
+            asked.start(self._ask(key, asked, ready[container]))
         return asked.report
-
-    def forget(self, key: Key) -> None:
-        """Stop asking for this service."""
-        asked = self._asked.pop(key, None)
-        if asked is not None:
-            asked.task.cancel()
-
-    async def close(self) -> None:
-        tasks = [asked.task for asked in self._asked.values()]
-        for key in list(self._asked):
-            self.forget(key)
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask(self, key: Key, asked: _Asked, address: str) -> None:
         num_failures = 0
