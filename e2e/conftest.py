@@ -59,6 +59,24 @@ def operator(namespace: Kubectl, tmp_path: Path) -> Iterator[operator_process.Op
         yield process
 
 
+@pytest.fixture(scope="module")
+def team(target: stack.Target, crds: None) -> Iterator[Kubectl]:
+    """kubectl in a namespace of the module's own."""
+    with stack.fresh_namespace(target.kubectl) as kubectl:
+        yield kubectl
+
+
+@pytest.fixture(scope="module")
+def team_operator(
+    team: Kubectl, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[operator_process.OperatorProcess]:
+    """One operator for all tests of the module: each has a service of its own name."""
+    log = tmp_path_factory.mktemp("operator") / "operator.log"
+    with operator_process.OperatorProcess(team, log).running() as process:
+        yield process
+        assert "Traceback" not in process.log
+
+
 @pytest.fixture(scope="session", autouse=True)
 def since_the_start() -> audit.AuditLog | None:
     """The audit log of the whole run; none of a cluster that is not ours."""

@@ -6,7 +6,6 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,11 @@ from operator_process import (
 )
 from services import deployment, manifest, ready_reason, start_service, within_two_seconds
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def team(target: stack.Target, crds: None) -> Iterator[Kubectl]:
-    """kubectl in a namespace of this module's own."""
-    with stack.fresh_namespace(target.kubectl) as kubectl:
-        yield kubectl
-
-
-@pytest.fixture(scope="module", autouse=True)
-def operator(team: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
-    """One operator for all tests of the module: each has a service of its own name."""
-    log: Path = tmp_path_factory.mktemp("operator") / "operator.log"
-    with OperatorProcess(team, log).running() as process:
-        yield process
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(300),
+    pytest.mark.usefixtures("team_operator"),
+]
 
 
 def patch(kubectl: Kubectl, child: str, change: dict[str, Any], *flags: str) -> None:
@@ -113,7 +101,7 @@ def test_children_that_a_backup_put_back_are_adopted(team: Kubectl) -> None:
 
 
 def test_quick_edits_of_a_deployment_are_corrected_and_never_end_in_a_refusal(
-    team: Kubectl, operator: OperatorProcess
+    team: Kubectl, team_operator: OperatorProcess
 ) -> None:
     start_service(team, "edits")
     before = deployment(team, "edits")["spec"]["template"]
@@ -138,10 +126,10 @@ def test_quick_edits_of_a_deployment_are_corrected_and_never_end_in_a_refusal(
             and deployment(team, "edits")["spec"]["template"] == before
         ),
         timeout_seconds=20,
-        on_timeout=lambda: operator.log,
+        on_timeout=lambda: team_operator.log,
     )
     assert "Refused" not in reasons
-    assert "server rejected our request" not in operator.log
+    assert "server rejected our request" not in team_operator.log
 
 
 def scale_of(kubectl: Kubectl, name: str) -> dict[str, Any]:
@@ -251,7 +239,7 @@ class Rival:
             patch(self._kubectl, self._child, self._change, "--field-manager=rival")
 
 
-def test_restarts_by_kubectl_are_no_fight(team: Kubectl, operator: OperatorProcess) -> None:
+def test_restarts_by_kubectl_are_no_fight(team: Kubectl, team_operator: OperatorProcess) -> None:
     start_service(team, "restarts")
     reasons = set()
     for _ in range(4):
@@ -263,7 +251,7 @@ def test_restarts_by_kubectl_are_no_fight(team: Kubectl, operator: OperatorProce
     reasons.add(condition(team.get("llms", "restarts") or {}, "Stalled").get("reason"))
     template = deployment(team, "restarts")["spec"]["template"]
     assert "kubectl.kubernetes.io/restartedAt" in template["metadata"]["annotations"]
-    assert "Contested" not in reasons, operator.log
+    assert "Contested" not in reasons, team_operator.log
 
 
 FIGHT_SECONDS = 6
@@ -316,7 +304,7 @@ def test_a_cluster_wide_operator_leaves_a_namespace_with_an_operator_of_its_own_
 
 
 def test_a_second_operator_of_a_namespace_stands_by_and_says_for_whom(
-    team: Kubectl, operator: OperatorProcess, tmp_path: Path
+    team: Kubectl, team_operator: OperatorProcess, tmp_path: Path
 ) -> None:
     second = OperatorProcess(team, tmp_path / "second.log")
     second.start(wait=False)
@@ -324,7 +312,7 @@ def test_a_second_operator_of_a_namespace_stands_by_and_says_for_whom(
         words = f"serves the namespace {team.namespace} (Lease {team.namespace}/pagoda-operator)"
         wait_until("it stands by", lambda: words in second.readiness(), timeout_seconds=20)
         assert f"standing by: the operator {team_holder(team)} {words}" in second.log
-        assert operator.readiness() == "ok"
+        assert team_operator.readiness() == "ok"
     finally:
         second.kill()
 

@@ -5,37 +5,24 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import stack
 from audit import AuditLog
 from kube import Kubectl, condition, wait_until
 from mutations import MUTATIONS, mutating
 from operator_process import OperatorProcess
 from services import deployment, manifest, ready_reason, start_service
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(240),
+    pytest.mark.usefixtures("team_operator"),
+]
 
 CHILDREN = ("serviceaccounts", "services", "deployments")
 EDIT = {"engine": {"maxNumSeqs": 7}}
-
-
-@pytest.fixture(scope="module")
-def team(target: stack.Target, crds: None) -> Iterator[Kubectl]:
-    """kubectl in a namespace of this module's own."""
-    with stack.fresh_namespace(target.kubectl) as kubectl:
-        yield kubectl
-
-
-@pytest.fixture(scope="module", autouse=True)
-def operator(team: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
-    log: Path = tmp_path_factory.mktemp("operator") / "operator.log"
-    with OperatorProcess(team, log).running() as process:
-        yield process
-        assert "Traceback" not in process.log
 
 
 def writes(audit_log: AuditLog, kubectl: Kubectl, service: str) -> Counter[str]:
@@ -67,7 +54,7 @@ MARKS = {
 
 
 def test_what_admission_adds_stays_and_is_written_once(
-    team: Kubectl, operator: OperatorProcess, audit_log: AuditLog
+    team: Kubectl, team_operator: OperatorProcess, audit_log: AuditLog
 ) -> None:
     queued = {name: mutation == "Kueue's gate" for name, mutation in SERVICES.items()}
     # Auto would write the Deployment twice more, for a rollout that finds no room.
@@ -96,8 +83,8 @@ def test_what_admission_adds_stays_and_is_written_once(
             assert MARKS[mutation] in children(team, name), mutation
         # A restarted operator applies each child once, which changes nothing.
         versions = resource_versions(team)
-        assert operator.stop() == 0
-        operator.start()
+        assert team_operator.stop() == 0
+        team_operator.start()
         time.sleep(2)
         assert resource_versions(team) == versions
 

@@ -17,24 +17,14 @@ from fake_node import RUNNING, Engines
 from kube import Kubectl, wait_until
 from operator_process import OperatorProcess
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(240),
+    pytest.mark.usefixtures("team_operator"),
+]
 
 EDIT = {"engine": {"maxNumSeqs": 7}}
 LONG_AGO = "2026-01-01T00:00:00Z"
-
-
-@pytest.fixture(scope="module")
-def team(target: stack.Target, crds: None) -> Iterator[Kubectl]:
-    """kubectl in a namespace of this module's own."""
-    with stack.fresh_namespace(target.kubectl) as kubectl:
-        yield kubectl
-
-
-@pytest.fixture(scope="module", autouse=True)
-def operator(team: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
-    log: Path = tmp_path_factory.mktemp("operator") / "operator.log"
-    with OperatorProcess(team, log).running() as process:
-        yield process
 
 
 @pytest.fixture(scope="module")
@@ -211,14 +201,14 @@ def test_a_paused_service_is_scaled_and_keeps_its_engines(team: Kubectl, node: s
 
 
 def test_a_new_image_of_the_operator_rolls_only_engines_that_ask_for_it(
-    team: Kubectl, node: str, operator: OperatorProcess, tmp_path: Path
+    team: Kubectl, node: str, team_operator: OperatorProcess, tmp_path: Path
 ) -> None:
     keeping = Engines(team, node, room=1)
     keeping.serve()
     (old,) = keeping.bound_pods()
     following = Engines(team, node, room=1)
     following.apply(engine={"imagePolicy": "Follow"})
-    assert operator.stop() == 0
+    assert team_operator.stop() == 0
     newer = OperatorProcess(team, tmp_path / "newer.log", engine_image="pagoda.invalid/engine:2")
     newer.start()
     try:
@@ -240,4 +230,4 @@ def test_a_new_image_of_the_operator_rolls_only_engines_that_ask_for_it(
         assert newer_image() is None
     finally:
         newer.stop()
-        operator.start()
+        team_operator.start()

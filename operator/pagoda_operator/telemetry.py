@@ -10,6 +10,11 @@ class Telemetry:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._add_those_of_controllers()
+        self._add_own()
+
+    def _add_those_of_controllers(self) -> None:
+        """Under the names that controller-runtime and client-go give them."""
         self.reconciles = Counter(
             "controller_runtime_reconcile_total",
             "Reconciles by their result: success, retry, error, or foreign (another operator's).",
@@ -49,6 +54,8 @@ class Telemetry:
             ["name"],
             registry=self.registry,
         )
+
+    def _add_own(self) -> None:
         self.watch_age = Gauge(
             "pagoda_operator_watch_age_seconds",
             "For how long the watch of this kind is known to have missed changes; 0 if it is not.",
