@@ -7,7 +7,7 @@ each other, vector by vector, as a group: a thread reads memory from its beginni
 asks for what it will need before it does, so that reading and multiplying go on at the same time.
 
 Every sum is made in the order of the numbers, whatever the number of rows: a row's result does not
-depend on its neighbours.
+depend on its neighbours. A processor without a product of bf16 widens both sides in registers.
 
 Instructions: VDPBF16PS (AVX512-BF16), VPDPBUSD (AVX512-VNNI) and VPERMI2B (AVX512-VBMI), Intel's
 Software Developer's Manual, volume 2.
@@ -35,11 +35,14 @@ STEP_BYTES = 2 * VECTOR_BYTES
 """Of a group of panels."""
 MOST_ROWS = 8
 """Rows of x at a time: 16 sums of 32 registers; with 12 or 16 they are no faster."""
+# Of the 16 half as long registers of AVX2: with more, sums go to memory and back at each step.
+_MOST_ROWS_IN_HALVES = 4
 
 _INT32, _INT64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _INT32S = ir.VectorType(_INT32, PANEL_SIZE)
 _FLOATS = ir.VectorType(_FLOAT, PANEL_SIZE)
 _BYTES = ir.VectorType(ir.IntType(8), VECTOR_BYTES)
+_FMA = "llvm.fma.v16f32"
 
 
 class Numbers(NamedTuple):
@@ -51,7 +54,7 @@ class Numbers(NamedTuple):
     """Of the processor, as LLVM names them."""
 
 
-BF16 = Numbers(2, frozenset({"avx512bf16"}))
+BF16 = Numbers(2, frozenset({"avx2", "fma"}))
 INT8 = Numbers(1, frozenset({"avx512vnni"}))
 """Multiplied by rows of uint8."""
 E4M3 = Numbers(2, frozenset({"avx512bf16", "avx512vbmi"}))
@@ -61,6 +64,10 @@ E4M3 = Numbers(2, frozenset({"avx512bf16", "avx512vbmi"}))
 def has_panels(numbers: Numbers) -> bool:
     """Whether this processor has the instructions."""
     return numbers.features <= features()
+
+
+def _has_whole_vectors() -> bool:
+    return "avx512f" in features()
 
 
 def describe_products(dtype: torch.dtype) -> str:
@@ -109,7 +116,13 @@ def make_dot(numbers: Numbers) -> Any:
         ahead_stride: Any,
     ) -> Any:
         others = (num_steps, x, row_bytes, initial, initial_stride, sums, ahead, ahead_stride)
-        return emit_by_rows(b, num_rows, lambda rows: _emit_dot(b, numbers, rows, group, *others))
+
+        def emit(rows: int) -> None:
+            is_in_turn = rows > 2 and not _has_whole_vectors()
+            for panels in ((0,), (1,)) if is_in_turn else ((0, 1),):
+                _emit_dot(b, numbers, rows, panels, group, *others)
+
+        return emit_by_rows(b, num_rows, emit)
 
     return dot
 
@@ -118,7 +131,8 @@ def emit_by_rows(b: Any, num_rows: Any, emit: Callable[[int], None]) -> Any:
     """emit(rows) for the most rows of x that one pass can multiply, and their number."""
     end = b.append_basic_block("end")
     ends = []
-    for rows in (8, 4, 2, 1):
+    most = MOST_ROWS if _has_whole_vectors() else _MOST_ROWS_IN_HALVES
+    for rows in (it for it in (8, 4, 2, 1) if it <= most):
         smaller = b.append_basic_block("smaller")
         if rows > 1:
             enough = b.append_basic_block("enough")
@@ -140,6 +154,7 @@ def _emit_dot(
     b: Any,
     numbers: Numbers,
     num_rows: int,
+    panels: tuple[int, ...],
     group: Any,
     steps: Any,
     x: Any,
@@ -150,29 +165,29 @@ def _emit_dot(
     ahead: Any,
     ahead_stride: Any,
 ) -> None:
-    multiply = _multiplication(b.module, numbers)
-    sums_type = multiply.function_type.return_type
+    sums_type = _FLOATS if numbers.multiplied_bytes == 2 else _INT32S
     begin = []
     for row in range(num_rows):
         at = b.add(initial, b.mul(initial_stride, _INT64(row)))
-        begin += [load_at(b, at, i * VECTOR_BYTES, sums_type) for i in range(2)]
+        begin += [load_at(b, at, i * VECTOR_BYTES, sums_type) for i in panels]
     before = b.block
     loop, done = b.append_basic_block("step"), b.append_basic_block("done")
     b.branch(loop)
     b.position_at_end(loop)
     step = b.phi(_INT64)
     step.add_incoming(_INT64(0), before)
-    sums = [b.phi(sums_type) for _ in range(2 * num_rows)]
-    vectors = _load_vectors(b, numbers, group, step)
-    wanted = b.add(ahead, b.mul(step, ahead_stride))
-    emit_prefetch(b, wanted, 2)
-    emit_prefetch(b, b.add(wanted, b.ashr(ahead_stride, _INT64(1))), 2)
+    sums = [b.phi(sums_type) for _ in range(len(panels) * num_rows)]
+    vectors = [_load_vectors(b, numbers, group, step)[i] for i in panels]
+    if 0 in panels:
+        wanted = b.add(ahead, b.mul(step, ahead_stride))
+        emit_prefetch(b, wanted, 2)
+        emit_prefetch(b, b.add(wanted, b.ashr(ahead_stride, _INT64(1))), 2)
     results = []
     for row in range(num_rows):
         at = b.add(b.add(x, b.mul(stride, _INT64(row))), b.mul(step, _INT64(BYTES_PER_STEP)))
         repeated = repeat(b, b.load(_pointer(b, at, _INT32)))
-        for i, vector in enumerate(vectors):
-            results.append(b.call(multiply, [sums[2 * row + i], repeated, vector]))
+        for vector in vectors:
+            results.append(_emit_multiply(b, numbers, sums[len(results)], repeated, vector))
     for total, result, number in zip(sums, results, begin, strict=True):
         total.add_incoming(number, before)
         total.add_incoming(result, loop)
@@ -180,8 +195,9 @@ def _emit_dot(
     step.add_incoming(next_step, loop)
     b.cbranch(b.icmp_signed("<", next_step, steps), loop, done)
     b.position_at_end(done)
-    for i, result in enumerate(results):
-        b.store(result, _pointer(b, b.add(out, _INT64(i * VECTOR_BYTES)), result.type), align=4)
+    places = [2 * row + i for row in range(num_rows) for i in panels]
+    for place, result in zip(places, results, strict=True):
+        b.store(result, _pointer(b, b.add(out, _INT64(place * VECTOR_BYTES)), sums_type), align=4)
 
 
 def _load_vectors(b: Any, numbers: Numbers, group: Any, step: Any) -> list[Any]:
@@ -217,14 +233,23 @@ def _widen_vector(b: Any, coded: Any) -> list[Any]:
     return vectors
 
 
-def _multiplication(module: Any, numbers: Numbers) -> Any:
+def _emit_multiply(b: Any, numbers: Numbers, sums: Any, repeated: Any, vector: Any) -> Any:
     """sums + x * vector, over the numbers of a step. All as 32 bits, whatever is in them."""
-    if numbers.multiplied_bytes == 2:
-        name, sums = "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS
-    else:
-        name, sums = "llvm.x86.avx512.vpdpbusd.512", _INT32S
-    function = ir.FunctionType(sums, [sums, _INT32S, _INT32S])
-    return module.declare_intrinsic(name, [], function)
+    if numbers.multiplied_bytes == 2 and "avx512bf16" not in features():
+        fma = b.module.declare_intrinsic(_FMA, [], ir.FunctionType(_FLOATS, [_FLOATS] * 3))
+        for x, y in zip(_widen_pairs(b, repeated), _widen_pairs(b, vector), strict=True):
+            sums = b.call(fma, [x, y, sums])
+        return sums
+    name = ".vpdpbusd.512" if numbers.multiplied_bytes == 1 else "bf16.dpbf16ps.512"
+    function = ir.FunctionType(sums.type, [sums.type, _INT32S, _INT32S])
+    intrinsic = b.module.declare_intrinsic(f"llvm.x86.avx512{name}", [], function)
+    return b.call(intrinsic, [sums, repeated, vector])
+
+
+def _widen_pairs(b: Any, vector: Any) -> tuple[Any, Any]:
+    """The first and the second of each two bf16 numbers, in fp32, whose upper half they are."""
+    shift, mask = (ir.Constant(_INT32S, [n] * PANEL_SIZE) for n in (16, 0xFFFF0000))
+    return b.bitcast(b.shl(vector, shift), _FLOATS), b.bitcast(b.and_(vector, mask), _FLOATS)
 
 
 def repeat(b: Any, number: Any) -> Any:
@@ -322,7 +347,7 @@ def add_scaled_group(b: Any, sums: Any, scales: Any, total: Any) -> None:
 
 def _emit_fma(b: Any, *factors_and_term: Any, to: Any) -> None:
     # A loop that numba compiles for rows of arrays takes several times as long.
-    fma = b.module.declare_intrinsic("llvm.fma.v16f32", [], ir.FunctionType(_FLOATS, [_FLOATS] * 3))
+    fma = b.module.declare_intrinsic(_FMA, [], ir.FunctionType(_FLOATS, [_FLOATS] * 3))
     for offset in (0, VECTOR_BYTES):
         parts = [load_at(b, at, offset, _FLOATS) for at in factors_and_term]
         b.store(b.call(fma, parts), _pointer(b, b.add(to, _INT64(offset)), _FLOATS), align=4)

@@ -38,9 +38,9 @@ def make_product(
 ) -> Product:
     """The fastest product with this weight on its device.
 
-    On a CPU in bf16 that is oneDNN's where it has AMX, else Pagoda's own where it has AVX512-bf16:
-    against oneDNN's 1.2 to 1.5 times as fast at up to 16 rows, where reading the weight takes as
-    long as multiplying by it, and equal at many.
+    On a CPU in bf16 that is oneDNN's where it has AMX, else Pagoda's own where it has AVX2 at
+    least. With AVX512-bf16 it is against oneDNN's 1.2 to 1.5 times as fast at up to 16 rows, where
+    reading the weight takes as long as multiplying by it, and equal at many; without, 5 times.
 
     Args:
         activation: of a weight that stacks gate and up; the product is activation(gate) * up.

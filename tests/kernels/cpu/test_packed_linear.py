@@ -7,9 +7,7 @@ from torch.nn.functional import gelu, silu
 from pagoda_kernels.cpu.packed_linear import GATES, PackedLinear, can_pack
 from pagoda_kernels.cpu.panels import BF16, has_panels
 
-pytestmark = pytest.mark.skipif(
-    not has_panels(BF16), reason="this processor does not multiply bf16 itself"
-)
+pytestmark = pytest.mark.skipif(not has_panels(BF16), reason="this processor has no panels of bf16")
 
 
 def make(*size, scale=1.0):

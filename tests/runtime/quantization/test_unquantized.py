@@ -18,9 +18,12 @@ from pagoda_runtime.quantization.unquantized import (
 )
 
 needs_panels = pytest.mark.skipif(
-    not has_panels(BF16), reason="this processor does not multiply bf16 itself"
+    not has_panels(BF16), reason="this processor has no panels of bf16"
 )
-METHODS = [PackedLinear, PrepackedLinear]
+needs_onednn = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 here"
+)
+METHODS = [PackedLinear, pytest.param(PrepackedLinear, marks=needs_onednn)]
 
 
 def make_bf16(*size):
