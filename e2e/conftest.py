@@ -51,8 +51,17 @@ def namespace(target: stack.Target, crds: None) -> Iterator[Kubectl]:
         yield kubectl
 
 
+@pytest.fixture(scope="module")
+def no_other_operator(target: stack.Target) -> Iterator[None]:
+    """The installed operator stands still once for all tests of the module."""
+    with operator_process.without_installed_operator(target.kubectl):
+        yield
+
+
 @pytest.fixture
-def operator(namespace: Kubectl, tmp_path: Path) -> Iterator[operator_process.OperatorProcess]:
+def operator(
+    namespace: Kubectl, no_other_operator: None, tmp_path: Path
+) -> Iterator[operator_process.OperatorProcess]:
     """This tree's operator as a process that serves the test's namespace alone."""
     process = operator_process.OperatorProcess(namespace, tmp_path / "operator.log")
     with process.running():

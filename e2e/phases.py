@@ -5,13 +5,15 @@ Runs on a bare machine: standard library only, Python 3.11 or newer.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,13 +79,37 @@ def test(pytest_arguments: Sequence[str]) -> int:
     phase("model", lambda: run([str(PYTHON), "e2e/model.py"]))
     phase("cluster", lambda: run([*CLUSTER, "up"]))
     phase("images", lambda: run([*CLUSTER, "images"]))
-    # In a process of its own: tests/interpreted/conftest.py says why.
-    phase("interpreted", lambda: run(["make", "--no-print-directory", "interpreted"]))
-    command = [str(PYTHON), "-m", "pytest", "tests", "e2e", "--durations=15", *pytest_arguments]
-    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    command = [str(PYTHON), "-m", "pytest", "tests", "e2e", "--durations=30", *pytest_arguments]
+    with interpreted() as wait_for_interpreted:
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        # The last that is printed is the closing line above, if nothing failed here.
+        status = wait_for_interpreted() or status
     if not was_up:
         subprocess.run([*CLUSTER, "down"], capture_output=True, check=False)
     return status
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[Callable[[], int]]:
+    """Run `make interpreted` beside the other tests; yields what waits for its exit status.
+
+    In a process of its own: tests/interpreted/conftest.py says why.
+    """
+    command = ["nice", "make", "--no-print-directory", "interpreted"]
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+
+        def wait() -> int:
+            if status := process.wait():
+                output.seek(0)
+                print(output.read(), "`make interpreted` failed.", sep="\n", flush=True)
+            return status
+
+        try:
+            yield wait
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def make_venv() -> None:

@@ -344,8 +344,9 @@ def loading_engine(address: str, said: dict[str, Any]) -> Iterator[None]:
 def test_the_progress_of_a_load_is_told_until_the_engine_is_ready(
     plane: Kubectl, stage: Stage
 ) -> None:
-    plane.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}, "spec": {}})
-    offer(plane, NODE, ROOM)
+    # Of its own: no kubelet ends the pods of other tests, which keep their room.
+    plane.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "loads"}, "spec": {}})
+    offer(plane, "loads", ROOM)
     case = Case("loads", "LoadingModel", "Load 43 %, about 20 s more", False)
     said = {"phase": "load", "percent": 43.2, "bytes_per_second": 1e9, "eta_seconds": 19.5}
     address = "127.0.0.77"

@@ -126,7 +126,12 @@ def test_delete_leaves_nothing(namespace: Kubectl, operator: OperatorProcess) ->
         names = [f"{item['kind']}/{item['metadata']['name']}" for item in items]
         return [name for name in names if name != "ServiceAccount/default"]
 
-    wait_until("nothing left", lambda: not rest(), timeout_seconds=20)
+    wait_until(
+        "nothing left",
+        lambda: not rest(),
+        timeout_seconds=60,
+        on_timeout=lambda: f"{rest()}\n{operator.log}",
+    )
     time.sleep(1)
     assert not rest()
 

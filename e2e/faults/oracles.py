@@ -73,7 +73,9 @@ def _early_retries(record: Sequence[Request]) -> Iterator[str]:
 
 
 def _is_same(request: Request, other: Request) -> bool:
-    return (request.method, request.path) == (other.method, other.path)
+    """All objects of a kind are created at one path."""
+    same = (request.method, request.path, request.name)
+    return same == (other.method, other.path, other.name)
 
 
 def _claims_and_repetitions(requests: Sequence[Request]) -> Iterator[str]:

@@ -47,6 +47,14 @@ def test_a_pass_that_does_all_as_it_should_breaks_nothing() -> None:
     )
 
 
+def test_another_object_of_the_kind_need_not_wait_for_what_one_was_asked_to() -> None:
+    events = "/apis/events.k8s.io/v1/namespaces/team/events"
+    named = [{"metadata": {"name": f"chat.{it}"}, "regarding": {"name": "chat"}} for it in "ab"]
+    first, other = (("POST", events, body) for body in named)
+    assert not violations((*first, {"retry_after": 2.0}), (*other, {}))
+    assert violations((*first, {"retry_after": 2.0}), (*first, {}))
+
+
 @pytest.mark.parametrize(
     ("words", "requests"),
     [
