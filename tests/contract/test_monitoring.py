@@ -1,4 +1,4 @@
-"""Alerts and dashboard ask for metrics that engines have, and by labels that these have."""
+"""Alerts and dashboards ask for metrics that there are, and by labels that these have."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pagoda_operator.monitoring import render_prometheus_rule
 from pagoda_operator.testing import make_service
 
 ROOT = Path(__file__).resolve().parents[2]
-DASHBOARD = ROOT / "charts" / "pagoda" / "dashboards" / "llmservices.json"
-SERIES = re.compile(r"((?:vllm:|http_)\w+)(?:\{([^}]*)\})?")
+DASHBOARDS = sorted((ROOT / "charts" / "pagoda" / "dashboards").glob("*.json"))
+PREFIXES = "vllm:|http_|controller_|workqueue_|rest_client_|leader_|pagoda_operator_"
+SERIES = re.compile(rf"((?:{PREFIXES})\w+)(?:\{{([^}}]*)\}})?")
 ROW = re.compile(r"\| `([\w:]+)` \| (\w+) \| ([^|]*) \|")
 # What Prometheus adds to each series of a PodMonitor's pods.
 TARGET_LABELS = {"namespace", "pod", "pagoda_dev_service"}
 
 
 def known_series() -> dict[str, set[str]]:
-    """Every series that an engine shows, with its labels, by the page made from its code."""
+    """Every series that an engine or the operator shows, with its labels, by the page made from its code."""
     found: dict[str, set[str]] = {}
     for line in (ROOT / "docs/reference/metrics.md").read_text().splitlines():
         if (row := ROW.match(line)) is not None:
@@ -31,16 +32,17 @@ def known_series() -> dict[str, set[str]]:
 def asked_series() -> list[tuple[str, str]]:
     """(name, selector) of every series in an alert, a panel or a variable."""
     (group,) = render_prometheus_rule(make_service())["spec"]["groups"]
-    board = json.loads(DASHBOARD.read_text())
     texts = [rule["expr"] for rule in group["rules"]]
-    texts += [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    texts += [str(variable["query"]) for variable in board["templating"]["list"]]
+    for board in (json.loads(path.read_text()) for path in DASHBOARDS):
+        texts += [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+        texts += [str(variable["query"]) for variable in board["templating"]["list"]]
     return [found for text in texts for found in SERIES.findall(text)]
 
 
-def test_alerts_and_dashboard_ask_for_series_that_engines_show() -> None:
+def test_alerts_and_dashboards_ask_for_series_that_are_shown() -> None:
     known, asked = known_series(), asked_series()
-    assert len(asked) > 20
+    assert len(DASHBOARDS) == 2
+    assert len(asked) > 35
     for name, selector in asked:
         labels = set(re.findall(r"(\w+)=~?\"", selector))
         assert name in known
