@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -91,6 +92,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    # Connections that are cut on purpose leave tasks behind that nobody waits for.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     # A user's PATH often lacks the folders where the administrator's programs are.
     os.environ["PATH"] = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
     with (

@@ -116,7 +116,7 @@ class Resync:
         if any(_differing(before[kind], listed[kind]) for kind in WATCHED_KINDS):
             await asyncio.sleep(GRACE_SECONDS)
         for kind in WATCHED_KINDS:
-            # A watch that tells anything tells the rest in time, however busy this process is.
+            # A watch that tells anything lives, however far this process is behind it.
             is_silent = self._num_told[kind] == num_told[kind]
             if self._find_missed(kind, before[kind], listed[kind], is_silent):
                 self._behind_since[kind] = behind_before.get(kind, at)
@@ -143,15 +143,12 @@ class Resync:
     def _find_missed(
         self, kind: str, before: Sightings, listed: Sightings, is_silent: bool
     ) -> bool:
-        """Enqueue what was missed of a kind; whether its watch is behind."""
+        """Enqueue what was not told of a kind; whether its watch is behind."""
         seen = self._seen[kind]
         # What was told of since the list began was not missed, whatever version that was.
-        missed = {
-            uid
-            for uid in _differing(before, listed)
-            if seen.get(uid) == before.get(uid) and (is_silent or uid not in listed)
-        }
-        self._enqueue(missed, before, listed)
+        untold = {uid for uid in _differing(before, listed) if seen.get(uid) == before.get(uid)}
+        self._enqueue(untold, before, listed)
+        missed = untold if is_silent else untold - listed.keys()
         for uid in missed - listed.keys():
             # No watch will ever tell that it is gone.
             del seen[uid]

@@ -19,7 +19,7 @@ TARGET_LABELS = {"namespace", "pod", "pagoda_dev_service"}
 
 
 def known_series() -> dict[str, set[str]]:
-    """Every series that an engine or the operator shows, with its labels, by the page made from its code."""
+    """Every series that an engine or the operator shows, with its labels, by the generated page."""
     found: dict[str, set[str]] = {}
     for line in (ROOT / "docs/reference/metrics.md").read_text().splitlines():
         if (row := ROW.match(line)) is not None:

@@ -112,13 +112,6 @@ async def test_a_deletion_that_was_missed_is_found_once_and_no_watch_is_behind(
     assert world.drift("Deployment") == 1
 
 
-async def during_the_list_the_watch_tells_of_others(world: World) -> None:
-    """A process that is busy is behind with its events, and the watch lives."""
-    tell(world, 1)
-    world.objects["Deployment"] = [metadata(2), metadata(1, "uid-2")]
-    world.during_list = lambda: note(world, metadata(1, "uid-2"))
-
-
 def note(world: World, found: Manifest) -> None:
     world.resync.note("Deployment", found, is_gone=False)
 
@@ -142,7 +135,6 @@ async def during_the_list_it_goes(world: World) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        during_the_list_the_watch_tells_of_others,
         during_the_list_the_watch_goes_on,
         during_the_list_it_is_made,
         during_the_list_it_goes,
@@ -155,6 +147,22 @@ async def test_what_is_told_while_a_list_is_made_was_not_missed(
     await world.resync.look(())
     assert world.enqueued == []
     assert world.drift("Deployment") == 0
+
+
+async def test_while_a_watch_tells_of_others_a_version_it_did_not_tell_costs_a_pass_alone(
+    world: World,
+) -> None:
+    """A process that is busy is behind with its events, and the watch lives."""
+    tell(world, 1)
+    world.objects["Deployment"] = [metadata(2), metadata(1, "uid-2")]
+    for version in (1, 2):
+        world.during_list = lambda version=version: note(world, metadata(version, "uid-2"))
+        world.objects["Deployment"][1] = metadata(version, "uid-2")
+        await world.resync.look(())
+        world.now += module.DEAD_SECONDS
+    assert world.enqueued == [CHAT, CHAT]
+    assert world.drift("Deployment") == 0
+    assert world.resync.find_dead() is None
 
 
 async def test_an_object_made_anew_before_its_deletion_is_told_stays_known(world: World) -> None:
