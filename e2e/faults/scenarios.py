@@ -42,10 +42,22 @@ class Case:
         await self.patch("LLMService", self.name, {"spec": spec})
 
     async def patch(self, kind: str, name: str, patch: Manifest) -> None:
+        before = self._version(kind, name)
         await self.api.patch(kind, self.namespace, name, patch)
+        await self._until_seen(kind, name, before)
 
     async def delete(self, kind: str = "LLMService", name: str = "") -> None:
+        before = self._version(kind, name or self.name)
         await self.api.delete(kind, self.namespace, name or self.name)
+        await self._until_seen(kind, name or self.name, before)
+
+    def _version(self, kind: str, name: str) -> str:
+        found = self.world.get(kind, self.namespace, name) or {"metadata": {}}
+        return str(found["metadata"].get("resourceVersion"))
+
+    async def _until_seen(self, kind: str, name: str, before: str) -> None:
+        """What was good before the act would pass for what is good again after it."""
+        await self.until(f"a new {kind}", lambda: self._version(kind, name) != before)
 
     async def until(self, what: str, check: Callable[[], Any]) -> None:
         await wait_until(check, STEP_SECONDS, f"{self.name}: {what}")

@@ -33,6 +33,9 @@ _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 class ApiError(Exception):
     """The API server refused a request; the message is its own."""
 
+    retry_after_seconds = 0.0
+    """What the server asked to wait."""
+
 
 class NotFound(ApiError):
     """404: there is no such object."""

@@ -111,6 +111,8 @@ class Lease:
         """Who holds the Lease in place of this operator, while it stands by."""
         self.is_reserve = False
         """Whether that is another replica of the same installation."""
+        self._asked_seconds = 0.0
+        """What the API server asked to wait at the last try."""
 
     @property
     def is_held(self) -> bool:
@@ -125,7 +127,7 @@ class Lease:
             if self.holder is not None and self.holder != told:
                 logger.warning("standing by: %s", self.describe_holder())
             if not self.is_held:
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(max(RETRY_SECONDS, self._asked_seconds))
         self.holder = None
 
     def describe_holder(self) -> str:
@@ -142,7 +144,8 @@ class Lease:
     async def renew(self) -> None:
         """Keep the Lease; returns when another operator has it."""
         while True:
-            await asyncio.sleep(RENEW_SECONDS if self.is_held else RETRY_SECONDS)
+            pause = RENEW_SECONDS if self.is_held else RETRY_SECONDS
+            await asyncio.sleep(max(pause, self._asked_seconds))
             await self._take_or_renew()
             if self.holder is not None:
                 return
@@ -181,6 +184,7 @@ class Lease:
 
     async def _take_or_renew(self) -> None:
         """Renew the Lease, or take it if nobody holds it; `holder` is who else does."""
+        self._asked_seconds = 0.0
         try:
             with contextlib.suppress(Conflict, NotFound):
                 if self._is_ours(self._lease):
@@ -206,6 +210,7 @@ class Lease:
             self._is_unguarded = True
         except ApiError as error:
             logger.warning("the Lease %s cannot be had now: %s", self.name, error)
+            self._asked_seconds = error.retry_after_seconds
 
     def _is_ours(self, lease: Manifest | None) -> bool:
         return bool(lease and lease.get("spec", {}).get("holderIdentity") == self._identity)

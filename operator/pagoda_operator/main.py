@@ -29,7 +29,7 @@ from pagoda_operator.queue import WorkQueue, backoff_seconds
 from pagoda_operator.reconcile import Reconciler
 from pagoda_operator.resync import Resync
 from pagoda_operator.telemetry import Telemetry
-from pagoda_operator.watch import BURST_SECONDS, watch
+from pagoda_operator.watch import BURST_SECONDS, watch, without_traces
 
 logger = logging.getLogger(__name__)
 
@@ -150,12 +150,14 @@ class Operator:
         deadline = self._clock() + CRD_WAIT_SECONDS
         failures = 0
         while True:
+            pause = 1.0
             try:
                 if await self._api.served_kinds((KIND,)):
                     return
                 failures = 0
             except Unavailable as error:
                 failures += 1
+                pause = max(backoff_seconds(failures, 1.0), error.retry_after_seconds)
                 deadline = self._clock() + CRD_WAIT_SECONDS
                 logger.warning("the API server does not answer: %s", error)
             if self._clock() > deadline:
@@ -164,7 +166,7 @@ class Operator:
                     "installed; the chart does that (crds.install), or "
                     "`kubectl apply --server-side -k crds`."
                 )
-            await asyncio.sleep(backoff_seconds(failures, 1.0) if failures else 1.0)
+            await asyncio.sleep(pause)
 
     async def _work(self) -> None:
         """Take keys and reconcile them, one after the other."""
@@ -184,8 +186,7 @@ class Operator:
                 return "foreign"
             requeue_seconds = await self._reconciler.reconcile(key)
         except ApiError as error:
-            at_least = error.retry_after_seconds if isinstance(error, Unavailable) else 0.0
-            delay = self._failed(key, at_least)
+            delay = self._failed(key, error.retry_after_seconds)
             logger.warning("%s: again in %.1f s: %s", key, delay, error)
             return "retry"
         except Exception:
@@ -219,7 +220,8 @@ class Operator:
                 # Whatever comes in place of a list: without this task no missed event is healed.
                 failures += 1
                 logger.warning("cannot list LLMServices: %r", error)
-                await asyncio.sleep(backoff_seconds(failures, 1.0))
+                asked = getattr(error, "retry_after_seconds", 0.0)
+                await asyncio.sleep(max(backoff_seconds(failures, 1.0), asked))
                 continue
             failures = 0
             if kind := self._resync.find_dead():
@@ -325,6 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(without_traces)
     # kopf tells every event of every watch at the level info.
     logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLogger().level))
     try:

@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
+from json import JSONDecodeError
 from typing import Any
 
 import kopf
 
-from pagoda_operator.names import (
-    KIND,
-    RESOURCES,
-    WATCHED_KINDS,
-    Key,
-)
+# Not told in public, and raised at whoever runs kopf.
+from kopf._cogs.clients.errors import APIError
+
+from pagoda_operator.cluster import StartError
+from pagoda_operator.names import KIND, RESOURCES, WATCHED_KINDS, Key
 from pagoda_operator.queue import backoff_seconds
 from pagoda_operator.resync import SELECTOR, Resync
 
 CHILDREN = tuple(RESOURCES[kind] for kind in WATCHED_KINDS if kind != KIND)
 KINDS = {RESOURCES[kind][2]: kind for kind in WATCHED_KINDS}
+_BAD_ANSWERS = (APIError, JSONDecodeError)
+"""Of the API server, or of a proxy before it, to kopf, which gives up."""
 OUTAGE_PAUSE_MAX_SECONDS = 10.0
 SILENCE_SECONDS = 70.0
 # One change of a Deployment is a burst of events of its pods; one pass answers them all.
@@ -64,18 +67,33 @@ async def watch(
     stop: asyncio.Event,
     ready: asyncio.Event,
 ) -> None:
-    """Watch services and their children until `stop` is set, a signal comes or a watch dies."""
-    await kopf.operator(
-        registry=build_registry(resync, enqueue),
-        settings=build_settings(),
-        standalone=True,
-        # Found out from the user's name otherwise, which the user of a container may not have.
-        identity="pagoda",  # type: ignore[arg-type]  # its type is a private NewType of str
-        clusterwide=namespace is None,
-        namespaces=() if namespace is None else (namespace,),
-        stop_flag=stop,
-        ready_flag=ready,
-    )
+    """Watch services and their children until `stop` is set, a signal comes or a watch dies.
+
+    Raises:
+        StartError: the API server refused a watch, or what it says is not to be read.
+    """
+    try:
+        await kopf.operator(
+            registry=build_registry(resync, enqueue),
+            settings=build_settings(),
+            standalone=True,
+            # Found out from the user's name otherwise, which the user of a container may not have.
+            identity="pagoda",  # type: ignore[arg-type]  # its type is a private NewType of str
+            clusterwide=namespace is None,
+            namespaces=() if namespace is None else (namespace,),
+            stop_flag=stop,
+            ready_flag=ready,
+        )
+    except _BAD_ANSWERS as error:
+        raise StartError(f"a watch ended: {error}") from error
+
+
+def without_traces(record: logging.LogRecord) -> bool:
+    """A filter of logs: traces of what is no bug of ours and hurts nobody are not told."""
+    if record.exc_info and isinstance(record.exc_info[1], _BAD_ANSWERS):
+        record.exc_info = None
+    # kopf looks for a task in a callback, where there is none, when it ends a watch that begins.
+    return "request_cancel_callback" not in record.getMessage()
 
 
 def build_registry(resync: Resync, enqueue: Callable[[Key, float], None]) -> kopf.OperatorRegistry:

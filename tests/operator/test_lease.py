@@ -168,6 +168,19 @@ async def test_an_outage_ends_nothing_and_the_lease_is_held_again_after_it() -> 
     renewing.cancel()
 
 
+async def test_what_the_api_server_asks_to_wait_is_waited() -> None:
+    api, clock = Api(), Clock()
+    api.trouble = Unavailable("too many requests", 0.2)
+    mine = Lease(api, "team", clock, "first_x")
+    waiting = asyncio.create_task(mine.acquire())
+    await turns(5)
+    api.trouble = None
+    await turns()
+    assert not mine.is_held
+    await asyncio.wait_for(waiting, 5)
+    assert mine.is_held
+
+
 async def test_without_the_right_to_leases_the_operator_works_and_says_what_is_missing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

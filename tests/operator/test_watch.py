@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
+import logging
 
 import kopf
+import pytest
 
-from pagoda_operator.watch import CHILDREN, EndlessBackoff, build_settings
+from pagoda_operator.watch import CHILDREN, EndlessBackoff, build_settings, without_traces
 
 
 def test_the_label_selector_applies_to_every_kind_of_child() -> None:
@@ -32,3 +35,17 @@ def test_the_backoff_never_ends_and_never_exceeds_ten_seconds() -> None:
 def test_a_watch_without_a_bookmark_for_a_minute_is_renewed() -> None:
     """Later than API servers send them, and before they forget what came meanwhile, after 75 s."""
     assert 60 < build_settings().watching.inactivity_timeout < 75
+
+
+def test_an_answer_that_kopf_cannot_read_is_told_without_a_trace_and_a_bug_with_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.handler.addFilter(without_traces)
+    for error in (json.JSONDecodeError("cut off", "{", 1), RuntimeError("ours")):
+        try:
+            raise error
+        except Exception:
+            logging.getLogger("kopf").exception("Resource observer has failed")
+    assert [record.exc_info is None for record in caplog.records] == [True, False]
+    logging.getLogger("asyncio").error("Exception in callback request_cancel_callback()")
+    assert len(caplog.records) == 2
