@@ -38,27 +38,34 @@ class Registry:
 
     def __init__(self, folder, **configuration):
         self.folder = folder
+        folder.mkdir(exist_ok=True)
+        # A port that was free a moment ago may be somebody's by now.
+        while not self._start(configuration):
+            pass
+
+    def _start(self, configuration):
+        """Whether it answers; it does not if it ended."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.host = f"127.0.0.1:{probe.getsockname()[1]}"
         self.uri = f"oci://{self.host}/team/tiny"
-        storage = {"filesystem": {"rootdirectory": str(folder / "store")}}
+        storage = {"filesystem": {"rootdirectory": str(self.folder / "store")}}
         common = {"version": 0.1, "log": {"level": "error", "accesslog": {"disabled": True}}}
         text = common | {"storage": storage, "http": {"addr": self.host}} | configuration
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(text))
-        command = ["docker-registry", "serve", str(folder / "config.json")]
+        (self.folder / "config.json").write_text(json.dumps(text))
+        command = ["docker-registry", "serve", str(self.folder / "config.json")]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, **quiet)
-        for _ in range(200):
+        while self.process.poll() is None:
             try:
                 self.ask("GET", "/v2/").close()
-                break
+                return True
             except urllib.error.HTTPError as error:
                 error.close()
-                break
+                return True
             except OSError:
                 time.sleep(0.05)
+        return False
 
     def ask(self, method, path, data=None, **headers):
         url = path if path.startswith("http") else f"http://{self.host}{path}"
