@@ -124,12 +124,13 @@ def test_delete_leaves_nothing(namespace: Kubectl, operator: OperatorProcess) ->
     def rest() -> list[str]:
         items = namespace.items(f"llmservices,{CHILDREN},replicasets,pods")
         names = [f"{item['kind']}/{item['metadata']['name']}" for item in items]
-        return [name for name in names if name != "ServiceAccount/default"]
+        others = ("ServiceAccount/default", "ServiceAccount/pagoda-operator")
+        return [name for name in names if name not in others]
 
     wait_until(
         "nothing left",
         lambda: not rest(),
-        timeout_seconds=60,
+        timeout_seconds=20,
         on_timeout=lambda: f"{rest()}\n{operator.log}",
     )
     time.sleep(1)
