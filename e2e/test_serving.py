@@ -237,7 +237,7 @@ def test_a_killed_operator_converges_after_each_restart(
 ) -> None:
     operator = target.kubectl.in_namespace(stack.OPERATOR_NAMESPACE)
     rng = random.Random(11)
-    for round_number in range(3):
+    for round_number in range(2):
         max_num_seqs = 8 + round_number
         pids = wait_until("the operator running", operator_process.pids_in_pods, timeout_seconds=60)
         operator.run("rollout", "status", "deployment/pagoda-operator", "--timeout=110s")
