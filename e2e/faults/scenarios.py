@@ -126,8 +126,15 @@ def state_of(case: Case) -> str:
 
 
 def _without_counters(kind: str, manifest: Manifest) -> Manifest:
-    """Of the status of a child the counts; the generation counts edits by hand, and ours."""
+    """Of the status of a child the counts; the generation counts edits by hand, and ours.
+
+    So does a Deployment's revision: of what was refused and then corrected there is none.
+    """
     metadata = {key: value for key, value in manifest["metadata"].items() if key != "generation"}
+    if kind == "Deployment":
+        counted = "deployment.kubernetes.io/revision"
+        kept = {key: it for key, it in metadata["annotations"].items() if key != counted}
+        metadata["annotations"] = kept
     found = {**manifest, "metadata": metadata}
     status = found.pop("status", {})
     if kind == "Deployment":

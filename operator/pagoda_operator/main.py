@@ -209,6 +209,7 @@ class Operator:
         """
         failures = num_looks = 0
         while True:
+            begun = self._clock()
             try:
                 served = await self._api.served_kinds(OPTIONAL_KINDS)
                 if self._is_listed:
@@ -231,7 +232,8 @@ class Operator:
                 self._queue.add(key)
             self._reconciler.served, self._is_listed = served, True
             num_looks += 1
-            await asyncio.sleep(RESYNC_SECONDS)
+            # A look waits for what is on its way; the next one is not later for it.
+            await asyncio.sleep(max(1.0, begun + RESYNC_SECONDS - self._clock()))
 
 
 def _make_checks(

@@ -20,6 +20,7 @@ import kopf
 
 # Not told in public, and raised at whoever runs kopf.
 from kopf._cogs.clients.errors import APIError
+from kopf._cogs.clients.watching import WatchingError
 
 from pagoda_operator.cluster import StartError
 from pagoda_operator.names import KIND, RESOURCES, WATCHED_KINDS, Key
@@ -28,7 +29,7 @@ from pagoda_operator.resync import SELECTOR, Resync
 
 CHILDREN = tuple(RESOURCES[kind] for kind in WATCHED_KINDS if kind != KIND)
 KINDS = {RESOURCES[kind][2]: kind for kind in WATCHED_KINDS}
-_BAD_ANSWERS = (APIError, JSONDecodeError)
+_BAD_ANSWERS = (APIError, WatchingError, JSONDecodeError)
 """Of the API server, or of a proxy before it, to kopf, which gives up."""
 OUTAGE_PAUSE_MAX_SECONDS = 10.0
 SILENCE_SECONDS = 70.0
