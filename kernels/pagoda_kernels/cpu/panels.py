@@ -182,7 +182,7 @@ def _emit_dot(
         wanted = b.add(ahead, b.mul(step, ahead_stride))
         emit_prefetch(b, wanted, 2)
         emit_prefetch(b, b.add(wanted, b.ashr(ahead_stride, _INT64(1))), 2)
-    results = []
+    results: list[Any] = []
     for row in range(num_rows):
         at = b.add(b.add(x, b.mul(stride, _INT64(row))), b.mul(step, _INT64(BYTES_PER_STEP)))
         repeated = repeat(b, b.load(_pointer(b, at, _INT32)))
