@@ -240,9 +240,10 @@ def _emit_multiply(b: Any, numbers: Numbers, sums: Any, repeated: Any, vector: A
         for x, y in zip(_widen_pairs(b, repeated), _widen_pairs(b, vector), strict=True):
             sums = b.call(fma, [x, y, sums])
         return sums
-    name = ".vpdpbusd.512" if numbers.multiplied_bytes == 1 else "bf16.dpbf16ps.512"
+    is_bytes = numbers.multiplied_bytes == 1
+    name = "llvm.x86.avx512.vpdpbusd.512" if is_bytes else "llvm.x86.avx512bf16.dpbf16ps.512"
     function = ir.FunctionType(sums.type, [sums.type, _INT32S, _INT32S])
-    intrinsic = b.module.declare_intrinsic(f"llvm.x86.avx512{name}", [], function)
+    intrinsic = b.module.declare_intrinsic(name, [], function)
     return b.call(intrinsic, [sums, repeated, vector])
 
 
