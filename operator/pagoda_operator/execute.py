@@ -10,12 +10,13 @@ from pagoda_operator.cluster import ApiServer, Refused
 from pagoda_operator.containers import CRASHES_UNTIL_STALLED
 from pagoda_operator.names import MANAGER, ChildRef, Key, Manifest
 from pagoda_operator.plan import Applied, Apply, Memory, Plan, is_put_back
+from pagoda_operator.recall import Recall
 
 logger = logging.getLogger(__name__)
 
 
 async def execute(
-    cluster: ApiServer, key: Key, plan: Plan, memory: Memory, now: float
+    recall: Recall, key: Key, plan: Plan, memory: Memory, now: float
 ) -> Manifest | None:
     """Write what the plan says, and remember what saves saying it again.
 
@@ -24,26 +25,26 @@ async def execute(
     """
     deployment = None
     for apply in plan.applies:
-        live = await _apply(cluster, key, apply, memory, now)
+        live = await _apply(recall, key, apply, memory, now)
         if apply.ref.kind == "Deployment":
             deployment = live
     for live in plan.deletes:
-        await cluster.delete(live)
+        await recall.cluster.delete(live)
         ref = ChildRef.of(live)
+        recall.drop(key, ref)
         memory.applied.pop(ref, None)
         logger.info("%s: deleted %s", key, ref)
     return deployment
 
 
-async def _apply(
-    cluster: ApiServer, key: Key, apply: Apply, memory: Memory, now: float
-) -> Manifest:
-    found = apply.live
+async def _apply(recall: Recall, key: Key, apply: Apply, memory: Memory, now: float) -> Manifest:
+    found, cluster = apply.live, recall.cluster
     if apply.taken_over is not None:
         await cluster.set_managed_fields(apply.manifest, apply.taken_over)
     # A name that was free a moment ago is taken without force: never from a stranger.
     force = found is not None
     live = await cluster.apply(apply.manifest, manager=apply.manager, force=force)
+    recall.keep(key, live)
     what, why, is_changed = f"applied {apply.ref}", "", True
     if apply.manager == MANAGER:
         last = memory.applied.get(apply.ref)

@@ -67,6 +67,9 @@ class Operator:
         self._queue = WorkQueue(clock, telemetry.queue_seconds.labels(name=QUEUE).observe)
         self._poller = Poller(clock=clock, on_change=self._queue.add, telemetry=telemetry)
         self._checks = _make_checks(options, api, clock, self._queue.add)
+        self._resync = Resync(
+            api, telemetry, self._queue.add, namespace=options.namespace, clock=clock
+        )
         self._reconciler = Reconciler(
             api,
             self._poller,
@@ -74,12 +77,10 @@ class Operator:
             operator_namespace=own_namespace(),
             instance=socket.gethostname(),
             checks=self._checks,
+            told=self._resync.told,
         )
         self._clock = clock
         self._lease = Lease(api, options.namespace, clock, replica_of=options.replica_of)
-        self._resync = Resync(
-            api, telemetry, self._queue.add, namespace=options.namespace, clock=clock
-        )
         self._is_listed = False
         self._workers: list[asyncio.Task[None]] = []
         telemetry.queue_depth.labels(name=QUEUE).set_function(lambda: self._queue.num_due)

@@ -16,6 +16,7 @@ from pagoda_operator.events import WARNINGS_OF_PODS, service_of
 from pagoda_operator.names import LABEL_COMPONENT, LABEL_SERVICE, PRELOAD, ChildRef, Key, Manifest
 from pagoda_operator.plan import is_ours
 from pagoda_operator.queue import backoff_seconds
+from pagoda_operator.recall import Recall
 from pagoda_operator.spec import LLMService
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class World:
 
 
 async def observe(
-    cluster: ApiServer, key: Key, named: Collection[ChildRef], kinds: Collection[str], now: datetime
+    recall: Recall, key: Key, named: Collection[ChildRef], kinds: Collection[str], now: datetime
 ) -> World:
     """Read the children and pods of a service.
 
@@ -62,13 +63,14 @@ async def observe(
         named: children that are looked for by name.
         kinds: kinds, Pod among them, of which everything with the label of the service is listed.
     """
-    namespace, selector = key.namespace, f"{LABEL_SERVICE}={key.name}"
+    cluster, namespace = recall.cluster, key.namespace
+    selector = f"{LABEL_SERVICE}={key.name}"
     lists = await asyncio.gather(*(cluster.list(kind, namespace, selector) for kind in kinds))
     listed = dict(zip(kinds, lists, strict=True))
     pods = listed.pop("Pod", [])
     children = {ChildRef.of(item): item for items in listed.values() for item in items}
     unseen = [ref for ref in named if ref not in children]
-    found = await asyncio.gather(*(cluster.get(ref.kind, namespace, ref.name) for ref in unseen))
+    found = await asyncio.gather(*(recall.get(key, ref) for ref in unseen))
     children |= {ref: item for ref, item in zip(unseen, found, strict=True) if item is not None}
     events = await _telling_events(cluster, namespace, pods, now)
     loaders = [pod for pod in pods if _is_loader(pod)]

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from datetime import UTC, datetime
 
 from pagoda_operator.cause import Cause, steady
@@ -45,6 +45,7 @@ from pagoda_operator.plan import (
 )
 from pagoda_operator.poll import Poller
 from pagoda_operator.preload import find_preloading
+from pagoda_operator.recall import Recall
 from pagoda_operator.render import render_children, revision_of
 from pagoda_operator.rollout import Rollout, choose_rollout
 from pagoda_operator.spec import LLMService, Strategy, parse
@@ -98,7 +99,13 @@ class Reconciler:
     """Those of OPTIONAL_KINDS that the cluster knows; the caller looks now and then."""
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     clock: Callable[[], float] = time.monotonic
+    told: InitVar[Callable[[str, str], str | None]] = lambda kind, uid: None
+    """See `Recall`."""
+    _recall: Recall = field(init=False)
     _memories: dict[Key, Memory] = field(default_factory=dict, init=False)
+
+    def __post_init__(self, told: Callable[[str, str], str | None]) -> None:
+        self._recall = Recall(self.cluster, told, self.clock)
 
     async def reconcile(self, key: Key) -> float | None:
         """One pass. Returns after how many seconds to come again, None if only upon a change.
@@ -106,8 +113,8 @@ class Reconciler:
         Raises:
             ApiError: the API server refused or did not answer; come again later.
         """
-        manifest = await self._find(key)
-        if manifest is None:
+        manifest = await self._recall.get(key, ChildRef(KIND, key.name))
+        if manifest is None or is_leaving(manifest):
             # The garbage collector deletes the children: they name their owner.
             self.forget(key)
             return None
@@ -118,14 +125,10 @@ class Reconciler:
             return None
         return await self._converge(service, manifest)
 
-    async def _find(self, key: Key) -> Manifest | None:
-        """The LLMService; None if it is gone or going."""
-        manifest = await self.cluster.get(KIND, key.namespace, key.name)
-        return None if manifest is None or is_leaving(manifest) else manifest
-
     def forget(self, key: Key) -> None:
         """The LLMService is gone."""
         self._memories.pop(key, None)
+        self._recall.forget(key)
         self.poller.forget(key)
         self.poller.reports.forget(key)
         self.poller.loads.forget(key)
@@ -145,13 +148,14 @@ class Reconciler:
         if any(it.adopts or (it.live is None and is_seen(previous)) for it in plan.applies):
             # A deletion takes the children, or, with them left behind, their owner: given back, the
             # former would be made for nothing, and the latter would go with it.
-            found = await self._find(key)
-            if found is None or found["metadata"]["uid"] != service.uid:
+            found = await self.cluster.get(KIND, key.namespace, key.name)
+            is_gone = found is None or is_leaving(found)
+            if found is None or is_gone or found["metadata"]["uid"] != service.uid:
                 self.forget(key)
-                return None if found is None else WAIT_FOR_DELETION_SECONDS
+                return None if is_gone else WAIT_FOR_DELETION_SECONDS
         failure: Refused | Unavailable | None = None
         try:
-            deployment = await execute(self.cluster, key, plan, memory, now) or deployment
+            deployment = await execute(self._recall, key, plan, memory, now) or deployment
             memory.scaled = decision.target_replicas
         except (Refused, Unavailable) as error:
             failure = error
@@ -231,7 +235,7 @@ class Reconciler:
         named = {**dict.fromkeys(wanted), **memory.applied}
         kinds = ("Pod",) if memory.is_swept else (*CHILD_KINDS, *self.served, "Pod")
         try:
-            return await observe(self.cluster, key, named, () if is_new else kinds, self.now())
+            return await observe(self._recall, key, named, () if is_new else kinds, self.now())
         except (Refused, Unavailable) as error:
             # One read that fails says nothing of what is in force already.
             is_in_force = previous.get("observedGeneration") == service.generation
@@ -300,7 +304,9 @@ class Reconciler:
             with contextlib.suppress(ApiError):
                 await self.cluster.create_event(event)
         try:
-            await self.cluster.apply_status(same_object(manifest, status=status), manager=MANAGER)
+            told = same_object(manifest, status=status)
+            live = await self.cluster.apply_status(told, manager=MANAGER)
+            self._recall.keep(Key.of(live), live)
         except NotFound:
             logger.info("%s is gone", manifest["metadata"]["name"])
 

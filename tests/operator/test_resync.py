@@ -201,3 +201,18 @@ def test_an_object_leads_to_its_owner_and_to_what_its_label_says() -> None:
     edited = {"ownerReferences": [owner], "labels": {"pagoda.dev/service": "another"}}
     assert owners(edited) == {"chat", "another"}
     assert owners({"ownerReferences": [{"kind": "ReplicaSet", "name": "x"}]}) == set()
+
+
+async def test_the_version_that_a_watch_told_is_doubted_until_it_tells_again(
+    world: World,
+) -> None:
+    assert world.resync.told("Deployment", "uid-1") is None
+    tell(world, 1)
+    assert world.resync.told("Deployment", "uid-1") == "1"
+    world.objects["Deployment"] = [metadata(2)]
+    await world.resync.look(())
+    assert world.resync.told("Deployment", "uid-1") is None
+    tell(world, 2)
+    assert world.resync.told("Deployment", "uid-1") == "2"
+    tell(world, 2, is_gone=True)
+    assert world.resync.told("Deployment", "uid-1") is None

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -204,6 +204,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         if operator == "**" and abs(right) > MAX_EXPONENT:
             raise jinja2.TemplateError(f"an exponent is larger than {MAX_EXPONENT}")
         return super().call_binop(context, operator, left, right)
+
+    def handle_exception(self, source: str | None = None) -> NoReturn:
+        # Jinja compiles a line for each frame of a traceback that nobody sees.
+        if source is not None:
+            super().handle_exception(source)
+        raise
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
