@@ -58,6 +58,15 @@ def resources(**more: Any) -> dict[str, Any]:
 NOW = datetime.now(UTC)
 STARTED = (NOW - timedelta(minutes=5)).strftime("%Y-%m-%dT%H:%M:%SZ")
 UNREADY = {**engine(started=True, state={"running": {"startedAt": STARTED}})}
+# As the controller of nodes leaves it, which knows nothing of the containers.
+ON_LOST_NODE = {
+    **engine(started=True, ready=True, state={"running": {"startedAt": STARTED}}),
+    "conditions": [
+        {"type": "Ready", "status": "False"},
+        {"type": "ContainersReady", "status": "True"},
+        {"type": "PodScheduled", "status": "True"},
+    ],
+}
 EVICTED = {"phase": "Failed", "reason": "Evicted", "message": 'EmptyDir volume "cache" exceeds'}
 KILLED = "Container engine failed {} probe, will be restarted"
 SCHEDULED = (
@@ -146,6 +155,13 @@ PLAYED = (
         event=("Killing", KILLED.format("liveness")),
     ),
     Case("readiness", "NotReady", "readiness probe", False, status=UNREADY),
+    Case(
+        "node-lost",
+        "NodeUnreachable",
+        "The node causes does not answer",
+        False,
+        status=ON_LOST_NODE,
+    ),
     Case("evicted", "Evicted", "spec.cache.sizeLimit", False, status=EVICTED),
 )
 CASES = (*SCHEDULED, *PLAYED)

@@ -17,9 +17,8 @@ from .settings import Settings
 
 LABEL = "pagoda.dev/fake-node"
 POD_CIDR = "127.64.0.1/16"
-# Shorter than what the controller manager waits for, which is 50 s. The statuses of nodes are
-# their heartbeats: kwok 0.8 loses the Leases of nodes to conflicts with itself.
-HEARTBEAT_SECONDS = 15
+# Shorter than what the controller manager waits for, which is 50 s.
+LEASE_SECONDS = 40
 
 
 @contextmanager
@@ -37,7 +36,7 @@ def fake_nodes(settings: Settings) -> Iterator[None]:
         "node-ip": "127.0.0.1",
         # Nobody asks its nodes for logs.
         "node-port": 0,
-        "node-lease-duration-seconds": 0,
+        "node-lease-duration-seconds": LEASE_SECONDS,
     }
     command = [str(program), *(f"--{name}={value}" for name, value in flags.items())]
     start(settings, Program("kwok", command))
@@ -60,9 +59,6 @@ def node(name: str, *, num_gpus: int, num_pods: int) -> dict[str, Any]:
 
 def _stages() -> Iterator[dict[str, Any]]:
     yield _stage("node-ready", "Node", [_condition("Ready", "NotIn", "True")], _NODE_STATUS)
-    beat = _stage("node-heartbeat", "Node", [_condition("Ready", "In", "True")], _NODE_STATUS)
-    beat["spec"]["delay"] = {"durationMilliseconds": 1000 * HEARTBEAT_SECONDS}
-    yield beat
     lives = {"key": ".metadata.deletionTimestamp", "operator": "DoesNotExist"}
     pending = {"key": ".status.phase", "operator": "In", "values": ["Pending"]}
     yield _stage("pod-ready", "Pod", [lives, pending], _POD_STATUS)

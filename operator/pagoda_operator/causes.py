@@ -194,12 +194,30 @@ def cause_of_pod(
         return cause_of_unscheduled(spec, str(scheduled.get("message", "")), older)
     if is_unstarted(pod):
         return cause_of_warnings(pod, events)
+    if find_condition(pod_status, "ContainersReady").get("status") == "True":
+        return _cause_of_well(pod)
     statuses = pod_status.get("containerStatuses", [])
     # A sidecar that somebody injected comes last, whatever its name.
     for status in sorted(statuses, key=lambda status: status["name"] not in OWN_CONTAINERS):
         if (cause := cause_of_container(spec, pod, status, events)) is not None:
             return cause
     return None
+
+
+def _cause_of_well(pod: Manifest) -> Cause:
+    """Why a pod is not ready whose containers all are, as their kubelet said last."""
+    gates = [gate["conditionType"] for gate in pod["spec"].get("readinessGates", [])]
+    conditions = pod["status"]
+    closed = [gate for gate in gates if find_condition(conditions, gate).get("status") != "True"]
+    if closed:
+        text = f"The engine is ready, but the pod's readiness gate {' and '.join(closed)} is not "
+        return Cause("ReadinessGateClosed", text + "true; whoever sets it knows why.", False)
+    node = pod["spec"].get("nodeName")
+    text = (
+        f"The node {node} does not answer: its kubelet, the machine or the network is down. "
+        "Kubernetes starts the engine on another node after some minutes."
+    )
+    return Cause("NodeUnreachable", text, False)
 
 
 def _cause_of_deployment(

@@ -182,6 +182,22 @@ def test_an_engine_that_was_ready_and_is_no_more_does_not_load() -> None:
         assert cause.reason == reason
 
 
+def test_an_engine_whose_node_is_lost_is_not_blamed() -> None:
+    pod = make_pod("rev", container={"ready": True, "started": True})
+    pod["spec"] = {"nodeName": "gpu-3"}
+    pod["status"]["conditions"].append({"type": "ContainersReady", "status": "True"})
+    cause = cause_of(pod)
+    assert cause is not None
+    assert (cause.reason, cause.is_stalled) == ("NodeUnreachable", False)
+    assert "gpu-3" in cause.message
+    pod["spec"]["readinessGates"] = [{"conditionType": "lb/a"}, {"conditionType": "lb/b"}]
+    pod["status"]["conditions"].append({"type": "lb/a", "status": "True"})
+    cause = cause_of(pod)
+    assert cause is not None
+    assert cause.reason == "ReadinessGateClosed"
+    assert "lb/b is not true" in cause.message
+
+
 def test_a_sidecar_does_not_speak_for_the_engine() -> None:
     pod = make_pod("rev", container={"state": {"terminated": exited(1, words("DoesNotFit"))}})
     sidecar = {"name": "agent", "image": "a", "restartCount": 0, "state": {"running": {}}}
