@@ -102,7 +102,7 @@ class Operator:
         watching = loop.create_task(
             watch(
                 self._resync,
-                self._queue.add,
+                self._queue,
                 namespace=options.namespace,
                 stop=stop_watching,
                 ready=ready,

@@ -51,6 +51,8 @@ class WorkQueue:
         # Every key that nobody holds is in it with its time, and entries that were true once.
         self._heap: list[tuple[float, Key]] = []
         self._held: set[Key] = set()
+        # Keys that come before all others, in order; none that has to wait for its time.
+        self._urgent: dict[Key, None] = {}
         self._failures: dict[Key, int] = {}
         self._not_before: dict[Key, float] = {}
         self._changed = asyncio.Event()
@@ -71,6 +73,12 @@ class WorkQueue:
         if at < self._due.get(key, float("inf")):
             self._set_due(key, at)
 
+    def add_urgent(self, key: Key) -> None:
+        """Let the key come now, before others that are due: somebody waits for it."""
+        self.add(key)
+        if self._due[key] <= self._clock():
+            self._urgent[key] = None
+
     async def take(self) -> Key | None:
         """Wait for the key that is due for longest; the caller has to end with `done` or `failed`.
 
@@ -81,6 +89,7 @@ class WorkQueue:
             pause = at - self._clock()
             if key is not None and pause <= 0:
                 del self._due[key]
+                self._urgent.pop(key, None)
                 self._held.add(key)
                 if self._note_wait is not None:
                     self._note_wait(-pause)
@@ -108,6 +117,7 @@ class WorkQueue:
         self._not_before[key] = self._clock() + at_least_seconds
         if key in self._due:
             self._due[key] = max(self._due[key], self._not_before[key])
+        self._urgent.pop(key, None)
         self._release(key)
         self.add(key, delay)
         return delay
@@ -133,6 +143,9 @@ class WorkQueue:
 
     def _first(self) -> tuple[float, Key | None]:
         """When which key is due first, of those that nobody holds; without one, never."""
+        for key in self._urgent:
+            if key not in self._held:
+                return self._due[key], key
         while self._heap:
             at, key = self._heap[0]
             if key not in self._held and self._due.get(key) == at:

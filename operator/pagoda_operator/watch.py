@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from json import JSONDecodeError
 from typing import Any
 
@@ -23,8 +23,8 @@ from kopf._cogs.clients.errors import APIError
 from kopf._cogs.clients.watching import WatchingError
 
 from pagoda_operator.cluster import StartError
-from pagoda_operator.names import KIND, RESOURCES, WATCHED_KINDS, Key
-from pagoda_operator.queue import backoff_seconds
+from pagoda_operator.names import KIND, RESOURCES, WATCHED_KINDS
+from pagoda_operator.queue import WorkQueue, backoff_seconds
 from pagoda_operator.resync import SELECTOR, Resync
 
 CHILDREN = tuple(RESOURCES[kind] for kind in WATCHED_KINDS if kind != KIND)
@@ -62,7 +62,7 @@ class NoDifferences(kopf.DiffBaseStorage):
 
 async def watch(
     resync: Resync,
-    enqueue: Callable[[Key, float], None],
+    queue: WorkQueue,
     *,
     namespace: str | None,
     stop: asyncio.Event,
@@ -75,7 +75,7 @@ async def watch(
     """
     try:
         await kopf.operator(
-            registry=build_registry(resync, enqueue),
+            registry=build_registry(resync, queue),
             settings=build_settings(),
             standalone=True,
             # Found out from the user's name otherwise, which the user of a container may not have.
@@ -97,7 +97,7 @@ def without_traces(record: logging.LogRecord) -> bool:
     return "request_cancel_callback" not in record.getMessage()
 
 
-def build_registry(resync: Resync, enqueue: Callable[[Key, float], None]) -> kopf.OperatorRegistry:
+def build_registry(resync: Resync, queue: WorkQueue) -> kopf.OperatorRegistry:
     """The handlers; each one enqueues the LLMService that an object is or belongs to."""
     registry = kopf.OperatorRegistry()
     # A registry of one's own has no way to log in.
@@ -110,9 +110,11 @@ def build_registry(resync: Resync, enqueue: Callable[[Key, float], None]) -> kop
         kind = KINDS[resource.plural]
         # A child, or only the status changed, most likely by ourselves: nobody waits for an answer.
         is_seen = body.status.get("observedGeneration") == body.metadata.get("generation")
-        delay_seconds = BURST_SECONDS if kind != KIND or is_seen else 0.0
         for key in resync.note(kind, body.metadata, is_gone=event["type"] == "DELETED"):
-            enqueue(key, delay_seconds)
+            if kind != KIND or is_seen:
+                queue.add(key, BURST_SECONDS)
+            else:
+                queue.add_urgent(key)
 
     for kind in WATCHED_KINDS:
         kopf.on.event(*RESOURCES[kind], registry=registry)(changed)

@@ -79,6 +79,30 @@ async def test_the_key_that_is_due_for_longest_comes_first(
     assert await due(queue) == B
 
 
+async def test_what_is_urgent_comes_before_what_is_due_for_longer(
+    queue: WorkQueue, clock: FakeClock
+) -> None:
+    queue.add(A)
+    clock.now += 5.0
+    queue.add_urgent(B)
+    assert await due(queue) == B
+    queue.add_urgent(B)
+    # Held: it comes once it is released, and the others meanwhile.
+    assert await due(queue) == A
+    queue.add(A)
+    queue.done(A)
+    queue.done(B)
+    assert await due(queue) == B
+    queue.add_urgent(B)
+    queue.failed(B, at_least_seconds=3.0)
+    assert await due(queue) == A
+    queue.done(A)
+    queue.add_urgent(B)
+    assert await due(queue) is None
+    clock.now += 60.0
+    assert await due(queue) == B
+
+
 async def test_a_key_comes_again_after_the_time_that_its_worker_asks_for(
     queue: WorkQueue, clock: FakeClock
 ) -> None:
