@@ -59,8 +59,8 @@ def api_server(settings: Settings) -> Program:
         "proxy-client-cert-file": pki / "front-proxy.crt",
         "proxy-client-key-file": pki / "front-proxy.key",
         "enable-aggregator-routing": "true",
-        # Debian's etcd does not tell how far a watch is: watches that begin with what there is would
-        # be taken and broken off.
+        # Debian's etcd does not tell how far a watch is: those that begin with a list would be
+        # broken off.
         "feature-gates": "WatchList=false",
         "audit-policy-file": settings.config / "audit-policy.json",
         "audit-log-path": settings.audit_log,

@@ -26,6 +26,7 @@ from pagoda_operator.cluster import StartError
 from pagoda_operator.names import KIND, RESOURCES, WATCHED_KINDS
 from pagoda_operator.queue import WorkQueue, backoff_seconds
 from pagoda_operator.resync import SELECTOR, Resync
+from pagoda_operator.status import is_seen
 
 CHILDREN = tuple(RESOURCES[kind] for kind in WATCHED_KINDS if kind != KIND)
 KINDS = {RESOURCES[kind][2]: kind for kind in WATCHED_KINDS}
@@ -109,10 +110,13 @@ def build_registry(resync: Resync, queue: WorkQueue) -> kopf.OperatorRegistry:
     ) -> None:
         kind = KINDS[resource.plural]
         # A child, or only the status changed, most likely by ourselves: nobody waits for an answer.
-        is_seen = body.status.get("observedGeneration") == body.metadata.get("generation")
+        seen, wanted = body.status.get("observedGeneration"), body.metadata.get("generation")
         for key in resync.note(kind, body.metadata, is_gone=event["type"] == "DELETED"):
-            if kind != KIND or is_seen:
+            if kind != KIND or seen == wanted:
                 queue.add(key, BURST_SECONDS)
+            elif not is_seen(dict(body.status)):
+                # Many new services are sooner seen if each is made and told of in its turn.
+                queue.add(key)
             else:
                 queue.add_urgent(key)
 
