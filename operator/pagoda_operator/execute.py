@@ -43,7 +43,12 @@ async def _apply(recall: Recall, key: Key, apply: Apply, memory: Memory, now: fl
         await cluster.set_managed_fields(apply.manifest, apply.taken_over)
     # A name that was free a moment ago is taken without force: never from a stranger.
     force = found is not None
-    live = await cluster.apply(apply.manifest, manager=apply.manager, force=force)
+    manifest = apply.manifest
+    if found is not None:
+        # Nothing else that has the name by now.
+        uid = found["metadata"]["uid"]
+        manifest = {**manifest, "metadata": {**manifest["metadata"], "uid": uid}}
+    live = await cluster.apply(manifest, manager=apply.manager, force=force)
     recall.keep(key, live)
     what, why, is_changed = f"applied {apply.ref}", "", True
     if apply.manager == MANAGER:

@@ -89,12 +89,15 @@ class Lease:
         identity: str | None = None,
         *,
         replica_of: str | None = None,
+        on_regained: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             replica_of: the installation; the holder is expected to be another replica of it.
+            on_regained: called where another operator may have held it for a while.
         """
         self._api = api
+        self._on_regained = on_regained
         self._replica_of = replica_of
         self._is_cluster_wide = namespace is None
         self._namespace = CLUSTER_NAMESPACE if namespace is None else namespace
@@ -146,9 +149,12 @@ class Lease:
         while True:
             pause = RENEW_SECONDS if self.is_held else RETRY_SECONDS
             await asyncio.sleep(max(pause, self._asked_seconds))
+            was_held = self.is_held
             await self._take_or_renew()
             if self.holder is not None:
                 return
+            if self.is_held and not was_held:
+                self._on_regained()
 
     async def release(self) -> None:
         """Let the next operator begin at once."""

@@ -26,6 +26,7 @@ from pagoda_operator.names import KIND, OPTIONAL_KINDS, Key
 from pagoda_operator.observe import watch_warnings
 from pagoda_operator.poll import Poller
 from pagoda_operator.queue import WorkQueue, backoff_seconds
+from pagoda_operator.recall import Recall
 from pagoda_operator.reconcile import Reconciler
 from pagoda_operator.resync import Resync
 from pagoda_operator.telemetry import Telemetry
@@ -70,6 +71,7 @@ class Operator:
         self._resync = Resync(
             api, telemetry, self._queue.add, namespace=options.namespace, clock=clock
         )
+        self._recall = Recall(api, self._resync.told, clock)
         self._reconciler = Reconciler(
             api,
             self._poller,
@@ -77,10 +79,16 @@ class Operator:
             operator_namespace=own_namespace(),
             instance=socket.gethostname(),
             checks=self._checks,
-            told=self._resync.told,
+            recall=self._recall,
         )
         self._clock = clock
-        self._lease = Lease(api, options.namespace, clock, replica_of=options.replica_of)
+        self._lease = Lease(
+            api,
+            options.namespace,
+            clock,
+            replica_of=options.replica_of,
+            on_regained=self._recall.clear,
+        )
         self._is_listed = False
         self._workers: list[asyncio.Task[None]] = []
         telemetry.queue_depth.labels(name=QUEUE).set_function(lambda: self._queue.num_due)
@@ -103,6 +111,7 @@ class Operator:
             watch(
                 self._resync,
                 self._queue,
+                self._recall,
                 namespace=options.namespace,
                 stop=stop_watching,
                 ready=ready,

@@ -18,6 +18,8 @@ BACKOFF_FIRST_SECONDS = 0.2
 BACKOFF_MAX_SECONDS = 60.0
 # Beyond it, the entries that are true no more are thrown out.
 MAX_ENTRIES_PER_KEY = 4
+# Who is due for longer waits for nothing urgent.
+MAX_WAIT_SECONDS = 10.0
 
 
 def backoff_seconds(
@@ -143,9 +145,14 @@ class WorkQueue:
 
     def _first(self) -> tuple[float, Key | None]:
         """When which key is due first, of those that nobody holds; without one, never."""
-        for key in self._urgent:
-            if key not in self._held:
-                return self._due[key], key
+        at, key = self._longest()
+        if self._clock() - at <= MAX_WAIT_SECONDS:
+            for urgent in self._urgent:
+                if urgent not in self._held:
+                    return self._due[urgent], urgent
+        return at, key
+
+    def _longest(self) -> tuple[float, Key | None]:
         while self._heap:
             at, key = self._heap[0]
             if key not in self._held and self._due.get(key) == at:

@@ -62,8 +62,12 @@ class Recall:
         self._kept.get(key, {}).pop(ref, None)
 
     def forget(self, key: Key) -> None:
-        """The service is gone."""
+        """The service is gone, or what is known of it may be wrong."""
         self._kept.pop(key, None)
+
+    def clear(self) -> None:
+        """Another operator may have written."""
+        self._kept.clear()
 
     def _is_current(self, kind: str, kept: _Kept) -> bool:
         is_told = self.told(kind, kept.uid) == kept.version

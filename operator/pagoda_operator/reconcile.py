@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import KW_ONLY, InitVar, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 
 from pagoda_operator.cause import Cause, steady
@@ -99,13 +99,13 @@ class Reconciler:
     """Those of OPTIONAL_KINDS that the cluster knows; the caller looks now and then."""
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     clock: Callable[[], float] = time.monotonic
-    told: InitVar[Callable[[str, str], str | None]] = lambda kind, uid: None
-    """See `Recall`."""
+    recall: Recall | None = None
+    """None: everything is read again in every pass."""
     _recall: Recall = field(init=False)
     _memories: dict[Key, Memory] = field(default_factory=dict, init=False)
 
-    def __post_init__(self, told: Callable[[str, str], str | None]) -> None:
-        self._recall = Recall(self.cluster, told, self.clock)
+    def __post_init__(self) -> None:
+        self._recall = self.recall or Recall(self.cluster, lambda kind, uid: None, self.clock)
 
     async def reconcile(self, key: Key) -> float | None:
         """One pass. Returns after how many seconds to come again, None if only upon a change.
@@ -113,6 +113,14 @@ class Reconciler:
         Raises:
             ApiError: the API server refused or did not answer; come again later.
         """
+        try:
+            return await self._reconcile(key)
+        except ApiError:
+            # What is remembered may be the reason, and anything may have happened by the next try.
+            self._recall.forget(key)
+            raise
+
+    async def _reconcile(self, key: Key) -> float | None:
         manifest = await self._recall.get(key, ChildRef(KIND, key.name))
         if manifest is None or is_leaving(manifest):
             # The garbage collector deletes the children: they name their owner.
@@ -159,6 +167,7 @@ class Reconciler:
             memory.scaled = decision.target_replicas
         except (Refused, Unavailable) as error:
             failure = error
+            self._recall.forget(key)
         is_complete = world.is_listed or all(apply.live is None for apply in plan.applies)
         memory.is_swept |= is_complete and failure is None and not plan.conflicts
         if failure is None and plan.applies and not is_seen(previous):

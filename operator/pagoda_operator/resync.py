@@ -84,14 +84,14 @@ class Resync:
     )
     _num_told: Counter[str] = field(default_factory=Counter, init=False)
     _behind_since: dict[str, float] = field(default_factory=dict, init=False)
-    _doubted: set[str] = field(default_factory=set, init=False)
-    """uids of which a list had what no watch told yet."""
+    _doubted: dict[str, set[str]] = field(default_factory=dict, init=False)
+    """uids of which the last list had what no watch told yet."""
 
     def note(self, kind: str, metadata: Mapping[str, Any], *, is_gone: bool) -> tuple[Key, ...]:
         """Take what a watch tells; its events of one object come in order. Returns whose it is."""
         sighting = Sighting.of(kind, metadata)
         self._num_told[kind] += 1
-        self._doubted.discard(metadata["uid"])
+        self._doubted.get(kind, set()).discard(metadata["uid"])
         if is_gone:
             self._seen[kind].pop(metadata["uid"], None)
         else:
@@ -99,8 +99,11 @@ class Resync:
         return sighting.keys
 
     def told(self, kind: str, uid: str) -> str | None:
-        """The version of an object that was told last; None if a list had another one."""
-        sighting = None if uid in self._doubted else self._seen[kind].get(uid)
+        """The version of an object that was told last; None if a list had another one, or if no
+        watch tells of the kind."""
+        if kind in OPTIONAL_KINDS or uid in self._doubted.get(kind, ()):
+            return None
+        sighting = self._seen[kind].get(uid)
         return None if sighting is None else sighting.version
 
     async def look(self, served: Collection[str]) -> list[Key]:
@@ -155,7 +158,7 @@ class Resync:
         seen = self._seen[kind]
         # What was told of since the list began was not missed, whatever version that was.
         untold = {uid for uid in _differing(before, listed) if seen.get(uid) == before.get(uid)}
-        self._doubted |= untold & listed.keys()
+        self._doubted[kind] = untold & listed.keys()
         self._enqueue(untold, before, listed)
         missed = untold if is_silent else untold - listed.keys()
         for uid in missed - listed.keys():

@@ -25,6 +25,7 @@ from kopf._cogs.clients.watching import WatchingError
 from pagoda_operator.cluster import StartError
 from pagoda_operator.names import KIND, RESOURCES, WATCHED_KINDS
 from pagoda_operator.queue import WorkQueue, backoff_seconds
+from pagoda_operator.recall import Recall
 from pagoda_operator.resync import SELECTOR, Resync
 from pagoda_operator.status import is_seen
 
@@ -64,6 +65,7 @@ class NoDifferences(kopf.DiffBaseStorage):
 async def watch(
     resync: Resync,
     queue: WorkQueue,
+    recall: Recall,
     *,
     namespace: str | None,
     stop: asyncio.Event,
@@ -76,7 +78,7 @@ async def watch(
     """
     try:
         await kopf.operator(
-            registry=build_registry(resync, queue),
+            registry=build_registry(resync, queue, recall),
             settings=build_settings(),
             standalone=True,
             # Found out from the user's name otherwise, which the user of a container may not have.
@@ -98,7 +100,7 @@ def without_traces(record: logging.LogRecord) -> bool:
     return "request_cancel_callback" not in record.getMessage()
 
 
-def build_registry(resync: Resync, queue: WorkQueue) -> kopf.OperatorRegistry:
+def build_registry(resync: Resync, queue: WorkQueue, recall: Recall) -> kopf.OperatorRegistry:
     """The handlers; each one enqueues the LLMService that an object is or belongs to."""
     registry = kopf.OperatorRegistry()
     # A registry of one's own has no way to log in.
@@ -112,6 +114,9 @@ def build_registry(resync: Resync, queue: WorkQueue) -> kopf.OperatorRegistry:
         # A child, or only the status changed, most likely by ourselves: nobody waits for an answer.
         seen, wanted = body.status.get("observedGeneration"), body.metadata.get("generation")
         for key in resync.note(kind, body.metadata, is_gone=event["type"] == "DELETED"):
+            if event["type"] is None:
+                # A list, in place of what happened since the last watch.
+                recall.forget(key)
             if kind != KIND or seen == wanted:
                 queue.add(key, BURST_SECONDS)
             elif not is_seen(dict(body.status)):

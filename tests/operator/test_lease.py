@@ -154,16 +154,22 @@ async def test_an_operator_whose_lease_was_taken_is_told() -> None:
 
 async def test_an_outage_ends_nothing_and_the_lease_is_held_again_after_it() -> None:
     api, clock = Api(), Clock()
-    mine = Lease(api, "team", clock, "first_x")
+    times_regained: list[float] = []
+    mine = Lease(
+        api, "team", clock, "first_x", on_regained=lambda: times_regained.append(clock.now)
+    )
     await mine.acquire()
     renewing = asyncio.create_task(mine.renew())
+    await turns()
     api.trouble = Unavailable("no answer")
     clock.now += 60
     await turns()
     assert not mine.is_held
+    assert not times_regained
     api.trouble = None
     await turns()
     assert mine.is_held
+    assert times_regained == [clock.now]
     assert not renewing.done()
     renewing.cancel()
 

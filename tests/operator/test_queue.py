@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagoda_operator.names import Key
-from pagoda_operator.queue import WorkQueue, backoff_seconds
+from pagoda_operator.queue import MAX_WAIT_SECONDS, WorkQueue, backoff_seconds
 
 A, B = Key("n", "a"), Key("n", "b")
 
@@ -100,6 +100,14 @@ async def test_what_is_urgent_comes_before_what_is_due_for_longer(
     queue.add_urgent(B)
     assert await due(queue) is None
     clock.now += 60.0
+    assert await due(queue) == B
+
+
+async def test_nothing_waits_long_for_what_is_urgent(queue: WorkQueue, clock: FakeClock) -> None:
+    queue.add(A)
+    clock.now += MAX_WAIT_SECONDS + 1
+    queue.add_urgent(B)
+    assert await due(queue) == A
     assert await due(queue) == B
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from pagoda_operator import recall as module
+from pagoda_operator.cluster import ApiError, Conflict, Refused, Unavailable
 from pagoda_operator.names import KIND, ChildRef, Manifest
 from pagoda_operator.recall import Recall
 from pagoda_operator.reconcile import Reconciler
@@ -48,6 +51,10 @@ def recall(watched: Watched) -> Recall:
     return Recall(watched, watched.version, lambda: watched.now)
 
 
+def make_reconciler(watched: Watched, recall: Recall) -> Reconciler:
+    return Reconciler(watched, make_poller(), engine_image="engine:1", recall=recall)
+
+
 async def test_it_is_read_once_and_each_reader_has_a_copy(watched: Watched, recall: Recall) -> None:
     watched.put_service(1)
     first = await recall.get(KEY, REF)
@@ -57,7 +64,9 @@ async def test_it_is_read_once_and_each_reader_has_a_copy(watched: Watched, reca
     assert watched.reads == {"Service": 1}
 
 
-@pytest.mark.parametrize("why", ["changed", "made anew", "untold", "old", "dropped", "forgotten"])
+@pytest.mark.parametrize(
+    "why", ["changed", "made anew", "untold", "old", "dropped", "forgotten", "cleared"]
+)
 async def test_it_is_read_again_when(watched: Watched, recall: Recall, why: str) -> None:
     stored = watched.put_service(1)
     await recall.get(KEY, REF)
@@ -68,6 +77,7 @@ async def test_it_is_read_again_when(watched: Watched, recall: Recall, why: str)
         "old": lambda: setattr(watched, "now", module.TRUSTED_SECONDS),
         "dropped": lambda: recall.drop(KEY, REF),
         "forgotten": lambda: recall.forget(KEY),
+        "cleared": recall.clear,
     }
     changes[why]()
     await recall.get(KEY, REF)
@@ -82,9 +92,9 @@ async def test_what_is_gone_is_not_remembered(watched: Watched, recall: Recall) 
     assert await recall.get(KEY, REF) is None
 
 
-async def test_passes_without_news_read_no_object_by_name(watched: Watched) -> None:
+async def test_passes_without_news_read_no_object_by_name(watched: Watched, recall: Recall) -> None:
     watched.put(make_manifest())
-    reconciler = Reconciler(watched, make_poller(), engine_image="engine:1", told=watched.version)
+    reconciler = make_reconciler(watched, recall)
     await reconciler.reconcile(KEY)
     await reconciler.reconcile(KEY)
     watched.reads.clear()
@@ -95,9 +105,9 @@ async def test_passes_without_news_read_no_object_by_name(watched: Watched) -> N
     assert watched.reads == {"Deployment": 1}
 
 
-async def test_an_edit_that_a_watch_tells_of_is_undone(watched: Watched) -> None:
+async def test_an_edit_that_a_watch_tells_of_is_undone(watched: Watched, recall: Recall) -> None:
     watched.put(make_manifest())
-    reconciler = Reconciler(watched, make_poller(), engine_image="engine:1", told=watched.version)
+    reconciler = make_reconciler(watched, recall)
     await reconciler.reconcile(KEY)
     await reconciler.reconcile(KEY)
     service = watched.find("Service", "chat")
@@ -107,12 +117,61 @@ async def test_an_edit_that_a_watch_tells_of_is_undone(watched: Watched) -> None
     assert watched.find("Service", "chat")["spec"]["ports"] == wanted
 
 
-async def test_the_status_of_a_new_generation_is_that_of_its_spec(watched: Watched) -> None:
+async def test_the_status_of_a_new_generation_is_that_of_its_spec(
+    watched: Watched, recall: Recall
+) -> None:
     watched.put(make_manifest())
-    reconciler = Reconciler(watched, make_poller(), engine_image="engine:1", told=watched.version)
+    reconciler = make_reconciler(watched, recall)
     await reconciler.reconcile(KEY)
     await reconciler.reconcile(KEY)
     watched.edit({"replicas": 3}, generation=2)
     await reconciler.reconcile(KEY)
     assert watched.find(KIND, "chat")["status"]["observedGeneration"] == 2
     assert watched.find("Deployment", "chat-engine")["spec"]["replicas"] == 3
+
+
+@pytest.mark.parametrize("error", [Conflict("not it"), Unavailable("gone"), Refused("no")])
+async def test_after_a_failure_everything_is_read_again(
+    watched: Watched, recall: Recall, monkeypatch: pytest.MonkeyPatch, error: ApiError
+) -> None:
+    watched.put(make_manifest())
+    reconciler = make_reconciler(watched, recall)
+    await reconciler.reconcile(KEY)
+    await reconciler.reconcile(KEY)
+    watched.edit({"engine": {"maxNumSeqs": 7}}, generation=2)
+    # The next write fails, and no watch tells of what happened meanwhile.
+    with monkeypatch.context() as patch:
+        patch.setattr(watched, "apply", fail_with(error))
+        with contextlib.suppress(ApiError):
+            await reconciler.reconcile(KEY)
+    watched.reads.clear()
+    await reconciler.reconcile(KEY)
+    assert {"ServiceAccount", "Service", "Deployment"} <= set(watched.reads)
+
+
+def fail_with(error: ApiError) -> Callable[..., Awaitable[None]]:
+    async def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+async def test_an_object_of_others_that_took_the_name_is_not_written(
+    watched: Watched, recall: Recall
+) -> None:
+    watched.put(make_manifest())
+    reconciler = make_reconciler(watched, recall)
+    await reconciler.reconcile(KEY)
+    await reconciler.reconcile(KEY)
+    uid = watched.find("Deployment", "chat-engine")["metadata"]["uid"]
+    watched.edit({"engine": {"maxNumSeqs": 7}}, generation=2)
+    sent: list[Manifest] = []
+    apply = watched.apply
+
+    async def note(manifest: Manifest, *, manager: str, force: bool) -> Manifest:
+        sent.append(manifest)
+        return await apply(manifest, manager=manager, force=force)
+
+    watched.apply = note  # type: ignore[method-assign]
+    await reconciler.reconcile(KEY)
+    assert [it["metadata"].get("uid") for it in sent] == [uid]

@@ -216,3 +216,18 @@ async def test_the_version_that_a_watch_told_is_doubted_until_it_tells_again(
     assert world.resync.told("Deployment", "uid-1") == "2"
     tell(world, 2, is_gone=True)
     assert world.resync.told("Deployment", "uid-1") is None
+
+
+async def test_a_doubt_ends_with_the_next_look_that_finds_what_was_told(world: World) -> None:
+    tell(world, 1)
+    world.objects["Deployment"] = [metadata(2)]
+    await world.resync.look(())
+    world.objects["Deployment"] = [metadata(1)]
+    await world.resync.look(())
+    assert world.resync.told("Deployment", "uid-1") == "1"
+
+
+async def test_a_kind_that_nobody_watches_is_never_told(world: World) -> None:
+    world.objects["PodMonitor"] = [metadata(1)]
+    await world.resync.look(("PodMonitor",))
+    assert world.resync.told("PodMonitor", "uid-1") is None
