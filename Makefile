@@ -134,9 +134,9 @@ gpu-compile: venv ## every kernel of GPU engines, compiled without a GPU: make g
 	@PYTHONPATH=benchmarks $(PYTHON) -m gpu.compile \
 	  --out $(or $(OUT),benchmarks/results/gpu-compile.json)
 
-gpu-rehearse:   ## whole steps on a GPU that is not there: where would the host wait for it?
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/runtime/execution/test_rehearsal.py \
-	  tests/runtime/execution/test_pooling_rehearsal.py
+gpu-rehearse:   ## whole steps on a GPU that is not there, and gpu-bench on a CPU
+	@REHEARSE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/runtime/execution/test_rehearsal.py \
+	  tests/runtime/execution/test_pooling_rehearsal.py tests/benchmarks/gpu/test_bench.py
 
 gpu-packages:   ## in out/gpu-packages: what gpu-check and gpu-bench need on a machine without a network
 	@python3 e2e/phases.py gpu-packages

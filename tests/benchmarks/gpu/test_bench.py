@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -93,6 +94,7 @@ def test_a_random_model_is_one_that_engines_load(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("REHEARSE" not in os.environ, reason="takes minutes: make gpu-rehearse")
 def test_all_parts_of_the_benchmark_can_be_rehearsed(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # As make has it.
