@@ -19,7 +19,7 @@ BACKOFF_MAX_SECONDS = 60.0
 # Beyond it, the entries that are true no more are thrown out.
 MAX_ENTRIES_PER_KEY = 4
 # Who is due for longer waits for nothing urgent.
-MAX_WAIT_SECONDS = 10.0
+MAX_WAIT_SECONDS = 60.0
 
 
 def backoff_seconds(
