@@ -121,8 +121,8 @@ class Reconciler:
             raise
 
     async def _reconcile(self, key: Key) -> float | None:
-        manifest = await self._recall.get(key, ChildRef(KIND, key.name))
-        if manifest is None or is_leaving(manifest):
+        manifest = _unless_leaving(await self._recall.get(key, ChildRef(KIND, key.name)))
+        if manifest is None:
             # The garbage collector deletes the children: they name their owner.
             self.forget(key)
             return None
@@ -156,11 +156,10 @@ class Reconciler:
         if any(it.adopts or (it.live is None and is_seen(previous)) for it in plan.applies):
             # A deletion takes the children, or, with them left behind, their owner: given back, the
             # former would be made for nothing, and the latter would go with it.
-            found = await self.cluster.get(KIND, key.namespace, key.name)
-            is_gone = found is None or is_leaving(found)
-            if found is None or is_gone or found["metadata"]["uid"] != service.uid:
+            found = _unless_leaving(await self.cluster.get(KIND, key.namespace, key.name))
+            if found is None or found["metadata"]["uid"] != service.uid:
                 self.forget(key)
-                return None if is_gone else WAIT_FOR_DELETION_SECONDS
+                return None if found is None else WAIT_FOR_DELETION_SECONDS
         failure: Refused | Unavailable | None = None
         try:
             deployment = await execute(self._recall, key, plan, memory, now) or deployment
@@ -318,6 +317,10 @@ class Reconciler:
             self._recall.keep(Key.of(live), live)
         except NotFound:
             logger.info("%s is gone", manifest["metadata"]["name"])
+
+
+def _unless_leaving(manifest: Manifest | None) -> Manifest | None:
+    return None if manifest is None or is_leaving(manifest) else manifest
 
 
 def _hold_pods(

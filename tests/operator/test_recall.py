@@ -51,8 +51,13 @@ def recall(watched: Watched) -> Recall:
     return Recall(watched, watched.version, lambda: watched.now)
 
 
-def make_reconciler(watched: Watched, recall: Recall) -> Reconciler:
-    return Reconciler(watched, make_poller(), engine_image="engine:1", recall=recall)
+async def settled(watched: Watched, recall: Recall) -> Reconciler:
+    """Its first passes made a service's children and wrote the status."""
+    watched.put(make_manifest())
+    reconciler = Reconciler(watched, make_poller(), engine_image="engine:1", recall=recall)
+    await reconciler.reconcile(KEY)
+    await reconciler.reconcile(KEY)
+    return reconciler
 
 
 async def test_it_is_read_once_and_each_reader_has_a_copy(watched: Watched, recall: Recall) -> None:
@@ -93,10 +98,7 @@ async def test_what_is_gone_is_not_remembered(watched: Watched, recall: Recall) 
 
 
 async def test_passes_without_news_read_no_object_by_name(watched: Watched, recall: Recall) -> None:
-    watched.put(make_manifest())
-    reconciler = make_reconciler(watched, recall)
-    await reconciler.reconcile(KEY)
-    await reconciler.reconcile(KEY)
+    reconciler = await settled(watched, recall)
     watched.reads.clear()
     await reconciler.reconcile(KEY)
     assert not watched.reads
@@ -106,10 +108,7 @@ async def test_passes_without_news_read_no_object_by_name(watched: Watched, reca
 
 
 async def test_an_edit_that_a_watch_tells_of_is_undone(watched: Watched, recall: Recall) -> None:
-    watched.put(make_manifest())
-    reconciler = make_reconciler(watched, recall)
-    await reconciler.reconcile(KEY)
-    await reconciler.reconcile(KEY)
+    reconciler = await settled(watched, recall)
     service = watched.find("Service", "chat")
     service["metadata"]["resourceVersion"] = "77"
     wanted, service["spec"]["ports"] = service["spec"]["ports"], []
@@ -120,10 +119,7 @@ async def test_an_edit_that_a_watch_tells_of_is_undone(watched: Watched, recall:
 async def test_the_status_of_a_new_generation_is_that_of_its_spec(
     watched: Watched, recall: Recall
 ) -> None:
-    watched.put(make_manifest())
-    reconciler = make_reconciler(watched, recall)
-    await reconciler.reconcile(KEY)
-    await reconciler.reconcile(KEY)
+    reconciler = await settled(watched, recall)
     watched.edit({"replicas": 3}, generation=2)
     await reconciler.reconcile(KEY)
     assert watched.find(KIND, "chat")["status"]["observedGeneration"] == 2
@@ -134,10 +130,7 @@ async def test_the_status_of_a_new_generation_is_that_of_its_spec(
 async def test_after_a_failure_everything_is_read_again(
     watched: Watched, recall: Recall, monkeypatch: pytest.MonkeyPatch, error: ApiError
 ) -> None:
-    watched.put(make_manifest())
-    reconciler = make_reconciler(watched, recall)
-    await reconciler.reconcile(KEY)
-    await reconciler.reconcile(KEY)
+    reconciler = await settled(watched, recall)
     watched.edit({"engine": {"maxNumSeqs": 7}}, generation=2)
     # The next write fails, and no watch tells of what happened meanwhile.
     with monkeypatch.context() as patch:
@@ -159,10 +152,7 @@ def fail_with(error: ApiError) -> Callable[..., Awaitable[None]]:
 async def test_an_object_of_others_that_took_the_name_is_not_written(
     watched: Watched, recall: Recall
 ) -> None:
-    watched.put(make_manifest())
-    reconciler = make_reconciler(watched, recall)
-    await reconciler.reconcile(KEY)
-    await reconciler.reconcile(KEY)
+    reconciler = await settled(watched, recall)
     uid = watched.find("Deployment", "chat-engine")["metadata"]["uid"]
     watched.edit({"engine": {"maxNumSeqs": 7}}, generation=2)
     sent: list[Manifest] = []
