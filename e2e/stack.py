@@ -240,9 +240,12 @@ def restricted_namespace(kubectl: Kubectl, name: str) -> Iterator[Kubectl]:
 
 
 def _end_pods(kubectl: Kubectl) -> None:
-    """Let all pods end first: a namespace that goes looks again only after half their grace."""
+    """Let all pods end first: a namespace that goes looks again only after half their grace.
+
+    What they do with their grace is told by tests of it.
+    """
     kubectl.run("delete", "llmservices", "--all")
-    kubectl.run("delete", "pods", "--all", "--wait=false")
+    kubectl.run("delete", "pods", "--all", "--grace-period=1", "--wait=false")
     wait_until("the pods ended", lambda: not kubectl.items("pods"), timeout_seconds=120)
 
 

@@ -1,17 +1,17 @@
-"""Objects as they were last read or written, as long as the watches tell of no other version.
+"""Objects as they were last told of, read or written: what a watch tells is not asked for again.
 
-A pass looks at the service and at each of its children, of which seldom more than one changed
-since the last pass. What a watch misses, the resync finds; then it is read again.
+A pass looks at the service, its children and its pods, of which seldom more than one changed since
+the last pass. What a watch misses, the resync finds; then it is read again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from pagoda_operator.cluster import ApiServer
-from pagoda_operator.names import ChildRef, Key, Manifest
+from pagoda_operator.names import LABEL_SERVICE, ChildRef, Key, Manifest
 
 # Read again after so long, whatever the watches tell.
 TRUSTED_SECONDS = 600.0
@@ -27,21 +27,28 @@ class _Kept:
 
 
 @dataclass(slots=True)
+class _Service:
+    objects: dict[ChildRef, _Kept] = field(default_factory=dict)
+    pods_listed_at: float | None = None
+    """When all of its pods were; the watch tells of those that came and went since then."""
+
+
+@dataclass(slots=True)
 class Recall:
-    """Reads objects by name, and remembers them.
+    """Reads objects of services, and remembers them.
 
     told: from kind and uid to the resourceVersion that a watch told last; None if it is not known,
-        or known to be behind.
+        or known to be behind. Without it everything is read each time.
     """
 
     cluster: ApiServer
-    told: Callable[[str, str], str | None]
+    told: Callable[[str, str], str | None] | None
     clock: Callable[[], float]
-    _kept: dict[Key, dict[ChildRef, _Kept]] = field(default_factory=dict, init=False)
+    _services: dict[Key, _Service] = field(default_factory=dict, init=False)
 
     async def get(self, key: Key, ref: ChildRef) -> Manifest | None:
         """The object, or None if there is none. Raises: ApiError."""
-        kept = self._kept.get(key, {}).get(ref)
+        kept = self._find(key, ref)
         if kept is not None and self._is_current(ref.kind, kept):
             return dict(json.loads(kept.text))
         found = await self.cluster.get(ref.kind, key.namespace, ref.name)
@@ -51,24 +58,80 @@ class Recall:
             self.keep(key, found)
         return found
 
+    async def list_pods(self, key: Key) -> list[Manifest]:
+        """The pods with the label of the service, by name. Raises: ApiError."""
+        service = self._services.setdefault(key, _Service())
+        kept = dict(_pods_of(service))
+        if self._is_trusted(service.pods_listed_at) and all(
+            self._is_current("Pod", it) for it in kept.values()
+        ):
+            return [json.loads(kept[name].text) for name in sorted(kept)]
+        listed_at, selector = self.clock(), f"{LABEL_SERVICE}={key.name}"
+        found = await self.cluster.list("Pod", key.namespace, selector)
+        if self._services.get(key) is service:
+            # What a watch told while the list was on its way stays.
+            for name in kept.keys() - {pod["metadata"]["name"] for pod in found}:
+                if self._find(key, ref := ChildRef("Pod", name)) is kept[name]:
+                    self.drop(key, ref)
+            for pod in found:
+                self.keep(key, pod)
+            service.pods_listed_at = listed_at
+        return found
+
+    def note(self, key: Key, live: Manifest, *, is_gone: bool) -> None:
+        """A watch tells of an object of the service."""
+        ref = ChildRef.of(live)
+        kept = self._find(key, ref)
+        if not is_gone:
+            self.keep(key, live)
+        elif kept is not None and kept.uid == live["metadata"]["uid"]:
+            self.drop(key, ref)
+
     def keep(self, key: Key, live: Manifest) -> None:
-        """The object of the service is so: it was read, or is the answer to a write."""
-        metadata, text = live["metadata"], json.dumps(live, separators=(",", ":"))
-        kept = _Kept(metadata["uid"], metadata["resourceVersion"], self.clock(), text)
-        self._kept.setdefault(key, {})[ChildRef.of(live)] = kept
+        """The object of the service is so, or was, if something newer is known of it."""
+        ref, metadata = ChildRef.of(live), live["metadata"]
+        kept = self._find(key, ref)
+        if kept is None or not _is_newer(kept.version, metadata["resourceVersion"]):
+            text = json.dumps(live, separators=(",", ":"))
+            kept = _Kept(metadata["uid"], metadata["resourceVersion"], self.clock(), text)
+            self._services.setdefault(key, _Service()).objects[ref] = kept
 
     def drop(self, key: Key, ref: ChildRef) -> None:
         """The object is deleted, or about to be."""
-        self._kept.get(key, {}).pop(ref, None)
+        if (service := self._services.get(key)) is not None:
+            service.objects.pop(ref, None)
 
     def forget(self, key: Key) -> None:
         """The service is gone, or what is known of it may be wrong."""
-        self._kept.pop(key, None)
+        self._services.pop(key, None)
 
     def clear(self) -> None:
         """Another operator may have written."""
-        self._kept.clear()
+        self._services.clear()
+
+    def _find(self, key: Key, ref: ChildRef) -> _Kept | None:
+        service = self._services.get(key)
+        return None if service is None else service.objects.get(ref)
 
     def _is_current(self, kind: str, kept: _Kept) -> bool:
-        is_told = self.told(kind, kept.uid) == kept.version
-        return is_told and self.clock() - kept.since < TRUSTED_SECONDS
+        told = None if self.told is None else self.told(kind, kept.uid)
+        if told is None or not self._is_trusted(kept.since):
+            return False
+        # An answer to a write is newer than what a watch has told yet.
+        return not _is_newer(told, kept.version)
+
+    def _is_trusted(self, since: float | None) -> bool:
+        if since is None or self.told is None:
+            return False
+        return self.clock() - since < TRUSTED_SECONDS
+
+
+def _pods_of(service: _Service) -> Iterator[tuple[str, _Kept]]:
+    return ((ref.name, it) for ref, it in service.objects.items() if ref.kind == "Pod")
+
+
+def _is_newer(version: str, than: str) -> bool:
+    """Versions of etcd are numbers that grow; of others it is only known whether they differ."""
+    if version.isdecimal() and than.isdecimal():
+        return int(version) > int(than)
+    return version != than

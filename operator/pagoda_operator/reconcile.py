@@ -105,7 +105,7 @@ class Reconciler:
     _memories: dict[Key, Memory] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._recall = self.recall or Recall(self.cluster, lambda kind, uid: None, self.clock)
+        self._recall = self.recall or Recall(self.cluster, None, self.clock)
 
     async def reconcile(self, key: Key) -> float | None:
         """One pass. Returns after how many seconds to come again, None if only upon a change.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,7 +15,7 @@ from pagoda_operator.cluster import ApiError, Conflict, Refused, Unavailable
 from pagoda_operator.names import KIND, ChildRef, Manifest
 from pagoda_operator.recall import Recall
 from pagoda_operator.reconcile import Reconciler
-from pagoda_operator.testing import KEY, MemoryCluster, make_manifest, make_poller
+from pagoda_operator.testing import KEY, MemoryCluster, make_manifest, make_pod, make_poller
 
 REF = ChildRef("Service", "chat")
 
@@ -26,11 +27,21 @@ class Watched(MemoryCluster):
         super().__init__()
         self.reads: Counter[str] = Counter()
         self.is_told = True
+        self.while_listing: Callable[[], None] | None = None
         self.now = 0.0
 
     async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
         self.reads[kind] += 1
         return await super().get(kind, namespace, name)
+
+    async def list(
+        self, kind: str, namespace: str | None, selector: str = "", fields: str = ""
+    ) -> list[Manifest]:
+        self.reads[f"{kind}s"] += 1
+        found = copy.deepcopy(await super().list(kind, namespace, selector, fields))
+        if self.while_listing is not None:
+            self.while_listing()
+        return found
 
     def version(self, kind: str, uid: str) -> str | None:
         found = [it for it in self.objects.values() if it["metadata"]["uid"] == uid]
@@ -89,6 +100,51 @@ async def test_it_is_read_again_when(watched: Watched, recall: Recall, why: str)
     assert watched.reads == {"Service": 2}
 
 
+async def test_what_a_watch_tells_is_not_read(watched: Watched, recall: Recall) -> None:
+    stored = watched.put_service(1)
+    recall.note(KEY, stored, is_gone=False)
+    assert (await recall.get(KEY, REF) or {})["spec"] == {"port": 1}
+    stored["metadata"]["resourceVersion"], stored["spec"] = "77", {"port": 2}
+    recall.note(KEY, stored, is_gone=False)
+    assert (await recall.get(KEY, REF) or {})["spec"] == {"port": 2}
+    assert not watched.reads
+
+
+async def test_what_was_written_is_newer_than_what_a_watch_tells_later(
+    watched: Watched, recall: Recall
+) -> None:
+    before = copy.deepcopy(watched.put_service(1))
+    written = copy.deepcopy(before)
+    written["metadata"]["resourceVersion"], written["spec"] = "77", {"port": 2}
+    recall.keep(KEY, written)
+    recall.note(KEY, before, is_gone=False)
+    assert (await recall.get(KEY, REF) or {})["spec"] == {"port": 2}
+    assert not watched.reads
+
+
+async def test_versions_that_are_no_numbers_only_differ(watched: Watched, recall: Recall) -> None:
+    stored = watched.put_service(1)
+    stored["metadata"]["resourceVersion"] = "b"
+    recall.note(KEY, stored, is_gone=False)
+    await recall.get(KEY, REF)
+    stored["metadata"]["resourceVersion"] = "a"
+    await recall.get(KEY, REF)
+    assert watched.reads == {"Service": 1}
+
+
+async def test_only_the_object_that_went_is_dropped(watched: Watched, recall: Recall) -> None:
+    first = copy.deepcopy(watched.put_service(1))
+    second = copy.deepcopy(watched.put_service(2))
+    recall.note(KEY, second, is_gone=False)
+    # Watches tell of objects each in its own time.
+    recall.note(KEY, first, is_gone=True)
+    await recall.get(KEY, REF)
+    assert not watched.reads
+    recall.note(KEY, second, is_gone=True)
+    await recall.get(KEY, REF)
+    assert watched.reads == {"Service": 1}
+
+
 async def test_what_is_gone_is_not_remembered(watched: Watched, recall: Recall) -> None:
     watched.put_service(1)
     await recall.get(KEY, REF)
@@ -99,6 +155,7 @@ async def test_what_is_gone_is_not_remembered(watched: Watched, recall: Recall) 
 
 async def test_passes_without_news_read_no_object_by_name(watched: Watched, recall: Recall) -> None:
     reconciler = await settled(watched, recall)
+    await reconciler.reconcile(KEY)
     watched.reads.clear()
     await reconciler.reconcile(KEY)
     assert not watched.reads
@@ -165,3 +222,84 @@ async def test_an_object_of_others_that_took_the_name_is_not_written(
     watched.apply = note  # type: ignore[method-assign]
     await reconciler.reconcile(KEY)
     assert [it["metadata"].get("uid") for it in sent] == [uid]
+
+
+@pytest.fixture
+async def listed(watched: Watched, recall: Recall) -> list[Manifest]:
+    """Two pods that were listed."""
+    pods = [watched.put(make_pod("1", name=f"chat-{name}")) for name in "ab"]
+    assert names(await recall.list_pods(KEY)) == ["chat-a", "chat-b"]
+    watched.reads.clear()
+    return pods
+
+
+def names(pods: list[Manifest]) -> list[str]:
+    return [pod["metadata"]["name"] for pod in pods]
+
+
+async def test_pods_are_listed_once_and_followed(
+    watched: Watched, recall: Recall, listed: list[Manifest]
+) -> None:
+    recall.note(KEY, watched.put(make_pod("1", name="chat-0")), is_gone=False)
+    listed[0]["metadata"]["resourceVersion"], listed[0]["status"] = "77", {"phase": "Failed"}
+    recall.note(KEY, listed[0], is_gone=False)
+    recall.note(KEY, listed[1], is_gone=True)
+    pods = await recall.list_pods(KEY)
+    assert names(pods) == ["chat-0", "chat-a"]
+    assert pods[1]["status"] == {"phase": "Failed"}
+    assert not watched.reads
+
+
+@pytest.mark.parametrize("why", ["changed", "untold", "old", "forgotten"])
+async def test_pods_are_listed_again_when(
+    watched: Watched, recall: Recall, listed: list[Manifest], why: str
+) -> None:
+    changes: dict[str, Callable[[], None]] = {
+        "changed": lambda: listed[0]["metadata"].update(resourceVersion="77"),
+        "untold": lambda: setattr(watched, "is_told", False),
+        "old": lambda: setattr(watched, "now", module.TRUSTED_SECONDS),
+        "forgotten": lambda: recall.forget(KEY),
+    }
+    changes[why]()
+    await recall.list_pods(KEY)
+    assert watched.reads == {"Pods": 1}
+
+
+async def test_pods_that_a_watch_told_of_before_are_listed_all_the_same(
+    watched: Watched, recall: Recall
+) -> None:
+    watched.put(make_pod("1", name="chat-a"))
+    recall.note(KEY, watched.put(make_pod("1", name="chat-b")), is_gone=False)
+    assert names(await recall.list_pods(KEY)) == ["chat-a", "chat-b"]
+
+
+async def test_a_list_is_behind_what_a_watch_told_while_it_was_on_its_way(
+    watched: Watched, recall: Recall, listed: list[Manifest]
+) -> None:
+    watched.now = module.TRUSTED_SECONDS
+    came = make_pod("1", name="chat-c")
+    watched.while_listing = lambda: recall.note(KEY, watched.put(came), is_gone=False)
+    await recall.list_pods(KEY)
+    watched.while_listing = None
+    assert names(await recall.list_pods(KEY)) == ["chat-a", "chat-b", "chat-c"]
+    assert watched.reads == {"Pods": 1}
+
+
+async def test_a_list_that_was_on_its_way_when_all_was_forgotten_is_not_remembered(
+    watched: Watched, recall: Recall, listed: list[Manifest]
+) -> None:
+    watched.now = module.TRUSTED_SECONDS
+    watched.while_listing = lambda: recall.forget(KEY)
+    await recall.list_pods(KEY)
+    await recall.list_pods(KEY)
+    assert watched.reads == {"Pods": 2}
+
+
+async def test_pods_that_a_list_has_no_more_are_gone(
+    watched: Watched, recall: Recall, listed: list[Manifest]
+) -> None:
+    watched.now = module.TRUSTED_SECONDS
+    del watched.objects["Pod", "chat-a"]
+    assert names(await recall.list_pods(KEY)) == ["chat-b"]
+    assert names(await recall.list_pods(KEY)) == ["chat-b"]
+    assert watched.reads == {"Pods": 1}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import logging
+from collections.abc import AsyncIterator
 
 import kopf
 import pytest
+from kopf._cogs.clients.watching import infinite_watch
 
 from pagoda_operator.watch import CHILDREN, EndlessBackoff, build_settings, without_traces
 
@@ -49,3 +52,20 @@ def test_an_answer_that_kopf_cannot_read_is_told_without_a_trace_and_a_bug_with_
     assert [record.exc_info is None for record in caplog.records] == [True, False]
     logging.getLogger("asyncio").error("Exception in callback request_cancel_callback()")
     assert len(caplog.records) == 2
+
+
+async def test_the_end_of_the_loop_tells_nothing_of_watches_that_kopf_left_open(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.handler.addFilter(without_traces)
+
+    async def ours() -> AsyncIterator[None]:
+        yield
+
+    kopfs = infinite_watch(settings=build_settings(), resource=None, namespace=None)  # type: ignore[arg-type]
+    for generator in (kopfs, ours()):
+        # As `loop.shutdown_asyncgens` does.
+        message = f"an error occurred during closing of asynchronous generator {generator!r}"
+        context = {"message": message, "exception": RuntimeError(), "asyncgen": generator}
+        asyncio.get_running_loop().call_exception_handler(context)
+    assert ["ours" in record.message for record in caplog.records] == [True]
