@@ -13,7 +13,7 @@ from aiohttp import web
 
 from pagoda_operator import poll
 from pagoda_operator.names import Key
-from pagoda_operator.poll import Poller, parse_load, ready_addresses
+from pagoda_operator.poll import Poller, parse_load, pause_seconds, ready_addresses
 from pagoda_operator.scaling import PodLoad, ScalingState
 from pagoda_operator.telemetry import Telemetry
 from pagoda_operator.testing import KEY, make_pod, make_service
@@ -28,6 +28,7 @@ SCALED = {
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds without a pause."""
     monkeypatch.setattr(poll, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(poll, "TICK_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -51,6 +52,7 @@ async def test_load_of_the_pods_moves_the_target_up_and_down(
     engine: tuple[int, dict[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(poll, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(poll, "TICK_SECONDS", 0.01)
     port, load = engine
     changes: asyncio.Queue[Key] = asyncio.Queue()
     poller = Poller(
@@ -296,3 +298,10 @@ def test_only_ready_pods_that_stay_are_asked() -> None:
         leaving,
     ]
     assert ready_addresses(pods) == ("10.0.0.2", "[fd00::1]")
+
+
+@pytest.mark.parametrize(
+    ("now", "interval", "expected"), [(10.0, 2.0, 12.0), (10.01, 2.0, 12.0), (9.9, 3.125, 13.0)]
+)
+def test_services_are_asked_at_the_same_times(now: float, interval: float, expected: float) -> None:
+    assert now + pause_seconds(now, interval) == expected
