@@ -178,18 +178,6 @@ def test_a_service_made_anew_under_its_old_name_works(
     assert "--max-num-seqs 7 " in engine_arguments(deployment(namespace))
 
 
-def test_a_steady_state_writes_nothing(
-    namespace: Kubectl, operator: OperatorProcess, audit_log: AuditLog
-) -> None:
-    start_service(namespace, autoscaling={"maxReplicas": 3})
-    time.sleep(3)
-    before = len(audit_log.requests(namespace.namespace))
-    time.sleep(20)
-    requests = audit_log.requests(namespace.namespace)[before:]
-    written = [request for request in requests if request.is_by_operator and request.is_write]
-    assert not [request for request in written if request.resource != "leases"]
-
-
 def test_a_name_that_is_taken_is_said_and_left_alone(
     namespace: Kubectl, operator: OperatorProcess
 ) -> None:
