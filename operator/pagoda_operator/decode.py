@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal
 
 Part = dict[str, Any]
@@ -32,20 +33,27 @@ def build(cls: type[Any], value: object, path: str) -> Any:
     """
     if not isinstance(value, Mapping):
         raise SpecError(f"{path}: an object is needed, not {value!r}")
-    hints = typing.get_type_hints(cls)
-    known = {camel_case(f.name): f for f in fields(cls)}
+    known = _known_fields(cls)  # type: ignore[arg-type]  # a class can be hashed
     if unknown := sorted(set(value) - set(known)):
         raise SpecError(
             f"{path}.{unknown[0]}: this operator does not know the field; "
             "upgrade the operator, or remove the field"
         )
     arguments = {}
-    for name, fld in known.items():
+    for name, (fld, hint) in known.items():
         if name in value:
-            arguments[fld.name] = _convert(hints[fld.name], value[name], f"{path}.{name}")
+            arguments[fld.name] = _convert(hint, value[name], f"{path}.{name}")
         elif fld.default is MISSING and fld.default_factory is MISSING:
             raise SpecError(f"{path}.{name}: the field is required")
     return cls(**arguments)
+
+
+@functools.cache
+def _known_fields(cls: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
+    """The fields of a dataclass with their types, by their names in the CRD."""
+    # Found out anew in each pass, this is a quarter of a busy operator.
+    hints = typing.get_type_hints(cls)
+    return {camel_case(fld.name): (fld, hints[fld.name]) for fld in fields(cls)}
 
 
 def _convert(hint: Any, value: object, path: str) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 
 from pagoda_operator.causes import failed_pods
-from pagoda_operator.cluster import ApiServer, Refused
+from pagoda_operator.cluster import Refused
 from pagoda_operator.containers import CRASHES_UNTIL_STALLED
 from pagoda_operator.names import MANAGER, ChildRef, Key, Manifest
 from pagoda_operator.plan import Applied, Apply, Memory, Plan, is_put_back
@@ -66,10 +66,10 @@ async def _apply(recall: Recall, key: Key, apply: Apply, memory: Memory, now: fl
     return live
 
 
-async def delete_failed(cluster: ApiServer, key: Key, pods: list[Manifest]) -> None:
+async def delete_failed(recall: Recall, key: Key, pods: list[Manifest]) -> None:
     """Delete pods that their node ended, except the last few: nobody else does."""
     with contextlib.suppress(Refused):
         for pod in failed_pods(pods)[CRASHES_UNTIL_STALLED:]:
-            await cluster.delete(pod)
-            name = pod["metadata"]["name"]
-            logger.info("%s: deleted the pod %s, which its node ended", key, name)
+            await recall.cluster.delete(pod)
+            recall.drop(key, ref := ChildRef.of(pod))
+            logger.info("%s: deleted the pod %s, which its node ended", key, ref.name)

@@ -73,7 +73,12 @@ class Operator:
         self._poller = Poller(clock=clock, on_change=self._queue.add, telemetry=telemetry)
         self._checks = _make_checks(options, api, clock, self._queue.add)
         self._resync = Resync(
-            api, telemetry, self._missed, namespace=options.namespace, clock=clock
+            api,
+            telemetry,
+            self._queue.add,
+            forget=lambda key: self._recall.forget(key),
+            namespace=options.namespace,
+            clock=clock,
         )
         self._recall = Recall(api, self._resync.told, clock)
         self._reconciler = Reconciler(
@@ -155,11 +160,6 @@ class Operator:
 
     def _find_death(self) -> str | None:
         return "a worker ended" if any(worker.done() for worker in self._workers) else None
-
-    def _missed(self, key: Key) -> None:
-        """No watch told of what happened to an object of the service."""
-        self._recall.forget(key)
-        self._queue.add(key)
 
     def _add_soon(self, key: Key) -> None:
         self._queue.add(key, BURST_SECONDS)

@@ -45,6 +45,8 @@ class Recall:
     told: Callable[[str, str], str | None] | None
     clock: Callable[[], float]
     _services: dict[Key, _Service] = field(default_factory=dict, init=False)
+    _floors: dict[str, str] = field(default_factory=dict, init=False)
+    """By kind, the newest version that was forgotten: events of older ones may still come."""
 
     async def get(self, key: Key, ref: ChildRef) -> Manifest | None:
         """The object, or None if there is none. Raises: ApiError."""
@@ -80,11 +82,15 @@ class Recall:
 
     def note(self, key: Key, live: Manifest, *, is_gone: bool) -> None:
         """A watch tells of an object of the service."""
-        ref = ChildRef.of(live)
-        kept = self._find(key, ref)
+        ref, metadata = ChildRef.of(live), live["metadata"]
+        if ref.kind == "Pod" and metadata.get("labels", {}).get(LABEL_SERVICE) != key.name:
+            # Told of for its owner, it would not be in a list.
+            return
+        kept, version = self._find(key, ref), metadata["resourceVersion"]
         if not is_gone:
-            self.keep(key, live)
-        elif kept is not None and kept.uid == live["metadata"]["uid"]:
+            if not _is_newer(self._floors.get(ref.kind, version), version):
+                self.keep(key, live)
+        elif kept is not None and kept.uid == metadata["uid"]:
             self.drop(key, ref)
 
     def keep(self, key: Key, live: Manifest) -> None:
@@ -103,11 +109,15 @@ class Recall:
 
     def forget(self, key: Key) -> None:
         """The service is gone, or what is known of it may be wrong."""
-        self._services.pop(key, None)
+        service = self._services.pop(key, _Service())
+        for ref, kept in service.objects.items():
+            if _is_newer(kept.version, self._floors.get(ref.kind, "0")):
+                self._floors[ref.kind] = kept.version
 
     def clear(self) -> None:
         """Another operator may have written."""
-        self._services.clear()
+        for key in list(self._services):
+            self.forget(key)
 
     def _find(self, key: Key, ref: ChildRef) -> _Kept | None:
         service = self._services.get(key)

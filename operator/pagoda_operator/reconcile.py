@@ -184,7 +184,7 @@ class Reconciler:
             self.poller.forget(key)
             return CONFLICT_RETRY_SECONDS
         self.poller.watch(service, decision.target_replicas, world.pods)
-        await delete_failed(self.cluster, key, world.pods)
+        await delete_failed(self._recall, key, world.pods)
         looks = [
             plan.requeue_seconds,
             decision.rollout.next_look_seconds,
@@ -316,7 +316,10 @@ class Reconciler:
             live = await self.cluster.apply_status(told, manager=MANAGER)
             self._recall.keep(Key.of(live), live)
         except NotFound:
-            logger.info("%s is gone", manifest["metadata"]["name"])
+            # No watch may ever tell of it.
+            metadata = manifest["metadata"]
+            self._recall.forget(Key(metadata["namespace"], metadata["name"]))
+            logger.info("%s is gone", metadata["name"])
 
 
 def _unless_leaving(manifest: Manifest | None) -> Manifest | None:

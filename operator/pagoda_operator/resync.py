@@ -33,7 +33,14 @@ logger = logging.getLogger(__name__)
 GRACE_SECONDS = 5.0
 # kopf renews a watch that gave no sign of life for 70 s.
 DEAD_SECONDS = 150.0
-SELECTOR = f"{LABEL_MANAGED_BY}={MANAGED_BY}"
+
+
+def selector_of(kind: str) -> str:
+    """What objects of the kind are watched and listed by."""
+    if kind == KIND:
+        return ""
+    # The label by which the pods of a service are found: others may change what they do not use.
+    return LABEL_SERVICE if kind == "Pod" else f"{LABEL_MANAGED_BY}={MANAGED_BY}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,8 @@ class Resync:
     telemetry: Telemetry
     enqueue: Callable[[Key], None]
     _: KW_ONLY
+    forget: Callable[[Key], None]
+    """What is remembered of a service may be wrong: no watch told of a change."""
     namespace: str | None
     clock: Callable[[], float]
     _seen: dict[str, Sightings] = field(
@@ -122,7 +131,9 @@ class Resync:
             before[kind] = dict(self._seen[kind])
             listed[kind] = await self._list(kind)
         for kind in served:
-            self._enqueue(_differing(before[kind], listed[kind]), before[kind], listed[kind])
+            changed = _differing(before[kind], listed[kind])
+            for key in _keys_of(changed, before[kind], listed[kind]):
+                self.enqueue(key)
             self._seen[kind] = listed[kind]
         if any(_differing(before[kind], listed[kind]) for kind in WATCHED_KINDS):
             await asyncio.sleep(GRACE_SECONDS)
@@ -147,8 +158,7 @@ class Resync:
         return next(dead, None)
 
     async def _list(self, kind: str) -> Sightings:
-        selector = "" if kind == KIND else SELECTOR
-        found = await self.cluster.list_metadata(kind, self.namespace, selector)
+        found = await self.cluster.list_metadata(kind, self.namespace, selector_of(kind))
         return {metadata["uid"]: Sighting.of(kind, metadata) for metadata in found}
 
     def _find_missed(
@@ -159,7 +169,9 @@ class Resync:
         # What was told of since the list began was not missed, whatever version that was.
         untold = {uid for uid in _differing(before, listed) if seen.get(uid) == before.get(uid)}
         self._doubted[kind] = untold & listed.keys()
-        self._enqueue(untold, before, listed)
+        for key in _keys_of(untold, before, listed):
+            self.forget(key)
+            self.enqueue(key)
         missed = untold if is_silent else untold - listed.keys()
         for uid in missed - listed.keys():
             # No watch will ever tell that it is gone.
@@ -169,10 +181,9 @@ class Resync:
             logger.warning("%d changes of kind %s were told by no watch", len(missed), kind)
         return not missed.isdisjoint(listed)
 
-    def _enqueue(self, uids: Collection[str], *sightings: Sightings) -> None:
-        for uid in uids:
-            for key in {key for it in sightings if uid in it for key in it[uid].keys}:
-                self.enqueue(key)
+
+def _keys_of(uids: Collection[str], *sightings: Sightings) -> set[Key]:
+    return {key for uid in uids for it in sightings if uid in it for key in it[uid].keys}
 
 
 def _differing(before: Sightings, listed: Sightings) -> set[str]:

@@ -26,10 +26,9 @@ from pagoda_operator.cluster import StartError
 from pagoda_operator.names import KIND, RESOURCES, WATCHED_KINDS
 from pagoda_operator.queue import WorkQueue, backoff_seconds
 from pagoda_operator.recall import Recall
-from pagoda_operator.resync import SELECTOR, Resync
+from pagoda_operator.resync import Resync, selector_of
 from pagoda_operator.status import is_seen
 
-CHILDREN = tuple(RESOURCES[kind] for kind in WATCHED_KINDS if kind != KIND)
 KINDS = {RESOURCES[kind][2]: kind for kind in WATCHED_KINDS}
 _BAD_ANSWERS = (APIError, WatchingError, JSONDecodeError)
 """Of the API server, or of a proxy before it, to kopf, which gives up."""
@@ -121,9 +120,11 @@ def build_registry(resync: Resync, queue: WorkQueue, recall: Recall) -> kopf.Ope
         is_gone = event["type"] == "DELETED"
         for key in resync.note(kind, body.metadata, is_gone=is_gone):
             if event["type"] is None:
-                # A list, in place of what happened since the last watch.
+                # A list, in place of what happened since the last watch. It may be behind what
+                # was read since it was asked for.
                 recall.forget(key)
-            recall.note(key, dict(event["object"]), is_gone=is_gone)
+            else:
+                recall.note(key, dict(event["object"]), is_gone=is_gone)
             if kind != KIND or seen == wanted:
                 queue.add(key, BURST_SECONDS)
             elif not is_seen(dict(body.status)):
@@ -152,9 +153,10 @@ def build_settings() -> kopf.OperatorSettings:
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.watching.connect_timeout = 10
-    for resource in CHILDREN:
-        # A tuple: the dotted form of the key matches nothing, without a word.
-        settings.watching.label_selectors[resource] = SELECTOR
+    for kind in WATCHED_KINDS:
+        if selector := selector_of(kind):
+            # A tuple: the dotted form of the key matches nothing, without a word.
+            settings.watching.label_selectors[RESOURCES[kind]] = selector
     # Less than the grace period of the operator's pod.
     settings.process.ultimate_exiting_timeout = 25
     return settings

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from pagoda_operator import recall as module
-from pagoda_operator.cluster import ApiError, Conflict, Refused, Unavailable
-from pagoda_operator.names import KIND, ChildRef, Manifest
+from pagoda_operator.cluster import ApiError, Conflict, NotFound, Refused, Unavailable
+from pagoda_operator.containers import CRASHES_UNTIL_STALLED
+from pagoda_operator.execute import delete_failed
+from pagoda_operator.names import KIND, LABEL_SERVICE, ChildRef, Manifest
 from pagoda_operator.recall import Recall
 from pagoda_operator.reconcile import Reconciler
 from pagoda_operator.testing import KEY, MemoryCluster, make_manifest, make_pod, make_poller
@@ -120,6 +122,24 @@ async def test_what_was_written_is_newer_than_what_a_watch_tells_later(
     recall.note(KEY, before, is_gone=False)
     assert (await recall.get(KEY, REF) or {})["spec"] == {"port": 2}
     assert not watched.reads
+
+
+@pytest.mark.parametrize("how", ["forget", "clear"])
+async def test_what_was_known_before_it_was_forgotten_is_not_told_as_news_later(
+    watched: Watched, recall: Recall, how: str
+) -> None:
+    stored = watched.put_service(1)
+    before = copy.deepcopy(stored)
+    stored["metadata"]["resourceVersion"], stored["spec"] = "77", {"port": 2}
+    await recall.get(KEY, REF)
+    recall.forget(KEY) if how == "forget" else recall.clear()
+    recall.note(KEY, before, is_gone=False)
+    assert (await recall.get(KEY, REF) or {})["spec"] == {"port": 2}
+    assert watched.reads == {"Service": 2}
+    recall.forget(KEY)
+    recall.note(KEY, stored, is_gone=False)
+    assert (await recall.get(KEY, REF) or {})["spec"] == {"port": 2}
+    assert watched.reads == {"Service": 2}
 
 
 async def test_versions_that_are_no_numbers_only_differ(watched: Watched, recall: Recall) -> None:
@@ -303,3 +323,44 @@ async def test_pods_that_a_list_has_no_more_are_gone(
     assert names(await recall.list_pods(KEY)) == ["chat-b"]
     assert names(await recall.list_pods(KEY)) == ["chat-b"]
     assert watched.reads == {"Pods": 1}
+
+
+async def test_a_pod_is_the_services_that_its_label_names(
+    watched: Watched, recall: Recall, listed: list[Manifest]
+) -> None:
+    other = make_pod("1", name="chat-c")
+    other["metadata"]["labels"][LABEL_SERVICE] = "another"
+    recall.note(KEY, watched.put(other), is_gone=False)
+    assert names(await recall.list_pods(KEY)) == ["chat-a", "chat-b"]
+
+
+async def test_failed_pods_are_deleted_once(
+    watched: Watched, recall: Recall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(9):
+        pod = watched.put(make_pod("1", name=f"chat-{number}"))
+        pod["metadata"]["creationTimestamp"] = f"2026-11-2{number}T00:00:00Z"
+        pod["status"] = {"phase": "Failed", "reason": "Evicted"}
+    deleted: list[str] = []
+
+    async def delete(live: Manifest) -> None:
+        deleted.append(live["metadata"]["name"])
+
+    monkeypatch.setattr(watched, "delete", delete)
+    for _ in range(2):
+        await delete_failed(recall, KEY, await recall.list_pods(KEY))
+    assert len(deleted) == len(set(deleted)) == 9 - CRASHES_UNTIL_STALLED
+
+
+async def test_a_service_that_is_gone_untold_is_read_again(
+    watched: Watched, recall: Recall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = watched.put(make_manifest())
+    recall.note(KEY, stored, is_gone=False)
+    reconciler = Reconciler(watched, make_poller(), engine_image="engine:1", recall=recall)
+    with monkeypatch.context() as patch:
+        patch.setattr(watched, "apply_status", fail_with(NotFound("gone")))
+        for _ in range(2):
+            await reconciler.reconcile(KEY)
+    await reconciler.reconcile(KEY)
+    assert watched.reads[KIND] == 1

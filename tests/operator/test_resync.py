@@ -26,17 +26,19 @@ class World:
         self.trouble: Exception | None = None
         self.now = 100.0
         self.enqueued: list[Key] = []
+        self.forgotten: list[Key] = []
         self.telemetry = Telemetry()
         self.resync = Resync(
             self,  # type: ignore[arg-type]  # all that it asks of an API server
             self.telemetry,
             self.enqueued.append,
+            forget=self.forgotten.append,
             namespace=None,
             clock=lambda: self.now,
         )
 
     async def list_metadata(self, kind: str, namespace: str | None, selector: str) -> Any:
-        assert selector == ("" if kind == KIND else "app.kubernetes.io/managed-by=pagoda")
+        assert selector == module.selector_of(kind)
         if self.trouble is not None:
             raise self.trouble
         if kind == "Deployment":
@@ -231,3 +233,17 @@ async def test_a_kind_that_nobody_watches_is_never_told(world: World) -> None:
     world.objects["PodMonitor"] = [metadata(1)]
     await world.resync.look(("PodMonitor",))
     assert world.resync.told("PodMonitor", "uid-1") is None
+
+
+async def test_what_no_watch_told_makes_its_service_forgotten(world: World) -> None:
+    tell(world, 1)
+    world.objects["Deployment"] = [metadata(2)]
+    await world.resync.look(())
+    assert world.forgotten == world.enqueued == [CHAT]
+
+
+async def test_what_nobody_watches_makes_nothing_forgotten(world: World) -> None:
+    world.objects["PodMonitor"] = [metadata(1)]
+    await world.resync.look(("PodMonitor",))
+    assert world.enqueued == [CHAT]
+    assert not world.forgotten
