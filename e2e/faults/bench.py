@@ -105,8 +105,8 @@ class Bench:
     def audit(self, operator: Operator) -> list[str]:
         """What the record and the log of an operator show that must not be."""
         services = {it.service for it in operator.proxy.record if it.resource == "llmservices"}
-        record, namespace = operator.proxy.record, operator.namespace
-        return find_violations(record, namespace, services, operator.log)
+        proxy, namespace = operator.proxy, operator.namespace
+        return find_violations(proxy.record, namespace, services, operator.log, proxy.told)
 
     @property
     def is_over(self) -> bool:

@@ -117,6 +117,33 @@ def read_request(number: int, at: float, method: str, raw_path: str, body: Any) 
     )
 
 
+def read_event(at: float, resource: str, event: dict[str, Any]) -> Request | None:
+    """What a watch told of an LLMService; None if it is of anything else, or gone."""
+    if resource != "llmservices" or event["type"] not in ("ADDED", "MODIFIED"):
+        return None
+    found = event["object"]
+    metadata = found["metadata"]
+    return Request(
+        number=-1,
+        at=at,
+        method="",
+        path="",
+        verb="told",
+        resource=resource,
+        subresource="",
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        service=metadata["name"],
+        answer=answer_of(found),
+    )
+
+
+def answer_of(found: dict[str, Any]) -> dict[str, Any]:
+    """What the oracles ask of an LLMService."""
+    keys = ("uid", "resourceVersion", "generation")
+    return {key: found["metadata"][key] for key in keys} | {"spec": found.get("spec", {})}
+
+
 @dataclass(slots=True, kw_only=True)
 class Shot:
     """One fault, at the n-th request (from 1) that matches."""

@@ -24,6 +24,8 @@ from faults.plan import (
     Request,
     Shot,
     WatchFault,
+    answer_of,
+    read_event,
     read_request,
     status_body,
 )
@@ -39,6 +41,8 @@ class FaultProxy:
     def __init__(self, api: Api) -> None:
         self._api = api
         self.record: list[Request] = []
+        self.told: list[Request] = []
+        """What its watches told of LLMServices."""
         self.shots: list[Shot] = []
         self.watch_faults: list[WatchFault] = []
         self.kill: Callable[[], None] = lambda: None
@@ -203,6 +207,8 @@ class FaultProxy:
             with suppress(ConnectionError, aiohttp.ClientError):
                 async for line in whole_lines(upstream.content):
                     for out in await self._through(request.resource, line):
+                        if told := read_event(time.monotonic(), request.resource, json.loads(out)):
+                            self.told.append(told)
                         await downstream.write(out + b"\n")
                         if b'"ERROR"' in out[:20]:
                             return downstream
@@ -248,8 +254,4 @@ def _note(request: Request, answer: bytes) -> None:
     """Keep what the oracles ask of an answer about an LLMService."""
     if request.resource != "llmservices" or request.verb == "list" or request.status >= 300:
         return
-    found = json.loads(answer)
-    metadata = found["metadata"]
-    keys = ("uid", "resourceVersion", "generation")
-    request.answer = {key: metadata[key] for key in keys}
-    request.answer["spec"] = found.get("spec", {})
+    request.answer = answer_of(json.loads(answer))
