@@ -195,8 +195,8 @@ def test_forty_requests_make_two_replicas_and_silence_makes_one(kubectl: Kubectl
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     with client, concurrent.futures.ThreadPoolExecutor(40) as pool:
         # Neither half would do without the other.
-        requests = [pool.submit(complete, url, max_tokens=160, timeout=300) for _ in range(20)]
-        requests += [pool.submit(tool_calls.call_until, client, MODEL, 160) for _ in range(20)]
+        requests = [pool.submit(complete, url, max_tokens=96, timeout=300) for _ in range(20)]
+        requests += [pool.submit(tool_calls.call_until, client, MODEL, 96) for _ in range(20)]
         wait_until("two replicas", lambda: replicas(kubectl) == 2, timeout_seconds=60)
         for request in requests:
             assert request.result()
