@@ -6,6 +6,7 @@ Requests are numbered by the proxy. A `Shot` fires once, at the n-th request tha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -117,9 +118,12 @@ def read_request(number: int, at: float, method: str, raw_path: str, body: Any) 
     )
 
 
-def read_event(at: float, resource: str, event: dict[str, Any]) -> Request | None:
+def read_event(at: float, resource: str, line: bytes) -> Request | None:
     """What a watch told of an LLMService; None if it is of anything else, or gone."""
-    if resource != "llmservices" or event["type"] not in ("ADDED", "MODIFIED"):
+    if resource != "llmservices":
+        return None
+    event = json.loads(line)
+    if event["type"] not in ("ADDED", "MODIFIED"):
         return None
     found = event["object"]
     metadata = found["metadata"]

@@ -207,7 +207,7 @@ class FaultProxy:
             with suppress(ConnectionError, aiohttp.ClientError):
                 async for line in whole_lines(upstream.content):
                     for out in await self._through(request.resource, line):
-                        if told := read_event(time.monotonic(), request.resource, json.loads(out)):
+                        if told := read_event(time.monotonic(), request.resource, out):
                             self.told.append(told)
                         await downstream.write(out + b"\n")
                         if b'"ERROR"' in out[:20]:

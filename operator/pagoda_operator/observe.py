@@ -65,10 +65,14 @@ async def observe(
     """
     cluster, namespace = recall.cluster, key.namespace
     selector = f"{LABEL_SERVICE}={key.name}"
-    named_kinds = [kind for kind in kinds if kind != "Pod"]
-    lists = await asyncio.gather(*(cluster.list(kind, namespace, selector) for kind in named_kinds))
-    listed = dict(zip(named_kinds, lists, strict=True))
-    pods = await recall.list_pods(key) if "Pod" in kinds else []
+    lists = await asyncio.gather(
+        *(
+            recall.list_pods(key) if kind == "Pod" else cluster.list(kind, namespace, selector)
+            for kind in kinds
+        )
+    )
+    listed = dict(zip(kinds, lists, strict=True))
+    pods = listed.pop("Pod", [])
     children = {ChildRef.of(item): item for items in listed.values() for item in items}
     unseen = [ref for ref in named if ref not in children]
     found = await asyncio.gather(*(recall.get(key, ref) for ref in unseen))

@@ -1,9 +1,10 @@
 """Make the cluster be what one LLMService asks for.
 
-`Reconciler.reconcile(key)` reads the object and everything that belongs to it live, plans, writes
-what the plan says and then the status, if it differs. It never depends on what changed, on having
-seen an event, or on how an earlier pass ended: a pass may be cut off after any write, and the next
-one goes on from what it finds. All it remembers is what saves work (`plan.Applied`).
+`Reconciler.reconcile(key)` takes the object and everything that belongs to it as the API server
+told of them last (`recall`), plans, writes what the plan says and then the status, if it differs.
+It never depends on what changed, on having seen an event, or on how an earlier pass ended: a pass
+may be cut off after any write, and the next one goes on from what it finds. All that it remembers
+saves work (`plan.Applied`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""kopf as the watcher: it says that something happened to a service, and nothing more.
+"""kopf as the watcher: it says what an object of a service is now, and that something happened.
 
 The only module that imports kopf. Every handler is `on.event`, which neither stores state in the
-objects nor adds finalizers; a handler only puts a key into the queue. kopf reports listed objects
-too (with the type None), but never a deletion that fell into a gap between two watches: `resync`
-finds those.
+objects nor adds finalizers; a handler notes the object and puts a key into the queue. kopf reports
+listed objects too (with the type None), but never a deletion that fell into a gap between two
+watches: `resync` finds those.
 """
 
 from __future__ import annotations

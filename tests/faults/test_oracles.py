@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ def violations(*requests: tuple[str, str, Any, dict[str, Any]], log: str = "") -
     told: list[Request] = []
     for number, (method, path, body, answered) in enumerate(requests):
         if method == "TOLD":
-            found = read_event(float(number), "llmservices", body)
+            found = read_event(float(number), "llmservices", json.dumps(body).encode())
             assert found is not None
             told.append(found)
             continue

@@ -49,10 +49,8 @@ async def engine(unused_tcp_port: int) -> AsyncIterator[tuple[int, dict[str, int
 
 
 async def test_load_of_the_pods_moves_the_target_up_and_down(
-    engine: tuple[int, dict[str, int]], monkeypatch: pytest.MonkeyPatch
+    engine: tuple[int, dict[str, int]], quick: None
 ) -> None:
-    monkeypatch.setattr(poll, "BUSY_SECONDS", 0.01)
-    monkeypatch.setattr(poll, "TICK_SECONDS", 0.01)
     port, load = engine
     changes: asyncio.Queue[Key] = asyncio.Queue()
     poller = Poller(
