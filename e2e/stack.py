@@ -225,22 +225,23 @@ def fresh_namespace(kubectl: Kubectl) -> Iterator[Kubectl]:
 
 @contextlib.contextmanager
 def restricted_namespace(kubectl: Kubectl, name: str) -> Iterator[Kubectl]:
-    """kubectl in a namespace that lets in nothing but Pod Security restricted; gone afterwards,
-    and the volume of its model with it. The cluster has the CRD.
+    """kubectl in a namespace that lets in nothing but Pod Security restricted. Its pods have ended
+    afterwards; itself and the volume of its model are going. The cluster has the CRD.
     """
     _wait_for_namespace_gone(kubectl, name)
+    kubectl.run("delete", "pv", _volume_name(name), "--ignore-not-found")
     kubectl.run("create", "namespace", name)
     kubectl.run("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
     try:
         yield kubectl.in_namespace(name)
     finally:
         _end_pods(kubectl.in_namespace(name))
-        _wait_for_namespace_gone(kubectl, name)
-        kubectl.run("delete", "pv", _volume_name(name), "--ignore-not-found")
+        kubectl.run("delete", "namespace", name, "--wait=false")
+        kubectl.run("delete", "pv", _volume_name(name), "--ignore-not-found", "--wait=false")
 
 
 def _end_pods(kubectl: Kubectl) -> None:
-    """Let all pods end first: a namespace that goes looks again only after half their grace.
+    """Let all pods end, so that what follows has the node for itself.
 
     What they do with their grace is told by tests of it.
     """

@@ -74,7 +74,10 @@ def let_it_have_waited(engines: Engines) -> None:
 
 
 def end_rollout(engines: Engines, num_pods: int) -> list[str]:
-    """Play the kubelet until the service is ready; returns how many were ready at each look."""
+    """Play the kubelet until the service is ready and old pods are gone.
+
+    Returns how many engines were ready at each look.
+    """
     seen: list[str] = []
 
     def is_done() -> bool:
@@ -89,7 +92,8 @@ def end_rollout(engines: Engines, num_pods: int) -> list[str]:
         seen.append(status.get("summary", ""))
         ready = {it["type"]: it["status"] for it in status.get("conditions", [])}.get("Ready")
         is_whole = status.get("replicas") == status.get("updatedReplicas") == num_pods
-        return ready == "True" and is_whole
+        # Replicas are counted without the pods that end: an old one may still be there.
+        return ready == "True" and is_whole and len(pods) == num_pods
 
     wait_until(
         "the new pods alone",
