@@ -1,10 +1,20 @@
-"""Settings of the whole test run: GPU tests without a GPU, and the count per level at the end."""
+"""Settings of the whole test run: properties without deadlines, GPU tests without a GPU, and the
+count per level at the end."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 
 import pytest
+
+# The Python of a machine with a GPU need not have it.
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    # A stalled machine is no failure of the example that it stalls in.
+    settings.register_profile("pagoda", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("pagoda")
 
 # A level is the first of these that a test's path or marker names.
 LEVELS = ("cluster", "gpu", "model", "contract", "unit")

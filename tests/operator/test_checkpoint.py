@@ -93,7 +93,7 @@ KEYS = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.dictionaries(KEYS, ANYTHING, max_size=3))
 def test_whatever_stands_in_a_config_it_is_read_or_refused(changed: dict[str, Any]) -> None:
     try:
@@ -106,7 +106,7 @@ def test_whatever_stands_in_a_config_it_is_read_or_refused(changed: dict[str, An
     assert len(str(refusal)) < 600
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     ANYTHING
     | st.dictionaries(

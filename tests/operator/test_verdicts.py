@@ -96,7 +96,7 @@ def written_statuses(draw: st.DrawFn) -> Manifest:
     return stamp(fields, conditions, {}, 4, NOW)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(status=written_statuses())
 def test_every_status_has_one_meaning(status: Manifest) -> None:
     """In force, under way or failed: never two of them, never none, and the same for everybody."""

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pagoda_kernels.cpu.attention.chunk_plan import KEY_BLOCK, Merge, Part, plan_chunks
@@ -55,7 +55,6 @@ def slot_of(table, seq, position):
 lengths = st.tuples(st.integers(2, 700), st.integers(0, 3000)).map(lambda n: (n[0], n[0] + n[1]))
 
 
-@settings(deadline=None)
 @given(
     chunks=st.lists(lengths, min_size=1, max_size=3),
     window=st.sampled_from([0, 1, 40, 512]),
@@ -92,7 +91,6 @@ def test_every_query_sees_each_of_its_keys_once(
     assert not any(seen[:num_decodes])
 
 
-@settings(deadline=None)
 @given(chunks=st.lists(lengths, min_size=1, max_size=3), num_threads=st.sampled_from([2, 16]))
 def test_partial_results_are_merged_where_keys_were_cut(chunks, num_threads):
     found = plan(chunks, num_threads=num_threads)

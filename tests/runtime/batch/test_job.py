@@ -118,7 +118,8 @@ async def test_a_dead_engine_ends_the_run_and_leaves_its_lines_to_the_next(tmp_p
     batch = Batch(tmp_path, step_seconds=0.01)
     batch.source.write_text("".join(request_line(str(i), max_tokens=50) for i in range(9)))
     run = asyncio.create_task(batch.run(num_at_once=3))
-    await asyncio.sleep(0.05)
+    while len(batch.engine.running) < 3:
+        await asyncio.sleep(0.001)
     batch.engine.failure = EngineFailed(reason="OutOfMemory", message="No memory is left.")
     with pytest.raises(EngineDead, match="No memory is left"):
         await run

@@ -91,12 +91,15 @@ async def test_gaps_are_measured_between_tokens(tmp_path):
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     path = tmp_path / "result.json"
     port = server.sockets[0].getsockname()[1]
-    assert await bench(f"http://127.0.0.1:{port}", "--output-json", str(path)) == 0
+    flags = ("--num-prompts", "1", "--output-json", str(path))
+    assert await bench(f"http://127.0.0.1:{port}", *flags) == 0
     server.close()
     result = json.loads(path.read_text())
-    assert result["p50_itl_ms"] >= 25
-    assert result["p50_tpot_ms"] >= 25
-    assert result["p50_e2el_ms"] >= result["p50_ttft_ms"] + 25
+    # All that is sure: on a busy machine both tokens can be read at once.
+    assert result["p50_e2el_ms"] >= 25
+    gap = pytest.approx(result["p50_e2el_ms"] - result["p50_ttft_ms"])
+    assert result["p50_itl_ms"] == gap
+    assert result["p50_tpot_ms"] == gap
 
 
 async def test_a_server_that_loads_is_to_be_tried_again(engine, capsys):

@@ -111,7 +111,7 @@ def arrivals_strategy(draw: st.DrawFn) -> list[Arrival]:
     ]
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     arrivals=arrivals_strategy(),
     num_blocks=st.integers(5, 24),
@@ -386,7 +386,8 @@ def test_a_step_of_16_requests_costs_less_than_2_ms_around_the_model():
     core.step(0.0)
     times = []
     for _ in range(100):
-        started = time.perf_counter()
+        # Of this thread alone: a busy machine makes nothing dearer.
+        started = time.thread_time()
         core.step(0.0)
-        times.append(time.perf_counter() - started)
+        times.append(time.thread_time() - started)
     assert sorted(times)[50] < 2e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Sequence
 
@@ -126,8 +127,10 @@ def test_rows_with_a_grammar_wait_for_their_tokens_and_others_run_ahead():
 
 
 def test_a_request_waits_for_its_grammar_and_nobody_waits_for_it():
+    plain_has_ended = threading.Event()
+
     def slow() -> ByteTokenizer:
-        time.sleep(0.3)
+        plain_has_ended.wait(10)
         return ByteTokenizer()
 
     grammars = Grammars(slow, vocab_size=256, end_token_ids=[0])
@@ -138,6 +141,8 @@ def test_a_request_waits_for_its_grammar_and_nobody_waits_for_it():
     order: list[str] = []
     while core.has_work:
         order += [d.request_id for d in core.step(time.time()).deltas if d.finish_reason]
+        if "plain" in order:
+            plain_has_ended.set()
     assert order == ["plain", "g"]
 
 

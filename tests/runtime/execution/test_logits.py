@@ -5,7 +5,7 @@ import math
 import msgspec
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pagoda_runtime.execution.logits import (
@@ -84,7 +84,6 @@ every_params = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(
     logits=st.lists(st.floats(-30, 30, width=32), min_size=VOCAB_SIZE, max_size=VOCAB_SIZE),
     params=every_params,
@@ -102,7 +101,6 @@ def test_logits_are_processed_as_a_plain_loop_would(logits, params, prompt, outp
         assert processed.tolist() == [logits]
 
 
-@settings(deadline=None)
 @given(
     of_rows=st.lists(
         st.tuples(every_params, st.lists(token_id, max_size=6), st.lists(token_id, max_size=6)),

