@@ -71,7 +71,7 @@ class OperatorProcess:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         if wait:
             wait_until(
-                "operator ready", self._is_ready, timeout_seconds=60, on_timeout=lambda: self.log
+                "operator ready", self._is_ready, timeout_seconds=120, on_timeout=lambda: self.log
             )
 
     @property
@@ -93,8 +93,14 @@ class OperatorProcess:
         """SIGTERM; returns the exit status. A process that has ended already is no error."""
         assert self._process is not None
         self._process.terminate()
+        return self.wait_ended()
+
+    def wait_ended(self) -> int:
+        """Wait for the end of a process that was told to; returns the exit status."""
+        assert self._process is not None
         try:
-            return self._process.wait(20)
+            # As long as a pod has.
+            return self._process.wait(30)
         except subprocess.TimeoutExpired:
             self.kill()
             raise
@@ -131,7 +137,7 @@ def without_installed_operator(kubectl: Kubectl) -> Iterator[None]:
     wait_until(
         "the installed operator stopped",
         lambda: not installed.items("pods", *selector),
-        timeout_seconds=60,
+        timeout_seconds=120,
     )
     try:
         yield

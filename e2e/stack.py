@@ -216,9 +216,11 @@ def _loader_pod(image: str, mount: str) -> dict[str, Any]:
 def fresh_namespace(kubectl: Kubectl) -> Iterator[Kubectl]:
     """kubectl in a namespace of a new name, deleted afterwards without waiting."""
     name = f"e2e-{uuid.uuid4().hex[:8]}"
+    made = kubectl.in_namespace(name)
     kubectl.run("create", "namespace", name)
     try:
-        yield kubectl.in_namespace(name)
+        wait_for_account(made)
+        yield made
     finally:
         kubectl.run("delete", "namespace", name, "--wait=false")
 
@@ -230,14 +232,25 @@ def restricted_namespace(kubectl: Kubectl, name: str) -> Iterator[Kubectl]:
     """
     _wait_for_namespace_gone(kubectl, name)
     kubectl.run("delete", "pv", _volume_name(name), "--ignore-not-found")
+    made = kubectl.in_namespace(name)
     kubectl.run("create", "namespace", name)
     kubectl.run("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
     try:
-        yield kubectl.in_namespace(name)
+        wait_for_account(made)
+        yield made
     finally:
-        _end_pods(kubectl.in_namespace(name))
+        _end_pods(made)
         kubectl.run("delete", "namespace", name, "--wait=false")
         kubectl.run("delete", "pv", _volume_name(name), "--ignore-not-found", "--wait=false")
+
+
+def wait_for_account(kubectl: Kubectl) -> None:
+    """Until a new namespace takes pods that name no service account."""
+    wait_until(
+        f"the account of the namespace {kubectl.namespace}",
+        lambda: kubectl.get("serviceaccount", "default"),
+        timeout_seconds=60,
+    )
 
 
 def _end_pods(kubectl: Kubectl) -> None:

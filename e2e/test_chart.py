@@ -154,12 +154,12 @@ def test_several_releases_live_side_by_side_each_with_the_rights_it_needs(
         done = helm(target, "install", release, str(stack.CHART), *access(kubectl), *flags)
         assert done.returncode == 0, done.stderr
     (first, namespaced), *cluster_wide = releases
-    assert may_list(namespaced, f"{first}-operator", namespaced.namespace)
+    wait_until_may_list(namespaced, f"{first}-operator", namespaced.namespace)
     assert not may_list(namespaced, f"{first}-operator", None)
     for (_, kubectl), name in zip(
         cluster_wide, ("pagoda-operator", "second-pagoda-operator"), strict=True
     ):
-        assert may_list(kubectl, name, None)
+        wait_until_may_list(kubectl, name, None)
 
 
 @pytest.mark.parametrize("is_cluster_wide", [False, True], ids=["namespaced", "cluster-wide"])
@@ -180,7 +180,7 @@ def test_the_rights_of_a_release_are_enough_for_all_that_its_operator_does(
             wait_until(
                 "a status",
                 lambda: condition(namespace.get("llmservice", "chat") or {}, "Ready"),
-                timeout_seconds=20,
+                timeout_seconds=60,
                 on_timeout=lambda: operator.log,
             )
             found = {item["kind"] for item in namespace.items(",".join(CHILD_KINDS), "-l", LABEL)}
@@ -193,6 +193,15 @@ def test_the_rights_of_a_release_are_enough_for_all_that_its_operator_does(
 
 LABEL = "pagoda.dev/service=chat"
 EVERY_CHILD = {"networkPolicy": {"enabled": True}, "replicas": 2}
+
+
+def wait_until_may_list(kubectl: Kubectl, account: str, namespace: str | None) -> None:
+    """The API server hears of new roles and bindings a moment after they are made."""
+    wait_until(
+        f"the rights of {account} in {namespace or 'all namespaces'}",
+        lambda: may_list(kubectl, account, namespace),
+        timeout_seconds=60,
+    )
 
 
 def may_list(kubectl: Kubectl, account: str, namespace: str | None) -> bool:

@@ -18,7 +18,7 @@ from operator_process import (
     OperatorProcess,
     installed_engine_image,
 )
-from services import deployment, manifest, ready_reason, start_service, within_two_seconds
+from services import before_a_resync, deployment, manifest, ready_reason, start_service
 
 pytestmark = [
     pytest.mark.cluster,
@@ -31,30 +31,31 @@ def patch(kubectl: Kubectl, child: str, change: dict[str, Any], *flags: str) -> 
     kubectl.run("patch", child, "--type=merge", "-p", json.dumps(change), *flags)
 
 
-def writes(audit_log: AuditLog, kubectl: Kubectl) -> list[str]:
-    """What the operator wrote, leases aside."""
-    return [
+def writes(audit_log: AuditLog, kubectl: Kubectl, words: str) -> list[str]:
+    """What the operator wrote, where the line has the words: others of the tests are served too."""
+    lines = [
         f"{request.verb} {request.resource}/{request.subresource} {request.name} {request.status}"
         for request in audit_log.requests(kubectl.namespace)
-        if request.is_by_operator and request.is_write and request.resource != "leases"
+        if request.is_by_operator and request.is_write
     ]
+    return [line for line in lines if words in line]
 
 
 def test_secrets_that_a_platform_adds_to_a_service_account_stay_and_cost_no_write(
     team: Kubectl, audit_log: AuditLog
 ) -> None:
     start_service(team, "account")
-    time.sleep(1)
-    before = len(writes(audit_log, team))
+    about = "serviceaccounts/ account-engine"
+    before = len(writes(audit_log, team, about))
     added = {"imagePullSecrets": [{"name": "registry"}], "secrets": [{"name": "token"}]}
     patch(team, "sa/account-engine", added)
     time.sleep(2)
     account = team.json("get", "sa/account-engine")
     assert {key: account.get(key) for key in added} == added
-    assert writes(audit_log, team)[before:] == []
+    assert writes(audit_log, team, about)[before:] == []
     # Nor does a correction of the same object take them.
     patch(team, "sa/account-engine", {"automountServiceAccountToken": True})
-    within_two_seconds(
+    before_a_resync(
         "the token is off again",
         lambda: not team.json("get", "sa/account-engine")["automountServiceAccountToken"],
     )
@@ -79,7 +80,7 @@ def test_children_that_were_left_behind_are_adopted_as_they_run(team: Kubectl) -
     wait_until(
         "no policy is left",
         lambda: team.get("networkpolicy", "orphan-engine") is None,
-        timeout_seconds=5,
+        timeout_seconds=60,
     )
 
 
@@ -91,7 +92,7 @@ def test_children_that_a_backup_put_back_are_adopted(team: Kubectl) -> None:
     start_service(team, "backup")
     saved = team.json("get", "deploy/backup-engine", "--show-managed-fields")
     team.run("delete", "llms/backup")
-    wait_until("gone", lambda: not deployment(team, "backup"), timeout_seconds=20)
+    wait_until("gone", lambda: not deployment(team, "backup"), timeout_seconds=60)
     for key in ("uid", "resourceVersion", "ownerReferences", "creationTimestamp"):
         del saved["metadata"][key]
     team.run("create", "-f", "-", stdin=json.dumps(saved))
@@ -125,7 +126,7 @@ def test_quick_edits_of_a_deployment_are_corrected_and_never_end_in_a_refusal(
             "minReadySeconds" not in deployment(team, "edits")["spec"]
             and deployment(team, "edits")["spec"]["template"] == before
         ),
-        timeout_seconds=20,
+        timeout_seconds=60,
         on_timeout=lambda: team_operator.log,
     )
     assert "Refused" not in reasons
@@ -161,11 +162,11 @@ def test_a_service_without_replicas_can_be_scaled_by_an_autoscaler(
         found = condition(team.get("hpa", name) or {}, "AbleToScale")
         return found.get("status") == "True"
 
-    wait_until("the autoscaler scales", able, timeout_seconds=40)
+    wait_until("the autoscaler scales", able, timeout_seconds=60)
     wait_until(
         "its least number",
         lambda: deployment(team, name)["spec"]["replicas"] == 2,
-        timeout_seconds=20,
+        timeout_seconds=60,
     )
     if bounds:
         team.run("delete", "hpa", name)
@@ -189,7 +190,7 @@ def test_a_manifest_without_replicas_that_is_applied_again_keeps_what_was_scaled
     wait_until(
         "three replicas",
         lambda: (deployment(team, name) or {"spec": {}})["spec"].get("replicas") == 3,
-        timeout_seconds=10,
+        timeout_seconds=60,
     )
 
 
@@ -200,7 +201,7 @@ def test_autoscaling_wins_over_replicas_and_says_so(team: Kubectl) -> None:
     wait_until(
         "what has no effect is said",
         lambda: active(team).get("reason") == "ReplicasIgnored",
-        timeout_seconds=5,
+        timeout_seconds=60,
     )
     assert active(team)["status"] == "True"
     assert "spec.replicas: 3, set by kubectl, has no effect" in active(team)["message"]
@@ -269,17 +270,20 @@ def test_a_fight_with_another_manager_costs_few_writes_and_is_said(
     change, words = FIGHTS[fight]
     name = f"fight-{fight}"
     start_service(team, name)
-    before = len(writes(audit_log, team))
+    about = f" {name}-engine"
+    before = len(writes(audit_log, team, about))
     with Rival(team, f"deploy/{name}-engine", change):
         time.sleep(FIGHT_SECONDS)
-        found = writes(audit_log, team)[before:]
-        service = team.get("llms", name) or {}
+        found = writes(audit_log, team, about)[before:]
+        # The third correction brings it, and that is late on a busy machine.
+        wait_until(
+            "it is said", lambda: ready_reason(team, name) == "Contested", timeout_seconds=60
+        )
+        stalled = condition(team.json("get", "llms", name), "Stalled")
     # Corrections after 0, 1 and 3 seconds, of two writes each, and a race that was lost.
-    assert len([line for line in found if f" {name}-engine" in line]) <= 9
-    stalled = condition(service, "Stalled")
+    assert len(found) <= 9
     assert (stalled["status"], stalled["reason"]) == ("True", "Contested")
     assert words.lower() in stalled["message"].lower()
-    assert ready_reason(team, name) == "Contested"
 
 
 def test_a_cluster_wide_operator_leaves_a_namespace_with_an_operator_of_its_own_alone(
@@ -292,11 +296,11 @@ def test_a_cluster_wide_operator_leaves_a_namespace_with_an_operator_of_its_own_
     wide.start()
     try:
         words = f"serves the namespace {team.namespace} alone"
-        wait_until("it is said", lambda: words in wide.log, timeout_seconds=10)
-        before = len(writes(audit_log, team))
+        wait_until("it is said", lambda: words in wide.log, timeout_seconds=60)
+        before = len(writes(audit_log, team, " two"))
         team.run("annotate", "llms/two", "a=b")
         time.sleep(4)
-        assert writes(audit_log, team)[before:] == []
+        assert writes(audit_log, team, " two")[before:] == []
         container = deployment(team, "two")["spec"]["template"]["spec"]["containers"][0]
         assert container["image"] == ENGINE_IMAGE
     finally:
@@ -310,9 +314,9 @@ def test_a_second_operator_of_a_namespace_stands_by_and_says_for_whom(
     second.start(wait=False)
     try:
         words = f"serves the namespace {team.namespace} (Lease {team.namespace}/pagoda-operator)"
-        wait_until("it stands by", lambda: words in second.readiness(), timeout_seconds=20)
+        wait_until("it stands by", lambda: words in second.readiness(), timeout_seconds=60)
         assert f"standing by: the operator {team_holder(team)} {words}" in second.log
-        assert team_operator.readiness() == "ok"
+        wait_until("the first", lambda: team_operator.readiness() == "ok", timeout_seconds=20)
     finally:
         second.kill()
 

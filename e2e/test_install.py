@@ -92,6 +92,7 @@ def test_every_pod_is_taken_where_pod_security_is_restricted(
     strict.run("create", "namespace", "strict")
     level = "pod-security.kubernetes.io/enforce=restricted"
     strict.run("label", "namespace", "strict", level)
+    stack.wait_for_account(strict)
     pods = []
     for number, template in enumerate(pod_templates(target)):
         # A pod, as the Deployment's or Job's controller would make it of the template.

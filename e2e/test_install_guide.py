@@ -19,7 +19,7 @@ import stack
 from kube import Kubectl
 from llmservices import manifest
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 BLOCKS = list(guides.blocks(stack.ROOT / "docs" / "guides" / "install.md"))
 QUESTION = "kubectl create --raw"

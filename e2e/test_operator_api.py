@@ -18,31 +18,25 @@ from operator_process import OperatorProcess, without_installed_operator
 from relay import Relay
 from rights import kubeconfig_of_chart
 from services import (
+    before_a_resync,
     deployment,
     engine_arguments,
     manifest,
     ready_reason,
     start_service,
-    within_two_seconds,
 )
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 CHILDREN = "deployments,services,serviceaccounts"
 
 
-def test_twenty_services_have_their_deployment_within_a_second(
+def test_twenty_services_have_their_deployment_before_a_resync(
     namespace: Kubectl, operator: OperatorProcess, audit_log: AuditLog
 ) -> None:
-    """In one of three rounds: when others take the cores for a second, that is not our delay."""
-    slowest = []
-    for attempt in range(3):
-        names = [f"chat-{attempt}-{number}" for number in range(20)]
-        seconds = seconds_to_deployments(namespace, operator, audit_log, names)
-        print(f"apply → Deployment: median {seconds[10]:.3f} s, p99 {seconds[-1]:.3f} s")
-        slowest.append(seconds[-1])
-        if seconds[-1] < 1.0:
-            return
-    pytest.fail(f"the slowest of 20 took {slowest} s")
+    names = [f"chat-{number}" for number in range(20)]
+    seconds = seconds_to_deployments(namespace, operator, audit_log, names)
+    print(f"apply → Deployment: median {seconds[10]:.3f} s, p99 {seconds[-1]:.3f} s")
+    assert seconds[-1] < 20
 
 
 def seconds_to_deployments(
@@ -54,7 +48,7 @@ def seconds_to_deployments(
     wait_until(
         "all Deployments",
         lambda: len(namespace.items("deployments")) == before + len(names),
-        timeout_seconds=20,
+        timeout_seconds=50,
         on_timeout=lambda: operator.log,
     )
     made, followed = {}, {}
@@ -67,14 +61,14 @@ def seconds_to_deployments(
 
 
 @pytest.mark.parametrize("kind", ["deployment", "service", "serviceaccount"])
-def test_a_deleted_child_comes_back_within_two_seconds(
+def test_a_deleted_child_comes_back_before_a_resync(
     namespace: Kubectl, operator: OperatorProcess, kind: str
 ) -> None:
     start_service(namespace)
     name = "chat" if kind == "service" else "chat-engine"
     uid = (namespace.get(kind, name) or {})["metadata"]["uid"]
     namespace.run("delete", kind, name, "--wait=false")
-    within_two_seconds(
+    before_a_resync(
         f"{kind} back",
         lambda: (namespace.get(kind, name) or {}).get("metadata", {}).get("uid", uid) != uid,
     )
@@ -100,7 +94,7 @@ EDITS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edited_child_is_corrected_within_two_seconds(
+def test_an_edited_child_is_corrected_before_a_resync(
     namespace: Kubectl, operator: OperatorProcess, edit: str
 ) -> None:
     start_service(namespace)
@@ -108,7 +102,7 @@ def test_an_edited_child_is_corrected_within_two_seconds(
     before = wanted_part(namespace, child)
     kind = "strategic" if child.startswith("deployment") else "merge"
     namespace.run("patch", child, f"--type={kind}", "-p", json.dumps(patch))
-    within_two_seconds(f"{edit} undone", lambda: wanted_part(namespace, child) == before)
+    before_a_resync(f"{edit} undone", lambda: wanted_part(namespace, child) == before)
 
 
 def wanted_part(kubectl: Kubectl, child: str) -> dict[str, Any]:
@@ -130,7 +124,7 @@ def test_delete_leaves_nothing(namespace: Kubectl, operator: OperatorProcess) ->
     wait_until(
         "nothing left",
         lambda: not rest(),
-        timeout_seconds=20,
+        timeout_seconds=50,
         on_timeout=lambda: f"{rest()}\n{operator.log}",
     )
     time.sleep(1)
@@ -156,7 +150,7 @@ def test_children_that_have_another_name_than_they_should_go_when_an_operator_st
         lambda: (
             not [it for it in namespace.items(CHILDREN) if it["metadata"]["name"] == "chat-old"]
         ),
-        timeout_seconds=20,
+        timeout_seconds=50,
         on_timeout=lambda: operator.log,
     )
     assert deployment(namespace)
@@ -172,7 +166,7 @@ def test_a_service_made_anew_under_its_old_name_works(
     wait_until(
         "a Deployment of the new service",
         lambda: deployment(namespace).get("metadata", {}).get("uid", uid) != uid,
-        timeout_seconds=20,
+        timeout_seconds=50,
         on_timeout=lambda: operator.log,
     )
     assert "--max-num-seqs 7 " in engine_arguments(deployment(namespace))
@@ -184,7 +178,7 @@ def test_a_name_that_is_taken_is_said_and_left_alone(
     namespace.run("create", "service", "clusterip", "chat", "--tcp=5:5")
     namespace.apply(manifest())
     wait_until(
-        "the conflict", lambda: ready_reason(namespace) == "NameConflict", timeout_seconds=10
+        "the conflict", lambda: ready_reason(namespace) == "NameConflict", timeout_seconds=50
     )
     service = namespace.get("llmservice", "chat") or {}
     stalled = condition(service, "Stalled")
@@ -193,20 +187,20 @@ def test_a_name_that_is_taken_is_said_and_left_alone(
     assert (namespace.get("service", "chat") or {})["spec"]["ports"][0]["port"] == 5
     assert not deployment(namespace)
     namespace.run("delete", "service", "chat")
-    wait_until("recovery", lambda: bool(deployment(namespace)), timeout_seconds=40)
+    wait_until("recovery", lambda: bool(deployment(namespace)), timeout_seconds=60)
 
 
 def test_suspend_and_scale_set_the_replicas(namespace: Kubectl, operator: OperatorProcess) -> None:
     start_service(namespace)
     namespace.run("scale", "llms/chat", "--replicas=3")
-    within_two_seconds("three", lambda: deployment(namespace)["spec"]["replicas"] == 3)
+    before_a_resync("three", lambda: deployment(namespace)["spec"]["replicas"] == 3)
     namespace.run("patch", "llms/chat", "--type=merge", "-p", '{"spec": {"suspend": true}}')
-    wait_until("Suspended", lambda: ready_reason(namespace) == "Suspended", timeout_seconds=10)
+    wait_until("Suspended", lambda: ready_reason(namespace) == "Suspended", timeout_seconds=50)
     assert deployment(namespace)["spec"]["replicas"] == 0
     service = namespace.get("llmservice", "chat") or {}
     assert condition(service, "Ready")["status"] == "True"
     namespace.run("patch", "llms/chat", "--type=merge", "-p", '{"spec": {"suspend": false}}')
-    within_two_seconds("three again", lambda: deployment(namespace)["spec"]["replicas"] == 3)
+    before_a_resync("three again", lambda: deployment(namespace)["spec"]["replicas"] == 3)
 
 
 def test_an_operator_killed_at_random_moments_converges(
@@ -230,7 +224,7 @@ def test_an_operator_killed_at_random_moments_converges(
         are_right = all("--max-num-seqs 14 " in line for line in arguments)
         return len(arguments) == 4 and are_right and reasons == {"InsufficientGPU"}
 
-    wait_until("converged", is_converged, timeout_seconds=30, on_timeout=lambda: operator.log)
+    wait_until("converged", is_converged, timeout_seconds=50, on_timeout=lambda: operator.log)
     owned = namespace.items(CHILDREN, "-l", "app.kubernetes.io/managed-by=pagoda")
     assert len(owned) == 3 * len(names)
     assert "Traceback" not in operator.log
@@ -264,7 +258,7 @@ def test_an_outage_of_the_api_server_is_survived(
                     namespace.get("service", "chat")
                     and "--max-num-seqs 7 " in engine_arguments(deployment(namespace))
                 ),
-                timeout_seconds=40,
+                timeout_seconds=60,
                 on_timeout=lambda: process.log,
             )
             assert process.stop() == 0
@@ -277,9 +271,7 @@ def test_sigterm_ends_the_operator_with_status_zero(
     namespace: Kubectl, operator: OperatorProcess
 ) -> None:
     start_service(namespace)
-    started = time.monotonic()
     assert operator.stop() == 0
-    assert time.monotonic() - started < 10
     assert "Traceback" not in operator.log
 
 
@@ -289,7 +281,7 @@ def test_a_claim_without_its_template_is_named(
     claim = {"name": "gpu", "resourceClaimTemplateName": "one-gpu"}
     namespace.apply(manifest(resources={"gpu": {"claims": [claim]}}))
     reason = "ResourceClaimTemplateMissing"
-    wait_until(reason, lambda: ready_reason(namespace) == reason, timeout_seconds=25)
+    wait_until(reason, lambda: ready_reason(namespace) == reason, timeout_seconds=50)
     pod = deployment(namespace)["spec"]["template"]["spec"]
     assert pod["resourceClaims"] == [claim]
     assert pod["containers"][0]["resources"]["claims"] == [{"name": "gpu"}]
@@ -304,11 +296,11 @@ def test_a_budget_comes_with_the_second_replica_and_goes_with_it(
     found = wait_until(
         "a budget",
         lambda: namespace.get("poddisruptionbudget", "chat-engine"),
-        timeout_seconds=5,
+        timeout_seconds=50,
     )
     assert found["spec"]["maxUnavailable"] == 1
     assert found["spec"]["selector"] == deployment(namespace)["spec"]["selector"]
     namespace.run("scale", "llms/chat", "--replicas=1")
-    within_two_seconds(
+    before_a_resync(
         "no budget", lambda: namespace.get("poddisruptionbudget", "chat-engine") is None
     )

@@ -22,7 +22,7 @@ from operator_process import OperatorProcess
 
 from pagoda_operator.testing import LLAMA_8B
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 L4 = {"gpu": {"products": ["NVIDIA-L4"]}}
 FITTING, TOO_LONG = {"maxModelLen": 8192}, {"maxModelLen": 100_000}
@@ -85,7 +85,7 @@ def wait_for(team: Kubectl, name: str, kind: str, reason: str) -> dict[str, Any]
     return wait_until(
         f"{kind} {reason}",
         found,
-        timeout_seconds=20,
+        timeout_seconds=60,
         on_timeout=lambda: json.dumps(team.get("llmservice", name), indent=1),
     )
 
@@ -110,7 +110,7 @@ def test_what_does_not_fit_gets_no_pods_until_it_is_mended(team: Kubectl) -> Non
     wait_until(
         "the Deployment",
         lambda: team.get("deployment", "long-engine"),
-        timeout_seconds=20,
+        timeout_seconds=60,
         on_timeout=lambda: json.dumps(team.get("llmservice", "long")),
     )
     service = wait_for(team, "long", "Stalled", "Progressing")
@@ -120,7 +120,7 @@ def test_what_does_not_fit_gets_no_pods_until_it_is_mended(team: Kubectl) -> Non
 
 def test_pods_stay_when_a_change_would_not_fit(team: Kubectl) -> None:
     apply(team, "kept", **FITTING)
-    wait_until("pods", lambda: team.get("deployment", "kept-engine"), timeout_seconds=20)
+    wait_until("pods", lambda: team.get("deployment", "kept-engine"), timeout_seconds=60)
     before = team.json("get", "deployment", "kept-engine")["spec"]
     apply(team, "kept", **TOO_LONG)
     wait_for(team, "kept", "Stalled", "DoesNotFit")
@@ -133,17 +133,20 @@ def test_a_refused_service_is_neither_written_nor_read_again(
     apply(team, "quiet", **TOO_LONG)
     wait_for(team, "quiet", "Stalled", "DoesNotFit")
     time.sleep(1)
-    num_asked, num_requests = len(Hub.asked), len(audit_log.requests(team.namespace))
+
+    def reads_and_writes() -> list[str]:
+        # The log has writes alone. Those about services of other tests may come late.
+        written = [it for it in audit_log.requests(team.namespace) if it.name.startswith("quiet")]
+        writes = [f"{it.verb} {it.resource}/{it.name}" for it in written if it.is_by_operator]
+        return [path for path in Hub.asked if "/quiet/" in path] + writes
+
+    before = reads_and_writes()
     team.run("annotate", "llmservice", "quiet", "note=1")
     time.sleep(3)
-    assert len(Hub.asked) == num_asked
-    since = audit_log.requests(team.namespace)[num_requests:]
-    # The log has writes alone.
-    own = [request for request in since if request.is_by_operator]
-    assert not [request for request in own if request.resource != "leases"]
+    assert reads_and_writes() == before
     # It was not for want of watching.
     apply(team, "quiet", **FITTING)
-    wait_until("pods", lambda: team.get("deployment", "quiet-engine"), timeout_seconds=20)
+    wait_until("pods", lambda: team.get("deployment", "quiet-engine"), timeout_seconds=60)
 
 
 def test_the_status_of_what_is_not_there_ends_with_2(team: Kubectl) -> None:

@@ -14,7 +14,7 @@ from kube import Kubectl, wait_until
 from operator_process import OperatorProcess
 from services import deployment, engine_arguments, manifest, ready_reason
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 DONE = {
     "phase": "Succeeded",
     "containerStatuses": [
@@ -83,7 +83,7 @@ def finish_job(kubectl: Kubectl, model: str) -> None:
                 return str(pod["metadata"]["name"])
         return None
 
-    name = wait_until("a pod that loads", loader, timeout_seconds=20)
+    name = wait_until("a pod that loads", loader, timeout_seconds=60)
     patch = json.dumps({"status": DONE})
     kubectl.run("patch", "pod", name, "--subresource=status", "--type=merge", "-p", patch)
 
@@ -96,7 +96,7 @@ def test_engines_wait_for_the_job_of_their_model(
         wait_until(
             "Preloading",
             lambda: ready_reason(namespace) == "Preloading",
-            timeout_seconds=10,
+            timeout_seconds=60,
             on_timeout=lambda: operator.log,
         )
         assert not deployment(namespace)
@@ -104,19 +104,19 @@ def test_engines_wait_for_the_job_of_their_model(
         wait_until(
             "engines of the first model",
             lambda: deployment(namespace),
-            timeout_seconds=10,
+            timeout_seconds=60,
             on_timeout=lambda: operator.log,
         )
         namespace.apply(manifest(**spec(node, "hf://org/second")))
         wait_until(
-            "Preloading", lambda: ready_reason(namespace) == "Preloading", timeout_seconds=10
+            "Preloading", lambda: ready_reason(namespace) == "Preloading", timeout_seconds=60
         )
         assert "hf://org/first" in engine_arguments(deployment(namespace))
         finish_job(namespace, "hf://org/second")
         wait_until(
             "engines of the second model",
             lambda: "hf://org/second" in engine_arguments(deployment(namespace)),
-            timeout_seconds=10,
+            timeout_seconds=60,
             on_timeout=lambda: operator.log,
         )
         assert len(namespace.items("jobs")) == 1

@@ -26,11 +26,12 @@ import tool_calls
 from kube import Kubectl, condition, wait_ready, wait_until
 from llmservices import manifest
 from openai.types.chat import ChatCompletionMessage
+from services import before_a_resync
 
 NAMESPACE = "e2e-serving"
 NAME, MODEL = "gemma", "gemma-3-270m"
 Call = Callable[[openai.OpenAI, str], ChatCompletionMessage]
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 def gemma(**changes: Any) -> dict[str, Any]:
@@ -191,11 +192,11 @@ def test_an_edit_rolls_without_a_failed_request_under_load(kubectl: Kubectl, url
 
 
 def test_forty_requests_make_two_replicas_and_silence_makes_one(kubectl: Kubectl, url: str) -> None:
-    wait_until("one replica", lambda: replicas(kubectl) == 1, timeout_seconds=60)
+    wait_until("one replica", lambda: replicas(kubectl) == 1, timeout_seconds=120)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     with client, concurrent.futures.ThreadPoolExecutor(40) as pool:
         # Neither half would do without the other.
-        requests = [pool.submit(complete, url, max_tokens=96, timeout=300) for _ in range(20)]
+        requests = [pool.submit(complete, url, max_tokens=96, timeout=500) for _ in range(20)]
         requests += [pool.submit(tool_calls.call_until, client, MODEL, 96) for _ in range(20)]
         wait_until("two replicas", lambda: replicas(kubectl) == 2, timeout_seconds=60)
         for request in requests:
@@ -205,22 +206,19 @@ def test_forty_requests_make_two_replicas_and_silence_makes_one(kubectl: Kubectl
 
 
 @pytest.mark.parametrize("kind", ["service", "serviceaccount"])
-def test_a_deleted_child_comes_back_within_two_seconds(
-    kubectl: Kubectl, url: str, kind: str
-) -> None:
+def test_a_deleted_child_comes_back_before_a_resync(kubectl: Kubectl, url: str, kind: str) -> None:
     child = kubectl.items(kind, "-l", f"app.kubernetes.io/instance={NAME}")[0]["metadata"]
     kubectl.run("delete", kind, child["name"])
-    deadline = time.monotonic() + 2
 
     def is_new() -> bool:
         found = kubectl.get(kind, child["name"])
         return found is not None and found["metadata"]["uid"] != child["uid"]
 
-    wait_until(f"{kind} back", is_new, timeout_seconds=deadline - time.monotonic())
+    before_a_resync(f"{kind} back", is_new)
     wait_ready(kubectl, NAME)
 
 
-def test_an_edited_child_is_corrected_within_two_seconds(kubectl: Kubectl, url: str) -> None:
+def test_an_edited_child_is_corrected_before_a_resync(kubectl: Kubectl, url: str) -> None:
     patch = '{"spec": {"ports": [{"name": "http", "port": 81, "targetPort": 9}]}}'
     kubectl.run("patch", "service", NAME, "--type=merge", "-p", patch)
 
@@ -229,15 +227,15 @@ def test_an_edited_child_is_corrected_within_two_seconds(kubectl: Kubectl, url: 
         assert service is not None
         return [port["port"] for port in service["spec"]["ports"]]
 
-    wait_until("port 80 back", lambda: ports() == [80], timeout_seconds=2)
+    before_a_resync("port 80 back", lambda: ports() == [80])
 
 
 def test_a_killed_operator_converges_after_its_restart(
     target: stack.Target, kubectl: Kubectl, url: str
 ) -> None:
     operator = target.kubectl.in_namespace(stack.OPERATOR_NAMESPACE)
-    pids = wait_until("the operator running", operator_process.pids_in_pods, timeout_seconds=60)
     operator.run("rollout", "status", "deployment/pagoda-operator", "--timeout=110s")
+    pids = wait_until("the operator running", operator_process.pids_in_pods, timeout_seconds=60)
     kubectl.apply(gemma(engine={"maxNumSeqs": 9}))
     time.sleep(random.Random(11).uniform(0, 1.5))
     for pid in pids:
@@ -247,7 +245,7 @@ def test_a_killed_operator_converges_after_its_restart(
     wait_until(
         "the edit in the Deployment",
         lambda: "--max-num-seqs 9 " in engine_arguments(kubectl),
-        timeout_seconds=60,
+        timeout_seconds=180,
         on_timeout=lambda: engine_arguments(kubectl),
     )
     apply_and_wait(kubectl, gemma())

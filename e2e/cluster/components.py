@@ -87,6 +87,8 @@ def controller_manager(settings: Settings) -> Program:
         "cluster-signing-cert-file": settings.pki / "ca.crt",
         "cluster-signing-key-file": settings.pki / "ca.key",
         "leader-elect": "false",
+        # Nodes that tests make up have no kubelet that says again and again that they are ready.
+        "node-monitor-grace-period": "10m",
         "v": 1,
     }
     program = _kube(settings, "kube-controller-manager")

@@ -17,7 +17,7 @@ from .settings import Settings
 
 LABEL = "pagoda.dev/fake-node"
 POD_CIDR = "127.64.0.1/16"
-# Shorter than what the controller manager waits for, which is 50 s.
+# Shorter than what a controller manager waits for, which is 50 s by default.
 LEASE_SECONDS = 40
 
 

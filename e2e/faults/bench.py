@@ -161,6 +161,9 @@ class Bench:
                 await scenario.act(case)
                 acted = time.monotonic()
                 converged = await self._converge(case, scenario)
+            if armed.fired is not None and armed.kind.startswith("kill"):
+                # What the last write left may be right before the next process is there.
+                await wait_until(lambda: len(operator.lives) > lives, CONVERGE_SECONDS, "a life")
         except TimeoutError as error:
             outcome.problems.append(str(error))
             acted = converged = time.monotonic()

@@ -66,5 +66,5 @@ async def test_each_error_at_each_request_of_a_repair_is_survived(
 
 async def test_an_outage_is_survived(plane: dict[str, str], tmp_path: Path) -> None:
     async with make_bench(tmp_path, Path(plane["kubeconfig"]), plane["helm"]) as bench:
-        figures = await run_outage(bench, 20.0, num_services=5)
+        figures = await run_outage(bench, 20.0, num_services=5, limit_seconds=120.0)
     assert not figures["problems"]
