@@ -37,7 +37,7 @@ class Engines:
         """Apply, and let every engine that finds room become ready."""
         self.apply(**spec)
         replicas = spec.get("replicas", 1)
-        wait_until("nodes", lambda: len(self.bound_pods()) >= replicas, timeout_seconds=60)
+        wait_until("nodes", lambda: len(self.bound_pods()) >= replicas)
         for pod in self.bound_pods():
             self.play_kubelet(pod, RUNNING, ready=True)
         self.wait_for("Ready", "True")
@@ -78,7 +78,6 @@ class Engines:
         return wait_until(
             f"{kind}={status} {parts}",
             found,
-            timeout_seconds=60,
             on_timeout=lambda: json.dumps(self.status().get("status"), indent=1),
         )
 

@@ -76,11 +76,14 @@ def wait_until(
     what: str,
     check: Callable[[], T | None],
     *,
-    timeout_seconds: float,
+    timeout_seconds: float = 50,
     interval_seconds: float = 0.25,
     on_timeout: Callable[[], str] = lambda: "",
 ) -> T:
-    """The first true value of `check`. Raises TimedOut, with what `on_timeout` tells."""
+    """The first true value of `check`. Raises TimedOut, with what `on_timeout` tells.
+
+    By default it is less than the operator's resync, which would hide that no watch told.
+    """
     deadline = time.monotonic() + timeout_seconds
     while True:
         if value := check():

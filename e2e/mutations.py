@@ -74,7 +74,6 @@ def mutating(kubectl: Kubectl, services: dict[str, str]) -> Iterator[None]:
             wait_until(
                 f"{mutation} in force",
                 lambda name=name: _is_in_force(kubectl, name),
-                timeout_seconds=60,
             )
         yield
     finally:

@@ -33,7 +33,6 @@ def start_service(kubectl: Kubectl, name: str = "chat", **spec: Any) -> None:
     wait_until(
         "a status with the cause",
         lambda: ready_reason(kubectl, name) == "InsufficientGPU",
-        timeout_seconds=60,
     )
 
 

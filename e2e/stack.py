@@ -249,7 +249,6 @@ def wait_for_account(kubectl: Kubectl) -> None:
     wait_until(
         f"the account of the namespace {kubectl.namespace}",
         lambda: kubectl.get("serviceaccount", "default"),
-        timeout_seconds=60,
     )
 
 

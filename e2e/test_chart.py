@@ -180,7 +180,6 @@ def test_the_rights_of_a_release_are_enough_for_all_that_its_operator_does(
             wait_until(
                 "a status",
                 lambda: condition(namespace.get("llmservice", "chat") or {}, "Ready"),
-                timeout_seconds=60,
                 on_timeout=lambda: operator.log,
             )
             found = {item["kind"] for item in namespace.items(",".join(CHILD_KINDS), "-l", LABEL)}
@@ -200,7 +199,6 @@ def wait_until_may_list(kubectl: Kubectl, account: str, namespace: str | None) -
     wait_until(
         f"the rights of {account} in {namespace or 'all namespaces'}",
         lambda: may_list(kubectl, account, namespace),
-        timeout_seconds=60,
     )
 
 

@@ -69,9 +69,7 @@ def finished(kubectl: Kubectl, name: str, seconds: float = 300) -> dict[str, Any
 
 def test_a_service_answers_this_machine_at_its_cluster_address(server: dict[str, Any]) -> None:
     address = server["spec"]["clusterIP"]
-    answer = wait_until(
-        "the Service's answer", lambda: fetch(f"http://{address}/"), timeout_seconds=60
-    )
+    answer = wait_until("the Service's answer", lambda: fetch(f"http://{address}/"))
     assert answer == "served\n"
 
 
@@ -163,7 +161,7 @@ def test_the_audit_log_names_who_wrote_what(kubectl: Kubectl, audit_log: AuditLo
         found = audit_log.read(name.encode())
         return [(request.verb, request.user) for request in found if request.name == name]
 
-    written = wait_until("the audit entry", requests, timeout_seconds=60)
+    written = wait_until("the audit entry", requests)
     assert written == [("create", "kubernetes-admin")]
 
 

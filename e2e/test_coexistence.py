@@ -80,7 +80,6 @@ def test_children_that_were_left_behind_are_adopted_as_they_run(team: Kubectl) -
     wait_until(
         "no policy is left",
         lambda: team.get("networkpolicy", "orphan-engine") is None,
-        timeout_seconds=60,
     )
 
 
@@ -92,7 +91,7 @@ def test_children_that_a_backup_put_back_are_adopted(team: Kubectl) -> None:
     start_service(team, "backup")
     saved = team.json("get", "deploy/backup-engine", "--show-managed-fields")
     team.run("delete", "llms/backup")
-    wait_until("gone", lambda: not deployment(team, "backup"), timeout_seconds=60)
+    wait_until("gone", lambda: not deployment(team, "backup"))
     for key in ("uid", "resourceVersion", "ownerReferences", "creationTimestamp"):
         del saved["metadata"][key]
     team.run("create", "-f", "-", stdin=json.dumps(saved))
@@ -126,7 +125,6 @@ def test_quick_edits_of_a_deployment_are_corrected_and_never_end_in_a_refusal(
             "minReadySeconds" not in deployment(team, "edits")["spec"]
             and deployment(team, "edits")["spec"]["template"] == before
         ),
-        timeout_seconds=60,
         on_timeout=lambda: team_operator.log,
     )
     assert "Refused" not in reasons
@@ -162,11 +160,10 @@ def test_a_service_without_replicas_can_be_scaled_by_an_autoscaler(
         found = condition(team.get("hpa", name) or {}, "AbleToScale")
         return found.get("status") == "True"
 
-    wait_until("the autoscaler scales", able, timeout_seconds=60)
+    wait_until("the autoscaler scales", able)
     wait_until(
         "its least number",
         lambda: deployment(team, name)["spec"]["replicas"] == 2,
-        timeout_seconds=60,
     )
     if bounds:
         team.run("delete", "hpa", name)
@@ -190,7 +187,6 @@ def test_a_manifest_without_replicas_that_is_applied_again_keeps_what_was_scaled
     wait_until(
         "three replicas",
         lambda: (deployment(team, name) or {"spec": {}})["spec"].get("replicas") == 3,
-        timeout_seconds=60,
     )
 
 
@@ -201,7 +197,6 @@ def test_autoscaling_wins_over_replicas_and_says_so(team: Kubectl) -> None:
     wait_until(
         "what has no effect is said",
         lambda: active(team).get("reason") == "ReplicasIgnored",
-        timeout_seconds=60,
     )
     assert active(team)["status"] == "True"
     assert "spec.replicas: 3, set by kubectl, has no effect" in active(team)["message"]
@@ -276,9 +271,7 @@ def test_a_fight_with_another_manager_costs_few_writes_and_is_said(
         time.sleep(FIGHT_SECONDS)
         found = writes(audit_log, team, about)[before:]
         # The third correction brings it, and that is late on a busy machine.
-        wait_until(
-            "it is said", lambda: ready_reason(team, name) == "Contested", timeout_seconds=60
-        )
+        wait_until("it is said", lambda: ready_reason(team, name) == "Contested")
         stalled = condition(team.json("get", "llms", name), "Stalled")
     # Corrections after 0, 1 and 3 seconds, of two writes each, and a race that was lost.
     assert len(found) <= 9
@@ -296,7 +289,7 @@ def test_a_cluster_wide_operator_leaves_a_namespace_with_an_operator_of_its_own_
     wide.start()
     try:
         words = f"serves the namespace {team.namespace} alone"
-        wait_until("it is said", lambda: words in wide.log, timeout_seconds=60)
+        wait_until("it is said", lambda: words in wide.log)
         before = len(writes(audit_log, team, " two"))
         team.run("annotate", "llms/two", "a=b")
         time.sleep(4)
@@ -314,7 +307,7 @@ def test_a_second_operator_of_a_namespace_stands_by_and_says_for_whom(
     second.start(wait=False)
     try:
         words = f"serves the namespace {team.namespace} (Lease {team.namespace}/pagoda-operator)"
-        wait_until("it stands by", lambda: words in second.readiness(), timeout_seconds=60)
+        wait_until("it stands by", lambda: words in second.readiness())
         assert f"standing by: the operator {team_holder(team)} {words}" in second.log
         wait_until("the first", lambda: team_operator.readiness() == "ok", timeout_seconds=20)
     finally:

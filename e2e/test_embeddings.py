@@ -100,7 +100,7 @@ def test_the_service_embeds_and_scores_as_the_offline_class_does(
 
 
 def test_the_status_says_what_runs(kubectl: Kubectl) -> None:
-    report = wait_until("a report", lambda: status_of(kubectl).get("model"), timeout_seconds=50)
+    report = wait_until("a report", lambda: status_of(kubectl).get("model"))
     assert (report["architecture"], report["kvCacheDtype"]) == ("BertModel", "none")
 
 

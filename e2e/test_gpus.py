@@ -59,7 +59,7 @@ def wait_for_reason(kubectl: Kubectl, reason: str) -> str:
         entry = condition(kubectl.get("llmservice", NAME) or {}, "Ready")
         return str(entry["message"]) if entry.get("reason") == reason else None
 
-    return wait_until(reason, found, timeout_seconds=60, on_timeout=lambda: show_services(kubectl))
+    return wait_until(reason, found, on_timeout=lambda: show_services(kubectl))
 
 
 def differences(golden: Any, live: Any, path: str) -> list[str]:
@@ -92,5 +92,5 @@ def test_a_service_for_two_gpus_is_what_its_golden_file_says_and_finds_its_node(
         pods = service.items("pods", "-l", f"pagoda.dev/service={NAME}")
         return [pod["spec"]["nodeName"] for pod in pods if "nodeName" in pod["spec"]]
 
-    assert wait_until("a pod with a node", nodes, timeout_seconds=60) == [node]
+    assert wait_until("a pod with a node", nodes) == [node]
     wait_for_reason(service, "Progressing")

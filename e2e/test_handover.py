@@ -70,7 +70,7 @@ def test_a_leader_that_stands_still_is_replaced_and_ends(
     seconds_until_served(namespace, leader, signal.SIGSTOP)
     before = leader.log
     os.kill(leader.pid, signal.SIGCONT)
-    wait_until("the former leader ended", lambda: not leader.is_running, timeout_seconds=60)
+    wait_until("the former leader ended", lambda: not leader.is_running)
     assert "this replica stands by" in leader.log.splitlines()[-1]
     assert "applied" not in leader.log.removeprefix(before)
     wait_until("the reserve ready", lambda: reserve.readiness() == "ok", timeout_seconds=20)

@@ -63,12 +63,10 @@ def test_a_job_reads_a_claim_and_what_it_finds_decides(team: Kubectl) -> None:
     wait_until(
         "the Deployment",
         lambda: team.get("deployment", "claimed-engine"),
-        timeout_seconds=50,
         on_timeout=lambda: json.dumps(team.get("llmservice", "claimed"), indent=1),
     )
     wait_until(
         "the result",
         lambda: (team.get("llmservice", "claimed") or {})["status"].get("preflight"),
-        timeout_seconds=50,
     )
     assert team.json("get", "llmservice", "claimed")["status"]["preflight"] == {"result": "Passed"}

@@ -123,7 +123,6 @@ def children_of(kubectl: Kubectl, operator: OperatorProcess, spec: dict[str, Any
     return wait_until(
         "children that stay as they are",
         settled,
-        timeout_seconds=50,
         interval_seconds=0.7,
         on_timeout=lambda: operator.log[-4000:],
     )
@@ -153,7 +152,7 @@ def test_an_odd_spec_is_refused_or_comes_to_rest_with_a_status(
         found = namespace.get("llmservice", "chat") or {}
         return str(condition(found, "Ready").get("reason", ""))
 
-    wait_until("a reason", reason, timeout_seconds=50, on_timeout=lambda: operator.log[-4000:])
+    wait_until("a reason", reason, on_timeout=lambda: operator.log[-4000:])
     time.sleep(2)
     found = condition(namespace.get("llmservice", "chat") or {}, "Ready")
     print(f"{found['reason']}: {found['message'][:300]}")

@@ -56,7 +56,6 @@ def test_monitor_and_alerts_are_made_by_the_charts_rights_and_go_with_the_wish(
             child = wait_until(
                 kind,
                 lambda kind=kind: namespace.get(kind, "chat-engine"),
-                timeout_seconds=50,
                 on_timeout=lambda: operator.log,
             )
             assert child["metadata"]["labels"]["release"] == "prometheus"
@@ -67,7 +66,6 @@ def test_monitor_and_alerts_are_made_by_the_charts_rights_and_go_with_the_wish(
         wait_until(
             "none",
             lambda: not any(namespace.get(kind, "chat-engine") for kind in KINDS),
-            timeout_seconds=50,
             on_timeout=lambda: operator.log,
         )
         assert "forbidden" not in operator.log

@@ -48,7 +48,6 @@ def seconds_to_deployments(
     wait_until(
         "all Deployments",
         lambda: len(namespace.items("deployments")) == before + len(names),
-        timeout_seconds=50,
         on_timeout=lambda: operator.log,
     )
     made, followed = {}, {}
@@ -124,7 +123,6 @@ def test_delete_leaves_nothing(namespace: Kubectl, operator: OperatorProcess) ->
     wait_until(
         "nothing left",
         lambda: not rest(),
-        timeout_seconds=50,
         on_timeout=lambda: f"{rest()}\n{operator.log}",
     )
     time.sleep(1)
@@ -150,7 +148,6 @@ def test_children_that_have_another_name_than_they_should_go_when_an_operator_st
         lambda: (
             not [it for it in namespace.items(CHILDREN) if it["metadata"]["name"] == "chat-old"]
         ),
-        timeout_seconds=50,
         on_timeout=lambda: operator.log,
     )
     assert deployment(namespace)
@@ -166,7 +163,6 @@ def test_a_service_made_anew_under_its_old_name_works(
     wait_until(
         "a Deployment of the new service",
         lambda: deployment(namespace).get("metadata", {}).get("uid", uid) != uid,
-        timeout_seconds=50,
         on_timeout=lambda: operator.log,
     )
     assert "--max-num-seqs 7 " in engine_arguments(deployment(namespace))
@@ -177,9 +173,7 @@ def test_a_name_that_is_taken_is_said_and_left_alone(
 ) -> None:
     namespace.run("create", "service", "clusterip", "chat", "--tcp=5:5")
     namespace.apply(manifest())
-    wait_until(
-        "the conflict", lambda: ready_reason(namespace) == "NameConflict", timeout_seconds=50
-    )
+    wait_until("the conflict", lambda: ready_reason(namespace) == "NameConflict")
     service = namespace.get("llmservice", "chat") or {}
     stalled = condition(service, "Stalled")
     assert (stalled["status"], stalled["reason"]) == ("True", "NameConflict")
@@ -187,7 +181,7 @@ def test_a_name_that_is_taken_is_said_and_left_alone(
     assert (namespace.get("service", "chat") or {})["spec"]["ports"][0]["port"] == 5
     assert not deployment(namespace)
     namespace.run("delete", "service", "chat")
-    wait_until("recovery", lambda: bool(deployment(namespace)), timeout_seconds=60)
+    wait_until("recovery", lambda: bool(deployment(namespace)))
 
 
 def test_suspend_and_scale_set_the_replicas(namespace: Kubectl, operator: OperatorProcess) -> None:
@@ -195,7 +189,7 @@ def test_suspend_and_scale_set_the_replicas(namespace: Kubectl, operator: Operat
     namespace.run("scale", "llms/chat", "--replicas=3")
     before_a_resync("three", lambda: deployment(namespace)["spec"]["replicas"] == 3)
     namespace.run("patch", "llms/chat", "--type=merge", "-p", '{"spec": {"suspend": true}}')
-    wait_until("Suspended", lambda: ready_reason(namespace) == "Suspended", timeout_seconds=50)
+    wait_until("Suspended", lambda: ready_reason(namespace) == "Suspended")
     assert deployment(namespace)["spec"]["replicas"] == 0
     service = namespace.get("llmservice", "chat") or {}
     assert condition(service, "Ready")["status"] == "True"
@@ -224,7 +218,7 @@ def test_an_operator_killed_at_random_moments_converges(
         are_right = all("--max-num-seqs 14 " in line for line in arguments)
         return len(arguments) == 4 and are_right and reasons == {"InsufficientGPU"}
 
-    wait_until("converged", is_converged, timeout_seconds=50, on_timeout=lambda: operator.log)
+    wait_until("converged", is_converged, on_timeout=lambda: operator.log)
     owned = namespace.items(CHILDREN, "-l", "app.kubernetes.io/managed-by=pagoda")
     assert len(owned) == 3 * len(names)
     assert "Traceback" not in operator.log
@@ -258,7 +252,6 @@ def test_an_outage_of_the_api_server_is_survived(
                     namespace.get("service", "chat")
                     and "--max-num-seqs 7 " in engine_arguments(deployment(namespace))
                 ),
-                timeout_seconds=60,
                 on_timeout=lambda: process.log,
             )
             assert process.stop() == 0
@@ -281,7 +274,7 @@ def test_a_claim_without_its_template_is_named(
     claim = {"name": "gpu", "resourceClaimTemplateName": "one-gpu"}
     namespace.apply(manifest(resources={"gpu": {"claims": [claim]}}))
     reason = "ResourceClaimTemplateMissing"
-    wait_until(reason, lambda: ready_reason(namespace) == reason, timeout_seconds=50)
+    wait_until(reason, lambda: ready_reason(namespace) == reason)
     pod = deployment(namespace)["spec"]["template"]["spec"]
     assert pod["resourceClaims"] == [claim]
     assert pod["containers"][0]["resources"]["claims"] == [{"name": "gpu"}]
@@ -296,7 +289,6 @@ def test_a_budget_comes_with_the_second_replica_and_goes_with_it(
     found = wait_until(
         "a budget",
         lambda: namespace.get("poddisruptionbudget", "chat-engine"),
-        timeout_seconds=50,
     )
     assert found["spec"]["maxUnavailable"] == 1
     assert found["spec"]["selector"] == deployment(namespace)["spec"]["selector"]

@@ -74,7 +74,6 @@ def test_what_admission_adds_stays_and_is_written_once(
         wait_until(
             "the edits",
             lambda: all('"--max-num-seqs", "7"' in children(team, name) for name in SERVICES),
-            timeout_seconds=60,
         )
         wait_for_reasons(team, queued)
         time.sleep(2)
@@ -98,7 +97,6 @@ def wait_for_reasons(kubectl: Kubectl, queued: dict[str, bool]) -> None:
             lambda name=name, is_queued=is_queued: (
                 ready_reason(kubectl, name) == ("Queued" if is_queued else "InsufficientGPU")
             ),
-            timeout_seconds=60,
             on_timeout=lambda name=name: json.dumps(kubectl.json("get", f"llms/{name}")["status"]),
         )
 
@@ -146,7 +144,6 @@ def test_what_gitops_marks_an_llmservice_with_is_not_given_to_its_children(
         wait_until(
             "its children",
             lambda name=name: ready_reason(team, name) == "InsufficientGPU",
-            timeout_seconds=60,
         )
         # A tool that finds its marks on what is not in its repository deletes it.
         text = children(team, name)
@@ -188,7 +185,7 @@ def test_what_velero_restores_is_adopted_as_it_is(
     )
     saved = [team.json("get", path, "--show-managed-fields") for path in paths]
     team.run("delete", f"llms/{name}")
-    wait_until("gone", lambda: children(team, name) == "[]", timeout_seconds=60)
+    wait_until("gone", lambda: children(team, name) == "[]")
     for item in saved:
         metadata = item["metadata"]
         labels = {**metadata.get("labels", {}), **RESTORED}
@@ -207,7 +204,6 @@ def test_what_velero_restores_is_adopted_as_it_is(
     wait_until(
         "a status",
         lambda: ready_reason(team, name) == "InsufficientGPU",
-        timeout_seconds=60,
         on_timeout=lambda: json.dumps(team.json("get", f"llms/{name}")["status"]),
     )
     *made, service = paths
@@ -235,7 +231,6 @@ def test_keda_writes_the_scale_subresource_within_bounds(
         wait_until(
             f"{replicas} replicas",
             lambda wanted=replicas: deployment(team, "keda")["spec"]["replicas"] == wanted,
-            timeout_seconds=60,
         )
 
     def said() -> bool:
@@ -243,6 +238,6 @@ def test_keda_writes_the_scale_subresource_within_bounds(
         assert (active["status"], active["reason"]) == ("Unknown", "External")
         return "spec.replicas: 0 is out of bounds; 1 are kept" in active["message"]
 
-    wait_until("the bound is said", said, timeout_seconds=60)
+    wait_until("the bound is said", said)
     # Made, and scaled three times.
     assert writes(audit_log, team, "keda")["deployments/ keda-engine"] <= 4

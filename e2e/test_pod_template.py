@@ -199,7 +199,6 @@ def test_a_pod_gets_all_that_its_template_may_have(
     found = wait_until(
         "the Deployment",
         lambda: namespace.get("deployment", "chat-engine"),
-        timeout_seconds=50,
         on_timeout=lambda: operator.log,
     )
     template = found["spec"]["template"]
@@ -216,7 +215,6 @@ def test_a_pod_gets_all_that_its_template_may_have(
     wait_until(
         "no policy",
         lambda: namespace.get("networkpolicy", "chat-engine") is None,
-        timeout_seconds=50,
         on_timeout=lambda: operator.log,
     )
     after = namespace.json("get", "deployment", "chat-engine")["metadata"]["generation"]

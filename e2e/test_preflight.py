@@ -85,7 +85,6 @@ def wait_for(team: Kubectl, name: str, kind: str, reason: str) -> dict[str, Any]
     return wait_until(
         f"{kind} {reason}",
         found,
-        timeout_seconds=60,
         on_timeout=lambda: json.dumps(team.get("llmservice", name), indent=1),
     )
 
@@ -110,7 +109,6 @@ def test_what_does_not_fit_gets_no_pods_until_it_is_mended(team: Kubectl) -> Non
     wait_until(
         "the Deployment",
         lambda: team.get("deployment", "long-engine"),
-        timeout_seconds=60,
         on_timeout=lambda: json.dumps(team.get("llmservice", "long")),
     )
     service = wait_for(team, "long", "Stalled", "Progressing")
@@ -120,7 +118,7 @@ def test_what_does_not_fit_gets_no_pods_until_it_is_mended(team: Kubectl) -> Non
 
 def test_pods_stay_when_a_change_would_not_fit(team: Kubectl) -> None:
     apply(team, "kept", **FITTING)
-    wait_until("pods", lambda: team.get("deployment", "kept-engine"), timeout_seconds=60)
+    wait_until("pods", lambda: team.get("deployment", "kept-engine"))
     before = team.json("get", "deployment", "kept-engine")["spec"]
     apply(team, "kept", **TOO_LONG)
     wait_for(team, "kept", "Stalled", "DoesNotFit")
@@ -146,7 +144,7 @@ def test_a_refused_service_is_neither_written_nor_read_again(
     assert reads_and_writes() == before
     # It was not for want of watching.
     apply(team, "quiet", **FITTING)
-    wait_until("pods", lambda: team.get("deployment", "quiet-engine"), timeout_seconds=60)
+    wait_until("pods", lambda: team.get("deployment", "quiet-engine"))
 
 
 def test_the_status_of_what_is_not_there_ends_with_2(team: Kubectl) -> None:

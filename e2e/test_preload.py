@@ -83,7 +83,7 @@ def finish_job(kubectl: Kubectl, model: str) -> None:
                 return str(pod["metadata"]["name"])
         return None
 
-    name = wait_until("a pod that loads", loader, timeout_seconds=60)
+    name = wait_until("a pod that loads", loader)
     patch = json.dumps({"status": DONE})
     kubectl.run("patch", "pod", name, "--subresource=status", "--type=merge", "-p", patch)
 
@@ -96,7 +96,6 @@ def test_engines_wait_for_the_job_of_their_model(
         wait_until(
             "Preloading",
             lambda: ready_reason(namespace) == "Preloading",
-            timeout_seconds=60,
             on_timeout=lambda: operator.log,
         )
         assert not deployment(namespace)
@@ -104,19 +103,15 @@ def test_engines_wait_for_the_job_of_their_model(
         wait_until(
             "engines of the first model",
             lambda: deployment(namespace),
-            timeout_seconds=60,
             on_timeout=lambda: operator.log,
         )
         namespace.apply(manifest(**spec(node, "hf://org/second")))
-        wait_until(
-            "Preloading", lambda: ready_reason(namespace) == "Preloading", timeout_seconds=60
-        )
+        wait_until("Preloading", lambda: ready_reason(namespace) == "Preloading")
         assert "hf://org/first" in engine_arguments(deployment(namespace))
         finish_job(namespace, "hf://org/second")
         wait_until(
             "engines of the second model",
             lambda: "hf://org/second" in engine_arguments(deployment(namespace)),
-            timeout_seconds=60,
             on_timeout=lambda: operator.log,
         )
         assert len(namespace.items("jobs")) == 1

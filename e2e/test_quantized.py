@@ -95,9 +95,7 @@ def test_two_ranks_answer_as_one_does_and_the_status_says_what_runs(
 ) -> None:
     serve(kubectl, quantization)
     name = quantization.lower()
-    report = wait_until(
-        "a report", lambda: status_of(kubectl, name).get("model"), timeout_seconds=60
-    )
+    report = wait_until("a report", lambda: status_of(kubectl, name).get("model"))
     assert report == {
         "architecture": "Gemma3ForCausalLM",
         "quantization": quantization,

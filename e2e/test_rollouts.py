@@ -49,7 +49,6 @@ def wait_for_rollout(engines: Engines, strategy: str, reason: str) -> None:
     wait_until(
         f"{strategy} for {reason}",
         lambda: rollout(engines) == (strategy, reason),
-        timeout_seconds=50,
         on_timeout=lambda: json.dumps(engines.status().get("status"), indent=1),
     )
 
@@ -61,15 +60,13 @@ def pods_without_node(engines: Engines) -> list[str]:
 
 def let_it_have_waited(engines: Engines) -> None:
     """As if the scheduler had looked for a node for months."""
-    (pod,) = wait_until(
-        "a pod without room", lambda: pods_without_node(engines), timeout_seconds=50
-    )
+    (pod,) = wait_until("a pod without room", lambda: pods_without_node(engines))
 
     def said() -> list[dict[str, Any]]:
         conditions = engines.kubectl.json("get", f"pod/{pod}")["status"].get("conditions", [])
         return [it for it in conditions if "Insufficient" in it.get("message", "")]
 
-    (condition,) = wait_until("the scheduler's word", said, timeout_seconds=50)
+    (condition,) = wait_until("the scheduler's word", said)
     patch = {"status": {"conditions": [{**condition, "lastTransitionTime": LONG_AGO}]}}
     engines.patch(f"pod/{pod}", patch, "--subresource=status")
 
@@ -101,7 +98,6 @@ def end_rollout(engines: Engines, num_pods: int) -> list[str]:
     wait_until(
         "the new pods alone",
         is_done,
-        timeout_seconds=60,
         on_timeout=lambda: json.dumps(engines.status().get("status"), indent=1),
     )
     return seen
@@ -114,7 +110,7 @@ def test_where_there_is_room_a_new_engine_is_ready_before_the_old_one_ends(
     engines.serve()
     (old,) = engines.bound_pods()
     engines.apply(**EDIT)
-    wait_until("both", lambda: len(engines.bound_pods()) == 2, timeout_seconds=50)
+    wait_until("both", lambda: len(engines.bound_pods()) == 2)
     assert rollout(engines) == ("Surge", "Preferred")
     assert "0/1" not in end_rollout(engines, 1)
     assert old not in engines.bound_pods()
@@ -141,14 +137,14 @@ def test_where_there_is_none_old_engines_end_first_and_one_at_a_time(
 def test_engines_that_do_not_serve_make_room_at_once(team: Kubectl, node: str) -> None:
     engines = Engines(team, node, room=1)
     engines.apply()
-    (old,) = wait_until("a pod with a node", engines.bound_pods, timeout_seconds=50)
+    (old,) = wait_until("a pod with a node", engines.bound_pods)
     engines.apply(**EDIT)
 
     def is_ending() -> bool:
         found = team.get("pod", old)
         return found is None or "deletionTimestamp" in found["metadata"]
 
-    wait_until("the end of the old one", is_ending, timeout_seconds=50)
+    wait_until("the end of the old one", is_ending)
     end_rollout(engines, 1)
 
 
@@ -200,7 +196,7 @@ def test_a_paused_service_is_scaled_and_keeps_its_engines(team: Kubectl, node: s
     engines.apply(rollout={"paused": True}, replicas=2, **EDIT)
     words = f"engines of revision {before} serve on"
     engines.wait_for("Reconciling", "True", "RolloutPaused", words)
-    wait_until("two", lambda: len(engines.bound_pods()) == 2, timeout_seconds=50)
+    wait_until("two", lambda: len(engines.bound_pods()) == 2)
     for pod in team.items("pods", "-l", f"pagoda.dev/service={engines.name}"):
         assert pod["metadata"]["labels"]["pagoda.dev/revision"] == before
     engines.apply(rollout={"paused": False}, replicas=2, **EDIT)
@@ -216,7 +212,7 @@ def test_a_new_image_of_the_operator_rolls_only_engines_that_ask_for_it(
     following = Engines(team, node, room=1)
     following.apply(engine={"imagePolicy": "Follow"})
     name = f"{following.name}-engine"
-    wait_until("its Deployment", lambda: team.get("deployment", name), timeout_seconds=50)
+    wait_until("its Deployment", lambda: team.get("deployment", name))
     assert team_operator.stop() == 0
     newer = OperatorProcess(team, tmp_path / "newer.log", engine_image="pagoda.invalid/engine:2")
     newer.start()
@@ -230,14 +226,14 @@ def test_a_new_image_of_the_operator_rolls_only_engines_that_ask_for_it(
             found = keeping.status()["status"].get("rollout", {}).get("newerImage")
             return str(found) if found else None
 
-        assert wait_until("it is said", newer_image, timeout_seconds=50).endswith("engine:2")
-        wait_until("the follower's", lambda: image_of(following).endswith(":2"), timeout_seconds=50)
+        assert wait_until("it is said", newer_image).endswith("engine:2")
+        wait_until("the follower's", lambda: image_of(following).endswith(":2"))
         assert image_of(keeping).endswith(":1")
         assert keeping.bound_pods() == [old]
         keeping.apply(**EDIT)
-        wait_until("the edit's", lambda: image_of(keeping).endswith(":2"), timeout_seconds=50)
+        wait_until("the edit's", lambda: image_of(keeping).endswith(":2"))
         # The status is written after the Deployment.
-        wait_until("no newer image", lambda: newer_image() is None, timeout_seconds=50)
+        wait_until("no newer image", lambda: newer_image() is None)
     finally:
         newer.stop()
         team_operator.start()

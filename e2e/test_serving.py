@@ -235,7 +235,7 @@ def test_a_killed_operator_converges_after_its_restart(
 ) -> None:
     operator = target.kubectl.in_namespace(stack.OPERATOR_NAMESPACE)
     operator.run("rollout", "status", "deployment/pagoda-operator", "--timeout=110s")
-    pids = wait_until("the operator running", operator_process.pids_in_pods, timeout_seconds=60)
+    pids = wait_until("the operator running", operator_process.pids_in_pods)
     kubectl.apply(gemma(engine={"maxNumSeqs": 9}))
     time.sleep(random.Random(11).uniform(0, 1.5))
     for pid in pids:

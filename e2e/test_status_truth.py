@@ -60,7 +60,6 @@ def test_a_service_that_no_operator_has_seen_is_in_progress(namespace: Kubectl, 
         wait_until(
             "the default status",
             lambda: engines.status().get("status") == {"observedGeneration": -1},
-            timeout_seconds=60,
             on_timeout=lambda: json.dumps(engines.status()),
         )
         assert engines.kstatus() == "InProgress"
@@ -114,7 +113,6 @@ def test_a_status_that_cannot_be_written_is_in_progress(team: Kubectl, node: str
         wait_until(
             "the Deployment",
             lambda: engines.kubectl.get("deployment", f"{engines.name}-engine"),
-            timeout_seconds=60,
         )
         assert engines.kstatus() == "InProgress"
     engines.wait_for("Ready", "False", "InsufficientGPU")
@@ -220,7 +218,7 @@ def _wait_until_refused(kubectl: Kubectl, words: str, *probe: str) -> None:
             return words in str(error)
         return False
 
-    wait_until(f"{words} in force", is_refused, timeout_seconds=60)
+    wait_until(f"{words} in force", is_refused)
 
 
 def test_pods_that_go_while_writes_are_refused_are_not_available(team: Kubectl, node: str) -> None:
@@ -263,14 +261,13 @@ def test_a_deployment_that_hangs_in_deletion_is_not_in_force(team: Kubectl, node
     wait_until(
         "a new Deployment",
         lambda: '"7"' in json.dumps(team.get("deployment", f"{engines.name}-engine")),
-        timeout_seconds=60,
     )
 
 
 def test_a_service_scaled_to_three_with_room_for_one_says_so(team: Kubectl, node: str) -> None:
     engines = Engines(team, node, room=1)
     engines.apply(autoscaling={"minReplicas": 3, "maxReplicas": 3})
-    wait_until("a pod with a node", engines.bound_pods, timeout_seconds=60)
+    wait_until("a pod with a node", engines.bound_pods)
     engines.play_kubelet(engines.bound_pods()[0], RUNNING, ready=True)
     engines.apply(autoscaling={"minReplicas": 1, "maxReplicas": 3})
     engines.wait_for("Ready", "True", "InsufficientGPU", "1 of 3 replicas serve", engines.gpu)
@@ -293,7 +290,7 @@ def test_a_surge_without_room_names_the_pod_that_holds_it(team: Kubectl, node: s
             team.run("delete", "pod", old, "--force", "--grace-period=0", "--ignore-not-found")
         return [pod for pod in engines.bound_pods() if pod != old]
 
-    (new,) = wait_until("room for the new pod", new_pods, timeout_seconds=60)
+    (new,) = wait_until("room for the new pod", new_pods)
     engines.play_kubelet(new, RUNNING, ready=True)
     engines.wait_for("Ready", "True", "Serving")
 
@@ -303,7 +300,7 @@ def test_evicted_pods_are_named_and_do_not_pile_up(team: Kubectl, node: str) -> 
     engines.apply()
     message = "The node was low on resource: memory."
     for number in range(5):
-        (pod,) = wait_until("a pod with a node", engines.bound_pods, timeout_seconds=60)
+        (pod,) = wait_until("a pod with a node", engines.bound_pods)
         engines.play_kubelet(pod, {"phase": "Failed", "reason": "Evicted", "message": message})
         stalled = "True" if number >= 2 else "False"
         engines.wait_for("Ready", "False", "Evicted", message)
@@ -313,13 +310,13 @@ def test_evicted_pods_are_named_and_do_not_pile_up(team: Kubectl, node: str) -> 
         label = f"pagoda.dev/service={engines.name}"
         return len(team.items("pods", "-l", label, "--field-selector=status.phase=Failed"))
 
-    wait_until("three of them left", lambda: failed() == 3, timeout_seconds=60)
+    wait_until("three of them left", lambda: failed() == 3)
 
 
 def test_a_pod_that_cannot_mount_its_volume_says_so(team: Kubectl, node: str) -> None:
     engines = Engines(team, node, room=1)
     engines.apply()
-    (name,) = wait_until("a pod with a node", engines.bound_pods, timeout_seconds=60)
+    (name,) = wait_until("a pod with a node", engines.bound_pods)
     pod = team.json("get", f"pod/{name}")
     reference = {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": pod["metadata"]["uid"]}
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -344,7 +341,7 @@ def test_what_the_kubelet_says_outranks_last_words_and_a_network_error_is_retrie
 ) -> None:
     engines = Engines(team, node, room=1)
     engines.apply()
-    (pod,) = wait_until("a pod with a node", engines.bound_pods, timeout_seconds=60)
+    (pod,) = wait_until("a pod with a node", engines.bound_pods)
     words = json.dumps({"reason": "RankDied", "message": "was killed by signal 9 (SIGKILL)."})
     exited = {"exitCode": 1, "reason": "OOMKilled", "message": words}
     engines.play_kubelet(pod, engine(lastState={"terminated": exited}, restartCount=1))
